@@ -1,15 +1,16 @@
 """Slot autoencoder: an image becomes a set of slots, each slot paints its part, the parts add up to the image.
 
-Locatello et al. 2020, "Object-Centric Learning with Slot Attention", section 4.1 and appendix E: convolutional encoder, 2-D
-position embedding, MLP, slot attention, spatial broadcast decoder (Watters et al. 2019), softmax over the slots' alphas, mean squared error.
+Locatello et al. 2020, "Object-Centric Learning with Slot Attention", section 4.1 and appendix E: convolutional encoder,
+2-D position embedding, MLP, slot attention, spatial broadcast decoder (Watters et al. 2019), softmax over the slots'
+alphas, mean squared error.
 
 What differs from the paper, each by a field of the config:
 
-- `encoder="resnet18"`: ResNet-18 with group normalisation and stride 4, as SlotDiffusion and the CLEVRTex baselines use.
+- `encoder="resnet18"`: ResNet-18 with group normalisation and stride 4, as SlotDiffusion's CLEVRTex baseline has.
 - `slot_init="learned"`: one learned vector a slot in place of draws from one learned Gaussian.
 - `gradient`: implicit or bi-level differentiation of the iterations (see `SlotAttention`).
-- `decoder="pixel_shuffle"`: the slots are broadcast to a coarse grid, a position-wise MLP paints a patch for each of its cells.
-  No transposed convolution: some ten times cheaper on a CPU.
+- `decoder="pixel_shuffle"`: the slots are broadcast to a coarse grid and a position-wise MLP paints a patch of pixels
+  for each of its cells. Without the transposed convolutions, which are most of the bill, a CPU can train it.
 - Positions are the centres of the cells, not corner-aligned, so that weights carry over to other resolutions.
 """
 
@@ -37,7 +38,8 @@ class SlotAutoencoderConfig(PreTrainedConfig):
     Args:
         image_size: Height and width of the images, in pixels; a multiple of `decoder_size`.
         num_channels: Channels of the images.
-        encoder: "cnn" (5x5 convolutions, one for each entry of `encoder_channels`) or "resnet18" (group normalisation, stride 4).
+        encoder: "cnn" (5x5 convolutions, one for each entry of `encoder_channels`) or "resnet18" (group normalisation,
+            stride 4).
         encoder_channels: Output channels of each convolution of the "cnn" encoder.
         encoder_strides: Stride of each of them; the paper's 128x128 model has four of stride 1.
         token_dim: Channels of the tokens after the position embedding and the MLP.
@@ -45,11 +47,12 @@ class SlotAutoencoderConfig(PreTrainedConfig):
         slot_dim: Channels of a slot.
         num_iterations: T, iterations of slot attention unless the call says otherwise.
         slot_mlp_dim: Hidden units of the MLP inside slot attention.
-        slot_init: "gaussian" (draws from one learned Gaussian: any K works at inference) or "learned" (one vector a slot: K at most
-            `num_slots`).
+        slot_init: "gaussian" (draws from one learned Gaussian: any K works at inference) or "learned" (one vector a
+            slot: K at most `num_slots`).
         gradient: "full", "implicit" or "bilevel"; the last needs `slot_init="learned"`.
         epsilon: Added to the attention before it is normalised over the tokens.
-        decoder: "broadcast" (transposed convolutions of stride 2 from `decoder_size` to `image_size`) or "pixel_shuffle".
+        decoder: "broadcast" (transposed convolutions of stride 2 from `decoder_size` to `image_size`, then plain ones) or
+            "pixel_shuffle".
         decoder_channels: Hidden channels of the decoder, one entry a layer.
         decoder_size: Height and width of the grid that the slots are broadcast to.
 
@@ -111,8 +114,8 @@ class SlotAutoencoderConfig(PreTrainedConfig):
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
         if len(self.encoder_channels) != len(self.encoder_strides) or not self.encoder_channels:
             raise ValueError(
-                f"encoder_channels={self.encoder_channels} and encoder_strides={self.encoder_strides} must have one entry for each "
-                "convolution, at least one."
+                f"encoder_channels={self.encoder_channels} and encoder_strides={self.encoder_strides} must have one entry "
+                "for each convolution, at least one."
             )
         if not self.decoder_channels:
             raise ValueError("decoder_channels=[] must have at least one entry.")
@@ -127,8 +130,8 @@ class SlotAutoencoderConfig(PreTrainedConfig):
             )
         if self.decoder == "broadcast" and len(self.decoder_channels) < self.num_upsamplings:
             raise ValueError(
-                f"decoder_channels={self.decoder_channels} must have at least {self.num_upsamplings} entries, one for each doubling from "
-                f"decoder_size={self.decoder_size} to image_size={self.image_size}."
+                f"decoder_channels={self.decoder_channels} must have at least {self.num_upsamplings} entries, one for each "
+                f"doubling from decoder_size={self.decoder_size} to image_size={self.image_size}."
             )
 
     @property
@@ -211,6 +214,7 @@ class SlotEncoder(nn.Module):
         )
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Encode images; the tokens run row by row."""
         features = self.backbone(pixel_values).permute(0, 2, 3, 1)  # (batch, height, width, channels)
         features = features + self.position.grid(*features.shape[1:3])
         return self.mlp(self.norm(features.flatten(1, 2)))
@@ -233,9 +237,8 @@ class BroadcastDecoder(nn.Module):
         self.layers = nn.Sequential(*layers, nn.Conv2d(channels, config.num_channels + 1, 3, padding=1))
 
     def forward(self, slots: torch.Tensor) -> torch.Tensor:
-        grid = slots[:, None, None, :] + self.position.grid(
-            self.size, self.size
-        )  # (batch * slots, size, size, slot_dim)
+        """Paint slots (batch * slots, slot_dim): (batch * slots, channels + 1, image_size, image_size)."""
+        grid = slots[:, None, None, :] + self.position.grid(self.size, self.size)  # (batch * slots, size, size, dim)
         return self.layers(grid.permute(0, 3, 1, 2))
 
 
@@ -256,6 +259,7 @@ class PixelShuffleDecoder(nn.Module):
         self.layers = nn.Sequential(*layers, nn.Linear(channels, (config.num_channels + 1) * self.patch**2))
 
     def forward(self, slots: torch.Tensor) -> torch.Tensor:
+        """Paint slots (batch * slots, slot_dim): (batch * slots, channels + 1, image_size, image_size)."""
         position = F.linear(self.position.grid(self.size, self.size), self.from_slot.weight)
         patches = self.layers(self.from_slot(slots)[:, None, None, :] + position)  # (batch * slots, size, size, patch)
         return F.pixel_shuffle(patches.permute(0, 3, 1, 2), self.patch)
@@ -295,8 +299,8 @@ class SlotAutoencoderPreTrainedModel(PreTrainedModel):
 class SlotAutoencoderModel(SlotAutoencoderPreTrainedModel):
     """Slot attention autoencoder: finds the objects of an image without labels.
 
-    In training, slots of `slot_init="gaussian"` are drawn anew for every image. In evaluation without a `generator` they are
-    the same draws for every image and every call, so that results are repeatable and rows of a batch independent.
+    In training, slots of `slot_init="gaussian"` are drawn anew for every image. In evaluation without a `generator` they
+    are the same draws for every image and every call: results are repeatable and rows of a batch independent.
 
     Example:
         ```python
@@ -344,8 +348,8 @@ class SlotAutoencoderModel(SlotAutoencoderPreTrainedModel):
         if self.config.slot_init == "learned":
             if num_slots > self.config.num_slots:
                 raise ValueError(
-                    f"num_slots={num_slots} is more than the {self.config.num_slots} slots this model has learned; use fewer, or train with "
-                    "slot_init='gaussian', which takes any number."
+                    f"num_slots={num_slots} is more than the {self.config.num_slots} slots this model has learned; use "
+                    "fewer, or train with slot_init='gaussian', which takes any number."
                 )
             return self.slot_vectors[:num_slots].expand(batch, -1, -1)
         mean, std = self.slot_mean, self.slot_log_std.exp()
@@ -385,8 +389,8 @@ class SlotAutoencoderModel(SlotAutoencoderPreTrainedModel):
         expected = (self.config.num_channels, self.config.image_size, self.config.image_size)
         if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != expected:
             raise ValueError(
-                f"pixel_values has shape {tuple(pixel_values.shape)}, expected (batch, {', '.join(map(str, expected))}); prepare images with "
-                "the model's SlotImageProcessor."
+                f"pixel_values has shape {tuple(pixel_values.shape)}, expected (batch, {', '.join(map(str, expected))}); "
+                "prepare images with the model's SlotImageProcessor."
             )
         num_iterations = self.config.num_iterations if num_iterations is None else num_iterations
         tokens = self.encoder(pixel_values)
@@ -414,12 +418,12 @@ class SlotAutoencoderModel(SlotAutoencoderPreTrainedModel):
 
         Args:
             slots: (batch, slots, slot_dim).
-            keep: Slots to paint, bool (batch, slots); a slot that is left out gets no pixel, and the others share its pixels as their alphas
-                say. All when not given.
+            keep: Slots to paint, bool (batch, slots); a slot that is left out gets no pixel, and the others share its
+                pixels as their alphas say. All when not given.
 
         Returns:
-            Contents, (batch, slots, channels, height, width), in [-1, 1] up to the model's error, and masks, (batch, slots, height, width),
-            summing to 1 over the slots.
+            Contents, (batch, slots, channels, height, width), in [-1, 1] up to the model's error, and masks,
+            (batch, slots, height, width), summing to 1 over the slots.
 
         Raises:
             ValueError: If `slots` has another shape, or `keep` leaves an image without a slot.
@@ -433,7 +437,8 @@ class SlotAutoencoderModel(SlotAutoencoderPreTrainedModel):
         if keep is not None:
             if keep.shape != slots.shape[:2] or not keep.any(dim=1).all():
                 raise ValueError(
-                    f"keep has shape {tuple(keep.shape)}, expected {(batch, num_slots)} with at least one slot kept in each image."
+                    f"keep has shape {tuple(keep.shape)}, expected {(batch, num_slots)} with at least one slot kept in "
+                    "each image."
                 )
             alphas = alphas.masked_fill(~keep[:, :, None, None].to(alphas.device), float("-inf"))
         return contents, alphas.softmax(dim=1)
@@ -464,8 +469,8 @@ class SlotAutoencoderModel(SlotAutoencoderPreTrainedModel):
             num_iterations: T; the config's when not given.
 
         Returns:
-            int64 (height, width) at the image's own size, with values in [0, K); a list of them for a list. A value is the index of the slot
-            in `SlotAutoencoderOutput.slots`; which of them is the background is not labelled.
+            int64 (height, width) at the image's own size, with values in [0, K); a list of them for a list. A value is
+            the index of the slot in `SlotAutoencoderOutput.slots`; which of them is the background is not labelled.
 
         Example:
             ```python
