@@ -1,8 +1,8 @@
 """Slot autoencoder: an image becomes a set of slots, each slot paints its part, the parts add up to the image.
 
-Locatello et al. 2020, "Object-Centric Learning with Slot Attention", section 4.1 and appendix E: convolutional encoder,
-2-D position embedding, MLP, slot attention, spatial broadcast decoder (Watters et al. 2019), softmax over the slots'
-alphas, mean squared error.
+Locatello et al. 2020, "Object-Centric Learning with Slot Attention", section 4.1 and appendix E: convolutional
+encoder, 2-D position embedding, MLP, slot attention, spatial broadcast decoder (Watters et al. 2019), softmax over
+the slots' alphas, mean squared error.
 
 What differs from the paper, each by a field of the config:
 
@@ -51,8 +51,8 @@ class SlotAutoencoderConfig(PreTrainedConfig):
             slot: K at most `num_slots`).
         gradient: "full", "implicit" or "bilevel"; the last needs `slot_init="learned"`.
         epsilon: Added to the attention before it is normalised over the tokens.
-        decoder: "broadcast" (transposed convolutions of stride 2 from `decoder_size` to `image_size`, then plain ones) or
-            "pixel_shuffle".
+        decoder: "broadcast" (transposed convolutions of stride 2 from `decoder_size` to `image_size`, then plain
+            ones) or "pixel_shuffle".
         decoder_channels: Hidden channels of the decoder, one entry a layer.
         decoder_size: Height and width of the grid that the slots are broadcast to.
 
@@ -114,8 +114,8 @@ class SlotAutoencoderConfig(PreTrainedConfig):
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
         if len(self.encoder_channels) != len(self.encoder_strides) or not self.encoder_channels:
             raise ValueError(
-                f"encoder_channels={self.encoder_channels} and encoder_strides={self.encoder_strides} must have one entry "
-                "for each convolution, at least one."
+                f"encoder_channels={self.encoder_channels} and encoder_strides={self.encoder_strides} must have "
+                "one entry for each convolution, at least one."
             )
         if not self.decoder_channels:
             raise ValueError("decoder_channels=[] must have at least one entry.")
@@ -130,8 +130,8 @@ class SlotAutoencoderConfig(PreTrainedConfig):
             )
         if self.decoder == "broadcast" and len(self.decoder_channels) < self.num_upsamplings:
             raise ValueError(
-                f"decoder_channels={self.decoder_channels} must have at least {self.num_upsamplings} entries, one for each "
-                f"doubling from decoder_size={self.decoder_size} to image_size={self.image_size}."
+                f"decoder_channels={self.decoder_channels} must have at least {self.num_upsamplings} entries, "
+                f"one for each doubling from decoder_size={self.decoder_size} to image_size={self.image_size}."
             )
 
     @property
@@ -221,7 +221,7 @@ class SlotEncoder(nn.Module):
 
 
 class BroadcastDecoder(nn.Module):
-    """Spatial broadcast decoder (Watters et al. 2019) with transposed 5x5 convolutions, as in Locatello et al. 2020."""
+    """Spatial broadcast decoder (Watters et al. 2019) with transposed 5x5 convolutions, as in the paper."""
 
     def __init__(self, config: SlotAutoencoderConfig):
         super().__init__()
@@ -299,8 +299,8 @@ class SlotAutoencoderPreTrainedModel(PreTrainedModel):
 class SlotAutoencoderModel(SlotAutoencoderPreTrainedModel):
     """Slot attention autoencoder: finds the objects of an image without labels.
 
-    In training, slots of `slot_init="gaussian"` are drawn anew for every image. In evaluation without a `generator` they
-    are the same draws for every image and every call: results are repeatable and rows of a batch independent.
+    In training, slots of `slot_init="gaussian"` are drawn anew for every image. In evaluation without a `generator`
+    they are the same draws for every image and every call: results are repeatable and rows of a batch independent.
 
     Example:
         ```python
@@ -348,8 +348,8 @@ class SlotAutoencoderModel(SlotAutoencoderPreTrainedModel):
         if self.config.slot_init == "learned":
             if num_slots > self.config.num_slots:
                 raise ValueError(
-                    f"num_slots={num_slots} is more than the {self.config.num_slots} slots this model has learned; use "
-                    "fewer, or train with slot_init='gaussian', which takes any number."
+                    f"num_slots={num_slots} is more than the {self.config.num_slots} slots this model has learned; "
+                    "use fewer, or train with slot_init='gaussian', which takes any number."
                 )
             return self.slot_vectors[:num_slots].expand(batch, -1, -1)
         mean, std = self.slot_mean, self.slot_log_std.exp()
@@ -389,8 +389,8 @@ class SlotAutoencoderModel(SlotAutoencoderPreTrainedModel):
         expected = (self.config.num_channels, self.config.image_size, self.config.image_size)
         if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != expected:
             raise ValueError(
-                f"pixel_values has shape {tuple(pixel_values.shape)}, expected (batch, {', '.join(map(str, expected))}); "
-                "prepare images with the model's SlotImageProcessor."
+                f"pixel_values has shape {tuple(pixel_values.shape)}, expected (batch, "
+                f"{', '.join(map(str, expected))}); prepare images with the model's SlotImageProcessor."
             )
         num_iterations = self.config.num_iterations if num_iterations is None else num_iterations
         tokens = self.encoder(pixel_values)
@@ -437,8 +437,8 @@ class SlotAutoencoderModel(SlotAutoencoderPreTrainedModel):
         if keep is not None:
             if keep.shape != slots.shape[:2] or not keep.any(dim=1).all():
                 raise ValueError(
-                    f"keep has shape {tuple(keep.shape)}, expected {(batch, num_slots)} with at least one slot kept in "
-                    "each image."
+                    f"keep has shape {tuple(keep.shape)}, expected {(batch, num_slots)} with at least one slot kept "
+                    "in each image."
                 )
             alphas = alphas.masked_fill(~keep[:, :, None, None].to(alphas.device), float("-inf"))
         return contents, alphas.softmax(dim=1)
