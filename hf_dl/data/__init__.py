@@ -1,0 +1,1 @@
+"""Data as `datasets.Dataset` objects: every module has one `load(split, source, ...)` with documented columns."""
