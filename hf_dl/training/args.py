@@ -1,0 +1,255 @@
+"""The flags that all training scripts share, and a parser that refuses what it does not know.
+
+A script adds its own flags in a subclass of `TrainingArgs` and calls `parse_args` once, first of all:
+
+    @dataclass
+    class SlotArgs(TrainingArgs):
+        batch_size: int = field(default=16, metadata={"help": "Examples per optimiser step."})
+        num_slots: int = field(default=5, metadata={"help": "Slots per image."})
+
+    args = parse_args(SlotArgs)
+"""
+
+import dataclasses
+import difflib
+import os
+import sys
+import types
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import torch
+from accelerate.utils import set_seed
+from transformers import HfArgumentParser
+
+_GROUPS = {
+    "run": "output_dir seed max_steps epochs batch_size accumulation num_workers",
+    "optimisation": "optimizer learning_rate weight_decay momentum beta2 schedule warmup_steps half_life "
+    "max_grad_norm ema_decay",
+    "evaluation": "eval_every monitor higher_is_better patience",
+    "logging and checkpoints": "log_every report_to save_every keep_last resume",
+    "hardware": "mixed_precision compile cpu_threads",
+}
+
+
+@dataclass
+class TrainingArgs:
+    """Flags shared by all training scripts; a script subclasses it, adds its own and may override defaults.
+
+    A subclass with a `__post_init__` of its own calls `super().__post_init__()`, which checks the values.
+
+    Raises:
+        ValueError: If a value is out of its range, or two values contradict each other.
+
+    Example:
+        >>> TrainingArgs(max_steps=100, batch_size=32, accumulation=2).batch_size
+        32
+    """
+
+    output_dir: str = field(default="", metadata={"help": "Folder of the run; empty: runs/<name of the script>."})
+    seed: int = field(default=0, metadata={"help": "Seed of weights, data order, dropout and augmentation."})
+    max_steps: int = field(default=1000, metadata={"help": "Optimiser steps of the run."})
+    epochs: float = field(default=0.0, metadata={"help": "Passes over the data; when above 0 it replaces max_steps."})
+    batch_size: int = field(
+        default=32, metadata={"help": "Examples per optimiser step, all processes and accumulation together."}
+    )
+    accumulation: int = field(
+        default=1, metadata={"help": "Pieces a process's share of the batch is computed in: less memory, same result."}
+    )
+    num_workers: int = field(default=0, metadata={"help": "Processes that load data; 0: in the main process."})
+
+    optimizer: Literal["adam", "adamw", "sgd"] = field(default="adamw", metadata={"help": "Update rule."})
+    learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate."})
+    weight_decay: float = field(
+        default=0.0, metadata={"help": "Weight decay of weights with two or more dimensions; decoupled in adamw."}
+    )
+    momentum: float = field(default=0.9, metadata={"help": "Momentum of sgd; first beta of adam and adamw."})
+    beta2: float = field(default=0.999, metadata={"help": "Second beta of adam and adamw."})
+    schedule: Literal["constant", "linear", "cosine", "halving"] = field(
+        default="constant",
+        metadata={"help": "After warm-up: constant, to 0 linearly or as a cosine, or halved every half_life steps."},
+    )
+    warmup_steps: int = field(default=0, metadata={"help": "Steps over which the learning rate rises from 0."})
+    half_life: int = field(default=0, metadata={"help": "Steps in which schedule=halving halves, smoothly."})
+    max_grad_norm: float = field(default=0.0, metadata={"help": "Gradients are clipped to this norm; 0: not at all."})
+    ema_decay: float = field(
+        default=0.0,
+        metadata={
+            "help": "Decay d of the averaged weights, min(d, (1 + step) / (10 + step)) at each step; 0: no averaging."
+        },
+    )
+
+    eval_every: int = field(default=0, metadata={"help": "Steps between evaluations; 0: never."})
+    monitor: str = field(default="", metadata={"help": "Logged metric that decides best/ and early stopping."})
+    higher_is_better: bool = field(default=False, metadata={"help": "Whether a higher monitor is better."})
+    patience: int = field(
+        default=0, metadata={"help": "Evaluations without a better monitor after which the run stops; 0: never."}
+    )
+
+    log_every: int = field(default=50, metadata={"help": "Steps between lines of log.jsonl."})
+    report_to: str = field(
+        default="none", metadata={"help": "none, or trackers with commas between: tensorboard, trackio, wandb, ..."}
+    )
+    save_every: int = field(default=500, metadata={"help": "Steps between checkpoints; 0: none are written."})
+    keep_last: int = field(default=2, metadata={"help": "Newest checkpoints that are kept; 0: all."})
+    resume: bool = field(
+        default=False, metadata={"help": "Continue from the newest good checkpoint in output_dir, if there is one."}
+    )
+
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = field(
+        default=None, metadata={"help": "Precision of the forward pass; default: what `accelerate config` says."}
+    )
+    compile: bool = field(default=False, metadata={"help": "Compile the model with torch.compile."})
+    cpu_threads: int = field(
+        default=0, metadata={"help": "CPU threads of each process; 0: the cores divided by the processes."}
+    )
+
+    def __post_init__(self):
+        if not self.output_dir:
+            self.output_dir = f"runs/{script_path(type(self)).stem}"
+        positive = "max_steps batch_size accumulation learning_rate log_every"
+        not_negative = (
+            "epochs num_workers weight_decay warmup_steps half_life max_grad_norm eval_every patience save_every "
+            "keep_last cpu_threads"
+        )
+        for name in positive.split():
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be above 0.")
+        for name in not_negative.split():
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be 0 or above.")
+        for name in ("momentum", "beta2", "ema_decay"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and below 1.")
+        for name, known in get_type_hints(type(self)).items():
+            choices = _choices(known)
+            if choices and getattr(self, name) not in choices:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} is unknown; choose one of {', '.join(map(str, choices))}."
+                )
+        if self.batch_size % self.accumulation:
+            raise ValueError(
+                f"batch_size={self.batch_size} must be a multiple of accumulation={self.accumulation}, so that all "
+                "pieces are of one size."
+            )
+        if self.schedule == "halving" and not self.half_life:
+            raise ValueError("schedule='halving' needs half_life, the steps in which the learning rate halves.")
+        if self.patience and not self.monitor:
+            raise ValueError(f"patience={self.patience} needs monitor, the name of the logged metric to watch.")
+        if self.monitor and not self.eval_every:
+            raise ValueError(f"monitor={self.monitor!r} needs eval_every, the steps between evaluations.")
+
+
+ArgsT = TypeVar("ArgsT", bound=TrainingArgs)
+
+
+def flag_names(cls: type[TrainingArgs]) -> list[str]:
+    """List the flags of a script, without dashes, so that the keys of an experiment file can be checked.
+
+    Args:
+        cls: The script's dataclass of flags.
+
+    Returns:
+        The names, the shared ones first.
+
+    Example:
+        >>> "learning_rate" in flag_names(TrainingArgs)
+        True
+    """
+    return [f.name for f in dataclasses.fields(cls) if f.init]
+
+
+def script_path(cls: type) -> Path:
+    """Find the file that declares a script's flags: the script itself, also when a test imports it."""
+    if cls is not TrainingArgs:
+        path = getattr(sys.modules.get(cls.__module__), "__file__", None)
+        if path:
+            return Path(path)
+    return Path(sys.argv[0] or "python")
+
+
+def parse_args(cls: type[ArgsT], argv: list[str] | None = None) -> ArgsT:
+    """Parse a script's flags, seed every generator, and set the number of CPU threads.
+
+    An unknown flag or a value out of range ends the program with a sentence and exit status 2; nothing is swallowed
+    and nothing abbreviated. Threads are set here because `accelerate launch` leaves each process with a single one.
+
+    Args:
+        cls: `TrainingArgs` or a dataclass derived from it.
+        argv: The command line without the program's name; None reads `sys.argv`.
+
+    Returns:
+        The parsed flags.
+
+    Raises:
+        SystemExit: If a flag is unknown or its value is refused.
+
+    Example:
+        >>> parse_args(TrainingArgs, ["--batch_size", "64"]).batch_size
+        64
+    """
+    path = script_path(cls)
+    doc = getattr(sys.modules.get(cls.__module__), "__doc__", None) if cls is not TrainingArgs else None
+    parser = HfArgumentParser(
+        _argument_groups(cls),
+        prog=path.name,
+        description=(doc or "").strip().split("\n\n")[0],
+        allow_abbrev=False,
+    )
+    *groups, unknown = parser.parse_args_into_dataclasses(
+        argv, return_remaining_strings=True, look_for_args_file=False
+    )
+    if unknown:
+        parser.error(_unknown_flag(unknown[0], flag_names(cls)))
+    values = {name: value for group in groups for name, value in vars(group).items()}
+    try:
+        args = cls(**values)
+    except ValueError as error:
+        parser.error(str(error))
+    set_seed(args.seed)
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    torch.set_num_threads(args.cpu_threads or max(1, _num_cores() // processes))
+    return args
+
+
+def _argument_groups(cls: type[TrainingArgs]) -> list[type]:
+    """Cut the dataclass into one a group: that is how HfArgumentParser titles the groups of its help."""
+    fields, hints = {f.name: f for f in dataclasses.fields(cls) if f.init}, get_type_hints(cls)
+    titles = {name: title for title, names in _GROUPS.items() for name in names.split()}
+    groups = []
+    for title in ("this script", *_GROUPS):
+        members = [name for name in fields if titles.get(name, "this script") == title]
+        if members:
+            group = dataclasses.make_dataclass(
+                title.replace(" ", "_"),
+                [(name, hints[name], _copy(fields[name])) for name in members],
+                namespace={"_argument_group_name": title},
+                kw_only=True,
+            )
+            groups.append(group)
+    return groups
+
+
+def _copy(source: dataclasses.Field) -> Any:
+    return field(default=source.default, default_factory=source.default_factory, metadata=source.metadata)
+
+
+def _choices(annotation: Any) -> tuple:
+    """The values of `Literal[...]` or `Literal[...] | None`, else nothing."""
+    members = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
+    values = [value for member in members if get_origin(member) is Literal for value in get_args(member)]
+    return (*values, None) if values and type(None) in members else tuple(values)
+
+
+def _unknown_flag(flag: str, known: list[str]) -> str:
+    name = flag.split("=")[0].lstrip("-").replace("-", "_")
+    if not flag.startswith("--"):
+        return f"{flag!r} is not a flag; flags are written --name value. --help lists them."
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f" Did you mean --{close[0]}?" if close else ""
+    return f"--{name} is an unknown flag.{hint} --help lists all."
+
+
+def _num_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,198 @@
+"""The order of the data: seeded, the same for any number of processes, and resumable at any step.
+
+The examples of epoch e are visited in a permutation drawn from (seed, e), and the epochs follow one another without a
+gap: optimiser step s takes the examples [s * batch_size, (s + 1) * batch_size) of that endless sequence. No example
+is dropped, none is seen twice in an epoch, a batch may span two epochs, and the position is a single number. A
+process takes its own contiguous part of each batch, so one process, several processes and accumulation compute the
+same step.
+
+Everything random in the data (augmentation, collation) draws from generators seeded by (seed, step, piece, process),
+so it repeats exactly after a resume, with any number of workers.
+"""
+
+import hashlib
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+
+
+@dataclass(frozen=True)
+class Share:
+    """The part of each batch that this process computes.
+
+    Args:
+        batch_size: Examples per optimiser step over all processes.
+        accumulation: Pieces that a process computes one after the other.
+        num_processes: Processes that share a batch.
+        process_index: Which of them this is, from 0.
+    """
+
+    batch_size: int
+    accumulation: int = 1
+    num_processes: int = 1
+    process_index: int = 0
+
+    def __post_init__(self):
+        pieces = self.accumulation * self.num_processes
+        if self.batch_size % pieces:
+            raise ValueError(
+                f"batch_size={self.batch_size} must be a multiple of accumulation x processes = {self.accumulation} x "
+                f"{self.num_processes}, so that every process gets pieces of one size."
+            )
+
+    @property
+    def pieces(self) -> list[slice]:
+        """The slices of a batch, one for each accumulation piece of this process."""
+        size = self.batch_size // (self.accumulation * self.num_processes)
+        first = self.process_index * self.accumulation
+        return [slice((first + i) * size, (first + i + 1) * size) for i in range(self.accumulation)]
+
+
+def mix_seed(*parts: int | str) -> int:
+    """Hash integers and words to one well-mixed 63-bit seed.
+
+    Example:
+        >>> mix_seed(0, 1) != mix_seed(1, 0)
+        True
+    """
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the global generators of Python, NumPy and torch (all devices)."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+class _MapBatches(Dataset):
+    """Batches of a map-style dataset, addressed by (step, position of the first example)."""
+
+    def __init__(self, data: Any, share: Share, seed: int, collate: Callable):
+        self.data, self.share, self.seed, self.collate = data, share, seed, collate
+        self._epoch, self._order = -1, []
+
+    def __getitem__(self, key: tuple[int, int, int]) -> tuple[tuple[int, int], Any]:
+        step, start, piece = key
+        part = self.share.pieces[piece]
+        indices = [self._index(start + offset) for offset in range(part.start, part.stop)]
+        seed_everything(mix_seed(self.seed, "data", step, piece, self.share.process_index))
+        fetch = getattr(self.data, "__getitems__", None)
+        examples = fetch(indices) if fetch else [self.data[index] for index in indices]
+        return divmod(start + self.share.batch_size, len(self.data)), self.collate(examples)
+
+    def _index(self, place: int) -> int:
+        epoch, place = divmod(place, len(self.data))
+        if epoch != self._epoch:
+            generator = torch.Generator().manual_seed(mix_seed(self.seed, "order", epoch))
+            self._epoch, self._order = epoch, torch.randperm(len(self.data), generator=generator).tolist()
+        return self._order[place]
+
+
+class _Steps(Sampler):
+    def __init__(self, step: int, start: int, max_steps: int, share: Share):
+        self.step, self.start, self.max_steps, self.share = step, start, max_steps, share
+
+    def __iter__(self) -> Iterator[tuple[int, int, int]]:
+        for step in range(self.step, self.max_steps):
+            start = self.start + (step - self.step) * self.share.batch_size
+            for piece in range(self.share.accumulation):
+                yield step, start, piece
+
+
+class _StreamBatches(IterableDataset):
+    """Batches of a stream; every process reads all of it and keeps its own part of each batch."""
+
+    def __init__(self, data: Any, share: Share, seed: int, collate: Callable, *, step: int, position: tuple[int, int]):
+        self.data, self.share, self.seed, self.collate = data, share, seed, collate
+        self.step, self.position = step, position
+
+    def __iter__(self) -> Iterator[tuple[tuple[int, int], Any]]:
+        step, (epoch, offset) = self.step, self.position
+        waiting = []
+        while True:
+            empty = offset == 0
+            for example in self._read(epoch, offset):
+                offset, empty = offset + 1, False
+                waiting.append(example)
+                if len(waiting) < self.share.batch_size:
+                    continue
+                for piece, part in enumerate(self.share.pieces):
+                    seed_everything(mix_seed(self.seed, "data", step, piece, self.share.process_index))
+                    yield (epoch, offset), self.collate(waiting[part])
+                step, waiting = step + 1, []
+            if empty:
+                raise ValueError(f"train_data ({type(self.data).__name__}) yielded no example in epoch {epoch}.")
+            epoch, offset = epoch + 1, 0
+
+    def _read(self, epoch: int, offset: int) -> Iterator[Any]:
+        data = self.data
+        if offset and hasattr(data, "skip"):  # datasets skips without decoding
+            data, offset = data.skip(offset), 0
+        if hasattr(data, "set_epoch"):
+            data.set_epoch(epoch)
+        examples = iter(data)
+        for _ in range(offset):
+            next(examples, None)
+        return examples
+
+
+def _as_is(batch: Any) -> Any:
+    return batch
+
+
+def batches(
+    data: Any,
+    share: Share,
+    *,
+    seed: int,
+    collate: Callable[[list], Any],
+    step: int = 0,
+    position: tuple[int, int] = (0, 0),
+    max_steps: int,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+) -> DataLoader:
+    """Build the loader of one process's pieces, from a step on.
+
+    Args:
+        data: A map-style dataset (`__len__` and `__getitem__`, also `__getitems__`) or an iterable one, which is
+            started afresh every epoch, after `set_epoch(epoch)` where it has that.
+        share: What this process computes of each batch.
+        seed: Seed of order and augmentation.
+        collate: Makes a batch of a list of examples.
+        step: First optimiser step, from 0.
+        position: (epoch, examples of it already used) at that step.
+        max_steps: The step at which a map-style loader ends; a stream never ends.
+        num_workers: Processes that load; a stream uses at most one, since it is read in order.
+        pin_memory: Copy batches to page-locked memory, for faster transfer to a GPU.
+
+    Returns:
+        A loader of ((epoch, examples used of it after this step), batch), `accumulation` of them for each step.
+
+    Raises:
+        ValueError: If the dataset is empty.
+    """
+    options = {
+        "batch_size": None,
+        "collate_fn": _as_is,
+        "num_workers": num_workers,
+        "pin_memory": pin_memory,
+        # an iterator draws its workers' base seed; from the global generator it would shift dropout
+        "generator": torch.Generator().manual_seed(mix_seed(seed, "workers")),
+    }
+    if not hasattr(data, "__len__"):
+        options["num_workers"] = min(num_workers, 1)
+        return DataLoader(_StreamBatches(data, share, seed, collate, step=step, position=position), **options)
+    if not len(data):
+        raise ValueError("train_data has no examples; a run needs at least one.")
+    start = position[0] * len(data) + position[1]
+    return DataLoader(
+        _MapBatches(data, share, seed, collate), sampler=_Steps(step, start, max_steps, share), **options
+    )

@@ -1,0 +1,181 @@
+"""Checkpoints that are whole or absent: written aside, checksummed, renamed; safetensors and JSON only.
+
+A checkpoint is a folder of named groups of tensors (one safetensors file each), `state.json`, and `manifest.json` with
+the size and SHA-256 of the others. It gets its name only when all of it is on the disk, so being killed at any moment
+leaves either the whole checkpoint or a temporary folder, which the next run clears away.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save
+
+_TEMPORARY = ".writing-"
+_FORMER = ".former-"
+
+
+class DamagedCheckpointError(Exception):
+    """A checkpoint whose files are not what its manifest says."""
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a file and wait until the disk has it."""
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
+    """Fill a temporary sibling with `write(path)`, then give it the folder's name.
+
+    Args:
+        folder: The folder to create; an existing one is replaced.
+        write: Called with the path of the empty temporary folder.
+
+    Raises:
+        OSError: If the disk refuses; the temporary folder is then removed and an existing folder stays.
+    """
+    aside, former = (folder.parent / f"{prefix}{folder.name}" for prefix in (_TEMPORARY, _FORMER))
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        aside.mkdir(parents=True)
+        write(aside)
+        _sync_folder(aside)
+        if folder.exists():
+            shutil.rmtree(former, ignore_errors=True)
+            os.rename(folder, former)
+        os.rename(aside, folder)
+        _sync_folder(folder.parent)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    shutil.rmtree(former, ignore_errors=True)
+
+
+def tidy(root: Path) -> None:
+    """Undo what a killed `replace_folder` left in a folder: half-written folders go, a former one comes back."""
+    for aside in root.glob(f"{_TEMPORARY}*"):
+        shutil.rmtree(aside, ignore_errors=True)
+    for former in root.glob(f"{_FORMER}*"):
+        folder = root / former.name.removeprefix(_FORMER)
+        shutil.rmtree(former) if folder.exists() else os.rename(former, folder)
+
+
+def save_checkpoint(folder: Path, tensors: dict[str, dict[str, torch.Tensor]], state: dict[str, Any]) -> None:
+    """Write a checkpoint.
+
+    Args:
+        folder: Where it will stand.
+        tensors: Tensors by group and name; each group becomes a file, e.g. `model.safetensors`.
+        state: Everything else, as JSON can express it.
+
+    Raises:
+        OSError: If the disk refuses; nothing is left of this checkpoint then.
+    """
+
+    def write(aside: Path) -> None:
+        manifest = {}
+        contents = {f"{group}.safetensors": members for group, members in tensors.items()} | {"state.json": state}
+        for name, content in contents.items():
+            # bytes, not save_file: its memory map reports a full disk as no OSError
+            data = json.dumps(content).encode() if name == "state.json" else save(_to_cpu(content))
+            write_file(aside / name, data)
+            manifest[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        write_file(aside / "manifest.json", json.dumps(manifest, indent=2).encode())
+
+    replace_folder(folder, write)
+
+
+def load_checkpoint(folder: Path) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]:
+    """Read a checkpoint that `verify` has passed.
+
+    Returns:
+        The tensors by group and name, on the CPU, and the state.
+    """
+    tensors = {path.stem: load_file(path) for path in folder.glob("*.safetensors")}
+    return tensors, json.loads((folder / "state.json").read_text())
+
+
+def verify(folder: Path) -> None:
+    """Compare a checkpoint's files with its manifest.
+
+    Raises:
+        DamagedCheckpointError: If a file is missing, cut short or altered; the message says which.
+    """
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise DamagedCheckpointError("manifest.json is missing or unreadable") from None
+    for name, (size, digest) in expected.items():
+        path = folder / name
+        if not path.is_file():
+            raise DamagedCheckpointError(f"{name} is missing")
+        if path.stat().st_size != size:
+            raise DamagedCheckpointError(f"{name} has {path.stat().st_size} of {size} bytes")
+        with open(path, "rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != digest:
+                raise DamagedCheckpointError(f"{name} differs from what was written")
+
+
+def newest_good(root: Path) -> tuple[Path | None, list[str]]:
+    """Find the newest whole checkpoint in a folder of `step_XXXXXXXX` folders.
+
+    Returns:
+        The checkpoint or None, and a sentence about each newer one that is damaged.
+    """
+    complaints = []
+    for folder in sorted(root.glob("step_*"), reverse=True):
+        try:
+            verify(folder)
+        except DamagedCheckpointError as error:
+            complaints.append(f"Checkpoint {folder} is damaged ({error}) and was left out.")
+        else:
+            return folder, complaints
+    return None, complaints
+
+
+def keep_newest(root: Path, number: int) -> None:
+    """Remove all but the newest `number` checkpoints; 0 keeps all."""
+    for folder in sorted(root.glob("step_*"))[:-number] if number else []:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def pack_optimizer(state: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Split an optimiser's state dict into tensors named `<parameter>.<key>` and the rest, for JSON."""
+    tensors, numbers = {}, {}
+    for index, entries in state["state"].items():
+        for key, value in entries.items():
+            (tensors if isinstance(value, torch.Tensor) else numbers)[f"{index}.{key}"] = value
+    return tensors, {"numbers": numbers, "param_groups": state["param_groups"]}
+
+
+def unpack_optimizer(tensors: dict[str, torch.Tensor], rest: dict[str, Any]) -> dict[str, Any]:
+    """Join again what `pack_optimizer` split."""
+    state: dict[int, dict[str, Any]] = {}
+    for name, value in {**tensors, **rest["numbers"]}.items():
+        index, key = name.split(".", 1)
+        state.setdefault(int(index), {})[key] = value
+    return {"state": state, "param_groups": rest["param_groups"]}
+
+
+def _to_cpu(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    # cloned: safetensors refuses tied weights, two names of one memory
+    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+
+
+def _sync_folder(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # not every system can open a folder
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
