@@ -1,0 +1,179 @@
+import json
+
+import pytest
+
+from hf_dl.reporting.experiment import (
+    collect,
+    portable,
+    read_curves,
+    read_experiment,
+    read_report,
+    read_results,
+    write_report,
+)
+from tests.reporting.fake_runs import TOML, write_run, write_runs
+
+
+@pytest.fixture
+def toml(tmp_path):
+    def write(text=TOML):
+        path = tmp_path / "fake.toml"
+        path.write_text(text)
+        return path
+
+    return write
+
+
+def test_cells_are_the_product_of_the_grid_and_the_seeds(toml):
+    experiment = read_experiment(toml())
+    cells = experiment.cells("runs")
+    assert experiment.name == "fake" and len(cells) == 2 * 2 * 3
+    assert len({cell.folder for cell in cells}) == 12
+    assert [cell.flags["seed"] for cell in cells[:4]] == [0, 1, 2, 0]
+    assert cells[3].flags == {"source": "synthetic", "max_steps": 100, "width": 4, "norm": "group", "seed": 0}
+    assert experiment.curves == ("loss", "val_loss", "val_accuracy")
+
+
+def test_folder_depends_on_script_and_flags_and_on_nothing_else(toml):
+    before = [cell.id for cell in read_experiment(toml()).cells()]
+    reworded = TOML.replace("More is better.", "It does not.").replace("[4, 8]", "[4, 8, 16]")
+    reordered = reworded.replace('source = "synthetic", max_steps = 100', 'max_steps = 100, source = "synthetic"')
+    assert [cell.id for cell in read_experiment(toml(reordered)).cells()][:12] == before
+    other = {cell.id for cell in read_experiment(toml(TOML.replace("max_steps = 100", "max_steps = 101"))).cells()}
+    assert not other & set(before)
+    other = {cell.id for cell in read_experiment(toml(TOML.replace("train_fake", "train_other"))).cells()}
+    assert not other & set(before)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("question =", "qestion =", "unknown key 'qestion'; the known keys are script, question"),
+        ('expect = "More is better."', "", "lacks the key 'expect'"),
+        ('question = "Does more help?"', 'question = ""', "question='' is empty"),
+        ("seeds = [0, 1, 2]", "seeds = [0, 0]", r"seeds=\[0, 0\] is not a list of different"),
+        ("seeds = [0, 1, 2]", "seeds = 3", "seeds=3 is not a list"),
+        ("seeds = [0, 1, 2]", "seeds = [0.5]", "seeds="),
+        ("seeds = [0, 1, 2]", "seeds = [true]", "seeds="),
+        ("max_steps = 100", "seed = 1", "fixed sets 'seed'"),
+        ("max_steps = 100", "width = 1", "'width' is both fixed and in the grid"),
+        ("width = [4, 8]", "width = 4", "grid.width=4 is not a list"),
+        ("width = [4, 8]", "width = []", "grid.width="),
+        ("width = [4, 8]", "width = [4, 4]", "a value twice"),
+        ('["width", "norm"]', '["width"]', "varies 'norm', which the table does not show"),
+        ('["width", "norm"]', '["width", "depth"]', "shows 'depth', which the grid does not vary"),
+        ('["width", "norm"]', '["width", "width"]', "twice"),
+        ("baseline = {", "base = {", "table has the unknown key 'base'"),
+        ("baseline = { val_accuracy = 0.1 }", "baseline = 0.1", "table.baseline=0.1 is neither"),
+        ("baseline = { val_accuracy", "baseline = { accuracy", "table.baseline="),
+        ("labels = {", "labels = { x = 1, ", "labels="),
+        ("seeds = [0", "seeds = [[0", "not valid TOML"),
+    ],
+)
+def test_wrong_files_are_refused_with_a_sentence(toml, old, new, message):
+    assert old in TOML
+    with pytest.raises(ValueError, match=message):
+        read_experiment(toml(TOML.replace(old, new)))
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match="is not a file"):
+        read_experiment(tmp_path / "none.toml")
+
+
+def test_report_survives_the_loss_of_the_runs(toml, tmp_path):
+    experiment = read_experiment(toml())
+    write_runs(experiment, tmp_path / "runs", skip=lambda flags: flags["seed"] == 2)
+    cells = experiment.cells(tmp_path / "runs")
+    assert [cell.finished for cell in cells] == [True, True, False] * 4
+    cells[2].failure_file.write_text(json.dumps({"returncode": 1, "error": "ValueError: no"}))
+    (cells[5].folder).mkdir()
+    (cells[5].folder / "results.json").write_text('{"script": "train')
+    report = collect(experiment, tmp_path / "runs")
+    assert [cell["status"] for cell in report["cells"]][:6] == [
+        *["finished"] * 2,
+        "failed",
+        *["finished"] * 2,
+        "missing",
+    ]
+    cell = report["cells"][0]
+    for key in ("args", "metrics", "seconds", "commit", "versions", "device", "seed", "curves"):
+        assert key in cell
+    assert str(tmp_path) not in json.dumps(report)
+    write_report(report, tmp_path / "fake.json")
+    assert read_report(tmp_path / "fake.json") == report
+    lines = (tmp_path / "fake.json").read_text().splitlines()
+    assert sum('"status"' in line for line in lines) == 12
+    again = collect(experiment, tmp_path / "elsewhere", previous=report)
+    assert [c["status"] == "finished" for c in again["cells"]] == [c["status"] == "finished" for c in report["cells"]]
+    assert again["cells"][0] == cell
+    # Results of other flags must not stand in.
+    changed = read_experiment(toml(TOML.replace("max_steps = 100", "max_steps = 101")))
+    assert {c["status"] for c in collect(changed, tmp_path / "elsewhere", previous=report)["cells"]} == {"missing"}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"script": "a", "args"', "cut short or damaged"),
+        ("", "cut short or damaged"),
+        ("[1, 2]", "lacks 'script'"),
+        ('{"script": "a", "args": {}}', "lacks 'metrics'"),
+        ('{"script": "a", "args": {}, "metrics": []}', "metrics is not a table"),
+        ('{"script": "a", "args": {}, "metrics": {"ari": "0.9"}}', "metric 'ari' is '0.9', not a number"),
+    ],
+)
+def test_damaged_results_are_one_sentence(tmp_path, text, message):
+    (tmp_path / "results.json").write_text(text)
+    with pytest.raises(ValueError, match=message) as error:
+        read_results(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_missing_results(tmp_path):
+    with pytest.raises(FileNotFoundError, match="the run has not ended"):
+        read_results(tmp_path)
+    with pytest.raises(FileNotFoundError, match="run the experiment"):
+        read_report(tmp_path / "x.json")
+    (tmp_path / "x.json").write_text('{"cells": [')
+    with pytest.raises(ValueError, match="cut short"):
+        read_report(tmp_path / "x.json")
+
+
+def test_curves_are_thinned_by_means_of_neighbours(tmp_path):
+    lines = [{"step": step, "epoch": 0.0, "seconds": 1.0, "loss": float(step % 2)} for step in range(1, 1001)]
+    lines += [{"step": 500, "val_loss": 0.25}, {"step": 1000, "val_loss": 0.125}]
+    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    curves = read_curves(tmp_path, points=100)
+    assert sorted(curves) == ["loss", "val_loss"]
+    assert curves["loss"][0] == list(range(10, 1001, 10)) and set(curves["loss"][1]) == {0.5}
+    assert curves["val_loss"] == ([500, 1000], [0.25, 0.125])
+    assert list(read_curves(tmp_path, ["val_loss", "other"])) == ["val_loss"]
+
+
+def test_curves_after_restart_resume_and_kill(tmp_path):
+    lines = [
+        {"step": 1, "loss": 9.0},
+        {"step": 2, "event": "restart", "message": "collapsed"},
+        {"step": 1, "loss": 3.0},
+        {"step": 2, "loss": 2.5},
+        {"step": 2, "loss": 2.0},
+        {"step": 3, "loss": float("nan")},
+    ]
+    text = "\n".join(map(json.dumps, lines))
+    (tmp_path / "log.jsonl").write_text(text + '\n{"step": 4, "lo')
+    assert read_curves(tmp_path) == {"loss": ([1, 2], [3.0, 2.0])}
+    (tmp_path / "log.jsonl").write_text('{"step": 4, "lo\n' + text)
+    with pytest.raises(ValueError, match="line 1 is not JSON"):
+        read_curves(tmp_path)
+    assert read_curves(tmp_path / "nothing") == {}
+
+
+def test_portable_cuts_absolute_paths_only():
+    value = {"a": "/home/me/x/runs", "b": ["C:\\Users\\me\\data", "data/birds"], "c": "a / b", "d": 1.5, "e": None}
+    assert portable(value) == {"a": "runs", "b": ["data", "data/birds"], "c": "a / b", "d": 1.5, "e": None}
+
+
+def test_write_run_is_what_the_contract_says(tmp_path):
+    write_run(tmp_path, {"seed": 1}, {"val_accuracy": 0.5})
+    assert read_results(tmp_path)["metrics"] == {"val_accuracy": 0.5}

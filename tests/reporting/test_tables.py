@@ -1,0 +1,111 @@
+import statistics
+
+import numpy as np
+import pytest
+
+from hf_dl.reporting.experiment import collect, read_experiment
+from hf_dl.reporting.tables import decimals_for, groups, mean_and_deviation, results_table
+from tests.reporting.fake_runs import TOML, write_runs
+
+
+@pytest.fixture
+def report(tmp_path):
+    def make(text=TOML, **kwargs):
+        path = tmp_path / "fake.toml"
+        path.write_text(text)
+        experiment = read_experiment(path)
+        write_runs(experiment, tmp_path / "runs", **kwargs)
+        return collect(experiment, tmp_path / "runs")
+
+    return make
+
+
+def rows(table):
+    return [[entry.strip() for entry in line.strip("|").split("|")] for line in table.splitlines() if "|" in line]
+
+
+def test_means_and_sample_deviations_are_those_of_numpy(report):
+    made = report()
+    header, _, *body, chance = rows(results_table(made))
+    assert header == ["W", "norm", "accuracy", "val loss", "n"]
+    assert chance == ["chance", "", "0.100", "", ""]
+    for row, group in zip(body, groups(made), strict=True):
+        values = [
+            cell["metrics"]["val_accuracy"]
+            for cell in made["cells"]
+            if (str(cell["flags"]["width"]), cell["flags"]["norm"]) == (row[0], row[1])
+        ]
+        assert len(values) == 3 and row[4] == "3" and group.values("val_accuracy") == values
+        mean, deviation = map(float, row[2].split(" ± "))
+        assert mean == pytest.approx(np.mean(values), abs=6e-4)
+        assert deviation == pytest.approx(np.std(values, ddof=1), abs=6e-4)
+
+
+def test_missing_failed_and_partial_rows_are_shown(report, tmp_path):
+    made = report(skip=lambda flags: flags["norm"] == "batch" and (flags["width"] == 4 or flags["seed"] > 0))
+    made["cells"][0] |= {"status": "failed", "error": "ValueError: no"}
+    text = results_table(made)
+    header, _, first, _, third, *_ = rows(text)
+    assert header[-2:] == ["n", "failed"]
+    assert first == ["4", "batch", "failed", "failed", "0", "1"]
+    assert "±" not in third[2] and third[4:] == ["1", "0"]
+    made["cells"][0]["status"] = "missing"
+    assert rows(results_table(made))[2] == ["4", "batch", "missing", "missing", "0"]
+    assert "over 3 seeds; 7 of 12 runs finished, no restarts, none failed." in results_table(made)
+    assert "1 failed" in text
+
+
+def test_restarts_are_counted(report):
+    made = report(restarts=2)
+    header, _, first, *_ = rows(results_table(made))
+    assert header[-1] == "restarts" and first[-1] == "6"
+    assert "24 restarts after a collapse" in results_table(made)
+
+
+def test_columns_and_several_values_make_one_table_a_metric(report):
+    text = TOML.replace('rows = ["width", "norm"]', 'rows = "norm", columns = "width"')
+    made = report(text, skip=lambda flags: flags["width"] == 8 and flags["norm"] == "group" and flags["seed"] == 1)
+    table = results_table(made)
+    assert table.index("**accuracy**") < table.index("**val loss**")
+    header, _, first, second, chance, *_ = rows(table)
+    assert header == ["norm", "W = 4", "W = 8"]
+    assert second[0] == "group" and second[2].endswith("(n = 2)") and "(n" not in "".join(first)
+    assert chance[0] == "chance" and float(chance[1]) == float(chance[2]) == 0.1
+
+
+def test_one_value_with_a_plain_baseline(report):
+    text = TOML.replace('value = ["val_accuracy", "val_loss"]', 'value = "val_accuracy"')
+    text = text.replace("baseline = { val_accuracy = 0.1 }", "baseline = 0.1")
+    made = report(text)
+    assert rows(results_table(made))[0] == ["W", "norm", "accuracy", "n"]
+    assert results_table(made).endswith("none failed.") and "accuracy: mean ±" in results_table(made)
+
+
+def test_metric_that_no_run_has_is_named(report):
+    made = report(TOML.replace('"val_loss"', '"val_los"'))
+    with pytest.raises(ValueError, match="value='val_los' is not among the metrics .* val_accuracy, val_loss"):
+        results_table(made)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([[0.5, 0.51], [0.6, 0.62]], 3),
+        ([[0.9, 0.91, 0.8], [0.1, 0.14]], 2),
+        ([[300.0, 320.0]], 0),
+        ([[0.0031, 0.0032]], 5),
+        ([[0.5, 0.5], [0.5]], 4),
+        ([[0.0]], 1),
+        ([[]], 1),
+        ([[float("nan"), 1.0]], 3),
+        ([[1e-9, 3e-9]], 6),
+    ],
+)
+def test_decimals_follow_the_spread(values, expected):
+    assert decimals_for(values) == expected
+
+
+def test_mean_and_deviation():
+    values = [0.1, 0.2, 0.4]
+    assert mean_and_deviation(values, 3) == f"{sum(values) / 3:.3f} ± {statistics.stdev(values):.3f}"
+    assert mean_and_deviation([0.25], 2) == "0.25"
