@@ -308,12 +308,11 @@ _SRGB_TABLE = torch.tensor(
 
 
 class _Batch:
-    """The scenes of a chunk as tensors. Objects are in one flat list, sorted by shape; M of them, B scenes."""
+    """The scenes of a chunk as tensors: B scenes, their M objects in one flat list sorted by shape."""
 
-    def __init__(self, scenes: Sequence[Scene], size: int, device: torch.device):
-        self.scenes, self.size, self.device = scenes, size, device
-        cameras = np.array([scene.camera() for scene in scenes])  # (B, 4, 3)
-        eye, right, up, forward = cameras.transpose(1, 0, 2)
+    def __init__(self, scenes: Sequence[Scene], size: int, device: torch.device | str):
+        self.size, self.device, self.pixels = size, torch.device(device), len(scenes) * size**2
+        eye, right, up, forward = np.array([scene.camera() for scene in scenes]).transpose(1, 0, 2)  # (B, 3) each
         # a ray through pixel position (x, y) is d0 + x * dx + y * dy: affine, and not normalised
         dx, dy = right * (2 * _HALF_FOV / size), up * (-2 * _HALF_FOV / size)
         d0 = forward - right * _HALF_FOV + up * _HALF_FOV
@@ -323,62 +322,52 @@ class _Batch:
             ((SHAPES.index(o.shape), b, i, o) for b, scene in enumerate(scenes) for i, o in enumerate(scene.objects)),
             key=lambda item: item[:3],
         )
-        shape, owner, slot = np.array([item[:3] for item in order]).T
+        shape, scene, slot = np.array([item[:3] for item in order]).T
         objects = [item[3] for item in order]
-        self.counts = np.bincount(shape, minlength=len(SHAPES)).tolist()
         centre = np.array([o.position for o in objects])
         extent = np.array([(o.extent[0], *o.extent) for o in objects])  # (M, 3)
-        angle = [math.radians(o.rotation) for o in objects]
-        cos, sin = np.array([math.cos(a) for a in angle]), np.array([math.sin(a) for a in angle])
+        # one at a time: numpy's cos may round differently in the middle and at the end of an array
+        cos = np.array([math.cos(math.radians(o.rotation)) for o in objects])[:, None]
+        sin = np.array([math.sin(math.radians(o.rotation)) for o in objects])[:, None]
+
+        def turn(v: np.ndarray, sin: np.ndarray = sin) -> np.ndarray:
+            return np.stack([cos * v[..., 0] - sin * v[..., 1], sin * v[..., 0] + cos * v[..., 1], v[..., 2]], -1)
 
         def to_local(v: np.ndarray) -> np.ndarray:
-            return np.stack([cos * v[:, 0] + sin * v[:, 1], cos * v[:, 1] - sin * v[:, 0], v[:, 2]], 1) / extent
+            return turn(v[:, None], -sin)[:, 0] / extent
 
-        rays = [to_local(eye[owner] - centre)] + [to_local(v[owner]) for v in (d0, dx, dy)]
-        corners = np.array([(x, y, z) for x in (-1, 1) for y in (-1, 1) for z in (-1, 1)], float)
-        corners = corners * extent[:, None]  # (M, 8, 3)
-        c, s = cos[:, None], sin[:, None]
-        corners = (
-            np.stack(
-                [
-                    c * corners[..., 0] - s * corners[..., 1],
-                    s * corners[..., 0] + c * corners[..., 1],
-                    corners[..., 2],
-                ],
-                -1,
-            )
-            + centre[:, None]
-        )
-        light = lights[owner]  # (M, lights, 3)
-        fall = corners[:, :, None, 2:] / light[:, None, :, 2:]
-        shadow = (corners[:, :, None] - fall * light[:, None]).reshape(len(objects), -1, 3)
-        view = [a[owner][:, None] for a in (eye, right, up, forward)]
-
-        def tensor(array, dtype=torch.float32):
-            return torch.as_tensor(np.ascontiguousarray(array), dtype=dtype).to(device)
-
+        view = [axis[scene][:, None] for axis in (eye, right, up, forward)]
+        cube = np.array([(x, y, z) for x in (-1, 1) for y in (-1, 1) for z in (-1, 1)])
+        corners = turn(cube * extent[:, None]) + centre[:, None]  # (M, 8, 3)
+        light = lights[scene][:, None]  # (M, 1, lights, 3)
+        shadow = corners[:, :, None] - corners[:, :, None, 2:] / light[..., 2:] * light
         self.view_boxes = self._boxes(corners, *view)
-        self.shadow_boxes = self._boxes(shadow, *view)
-        self.eye, self.d0, self.dx, self.dy = (tensor(v.T) for v in (eye, d0, dx, dy))  # (3, B)
+        self.shadow_boxes = self._boxes(shadow.reshape(len(objects), -1, 3), *view)
+        self.counts = np.bincount(shape, minlength=len(SHAPES))
+
+        def tensor(array: np.ndarray, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+            return torch.as_tensor(np.ascontiguousarray(array), dtype=dtype).to(self.device)
+
+        self.camera = tensor(np.concatenate([eye, d0, dx, dy], 1).T)  # (12, B)
         self.lights = tensor(lights.transpose(2, 1, 0))  # (3, lights, B)
-        self.ground = tensor(np.array([scene.ground for scene in scenes]).T)
-        self.target = tensor(np.array([scene.target for scene in scenes]).T)
-        self.owner, self.slot, self.shape = (tensor(v, torch.long) for v in (owner, slot, shape))
-        self.rays = tensor(np.concatenate(rays, 1).T)  # (12, M)
-        bound = np.where(
-            shape == 1,
-            np.sqrt(2 * extent[:, 0] ** 2 + extent[:, 2] ** 2),
-            np.where(shape == 0, extent[:, 0], np.sqrt(extent[:, 0] ** 2 + extent[:, 2] ** 2)),
+        self.targets = tensor(np.array([s.target for s in scenes]).T)
+        self.ground = tensor(np.array([s.ground for s in scenes]).T)
+        self.shape, self.scene, self.slot = (tensor(v, torch.long) for v in (shape, scene, slot))
+        self.rays = tensor(
+            np.concatenate([to_local(eye[scene] - centre)] + [to_local(v[scene]) for v in (d0, dx, dy)], 1).T
         )
+        # the tables below have one object more, of no size, which stands for "none"
+        self.pose = torch.nn.functional.pad(
+            tensor(np.concatenate([centre, cos, sin, extent[:, [0, 2]]], 1).T), (0, 1)
+        )  # (7, M + 1)
+        self.bound = torch.nn.functional.pad(tensor(np.sqrt(2 * extent[:, 0] ** 2 + extent[:, 2] ** 2)), (0, 1))
         albedo = np.array([_LINEAR[o.color] for o in objects])
         metal = np.array([o.material == "metal" for o in objects], float)
-        self.pose = tensor(np.concatenate([centre, cos[:, None], sin[:, None], extent[:, [0, 2]]], 1).T)  # (7, M)
         self.look = tensor(np.concatenate([shape[:, None], albedo, metal[:, None]], 1).T)  # (5, M)
-        self.bound = tensor(bound)
-        self.max_objects = int(slot.max()) + 1
-        index = np.full((len(scenes), self.max_objects), -1)
-        index[owner, slot] = np.arange(len(objects))
-        self.index = tensor(index, torch.long)  # (B, slots): from scene and slot to object, -1 for none
+        self.slots = int(slot.max()) + 1
+        index = np.full((len(scenes), self.slots), len(objects))
+        index[scene, slot] = np.arange(len(objects))
+        self.index = tensor(index, torch.long)  # (B, slots): from scene and slot to object
 
     def _boxes(self, points, eye, right, up, forward) -> np.ndarray:
         """Pixel rectangles (M, 4), x0 y0 x1 y1 half-open, that hold everything between world points (M, n, 3)."""
@@ -391,39 +380,59 @@ class _Batch:
         high = np.ceil(np.stack([x.max(1), y.max(1)], 1)) + 1
         return np.concatenate([low, high], 1).clip(0, self.size).astype(np.int64)
 
-    def tiles(self, boxes: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[int]]:
-        """All pixels of all rectangles: object, column and row of each (E,), and how many there are of each shape."""
-        width, height = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
-        area = width * height
+    def tiles(self, boxes: np.ndarray) -> _Tiles:
+        """All pixels of all rectangles, object by object."""
+        width = boxes[:, 2] - boxes[:, 0]
+        area = width * (boxes[:, 3] - boxes[:, 1])
+        end = np.cumsum(area)
         owner = np.repeat(np.arange(len(boxes)), area)
-        local = np.arange(len(owner)) - np.repeat(np.cumsum(area) - area, area)
-        y, x = np.divmod(local, width[owner])
+        y, x = np.divmod(np.arange(len(owner)) - (end - area)[owner], width[owner])
         x, y = x + boxes[owner, 0], y + boxes[owner, 1]
-        counts = np.add.reduceat(np.append(area, 0), np.minimum(np.cumsum([0, *self.counts[:-1]]), len(area)))
-        counts = np.where(self.counts, counts, 0).tolist()
-        return *(torch.as_tensor(v).to(self.device) for v in (owner, x, y)), counts
+        counts = np.diff(np.append(0, end)[np.append(0, np.cumsum(self.counts))]).tolist()
+        owner, x, y = (torch.as_tensor(v).to(self.device) for v in (owner, x, y))
+        scene = self.scene.index_select(0, owner)
+        return _Tiles(owner, scene, (scene * self.size + y) * self.size + x, x + 0.5, y + 0.5, counts)
 
-    def trace(self, offsets: Sequence[tuple[float, float]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Cast rays through each pixel's centre plus offsets (S of them), at the objects only.
+    def trace(self, offsets: Sequence[tuple[float, float]]) -> tuple[_Tiles, torch.Tensor, torch.Tensor]:
+        """Cast S rays a pixel, offset from its centre, at the objects only.
 
         Returns:
-            slots (S, B * size * size), 0 where no object is hit, else its slot + 1; the hits' t, alike; and the
-            number of pixels of each object's silhouette (M,), occluded or not, at the first offset.
+            The tiles that were searched (E pixels of objects); the hits of their rays (S, E), infinite for a miss;
+            and the nearest hit of each pixel of the images (S, pixels).
         """
-        owner, x, y, counts = self.tiles(self.view_boxes)
-        pixel = (self.owner[owner] * self.size + y) * self.size + x
-        rays = self.rays[:, owner]  # (12, E)
-        o, d0, dx, dy = rays.split(3)
-        offsets = torch.tensor(offsets, device=self.device)[..., None]  # (S, 2, 1)
-        d = (d0 + (x + 0.5) * dx + (y + 0.5) * dy)[:, None] + offsets[:, 0] * dx[:, None] + offsets[:, 1] * dy[:, None]
-        t = _first_hit(counts, o[:, None], d)  # (S, E)
-        silhouette = torch.bincount(owner[t[0] < math.inf], minlength=len(self.owner))
-        # positive floats sort like their bits: with the slot in the low byte, one minimum finds the nearest object
-        key = (t.view(torch.int32).long() << 8) + (self.slot[owner] + 1)
-        miss = int(torch.tensor(math.inf).view(torch.int32)) << 8
-        buffer = torch.full((len(offsets), len(self.scenes) * self.size**2), miss, device=self.device)
-        buffer.scatter_reduce_(1, pixel.expand(len(offsets), -1), key, "amin")
-        return buffer & 255, (buffer >> 8).int().view(torch.float32), silhouette
+        tiles = self.tiles(self.view_boxes)
+        origin, d0, dx, dy = self.rays.index_select(1, tiles.owner).split(3)
+        direction = _directions(d0, dx, dy, tiles, offsets)
+        t = _first_hit(tiles.counts, origin[:, None], direction)
+        nearest = torch.full((len(offsets), self.pixels), math.inf, device=self.device)
+        nearest.scatter_reduce_(1, tiles.pixel.expand_as(t), t, "amin")
+        return tiles, t, nearest
+
+    def masks(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Masks (B, size, size), uint8, and the number of pixels of each object's whole silhouette (M,)."""
+        tiles, t, nearest = self.trace([(0.0, 0.0)])
+        hit = t[0] < math.inf
+        silhouette = torch.bincount(tiles.owner[hit], minlength=len(self.shape))
+        front = hit & (t[0] == nearest[0].index_select(0, tiles.pixel))
+        masks = torch.zeros(self.pixels, dtype=torch.uint8, device=self.device)
+        masks[tiles.pixel[front]] = (self.slot[tiles.owner[front]] + 1).to(torch.uint8)
+        return masks.view(-1, self.size, self.size), silhouette
+
+
+@dataclass
+class _Tiles:
+    owner: torch.Tensor  # (E,): object whose rectangle it is
+    scene: torch.Tensor  # (E,)
+    pixel: torch.Tensor  # (E,): flat index into the images of the batch
+    x: torch.Tensor  # (E,): centre of the pixel
+    y: torch.Tensor
+    counts: list[int]  # how many of E there are of each shape
+
+
+def _directions(d0, dx, dy, tiles: _Tiles, offsets: Sequence[tuple[float, float]]) -> torch.Tensor:
+    """Directions (3, S, E) of the rays at S offsets from the pixels' centres."""
+    offsets = torch.tensor(offsets, device=d0.device)[..., None]  # (S, 2, 1)
+    return (d0 + tiles.x * dx + tiles.y * dy)[:, None] + offsets[:, 0] * dx[:, None] + offsets[:, 1] * dy[:, None]
 
 
 def _area_light(scene: Scene) -> list[list[float]]:
@@ -442,123 +451,91 @@ def _area_light(scene: Scene) -> list[list[float]]:
     return directions
 
 
+def _to_local(pose: torch.Tensor, point: torch.Tensor, direction: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """World points and directions (3, ..., n) in the unit coordinates of objects with pose (7, n)."""
+    cx, cy, cz, cos, sin, width, height = pose
+    width, height = 1 / width, 1 / height
+    across, along = cos * width, sin * width
+    x, y, z = point[0] - cx, point[1] - cy, point[2] - cz
+    point = torch.stack([across * x + along * y, across * y - along * x, z * height])
+    x, y, z = direction
+    return point, torch.stack([across * x + along * y, across * y - along * x, z * height])
+
+
 def _ground_visibility(batch: _Batch) -> torch.Tensor:
-    """Fraction of the key light that reaches the ground at each subpixel (4, B * size * size)."""
-    owner, x, y, counts = batch.tiles(batch.shadow_boxes)
-    scene = batch.owner[owner]
-    pixel = (scene * batch.size + y) * batch.size + x
-    cx, cy, cz, cos, sin, width, height = batch.pose[:, owner]
-    eye, d0, dx, dy = (v[:, scene][:, None] for v in (batch.eye, batch.d0, batch.dx, batch.dy))  # (3, 1, E)
-    offsets = torch.tensor(_SUBPIXELS, device=batch.device)
-    offsets = offsets.repeat(_NUM_LIGHTS // len(_SUBPIXELS), 1)[..., None]  # (lights, 2, 1)
-    d = (d0 + (x + 0.5) * dx + (y + 0.5) * dy) + offsets[:, 0] * dx + offsets[:, 1] * dy  # (3, lights, E)
+    """Fraction of the key light that reaches the ground at each subpixel (4, pixels)."""
+    tiles = batch.tiles(batch.shadow_boxes)
+    eye, d0, dx, dy = batch.camera.index_select(1, tiles.scene).split(3)
+    repeats = _NUM_LIGHTS // len(_SUBPIXELS)
+    d = _directions(d0, dx, dy, tiles, _SUBPIXELS)
     t = -eye[2] / d[2]
-    px, py = eye[0] + t * d[0] - cx, eye[1] + t * d[1] - cy
-    origin = torch.stack([(cos * px + sin * py) / width, (cos * py - sin * px) / width, (-cz / height).expand_as(px)])
-    light = batch.lights[:, :, scene]
-    light = torch.stack(
-        [(cos * light[0] + sin * light[1]) / width, (cos * light[1] - sin * light[0]) / width, light[2] / height]
-    )
-    dark = _first_hit(counts, origin, light) < math.inf
-    lit = torch.ones(_NUM_LIGHTS, len(batch.scenes) * batch.size**2, device=batch.device)
-    k, e = dark.nonzero(as_tuple=True)
-    lit[k, pixel[e]] = 0
-    half = len(_SUBPIXELS)
-    return sum(lit[i : i + half] for i in range(0, _NUM_LIGHTS, half)) * (half / _NUM_LIGHTS)
+    point = torch.stack([eye[0] + t * d[0], eye[1] + t * d[1], torch.zeros_like(t)]).repeat(1, repeats, 1)
+    light = batch.lights.index_select(2, tiles.scene)
+    origin, direction = _to_local(batch.pose.index_select(1, tiles.owner), point, light)
+    lit = (_first_hit(tiles.counts, origin, direction) == math.inf).to(torch.uint8)
+    visible = torch.ones(_NUM_LIGHTS, batch.pixels, dtype=torch.uint8, device=batch.device)
+    visible.scatter_reduce_(1, tiles.pixel.expand_as(lit), lit, "amin")
+    return visible.view(repeats, len(_SUBPIXELS), -1).sum(0, dtype=torch.uint8).float() / repeats
 
 
 def _in_shadow(batch: _Batch, point: torch.Tensor, light: torch.Tensor, scene: torch.Tensor, own: torch.Tensor):
     """Whether another object stands between points (3, n) on objects and the light (3, n)."""
-    dark = torch.zeros_like(point[0], dtype=torch.bool)
     rays, objects = [], []
-    for slot in range(batch.max_objects):
-        other = batch.index[scene, slot]
-        centre = batch.pose[:3, other]
-        to = centre - point
+    for slot in range(batch.slots):
+        other = batch.index[:, slot].index_select(0, scene)
+        to = batch.pose[:3].index_select(1, other) - point
+        bound = batch.bound.index_select(0, other)
         along = _dot(to, light)
-        near = _dot(to, to) - along * along < batch.bound[other] ** 2
-        ray = (near & (along > 0) & (other != own) & (other >= 0)).nonzero()[:, 0]
+        near = (_dot(to, to) - along * along < bound * bound) & (along > 0) & (other != own)
+        ray = near.nonzero()[:, 0]
         rays.append(ray)
         objects.append(other[ray])
     ray, other = torch.cat(rays), torch.cat(objects)
     order = other.argsort(stable=True)  # objects are sorted by shape
     ray, other = ray[order], other[order]
     counts = torch.bincount(batch.shape[other], minlength=len(SHAPES)).tolist()
-    cx, cy, cz, cos, sin, width, height = batch.pose[:, other]
-    p, d = point[:, ray], light[:, ray]
-    px, py = p[0] - cx, p[1] - cy
-    o = torch.stack([(cos * px + sin * py) / width, (cos * py - sin * px) / width, (p[2] - cz) / height])
-    d = torch.stack([(cos * d[0] + sin * d[1]) / width, (cos * d[1] - sin * d[0]) / width, d[2] / height])
+    o, d = _to_local(batch.pose.index_select(1, other), point.index_select(1, ray), light.index_select(1, ray))
+    dark = torch.zeros_like(point[0], dtype=torch.bool)
     dark[ray[_first_hit(counts, o, d) < math.inf]] = True
     return dark
 
 
 def _local_normal(shape: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
-    """Normals (3, n) of the unit shapes at surface points p (3, n), with slightly rounded edges."""
+    """Normals (3, n), of any length, of the unit shapes at surface points p (3, n); edges are slightly rounded."""
     round_from = 0.93
-    x, y, z = p
+    x, y, _ = p
     radius = (x * x + y * y).sqrt().clamp_min(1e-6)
     edge = (p.abs() - round_from).clamp_min(0)
     cube = torch.where(p < 0, -edge, edge)
     side = (radius - round_from).clamp_min(0) / radius
     cylinder = torch.stack([x * side, y * side, cube[2]])
     cone = torch.stack([x, y, radius * 0.5])
-    normal = torch.where(shape == 0, p, torch.where(shape == 1, cube, torch.where(shape == 2, cylinder, cone)))
-    return normal
-
-
-def _light_plain_ground(batch: _Batch, pixel_y: torch.Tensor, pixel_x: torch.Tensor):
-    """Ambient and key light (B, size, size) that the ground would reflect without shadows."""
-
-    def scene(v):
-        return v[..., None, None]
-
-    eye, light = batch.eye, batch.lights[:, 0]
-    d = scene(batch.d0) + pixel_x * scene(batch.dx) + pixel_y[:, None] * scene(batch.dy)  # (3, B, size, size)
-    t = -scene(eye[2]) / d[2]
-    x, y = scene(eye[0]) + t * d[0], scene(eye[1]) + t * d[1]
-    cx, cy = x - scene(batch.target[0]), y - scene(batch.target[1])
-    falloff = 1 / (1 + (cx * cx + cy * cy) * (1 / 160))
-    open_sky = torch.ones_like(x)
-    for slot in range(batch.max_objects):
-        other = batch.index[:, slot]
-        px, py, pz, _, _, width, _ = batch.pose[:, other]
-        size = torch.where(other >= 0, width * width, 0.0)  # a sphere of that width darkens the sky above a point
-        dx, dy = x - scene(px), y - scene(py)
-        square = dx * dx + dy * dy + scene(pz * pz)
-        open_sky = open_sky - scene(size * pz) / (square * square.sqrt())
-    return falloff * open_sky.clamp_min(0.1) * _AMBIENT, falloff * _KEY * scene(light[2])
+    return torch.where(shape == 0, p, torch.where(shape == 1, cube, torch.where(shape == 2, cylinder, cone)))
 
 
 _AMBIENT, _KEY = 0.42, 0.95
 
 
-def _shade_objects(batch: _Batch, slots: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Linear colours (3, n) of the n subpixels that show an object, and their flat indices into (4, pixels)."""
-    where = slots.flatten().nonzero()[:, 0]
-    pixels = slots.shape[1]
-    sample, pixel = where // pixels, where % pixels
-    scene = pixel // batch.size**2
-    y, x = pixel // batch.size % batch.size, pixel % batch.size
-    own = batch.index[scene, slots.flatten()[where] - 1]
-    offsets = torch.tensor(_SUBPIXELS, device=batch.device)[sample]
-    o, d0, dx, dy = batch.rays[:, own].split(3)
-    d = d0 + (x + 0.5) * dx + (y + 0.5) * dy + offsets[:, 0] * dx + offsets[:, 1] * dy
-    p = o + t.flatten()[where] * d
-    cx, cy, cz, cos, sin, width, height = batch.pose[:, own]
-    shape, red, green, blue, metal = batch.look[:, own]
-    n = _local_normal(shape, p)
-    extent = torch.stack([width, width, height])
+def _ground_light(batch: _Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ambient and key light (B, size, size) on the plain ground, before shadows."""
 
-    def turn(v):
-        return torch.stack([cos * v[0] - sin * v[1], sin * v[0] + cos * v[1], v[2]])
+    def image(v: torch.Tensor) -> torch.Tensor:
+        return v[..., None, None]
 
-    n = _normalize(turn(n / extent))
-    view = -_normalize(turn(d * extent))
-    point = turn(p * extent) + torch.stack([cx, cy, cz])
-    light = batch.lights[:, sample * (_NUM_LIGHTS // len(_SUBPIXELS)), scene]
-    albedo = torch.stack([red, green, blue])
-    return _light(batch, point, n, view, light, scene, own, albedo, metal), where
+    centre = torch.arange(batch.size, device=batch.device) + 0.5
+    eye, d0, dx, dy = batch.camera.split(3)
+    d = image(d0) + centre * image(dx) + centre[:, None] * image(dy)  # (3, B, size, size)
+    t = -image(eye[2]) / d[2]
+    x, y = image(eye[0]) + t * d[0], image(eye[1]) + t * d[1]
+    cx, cy = x - image(batch.targets[0]), y - image(batch.targets[1])
+    falloff = 1 / (1 + (cx * cx + cy * cy) * (1 / 160))
+    sky = torch.ones_like(x)
+    for slot in range(batch.slots):
+        px, py, pz, _, _, width, _ = batch.pose.index_select(1, batch.index[:, slot])
+        dx, dy = x - image(px), y - image(py)
+        square = dx * dx + dy * dy + image(pz * pz + 1e-6)
+        sky = sky - image(width * width * pz) / (square * square.sqrt())  # as a sphere of that width would darken it
+    return falloff * sky.clamp_min(0.1) * _AMBIENT, falloff * (_KEY * image(batch.lights[2, 0]))
 
 
 def _power(x: torch.Tensor, doublings: int) -> torch.Tensor:
@@ -567,52 +544,67 @@ def _power(x: torch.Tensor, doublings: int) -> torch.Tensor:
     return x
 
 
-def _light(batch, point, normal, view, light, scene, own, albedo, metal) -> torch.Tensor:
-    facing = _dot(normal, light).clamp_min(0)
+def _shade_objects(batch: _Batch, tiles: _Tiles, t: torch.Tensor, front: torch.Tensor) -> torch.Tensor:
+    """Linear colours (3, n) of the n subpixels that show an object: entries `front` of the flat t (S * E)."""
+    entry, sample = front % t.shape[1], front // t.shape[1]
+    own, scene = tiles.owner.index_select(0, entry), tiles.scene.index_select(0, entry)
+    x, y = tiles.x.index_select(0, entry), tiles.y.index_select(0, entry)
+    x, y = (
+        v + torch.tensor(o, device=batch.device).index_select(0, sample)
+        for v, o in zip((x, y), zip(*_SUBPIXELS, strict=True), strict=True)
+    )
+    o, d0, dx, dy = batch.rays.index_select(1, own).split(3)
+    d = d0 + x * dx + y * dy
+    p = o + t.flatten().index_select(0, front) * d
+    cx, cy, cz, cos, sin, width, height = batch.pose.index_select(1, own)
+    extent = torch.stack([width, width, height])
+
+    def turn(v):
+        return torch.stack([cos * v[0] - sin * v[1], sin * v[0] + cos * v[1], v[2]])
+
+    shape, red, green, blue, metal = batch.look.index_select(1, own)
+    normal = _normalize(turn(_local_normal(shape, p) / extent))
+    view = -_normalize(turn(d * extent))
+    point = turn(p * extent) + torch.stack([cx, cy, cz])
+    lights = batch.lights[:, :: _NUM_LIGHTS // len(_SUBPIXELS)].reshape(3, -1)
+    light = lights.index_select(1, sample * batch.lights.shape[2] + scene)
+    albedo = torch.stack([red, green, blue])
+    ground = batch.ground.index_select(1, scene)
+
     # start the shadow ray a little off the surface
-    lit = facing * torch.where(_in_shadow(batch, point + 1e-3 * normal, light, scene, own), 0.0, 1.0)
-    half = _normalize(light + view)
-    shine = _dot(normal, half).clamp_min(0)
-    shine = shine * lit
+    lit = torch.where(
+        _in_shadow(batch, point + 1e-3 * normal, light, scene, own), 0.0, _dot(normal, light).clamp_min(0)
+    )
+    shine = torch.where(lit > 0, _dot(normal, _normalize(light + view)).clamp_min(0), 0.0)
     up = normal[2]
-    near_ground = 0.35 + 0.65 * (point[2] / 0.7).clamp(0, 1)
-    ground = batch.ground[:, scene]
-    sky = _AMBIENT * (0.6 + 0.4 * up) * (1 - (1 - near_ground) * (1 - up) * 0.5)
-    bounce = 0.30 * ground * (0.5 - 0.5 * up) * near_ground
+    low = 1 - (point[2] / 0.7).clamp(0, 1)  # near the ground
+    sky = _AMBIENT * (0.6 + 0.4 * up) * (1 - 0.325 * low * (1 - up))
+    bounce = 0.30 * ground * (0.5 - 0.5 * up) * (1 - 0.65 * low)
     diffuse = albedo * (sky + bounce + _KEY * lit)
-    gloss = _power(_dot(normal, half).clamp_min(0), 4) * torch.where(lit > 0, 1.0, 0.0)
-    rubber = diffuse + 0.05 * gloss
     mirror = 2 * _dot(normal, view) * normal - view
     rise = mirror[2]
-    box = _smoothstep(0.80, 0.97, _dot(mirror, light))
-    sky_seen = 0.30 + 0.55 * _smoothstep(0.0, 0.9, rise) + 1.6 * box
-    floor = ground * (0.25 + 0.75 * near_ground) * 0.9
-    seen = torch.where(rise > 0, sky_seen, floor * (1 + rise) + 0.30 * -rise * floor)
-    grazing = 1 - _dot(normal, view).clamp(0, 1)
-    fresnel = _power(grazing, 2)
-    tint = albedo + (1 - albedo) * (0.08 + 0.5 * fresnel)
-    glint = _power(_dot(normal, half).clamp_min(0), 7) * torch.where(lit > 0, 1.0, 0.0)
-    metallic = 0.45 * diffuse + 0.75 * tint * seen + 0.8 * glint
-    return torch.where(metal > 0.5, metallic, rubber)
+    above = 0.30 + 0.55 * _smoothstep(0.0, 0.9, rise) + 1.6 * _smoothstep(0.80, 0.97, _dot(mirror, light))
+    below = ground * (0.9 - 0.44 * low) * (1 + 0.7 * rise)
+    fresnel = 0.08 + 0.5 * _power(1 - _dot(normal, view).clamp(0, 1), 2)
+    tint = albedo + (1 - albedo) * fresnel
+    metallic = 0.45 * diffuse + 0.75 * tint * torch.where(rise > 0, above, below) + 0.8 * _power(shine, 7)
+    return torch.where(metal > 0.5, metallic, diffuse + 0.05 * _power(shine, 4))
 
 
 def _shade(batch: _Batch) -> torch.Tensor:
     """Images (B, size, size, 3), uint8."""
-    slots, t, _ = batch.trace(_SUBPIXELS)
-    lit = _ground_visibility(batch)
-    bare = torch.where(slots == 0, 0.25, 0.0)
-    bare_pixel, key_pixel = bare.sum(0), (bare * lit).sum(0)
-    shape = (len(batch.scenes), batch.size, batch.size)
-    centre = torch.arange(batch.size, device=batch.device) + 0.5
-    ambient, key = _light_plain_ground(batch, centre, centre)
-    light = ambient * bare_pixel.view(shape) + key * key_pixel.view(shape)
-    color, where = _shade_objects(batch, slots, t)
-    samples = torch.zeros(3, slots.numel(), device=batch.device)
-    samples[:, where] = color * 0.25
-    samples = samples.view(3, len(_SUBPIXELS), *shape)
-    image = samples[:, 0] + samples[:, 1] + samples[:, 2] + samples[:, 3] + batch.ground[..., None, None] * light
+    tiles, t, nearest = batch.trace(_SUBPIXELS)
+    bare = (nearest == math.inf).float() * (1 / len(_SUBPIXELS))
+    bare_pixel, lit_pixel = bare.sum(0), (bare * _ground_visibility(batch)).sum(0)
+    ambient, key = _ground_light(batch)
+    light = ambient.flatten() * bare_pixel + key.flatten() * lit_pixel
+    front = ((t < math.inf) & (t == nearest.gather(1, tiles.pixel.expand_as(t)))).flatten().nonzero()[:, 0]
+    color = _shade_objects(batch, tiles, t, front) * (1 / len(_SUBPIXELS))
+    image = (batch.ground[..., None] * light.view(-1, batch.size**2)).flatten(1)
+    image.scatter_add_(1, tiles.pixel.index_select(0, front % t.shape[1]).expand_as(color), color)
     level = (image.clamp(0, 1) * 4095 + 0.5).int()
-    return _SRGB_TABLE.to(batch.device)[level].permute(1, 2, 3, 0).contiguous()
+    image = _SRGB_TABLE.to(batch.device).index_select(0, level.flatten())
+    return image.view(3, -1, batch.size, batch.size).permute(1, 2, 3, 0).contiguous()
 
 
 def render(
@@ -623,7 +615,7 @@ def render(
     The image averages 2x2 rays a pixel in linear light; the mask is what the ray through the pixel's centre hits.
 
     Args:
-        scenes: What to render, of one style.
+        scenes: What to render.
         size: Width and height in pixels, 32 to 256.
         device: Where to compute.
 
@@ -633,9 +625,8 @@ def render(
     """
     images, masks = [], []
     for start in range(0, len(scenes), _CHUNK):
-        batch = _Batch(scenes[start : start + _CHUNK], size, torch.device(device))
-        slots, _, _ = batch.trace([(0.0, 0.0)])
-        masks.append(slots.view(-1, size, size).to(torch.uint8))
+        batch = _Batch(scenes[start : start + _CHUNK], size, device)
+        masks.append(batch.masks()[0])
         images.append(_shade(batch))
     return torch.cat(images), torch.cat(masks)
 
@@ -659,15 +650,14 @@ def _visible_scenes(
                 scene = sample_scene(index, split, style=style, num_objects=num_objects, seed=seed, attempt=attempt)
                 attempt += 1
             drawn[index], pending[index] = scene, attempt
-        batch = _Batch(list(drawn.values()), size, torch.device("cpu"))
-        slots, _, silhouette = batch.trace([(0.0, 0.0)])
-        masks = slots.view(-1, size, size).to(torch.uint8)
-        width = batch.max_objects + 1
-        flat = slots.view(len(drawn), -1) + torch.arange(len(drawn))[:, None] * width
+        batch = _Batch(list(drawn.values()), size, "cpu")
+        masks, silhouette = batch.masks()
+        width = batch.slots + 1
+        flat = masks.flatten(1) + torch.arange(len(drawn))[:, None] * width
         visible = torch.bincount(flat.flatten(), minlength=len(drawn) * width).view(-1, width)[:, 1:]
-        visible = visible[batch.owner, batch.slot]
+        visible = visible[batch.scene, batch.slot]
         enough = (visible >= _MIN_AREA * size**2) & (visible >= _MIN_VISIBLE[style] * silhouette)
-        failed = set(batch.owner[~enough].tolist())
+        failed = set(batch.scene[~enough].tolist())
         for number, (index, scene) in enumerate(drawn.items()):
             if number not in failed:
                 accepted[index] = scene, masks[number]
@@ -768,7 +758,7 @@ def _generate(
         for start in range(first, last, _CHUNK):
             indices = range(start, min(start + _CHUNK, last))
             drawn = _visible_scenes(indices, split, style, size, num_objects, seed)
-            batch = _Batch([scene for scene, _ in drawn], size, torch.device("cpu"))
+            batch = _Batch([scene for scene, _ in drawn], size, "cpu")
             images = _shade(batch).numpy()
             for index, (scene, mask), image in zip(indices, drawn, images, strict=True):
                 mask = mask.numpy()
