@@ -1,0 +1,228 @@
+"""Run the missing cells of an experiment, then write its report, card and figures into model_cards/.
+
+    scripts/run python scripts/run_experiment.py scripts/experiments/slots.toml
+    scripts/run python scripts/run_experiment.py scripts/experiments/slots.toml --dry_run      # what would run
+    scripts/run python scripts/run_experiment.py scripts/experiments/slots.toml --only_report  # from what is there
+
+Each cell is a process of its own. A finished cell is not run again and an interrupted one continues from its last
+checkpoint; a cell that fails does not stop the others, is named at the end, and makes the exit status 1.
+"""
+
+import argparse
+import contextlib
+import difflib
+import importlib.util
+import io
+import itertools
+import json
+import re
+import shlex
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from hf_dl.reporting.card import experiment_card
+from hf_dl.reporting.experiment import Cell, Experiment, collect, read_experiment, read_report, write_report
+from hf_dl.reporting.plots import plot_curves, plot_table
+from hf_dl.reporting.tables import results_table
+
+LAUNCH = (sys.executable, "-m", "accelerate.commands.launch")
+
+
+def find_script(experiment: Experiment, toml: Path) -> Path:
+    """Find the experiment's script: beside the experiment file, or in the folder above it."""
+    for folder in (toml.resolve().parent, toml.resolve().parent.parent):
+        if (folder / experiment.script).is_file():
+            return folder / experiment.script
+    raise FileNotFoundError(
+        f"{toml}: script={experiment.script!r} is neither beside the file nor in the folder above it."
+    )
+
+
+def to_argv(flags: dict[str, Any]) -> list[str]:
+    """Write flags as a command line."""
+    argv = []
+    for name, value in flags.items():
+        values = value if isinstance(value, list) else [value]
+        argv += [f"--{name}", *(str(item).lower() if isinstance(item, bool) else str(item) for item in values)]
+    return argv
+
+
+def check_flags(experiment: Experiment, script: Path) -> None:
+    """Have the script's own parser read the flags of every cell, before hours go into the first of them."""
+    from hf_dl.training import TrainingArgs, flag_names, parse_args
+
+    spec = importlib.util.spec_from_file_location(script.stem, script)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[script.stem] = module
+    spec.loader.exec_module(module)
+    found = [
+        value
+        for value in vars(module).values()
+        if isinstance(value, type) and issubclass(value, TrainingArgs) and value.__module__ == module.__name__
+    ]
+    if len(found) != 1:
+        raise ValueError(
+            f"{script.name} declares {len(found)} subclasses of TrainingArgs; its flags must be one class."
+        )
+    known = flag_names(found[0])
+    for name in (*experiment.fixed, *experiment.grid):
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else f" `{script.name} --help` lists them."
+            raise ValueError(f"{experiment.name}.toml: {name!r} is not a flag of {script.name}.{hint}")
+    for point in itertools.product(*experiment.grid.values()):
+        flags = experiment.fixed | dict(zip(experiment.grid, point, strict=True))
+        errors = io.StringIO()
+        try:
+            with contextlib.redirect_stderr(errors):
+                parse_args(found[0], to_argv(flags))
+        except SystemExit:
+            reason = errors.getvalue().strip().rpartition("error: ")[2]
+            raise ValueError(f"{experiment.name}.toml: {script.name} refuses {_words(flags)}: {reason}") from None
+
+
+def _words(flags: dict[str, Any]) -> str:
+    return " ".join(f"{name}={value}" for name, value in flags.items())
+
+
+def _command(cell: Cell, script: Path) -> list[str]:
+    command = [*LAUNCH, str(script), *to_argv(cell.flags)]
+    command += ["--output_dir", str(cell.folder)]
+    return command + ["--resume", "true"] * (cell.folder / "checkpoints").is_dir()
+
+
+def _last_words(log: Path, status: int) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n").splitlines()
+    # The launcher adds a traceback of its own below that of the script.
+    errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception|error)\b.*: ", line)]
+    errors = [line for line in errors if "CalledProcessError" not in line]
+    return errors[-1].replace(f"{Path.cwd()}/", "")[:300] if errors else f"exit status {status}"
+
+
+def run_cell(cell: Cell, script: Path, *, echo: bool) -> str | None:
+    """Run one cell to its end.
+
+    Args:
+        cell: The cell.
+        script: The script to launch.
+        echo: Whether its output is shown as well; it is always kept in `<folder>.log`.
+
+    Returns:
+        None, or why it failed, in a sentence.
+    """
+    cell.folder.parent.mkdir(parents=True, exist_ok=True)
+    cell.failure_file.unlink(missing_ok=True)
+    log = cell.folder.with_suffix(".log")
+    with (
+        open(log, "wb") as file,
+        subprocess.Popen(_command(cell, script), stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process,
+    ):
+        while chunk := process.stdout.read1():
+            file.write(chunk)
+            if echo:
+                sys.stdout.write(chunk.decode(errors="replace"))
+                sys.stdout.flush()
+        status = process.wait()
+    if status == 0 and cell.finished:
+        return None
+    error = _last_words(log, status) if status else "the script ended without writing a readable results.json"
+    cell.failure_file.write_text(json.dumps({"returncode": status, "error": error}), encoding="utf-8")
+    return error
+
+
+def run_cells(cells: list[Cell], script: Path, jobs: int) -> list[tuple[Cell, str]]:
+    """Run cells, `jobs` at a time, and return why each failed one did."""
+    failures = []
+
+    def run(numbered: tuple[int, Cell]) -> None:
+        number, cell = numbered
+        print(f"[{number}/{len(cells)}] {_words(cell.flags)} -> {cell.folder}", flush=True)
+        start = time.monotonic()
+        error = run_cell(cell, script, echo=jobs == 1)
+        print(f"[{number}/{len(cells)}] {error or 'finished'} ({time.monotonic() - start:.0f} s)", flush=True)
+        if error:
+            failures.append((cell, error))
+
+    if jobs == 1:
+        for numbered in enumerate(cells, start=1):
+            run(numbered)
+    else:
+        with ThreadPoolExecutor(jobs) as pool:
+            list(pool.map(run, enumerate(cells, start=1)))
+    return failures
+
+
+def write_everything(experiment: Experiment, runs: Path, folder: Path) -> dict[str, Any]:
+    """Write report, figures and card; cells that `runs` lacks are taken from the report that is there."""
+    path = folder / f"{experiment.name}.json"
+    previous = read_report(path) if path.is_file() else None
+    report = collect(experiment, runs, previous=previous)
+    if not any(cell["status"] == "finished" for cell in report["cells"]):
+        print(f"No run of {experiment.name} has finished, so there is nothing to report.")
+        return report
+    # The table comes first: it refuses a metric that no run has before anything is overwritten.
+    table = results_table(report)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_report(report, path)
+    figures = [plot_table(report, path.with_suffix(".svg"))]
+    figures.append(plot_curves(report, folder / f"{experiment.name}_curves.svg"))
+    names = [figure.name for figure in figures if figure]
+    card = path.with_suffix(".md")
+    experiment_card(report, figures=names).save(card)
+    print(f"\n{table}\n\nWritten: {', '.join(str(each) for each in (card, path, *filter(None, figures)))}")
+    return report
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run an experiment.
+
+    Args:
+        argv: The command line; None reads `sys.argv`.
+
+    Returns:
+        The exit status: 0, or 1 where a run failed.
+    """
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser.add_argument("experiment", type=Path, help="experiment file, such as scripts/experiments/slots.toml")
+    parser.add_argument("--dry_run", action="store_true", help="check the file and print the commands; run nothing")
+    parser.add_argument("--only_report", action="store_true", help="run nothing; write the report from what is there")
+    parser.add_argument("--max_cells", type=int, help="run at most this many of the missing cells")
+    parser.add_argument("--jobs", type=int, default=1, help="cells that run at a time")
+    parser.add_argument("--runs_dir", type=Path, default=Path("runs"), help="folder of the runs")
+    parser.add_argument("--report_dir", type=Path, default=Path("model_cards"), help="folder of the report")
+    args = parser.parse_args(argv)
+    if args.jobs < 1:
+        parser.error(f"jobs={args.jobs} must be 1 or more.")
+    if args.max_cells is not None and args.max_cells < 0:
+        parser.error(f"max_cells={args.max_cells} must be 0 or more.")
+    failures = []
+    try:
+        experiment = read_experiment(args.experiment)
+        if not args.only_report:
+            script = find_script(experiment, args.experiment)
+            check_flags(experiment, script)
+            cells = experiment.cells(args.runs_dir)
+            missing = [cell for cell in cells if not cell.finished][: args.max_cells]
+            print(f"{experiment.name}: {len(cells)} cells; {len(missing)} to run now.", flush=True)
+            if args.dry_run:
+                print("\n".join(shlex.join(_command(cell, script)) for cell in missing))
+                return 0
+            failures = run_cells(missing, script, args.jobs)
+        write_everything(experiment, args.runs_dir, args.report_dir)
+    except (ValueError, OSError) as error:
+        print(f"run_experiment.py: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nStopped; the same command continues where it was.", file=sys.stderr)
+        return 130
+    for cell, error in failures:
+        print(f"failed: {_words(cell.flags)}: {error} (all of it in {cell.folder}.log)", file=sys.stderr)
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
