@@ -3,8 +3,9 @@
 Four convex shapes on a ground plane, one soft key light, sky light, and a simple mirror of sky and ground for metal.
 All intersections are closed-form, and only pixels in the bounding boxes of objects and shadows are searched.
 
-World axes: x and y span the ground, z is up, the ground is z = 0; lengths are in units of CLEVR's scenes (the camera
-stands about 11 away and sees about 6 across). A pixel (column i, row j) covers [i, i + 1) x [j, j + 1).
+World axes: x goes right, y away from the camera along the ground, z up; the ground is z = 0. Lengths are in units of
+CLEVR's scenes: the camera stands about 11 away and sees about 6 across. A pixel (column i, row j) covers
+[i, i + 1) x [j, j + 1).
 
 A scene's pixels do not depend on what else is in its batch: on the CPU all arithmetic between a description and its
 pixels is exact to the IEEE standard (elementwise +, -, *, /, sqrt, comparisons and table look-ups; no matmul, exp or
@@ -29,7 +30,7 @@ MATERIALS: dict[str, Material] = {
     **TEXTURES,
 }
 
-_HALF_FOV = math.tan(math.radians(15.4))  # CLEVR's lens over the central crop that slot papers use
+HALF_FOV = math.tan(math.radians(15.4))  # CLEVR's lens over the central crop that slot papers use
 _EXTENT = {"sphere": (1.0, 1.0), "cube": (0.74, 0.74), "cylinder": (0.82, 0.82), "cone": (0.95, 1.0)}
 _SUBPIXELS = ((-0.25, -0.25), (0.25, -0.25), (-0.25, 0.25), (0.25, 0.25))
 _LIGHTS = 8  # points of the area light; each is paired with one of the subpixels
@@ -95,39 +96,37 @@ class Scene:
 
     Attributes:
         objects: The objects, in the order of their indices in the mask (the first is 1).
-        azimuth: Direction from the target to the camera, on the ground.
-        elevation: Height of the camera above the ground, seen from the target.
+        elevation: Height of the camera above the ground, seen from the target; it looks along the y axis.
         distance: From the target to the camera.
         target: The point that the camera looks at.
-        light_azimuth: Direction to the key light.
+        light_azimuth: Direction to the key light on the ground: 0 is right, 90 away from the camera.
         light_elevation: Height of the key light.
         ground: Material and colours of the ground.
+        ground_rotation: Of the texture of the ground.
     """
 
     objects: tuple[SceneObject, ...]
-    azimuth: float
     elevation: float
     distance: float
     target: tuple[float, float, float]
     light_azimuth: float
     light_elevation: float
     ground: Surface
+    ground_rotation: float = 0.0
 
     def camera(self) -> tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...], tuple[float, ...]]:
         """The camera's position and its unit vectors right, up and forward, each (x, y, z)."""
-        ca, sa = math.cos(math.radians(self.azimuth)), math.sin(math.radians(self.azimuth))
-        ce, se = math.cos(math.radians(self.elevation)), math.sin(math.radians(self.elevation))
-        forward = (-ce * ca, -ce * sa, -se)
-        eye = tuple(t - self.distance * f for t, f in zip(self.target, forward, strict=True))
-        return eye, (-sa, ca, 0.0), (-se * ca, -se * sa, ce), forward
+        cos, sin = math.cos(math.radians(self.elevation)), math.sin(math.radians(self.elevation))
+        x, y, z = self.target
+        eye = (x, y - self.distance * cos, z + self.distance * sin)
+        return eye, (1.0, 0.0, 0.0), (0.0, sin, cos), (0.0, cos, -sin)
 
     def project(self, point: Sequence[float], size: int) -> tuple[float, float, float]:
         """Pixel position (x, y) of a world point in an image of `size` pixels, and its depth along the view."""
-        eye, right, up, forward = self.camera()
-        x, y, depth = (
-            sum((p - e) * a for p, e, a in zip(point, eye, axis, strict=True)) for axis in (right, up, forward)
-        )
-        scale = size / (2 * _HALF_FOV * depth)
+        eye, *axes = self.camera()
+        offset = [p - e for p, e in zip(point, eye, strict=True)]
+        x, y, depth = (sum(o * a for o, a in zip(offset, axis, strict=True)) for axis in axes)
+        scale = size / (2 * HALF_FOV * depth)
         return size / 2 + x * scale, size / 2 - y * scale, depth
 
 
@@ -220,8 +219,8 @@ class _Batch:
         self.size, self.device, self.pixels = size, torch.device(device), len(scenes) * size**2
         eye, right, up, forward = np.array([scene.camera() for scene in scenes]).transpose(1, 0, 2)  # (B, 3) each
         # a ray through pixel position (x, y) is d0 + x * dx + y * dy: affine, and not normalised
-        dx, dy = right * (2 * _HALF_FOV / size), up * (-2 * _HALF_FOV / size)
-        d0 = forward - right * _HALF_FOV + up * _HALF_FOV
+        dx, dy = right * (2 * HALF_FOV / size), up * (-2 * HALF_FOV / size)
+        d0 = forward - right * HALF_FOV + up * HALF_FOV
         lights = np.array([_area_light(scene) for scene in scenes])  # (B, lights, 3)
 
         order = sorted(
@@ -271,7 +270,9 @@ class _Batch:
         # a whole and even number of periods around a round body, so that its texture closes without a seam
         turns = [2 * max(1, round(math.pi * _GIRTH[o.shape] * o.surface.scale)) for o in objects]
         self.look = tensor(np.concatenate([shape[:, None], np.array(turns)[:, None], self._looks(surfaces)], 1).T)
-        self.ground = tensor(self._looks([s.ground for s in scenes]).T)
+        spin = [math.radians(s.ground_rotation) for s in scenes]
+        spin = np.array([(math.cos(a), math.sin(a)) for a in spin])
+        self.ground = tensor(np.concatenate([spin, self._looks([s.ground for s in scenes])], 1).T)
         self.radius = tensor(np.array([o.radius for o in objects]))
         self.textured = any(MATERIALS[name].pattern for name in self.names)
         self.slots = int(slot.max()) + 1
@@ -294,7 +295,7 @@ class _Batch:
         """Pixel rectangles (M, 4), x0 y0 x1 y1 half-open, that hold everything between world points (M, n, 3)."""
         rel = points - eye
         x, y, z = ((rel * axis).sum(-1) for axis in (right, up, forward))
-        scale = self.size / (2 * _HALF_FOV)
+        scale = self.size / (2 * HALF_FOV)
         x, y = self.size / 2 + x / z * scale, self.size / 2 - y / z * scale
         # one pixel of margin for subpixels and rounding
         low = np.floor(np.stack([x.min(1), y.min(1)], 1)) - 1
@@ -543,7 +544,7 @@ def _shade_objects(batch: _Batch, tiles: _Tiles, t: torch.Tensor, front: torch.T
     point = turn(p * extent) + torch.stack([cx, cy, cz])
     lights = batch.lights[:, :: _LIGHTS // len(_SUBPIXELS)].reshape(3, -1)
     light = lights.index_select(1, sample * batch.lights.shape[2] + scene)
-    ground = batch.ground[4:7].index_select(1, scene)
+    ground = batch.ground[6:9].index_select(1, scene)
 
     # start the shadow ray a little off the surface; what turns away from the light is dark whatever its bumps say
     dark = _in_shadow(batch, point + 1e-3 * smooth, light, scene, own) | (_dot(smooth, light) <= 0)
@@ -595,7 +596,7 @@ def _plain_ground(batch: _Batch, bare: torch.Tensor, visible: torch.Tensor) -> t
     ambient = falloff * _open_sky(batch, every, x, y) * _AMBIENT
     key = falloff * (_KEY * batch.lights[2, 0, :, None, None])
     light = ambient.flatten() * bare.sum(0) + key.flatten() * (bare * visible).sum(0)
-    return (batch.ground[4:7, :, None] * light.view(-1, batch.size**2)).flatten(1)
+    return (batch.ground[6:9, :, None] * light.view(-1, batch.size**2)).flatten(1)
 
 
 def _textured_ground(batch: _Batch, scene: int, bare: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
@@ -603,11 +604,10 @@ def _textured_ground(batch: _Batch, scene: int, bare: torch.Tensor, visible: tor
     size, here = batch.size, slice(scene, scene + 1)
     # the subpixels of all pixels form one lattice; one more row and column give slopes
     x, y, d, falloff = _ground_points(batch, here, torch.arange(2 * size + 1, device=batch.device) * 0.5 + 0.25)
-    look = batch.ground[:, scene]
-    name = batch.names[int(look[0])]
-    material = MATERIALS[name]
-    scale, offset = look[10], look[11:, None, None, None]
-    p = torch.stack([x, y, torch.zeros_like(x)]) * scale + offset
+    cos, sin, number, gloss, polish, _ = batch.ground[:6, scene]
+    color, accent, scale, offset = batch.ground[6:, scene].split([3, 3, 1, 3])
+    material = MATERIALS[batch.names[int(number)]]
+    p = torch.stack([cos * x + sin * y, cos * y - sin * x, torch.zeros_like(x)]) * scale + offset[:, None, None, None]
     mix, height = material.pattern(p, p[:2])
 
     def across(v: torch.Tensor) -> torch.Tensor:
@@ -617,10 +617,9 @@ def _textured_ground(batch: _Batch, scene: int, bare: torch.Tensor, visible: tor
         return v[:, 1:, :-1] - v[:, :-1, :-1]
 
     # the slope in the world from the differences between neighbouring rays, which fades where they are far apart
-    ax, ay, dx, dy = across(p[0]), across(p[1]), down(p[0]), down(p[1])
-    ah, dh = across(height), down(height)
-    scaled = material.bump / (ax * dy - ay * dx)
-    normal = _normalize(torch.stack([(ay * dh - dy * ah) * scaled, (dx * ah - ax * dh) * scaled, torch.ones_like(ah)]))
+    ax, ay, ah, dx, dy, dh = (f(v) for f in (across, down) for v in (x, y, height))
+    depth = material.bump / (scale * (ax * dy - ay * dx))
+    normal = _normalize(torch.stack([(ay * dh - dy * ah) * depth, (dx * ah - ax * dh) * depth, torch.ones_like(ah)]))
 
     def subpixels(v: torch.Tensor) -> torch.Tensor:
         return torch.stack([v[..., i : 2 * size : 2, j : 2 * size : 2] for i in (0, 1) for j in (0, 1)], -3).flatten(
@@ -629,12 +628,12 @@ def _textured_ground(batch: _Batch, scene: int, bare: torch.Tensor, visible: tor
 
     x, y, mix, falloff = (subpixels(v[0]) for v in (x, y, mix, falloff))  # (4, size * size)
     normal, view = subpixels(normal[:, 0]), -_normalize(subpixels(d[:, 0]))
-    albedo = look[4:7, None, None] + mix * (look[7:10] - look[4:7])[:, None, None]
+    albedo = color[:, None, None] + mix * (accent - color)[:, None, None]
     light = batch.lights[:, 0, scene, None, None]
     lit = _dot(normal, light).clamp_min(0) * visible
     sky = _open_sky(batch, here, x[None], y[None])[0] * (0.6 + 0.4 * normal[2]) * _AMBIENT
     shine = torch.where(lit > 0, _dot(normal, _normalize(light + view)).clamp_min(0), 0.0)
-    highlight = 0.5 * visible * (look[1] * _power(shine, 4) + look[2] * _power(shine, 7))
+    highlight = 0.5 * visible * (gloss * _power(shine, 4) + polish * _power(shine, 7))
     color = (albedo * (sky + _KEY * lit) + highlight) * (falloff * bare)
     return color[:, 0] + color[:, 1] + color[:, 2] + color[:, 3]
 

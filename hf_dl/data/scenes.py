@@ -10,21 +10,19 @@ After CLEVR (Johnson et al. 2017, https://arxiv.org/abs/1612.06890) and CLEVRTex
 https://arxiv.org/abs/2111.10265). Different from both: a closed-form ray caster instead of Blender, cones as a fourth
 shape, square images, and soft shadows of one key light.
 
-World axes: x and y span the ground, z is up, the ground is z = 0; lengths are in units of CLEVR's scenes (the camera
-stands about 11 away and sees about 6 across). A pixel (column i, row j) covers [i, i + 1) x [j, j + 1).
-
-A scene's pixels do not depend on what else is in its batch: on the CPU all arithmetic between the description and
-the pixels is IEEE-exact elementwise (+, -, *, /, sqrt, comparisons and table look-ups; no matmul, no exp), so
-chunks, workers and streaming give the same bytes.
+How they are rendered, and why a scene has the same bytes in any batch, is in `hf_dl.data.raycast`.
 """
 
 from __future__ import annotations
 
 import colorsys
 import io
+import itertools
 import math
 import random
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 
 import datasets
@@ -33,10 +31,12 @@ import torch
 from PIL import Image
 
 from .materials import TEXTURES
-from .raycast import _HALF_FOV, RGB, SHAPES, Scene, SceneObject, Surface, _Batch, _shade, chunk_size
+from .raycast import HALF_FOV, RGB, SHAPES, Scene, SceneObject, Surface, _Batch, _shade, chunk_size, render
 
 SPLITS = {"train": 8000, "validation": 500, "test": 500}
 STYLES = ("plain", "textured")
+__all__ = ["Scene", "SceneObject", "Surface", "load", "render", "sample_scene"]
+
 COLORS = {  # sRGB of CLEVR
     "gray": (87, 87, 87),
     "red": (173, 35, 35),
@@ -49,13 +49,18 @@ COLORS = {  # sRGB of CLEVR
 }
 SIZES = {"plain": {"small": 0.5, "large": 0.85}, "textured": {"small": 0.45, "medium": 0.65, "large": 0.9}}
 MATERIALS = {"plain": ("rubber", "metal"), "textured": tuple(TEXTURES)}
+ATTRIBUTES = ("size", "color", "material", "shape")
 DIRECTIONS = ("left", "right", "front", "behind")
 
 _VERSION = 1  # bump with any change of the pixels or columns: `datasets` caches by arguments, not by this code
 _GAP = 0.25  # smallest distance between footprints, and the offset from which one object is left of another
 _MIN_AREA = 0.003  # smallest visible part of an object, as a fraction of the image
 _MIN_VISIBLE = {"plain": 0.7, "textured": 0.4}  # smallest visible fraction of an object's own silhouette
-_ATTEMPTS = 200
+_ATTEMPTS = 1000
+_MAX_OBJECTS = 32
+_SUBSETS = [a for n in range(5) for a in itertools.combinations(ATTRIBUTES, n)]  # from few to many
+_NUMBERS = "no one two three four five six seven eight nine ten eleven twelve".split()
+_RELATION_WORDS = {"left": "left of", "right": "right of", "front": "in front of", "behind": "behind"}
 
 
 def _to_linear(rgb: Sequence[int]) -> tuple[float, float, float]:
@@ -129,45 +134,40 @@ def sample_scene(
     # drawn once per scene: redrawing it with each attempt would favour small numbers, which are rejected less
     count = low + int(random.Random(stream).random() * (high - low + 1))
     rng = random.Random(f"{stream} {attempt}")
-    azimuth = _uniform(rng, -102, -78)
-    ground = _draw_ground(rng, style)
     scene = Scene(
         objects=(),
-        azimuth=azimuth,
         elevation=_uniform(rng, 29, 35),
         distance=_uniform(rng, 11.0, 12.0),
         target=(_uniform(rng, -0.15, 0.15), _uniform(rng, -0.1, 0.2), _uniform(rng, 0.2, 0.4)),
-        light_azimuth=azimuth - _uniform(rng, 20, 75),
+        light_azimuth=_uniform(rng, 200, 245),
         light_elevation=_uniform(rng, 44, 60),
-        ground=ground,
+        ground=_draw_ground(rng, style),
+        ground_rotation=_uniform(rng, 0, 360),
     )
-    eye, right, up, forward = scene.camera()
-    depth_axis = (-right[1], right[0])  # away from the camera, on the ground
-    shrink = min(1.0, math.sqrt(10 / count))  # crowds are made of smaller objects, or they would not fit
+    shrink = _shrink(count)
     objects: list[SceneObject] = []
     for _ in range(count):
-        size = _pick(rng, tuple(SIZES[style]))
-        radius = SIZES[style][size] * shrink
-        shape, material, color = _pick(rng, SHAPES), _pick(rng, MATERIALS[style]), _pick(rng, tuple(COLORS))
-        rotation = _uniform(rng, 0, 360)
+        size, shape = _pick(rng, tuple(SIZES[style])), _pick(rng, SHAPES)
+        material, color = _pick(rng, MATERIALS[style]), _pick(rng, tuple(COLORS))
         surface = _draw_surface(rng, material, _LINEAR[color])
-        draft = SceneObject(shape, color, size, radius, rotation, (0.0, 0.0, 0.0), surface)
-        height = draft.extent[1]
+        draft = SceneObject(shape, color, size, SIZES[style][size] * shrink, _uniform(rng, 0, 360), (0, 0, 0), surface)
         for _ in range(30):
-            across, away = _uniform(rng, -2.8, 2.8), _uniform(rng, -2.8, 3.6)
-            x, y = (across * right[i] + away * depth_axis[i] for i in (0, 1))
-            rel = (x - eye[0], y - eye[1], height - eye[2])
-            depth = sum(r * f for r, f in zip(rel, forward, strict=True))
-            sideways = abs(sum(r * a for r, a in zip(rel, right, strict=True)))
-            vertical = abs(sum(r * a for r, a in zip(rel, up, strict=True)))
-            if max(sideways, vertical) + 1.05 * radius > 0.97 * _HALF_FOV * depth:
-                continue
-            if all(math.dist((x, y), o.position[:2]) > radius + o.radius + _GAP * shrink for o in objects):
-                objects.append(replace(draft, position=(x, y, height)))
+            item = replace(draft, position=(_uniform(rng, -2.8, 2.8), _uniform(rng, -2.8, 3.6), draft.extent[1]))
+            x, y, depth = scene.project(item.position, 2)  # the image is 2 wide: coordinates from 0 to 2
+            inside = max(abs(x - 1), abs(y - 1)) + 1.05 * item.radius / (depth * HALF_FOV) < 0.97
+            if inside and all(
+                math.dist(item.position[:2], o.position[:2]) > item.radius + o.radius + _GAP * shrink for o in objects
+            ):
+                objects.append(item)
                 break
         else:
             return None
     return replace(scene, objects=tuple(objects))
+
+
+def _shrink(count: int) -> float:
+    """How much smaller the objects of a crowd are: or they would not fit."""
+    return min(1.0, math.sqrt(7 / count))
 
 
 def _visible_scenes(
@@ -181,11 +181,7 @@ def _visible_scenes(
         for index, attempt in pending.items():
             scene = None
             while scene is None:
-                if attempt >= _ATTEMPTS:
-                    raise ValueError(
-                        f"num_objects={num_objects} cannot be placed visibly in a {size}x{size} image: scene {index} "
-                        f"of {split!r} failed {_ATTEMPTS} times; use fewer objects or a larger size."
-                    )
+                assert attempt < _ATTEMPTS, f"no room for the objects of scene {index} of {split}, {num_objects=}"
                 scene = sample_scene(index, split, style=style, num_objects=num_objects, seed=seed, attempt=attempt)
                 attempt += 1
             drawn[index], pending[index] = scene, attempt
@@ -195,7 +191,9 @@ def _visible_scenes(
         flat = masks.flatten(1) + torch.arange(len(drawn))[:, None] * width
         visible = torch.bincount(flat.flatten(), minlength=len(drawn) * width).view(-1, width)[:, 1:]
         visible = visible[batch.scene, batch.slot]
-        enough = (visible >= _MIN_AREA * size**2) & (visible >= _MIN_VISIBLE[style] * silhouette)
+        shrink = torch.tensor([_shrink(len(scene.objects)) for scene in drawn.values()])[batch.scene]
+        area, part = (_MIN_AREA * size**2 * shrink * shrink).clamp_min(1), _MIN_VISIBLE[style] * shrink
+        enough = (visible >= area) & (visible >= part * silhouette)
         failed = set(batch.scene[~enough].tolist())
         for number, (index, scene) in enumerate(drawn.items()):
             if number not in failed:
@@ -209,73 +207,116 @@ def _visible_scenes(
 
 
 def _describe_objects(scene: Scene, mask: np.ndarray) -> list[dict]:
-    size = mask.shape[0]
-    _, right, _, _ = scene.camera()
-    axes = {"right": right[:2], "behind": (-right[1], right[0])}
-    axes |= {"left": tuple(-a for a in axes["right"]), "front": tuple(-a for a in axes["behind"])}
+    """The records of the column `objects`."""
     records = []
     for i, o in enumerate(scene.objects):
         rows, columns = np.nonzero(mask == i + 1)
-        x, y, depth = scene.project(o.position, size)
-        relations = {
-            direction: [
-                j
-                for j, other in enumerate(scene.objects)
-                if sum(
-                    (q - p) * axes[direction][k]
-                    for k, (p, q) in enumerate(zip(o.position[:2], other.position[:2], strict=True))
-                )
-                > _GAP
-            ]
-            for direction in DIRECTIONS
-        }
-        records.append({
-            "shape": o.shape, "material": o.surface.material, "color": o.color, "size": o.size, "radius": o.radius,
-            "rotation": o.rotation, "position": list(o.position), "pixel_position": [x, y], "depth": depth,
-            "box": [int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1],
-            "visible_pixels": len(rows), "relations": relations,
-        })  # fmt: skip
+        *pixel_position, depth = scene.project(o.position, mask.shape[0])
+        aside = [other.position[0] - o.position[0] for other in scene.objects]
+        beyond = [other.position[1] - o.position[1] for other in scene.objects]
+        records.append(
+            {
+                "shape": o.shape,
+                "material": o.surface.material,
+                "color": o.color,
+                "size": o.size,
+                "radius": o.radius,
+                "rotation": o.rotation,
+                "position": list(o.position),
+                "pixel_position": pixel_position,
+                "depth": depth,
+                "box": [int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1],
+                "visible_pixels": len(rows),
+                "relations": {
+                    "left": [j for j, offset in enumerate(aside) if offset < -_GAP],
+                    "right": [j for j, offset in enumerate(aside) if offset > _GAP],
+                    "front": [j for j, offset in enumerate(beyond) if offset < -_GAP],
+                    "behind": [j for j, offset in enumerate(beyond) if offset > _GAP],
+                },
+            }
+        )
     return records
 
 
-ATTRIBUTES = ("size", "color", "material", "shape")
-_NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
-_RELATION_WORDS = {"left": "left of", "right": "right of", "front": "in front of", "behind": "behind"}
+def _noun(record: dict, attributes: Sequence[str], count: int = 1) -> str:
+    """Such as "large red metal spheres"; shapes that are not named are objects."""
+    words = [record[a] for a in ("size", "color", "material") if a in attributes]
+    return " ".join([*words, record["shape"] if "shape" in attributes else "object"]) + "s" * (count != 1)
 
 
-def _words(record: dict, attributes: Sequence[str]) -> str:
-    """Such as "large red metal sphere"; "object" stands for a shape that is not named."""
-    return " ".join(record[a] for a in ATTRIBUTES[:3] if a in attributes) + (
-        " " + (record["shape"] if "shape" in attributes else "object")
-    )
-
-
-def _matching(records: list[dict], record: dict, attributes: Sequence[str]) -> list[int]:
-    return [i for i, r in enumerate(records) if all(r[a] == record[a] for a in attributes)]
+def _number(count: int) -> str:
+    return _NUMBERS[count] if count < len(_NUMBERS) else str(count)
 
 
 def _phrases(records: list[dict], rng: random.Random) -> list[dict]:
+    """Phrases with the objects that they refer to: all those of which they are true, and at least one."""
+    everything = range(len(records))
     phrases: dict[str, list[int]] = {}
 
-    def add(words: str, indices: list[int]) -> None:
-        words = " ".join(words.split())
-        phrases[f"the {words}" if len(indices) == 1 else f"all {words}"] = indices
+    def matches(record: dict, attributes: Sequence[str]) -> list[int]:
+        return [i for i in everything if all(records[i][a] == record[a] for a in attributes)]
 
-    for record in records:
-        subsets = [ATTRIBUTES] + [tuple(a for a in ATTRIBUTES if rng.random() < 0.5) for _ in range(2)]
-        for subset in subsets:
-            found = _matching(records, record, subset)
-            plural = "" if len(found) == 1 else "s"
-            add(_words(record, subset) + plural, found)
+    def add(record: dict, attributes: Sequence[str], indices: list[int], before: str = "", after: str = "") -> None:
+        several = "both" if len(indices) == 2 else _pick(rng, ("all", f"the {_number(len(indices))}"))
+        article = "the" if len(indices) == 1 else several
+        words = (article, before, _noun(record, attributes, len(indices)), after)
+        phrases[" ".join(word for word in words if word)] = indices
+
+    def shortest(i: int) -> Sequence[str] | None:
+        """Fewest attributes that tell an object from all others."""
+        unique = [attributes for attributes in _SUBSETS if len(matches(records[i], attributes)) == 1]
+        return _pick(rng, [a for a in unique if len(a) == len(unique[0])]) if unique else None
+
+    names = [shortest(i) for i in everything]
+    for i, record in enumerate(records):
+        add(record, ATTRIBUTES, matches(record, ATTRIBUTES))
+        if names[i] is not None:
+            add(record, names[i], [i])
+    for _ in everything:  # some groups, and some places relative to another object
+        record, attributes = _pick(rng, records), _pick(rng, _SUBSETS)
+        add(record, attributes, matches(record, attributes))
+        direction, other = _pick(rng, DIRECTIONS), _pick(rng, everything)
+        found = [i for i in matches(record, attributes) if i in records[other]["relations"][direction]]
+        if found and names[other] is not None:
+            after = f"{_RELATION_WORDS[direction]} the {_noun(records[other], names[other])}"
+            add(record, attributes, found, after=after)
+    direction, attributes = _pick(rng, ("left", "right")), _pick(rng, ((), ("shape",)))
+    group = matches(_pick(rng, records), attributes)
+    extreme = [i for i in group if set(group) - {i} <= {j for j in group if i in records[j]["relations"][direction]}]
+    if len(group) > 1 and extreme:
+        add(records[extreme[0]], attributes, extreme, before=f"{direction}most")
     return [{"phrase": phrase, "object_indices": indices} for phrase, indices in phrases.items()]
 
 
-def _caption(records: list[dict], rng: random.Random) -> str:
-    names = [f"a{'n' if r['size'][0] in 'aeiou' else ''} {_words(r, ATTRIBUTES)}" for r in records]
-    listed = ", ".join(names[:-1]) + (" and " if len(names) > 1 else "") + names[-1]
-    return _pick(rng, ("{}.", "A picture of {}.", "There {verb} {}.")).format(
-        listed, verb="is" if len(names) == 1 else "are"
+def _listing(nouns: Sequence[str]) -> str:
+    """Such as "two red cubes, a gray cone and an object", where each noun is a singular."""
+    counts = {noun: nouns.count(noun) for noun in nouns}
+    items = [f"a {noun}" if n == 1 else f"{_number(n)} {noun}s" for noun, n in counts.items()]
+    return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
+
+
+def _caption(scene: Scene, records: list[dict], rng: random.Random) -> str:
+    """One sentence about all objects."""
+    attributes = _pick(
+        rng, (ATTRIBUTES, ATTRIBUTES, ("color", "shape"), ("size", "color", "shape"), ("color", "material", "shape"))
     )
+    nouns = [_noun(record, attributes) for record in records]
+    ground = "gray" if scene.ground.material == "rubber" else scene.ground.material
+    first = _pick(rng, range(len(records)))
+    direction = _pick(rng, DIRECTIONS)
+    others = records[first]["relations"][direction]
+    template = _pick(rng, ("stand", "picture", "relation", "relation"))
+    if template == "relation" and others:
+        second = _pick(rng, others)  # the relations list what is, for example, left of the first
+        rest = [noun for i, noun in enumerate(nouns) if i not in (first, second)]
+        article = "another" if nouns[second] == nouns[first] else "a"
+        place = {"left": "to the left of", "right": "to the right of"}.get(direction, _RELATION_WORDS[direction])
+        end = f", with {_listing(rest)} nearby" if rest else ""
+        return f"A {nouns[second]} stands {place} {article} {nouns[first]}{end}."
+    if template == "picture":
+        return f"A picture of {_listing(nouns)} on a {ground} floor."
+    listing = _listing(nouns)
+    return f"{listing[0].upper()}{listing[1:]} {'stands' if len(nouns) == 1 else 'stand'} on a {ground} floor."
 
 
 def _png(array: np.ndarray) -> dict:
@@ -284,33 +325,49 @@ def _png(array: np.ndarray) -> dict:
     return {"bytes": buffer.getvalue(), "path": None}
 
 
-def _generate(
-    shards: list[tuple[int, int]],
-    split: str,
-    style: str,
-    size: int,
-    num_objects: tuple[int, int],
-    seed: int,
-    version: int,
-) -> Iterator[dict]:
-    for first, last in shards:
-        for start in range(first, last, chunk_size(size)):
-            indices = range(start, min(start + chunk_size(size), last))
-            drawn = _visible_scenes(indices, split, style, size, num_objects, seed)
-            batch = _Batch([scene for scene, _ in drawn], size, "cpu")
-            images = _shade(batch).numpy()
-            for index, (scene, mask), image in zip(indices, drawn, images, strict=True):
-                mask = mask.numpy()
-                records = _describe_objects(scene, mask)
-                rng = random.Random(f"words {seed} {split} {index}")
-                caption, phrases = _caption(records, rng), _phrases(records, rng)
-                yield {
-                    "image": _png(image),
-                    "mask": _png(mask),
-                    "objects": records,
-                    "caption": caption,
-                    "phrases": phrases,
-                }
+def _examples(
+    indices: range, split: str, style: str, size: int, num_objects: tuple[int, int], seed: int
+) -> list[dict]:
+    drawn = _visible_scenes(indices, split, style, size, num_objects, seed)
+    images = _shade(_Batch([scene for scene, _ in drawn], size, "cpu")).numpy()
+    examples = []
+    for index, (scene, mask), image in zip(indices, drawn, images, strict=True):
+        mask = mask.numpy()
+        records = _describe_objects(scene, mask)
+        rng = random.Random(f"hf_dl.scenes words {_VERSION} {style} {seed} {split} {index}")
+        examples.append(
+            {
+                "image": _png(image),
+                "mask": _png(mask),
+                "objects": records,
+                "caption": _caption(scene, records, rng),
+                "phrases": _phrases(records, rng),
+            }
+        )
+    return examples
+
+
+def _generate(shards: list[tuple[int, int]], version: int, **arguments) -> Iterator[dict]:
+    step = chunk_size(arguments["size"])
+    chunks = [range(i, min(i + step, last)) for first, last in shards for i in range(first, last, step)]
+    threads = torch.get_num_threads()
+    if threads == 1:
+        for chunk in chunks:
+            yield from _examples(chunk, **arguments)
+        return
+    # a thread a chunk: torch's own threads cost more than they bring at this size of tensors
+    workers = min(threads, 4)
+    try:
+        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            jobs: deque[Future] = deque()
+            for chunk in chunks:
+                jobs.append(pool.submit(_examples, chunk, **arguments))
+                if len(jobs) > workers:
+                    yield from jobs.popleft().result()
+            while jobs:
+                yield from jobs.popleft().result()
+    finally:
+        torch.set_num_threads(threads)  # what the workers set is also the default of threads to come
 
 
 FEATURES = datasets.Features({
@@ -377,24 +434,22 @@ def load(
     """
     if source != "synthetic":
         raise ValueError(
-            f"source={source!r} is unknown; scenes are 'synthetic', others are read by hf_dl.data.clevrtex."
+            f"source={source!r} is unknown; scenes are 'synthetic', hf_dl.data.clevrtex reads real images."
         )
-    if split not in SPLITS:
-        raise ValueError(f"split={split!r} is unknown; choose one of {', '.join(SPLITS)}.")
-    if style not in STYLES:
-        raise ValueError(f"style={style!r} is unknown; choose one of {', '.join(STYLES)}.")
+    for name, value, known in (("split", split, SPLITS), ("style", style, STYLES)):
+        if value not in known:
+            raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(known)}.")
     if not 32 <= size <= 256:
         raise ValueError(f"size={size} is out of range; images are 32 to 256 pixels wide and high.")
     low, high = num_objects
-    if not 1 <= low <= high:
+    if not 1 <= low <= high <= _MAX_OBJECTS:
         raise ValueError(
-            f"num_objects={num_objects} is not a range; give (smallest, largest) with 1 <= smallest <= largest."
+            f"num_objects={tuple(num_objects)} is not a range of objects for which there is room; give (smallest, "
+            f"largest) with 1 <= smallest <= largest <= {_MAX_OBJECTS}."
         )
-    if high > 32:
-        raise ValueError(f"num_objects={num_objects} asks for more than 32 objects, for which there is no room.")
     num_scenes = SPLITS[split] if num_scenes is None else num_scenes
     if num_scenes < 1:
-        raise ValueError(f"num_scenes={num_scenes} must be at least 1.")
+        raise ValueError(f"num_scenes={num_scenes} is too small; ask for at least 1.")
     shards = [(start, min(start + 256, num_scenes)) for start in range(0, num_scenes, 256)]
     arguments = {
         "shards": shards,
