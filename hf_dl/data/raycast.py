@@ -557,12 +557,12 @@ def _shade_objects(batch: _Batch, tiles: _Tiles, t: torch.Tensor, front: torch.T
     diffuse = albedo * (sky + bounce + _KEY * lit)
     reflected = 2 * _dot(normal, view) * normal - view
     rise = reflected[2]
-    above = 0.30 + 0.55 * _smoothstep(0.0, 0.9, rise) + 1.6 * _smoothstep(0.80, 0.97, _dot(reflected, light))
-    below = ground * (0.9 - 0.44 * low) * (1 + 0.7 * rise)
-    fresnel = 0.08 + 0.5 * _power(1 - _dot(normal, view).clamp(0, 1), 2)
+    above = 0.95 - 0.65 * _smoothstep(0.0, 0.9, rise) + 1.8 * _smoothstep(0.84, 0.97, _dot(reflected, light))
+    below = ground * (1.3 - 1.0 * low) * (1 + 0.7 * rise)
+    fresnel = 0.02 + 0.4 * _power(1 - _dot(normal, view).clamp(0, 1), 2)
     tint = albedo + (1 - albedo) * fresnel
-    mirrored = 0.75 * tint * torch.where(rise > 0, above, below)
-    color = diffuse * (1 - 0.55 * mirror) + mirror * mirrored
+    mirrored = 0.85 * tint * torch.where(rise > 0, above, below)
+    color = diffuse * (1 - 0.6 * mirror) + mirror * mirrored
     return color + gloss * _power(shine, 4) + polish * _power(shine, 7)
 
 

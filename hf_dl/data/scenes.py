@@ -52,7 +52,7 @@ MATERIALS = {"plain": ("rubber", "metal"), "textured": tuple(TEXTURES)}
 ATTRIBUTES = ("size", "color", "material", "shape")
 DIRECTIONS = ("left", "right", "front", "behind")
 
-_VERSION = 1  # bump with any change of the pixels or columns: `datasets` caches by arguments, not by this code
+_VERSION = 2  # bump with any change of the pixels or columns: `datasets` caches by arguments, not by this code
 _GAP = 0.25  # smallest distance between footprints, and the offset from which one object is left of another
 _MIN_AREA = 0.003  # smallest visible part of an object, as a fraction of the image
 _MIN_VISIBLE = {"plain": 0.7, "textured": 0.4}  # smallest visible fraction of an object's own silhouette
