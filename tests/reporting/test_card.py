@@ -1,0 +1,186 @@
+import json
+import re
+
+import pytest
+from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.repocard_data import model_index_to_eval_results
+
+from hf_dl.reporting.card import experiment_card, format_metric, read_card, run_card, usage_snippet
+from hf_dl.reporting.experiment import collect, read_experiment
+from tests.reporting.fake_runs import TOML, write_run, write_runs
+
+METRICS = {"val_fg_ari": 0.87654321, "test_accuracy": 0.5, "val_images": 320.0, "seconds_per_step": 0.0123}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_run(tmp_path / "run", {"style": "plain", "seed": 3, "deep": False, "unset": None, "note": ""}, METRICS)
+    return tmp_path / "run"
+
+
+def saved(card, path):
+    card.save(path)
+    return read_card(path)
+
+
+def test_metadata_are_those_that_huggingface_hub_reads(folder, tmp_path):
+    card = saved(run_card(folder, name="slots", pipeline_tag="image-segmentation", tags=["slots"]), tmp_path / "a.md")
+    data = card.data.to_dict()
+    assert data["license"] == "apache-2.0" and data["library_name"] == "transformers"
+    assert data["pipeline_tag"] == "image-segmentation" and data["tags"] == ["hf_dl", "slots"]
+    name, results = model_index_to_eval_results(data["model-index"])
+    assert name == "slots"
+    by_metric = {result.metric_type: result for result in results}
+    assert {key: result.metric_value for key, result in by_metric.items()} == {
+        key: value for key, value in METRICS.items() if key != "val_images"
+    }
+    assert by_metric["val_fg_ari"].dataset_split == "validation"
+    assert by_metric["test_accuracy"].dataset_split == "test"
+    assert by_metric["seconds_per_step"].dataset_split is None
+    assert by_metric["val_fg_ari"].dataset_type == "synthetic" and by_metric["val_fg_ari"].dataset_config == "plain"
+    # Read again and written again, nothing changes.
+    assert ModelCardData(**data).to_dict() == data and str(ModelCard(str(card))) == str(card)
+
+
+def test_sections_and_numbers_come_from_the_files(folder):
+    text = str(run_card(folder, name="slots"))
+    for heading in ("# slots", "## Results", "## How to use", "## Training", "## Data", "## Limits", "## How to"):
+        assert heading in text
+    assert "| `val_fg_ari` | validation | 320 | 0.8765 |" in text
+    assert "| `test_accuracy` | test | – | 0.5000 |" in text
+    for fact in (
+        "1,234 parameters", "100 steps, seed 3", "12 seconds", "CPU, 2 cores, one process, no mixed precision",
+        "commit `0123456789abcdef`", "torch 2.15.0, transformers 5.23.0", "2030-01-02T03:04:05+00:00",
+    ):  # fmt: skip
+        assert fact in text
+    assert "More information needed" not in text and "{{" not in text and "None" not in text
+    assert str(folder.parent) not in text
+    command = re.search(r"```bash\n(.*?)```", text, re.DOTALL)[1]
+    assert command.startswith(
+        "git checkout 0123456789abcdef\nscripts/run accelerate launch scripts/train_fake.py \\\n"
+    )
+    assert "--deep false" in command and "--seed 3" in command
+    for absent in ("output_dir", "unset", "note"):
+        assert absent not in command
+    # A number that is not in the files is nowhere in the card.
+    write_run(folder, {"seed": 3}, METRICS | {"val_fg_ari": 0.1111})
+    assert "0.8765" not in str(run_card(folder)) and "0.1111" in str(run_card(folder))
+
+
+def test_limits_follow_from_the_results(folder):
+    limits = str(run_card(folder, limits=["It sees only cubes."])).split("## Limits")[1].split("##")[0]
+    assert limits.strip().startswith("- It sees only cubes.\n- One seed:")
+    assert "synthetic data" in limits and "no test split" not in limits and "collapsed" not in limits
+    changes = {"restarts": 2, "dirty": True}
+    write_run(folder, {"source": "me/birds"}, {"val_accuracy": 0.5}, **changes)
+    card = str(run_card(folder))
+    limits = card.split("## Limits")[1].split("##")[0]
+    assert "started over 2 times" in limits and "uncommitted changes" in limits and "no test split" in limits
+    assert "synthetic" not in card and "`me/birds`, given with `--source`" in card
+    write_run(folder, {"source": "/mnt/secret/birds"}, {"val_accuracy": 0.5})
+    assert "/mnt" not in str(run_card(folder)) and "`birds`" in str(run_card(folder))
+
+
+def test_pictures_of_the_folder_are_shown(folder):
+    assert "![" not in str(run_card(folder))
+    (folder / "slot_masks.png").write_bytes(b"")
+    (folder / "curves.svg").write_text("")
+    text = str(run_card(folder))
+    assert text.index("![curves](curves.svg)") < text.index("![slot masks](slot_masks.png)")
+
+
+@pytest.mark.parametrize(
+    ("auto_map", "file", "expected"),
+    [
+        (
+            {"AutoConfig": "m.C", "AutoModel": "m.FakeModel"},
+            "preprocessor_config.json",
+            ["from transformers import AutoImageProcessor, AutoModel", 'AutoModel.from_pretrained(".", trust_remote'],
+        ),
+        (
+            {"AutoModel": "m.FakeModel", "AutoModelForImageClassification": "m.FakeModel"},
+            "processor_config.json",
+            ["AutoProcessor", "model = AutoModelForImageClassification.from_pretrained"],
+        ),
+        ({}, "tokenizer_config.json", ["import AutoTokenizer, FakeModel", 'FakeModel.from_pretrained(".")']),
+        ({}, None, ["from transformers import FakeModel"]),
+    ],
+)
+def test_usage_is_what_the_folder_needs(folder, auto_map, file, expected):
+    (folder / "config.json").write_text(json.dumps({"auto_map": auto_map}))
+    if file:
+        (folder / file).write_text("{}")
+    usage = usage_snippet(folder, "FakeModel")
+    compile(usage, "usage", "exec")
+    assert all(part in usage for part in expected) and ("trust_remote_code" in usage) == bool(auto_map)
+    assert usage in str(run_card(folder))
+
+
+def test_damaged_files_are_one_sentence(folder, tmp_path):
+    (folder / "config.json").write_text('{"auto')
+    with pytest.raises(ValueError, match="config.json is cut short"):
+        run_card(folder)
+    (folder / "config.json").unlink()
+    write_run(folder, {}, {"val_accuracy": float("nan")})
+    with pytest.raises(ValueError, match="the metric 'val_accuracy' is nan; a card needs numbers"):
+        run_card(folder)
+    (folder / "results.json").write_text('{"metrics": {"a"')
+    with pytest.raises(ValueError, match="cut short or damaged") as error:
+        run_card(folder)
+    assert "\n" not in str(error.value)
+    with pytest.raises(FileNotFoundError, match="the run has not ended"):
+        run_card(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("# Title\n", "has no metadata"),
+        ("---\nlicense: [a\n---\n", "metadata that the Hub would refuse"),
+        ("---\n- a\n---\n", "metadata that the Hub would refuse"),
+        (
+            "---\nlicense: mit\nmodel-index:\n- name: a\n  results:\n  - x: 1\n---\n",
+            "metadata that the Hub would refuse",
+        ),
+        ("---\ntags: [a]\n---\n", "names no licence"),
+    ],
+)
+def test_cards_that_the_hub_would_refuse(tmp_path, text, message):
+    (tmp_path / "README.md").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_card(tmp_path / "README.md")
+    with pytest.raises(FileNotFoundError, match="write a model card"):
+        read_card(tmp_path / "none.md")
+
+
+def test_card_of_an_experiment(tmp_path):
+    (tmp_path / "fake.toml").write_text(TOML)
+    experiment = read_experiment(tmp_path / "fake.toml")
+    write_runs(experiment, tmp_path / "runs", skip=lambda flags: flags["width"] == 8 and flags["norm"] == "batch")
+    report = collect(experiment, tmp_path / "runs")
+    report["cells"][6] |= {"status": "failed", "error": "ValueError: loss is nan"}
+    card = saved(experiment_card(report, figures=["fake.svg"]), tmp_path / "fake.md")
+    text = str(card)
+    for part in (
+        "# Experiment: fake", "12 runs of `scripts/train_fake.py`, 9 of them finished", "Does more help?",
+        "More is better.", "![fake](fake.svg)", "3 of 12 runs have no result", "ValueError: loss is nan",
+        "scripts/run_experiment.py scripts/experiments/fake.toml", "| `width` | `4`, `8` |", "3 seeds:",
+    ):  # fmt: skip
+        assert part in text
+    results = card.data.eval_results
+    assert [result.metric_type for result in results] == ["val_accuracy"] * 3
+    values = [cell["metrics"]["val_accuracy"] for cell in report["cells"][:3]]
+    assert results[0].metric_value == pytest.approx(sum(values) / 3, rel=1e-12)
+    assert results[0].metric_args["seeds"] == 3 and results[0].metric_name == "mean accuracy (width = 4, norm = batch)"
+
+
+def test_card_of_an_experiment_without_results(tmp_path):
+    (tmp_path / "fake.toml").write_text(TOML)
+    card = experiment_card(collect(read_experiment(tmp_path / "fake.toml"), tmp_path / "runs"))
+    assert not card.data.eval_results and "No run has finished." in card.text and "missing" in card.text
+
+
+def test_format_metric():
+    numbers = {0.5: "0.5000", 320.0: "320", 0.00012345: "0.0001234", 12345.6: "12346", -1.0: "-1", 99.95: "99.95"}
+    assert {number: format_metric(number) for number in numbers} == numbers
+    assert format_metric(float("inf")) == "inf"
