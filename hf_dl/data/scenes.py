@@ -52,7 +52,7 @@ MATERIALS = {"plain": ("rubber", "metal"), "textured": tuple(TEXTURES)}
 ATTRIBUTES = ("size", "color", "material", "shape")
 DIRECTIONS = ("left", "right", "front", "behind")
 
-_VERSION = 2  # bump with any change of the pixels or columns: `datasets` caches by arguments, not by this code
+_VERSION = 3  # bump with any change of the pixels or columns: `datasets` caches by arguments, not by this code
 _GAP = 0.25  # smallest distance between footprints, and the offset from which one object is left of another
 _MIN_AREA = 0.003  # smallest visible part of an object, as a fraction of the image
 _MIN_VISIBLE = {"plain": 0.7, "textured": 0.4}  # smallest visible fraction of an object's own silhouette
@@ -378,11 +378,11 @@ FEATURES = datasets.Features({
         "material": datasets.Value("string"),
         "color": datasets.Value("string"),
         "size": datasets.Value("string"),
-        "radius": datasets.Value("float32"),
-        "rotation": datasets.Value("float32"),
-        "position": datasets.List(datasets.Value("float32"), length=3),
-        "pixel_position": datasets.List(datasets.Value("float32"), length=2),
-        "depth": datasets.Value("float32"),
+        "radius": datasets.Value("float64"),
+        "rotation": datasets.Value("float64"),
+        "position": datasets.List(datasets.Value("float64"), length=3),
+        "pixel_position": datasets.List(datasets.Value("float64"), length=2),
+        "depth": datasets.Value("float64"),
         "box": datasets.List(datasets.Value("int32"), length=4),
         "visible_pixels": datasets.Value("int32"),
         "relations": {direction: datasets.List(datasets.Value("int32")) for direction in DIRECTIONS},
