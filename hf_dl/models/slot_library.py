@@ -32,9 +32,10 @@ _CARD = """---
 Clustered slots of a slot autoencoder, to compose new images from parts of others:
 
 ```python
+import torch
 from hf_dl.models.slot_library import SlotLibrary
 
-library = SlotLibrary.from_pretrained("{{ repo_id | default("<this repository>", true) }}")
+library = SlotLibrary.from_pretrained("<this repository>")
 slots, keep = library.sample(8, generator=torch.Generator().manual_seed(0))
 images = model.decode(slots, keep=keep)  # the SlotAutoencoderModel that the slots came from
 ```

@@ -1,10 +1,13 @@
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from hf_dl.models import slot_library
 from hf_dl.models.slot_library import SlotLibrary
+from tests.loopback_hub import LoopbackHub
 
 DIM, SIZE = 8, 32
 
@@ -219,3 +222,25 @@ def test_wrong_arguments_get_a_sentence(library):
     assert one.sample(2, generator=generator())[0].shape == (2, 1, DIM)
     with pytest.raises(ValueError, match="num_objects=2 cannot be drawn from 0 object slots"):
         one.sample(2, generator=generator(), num_objects=2)
+
+
+PUSH_AND_LOAD = """
+import torch
+from hf_dl.models.slot_library import SlotLibrary
+
+library = SlotLibrary.from_pretrained("library")
+library.push_to_hub("me/library")
+assert torch.equal(SlotLibrary.from_pretrained("me/library").vectors, library.vectors)
+"""
+
+
+def test_push_to_the_hub_and_load_from_it(library, tmp_path):
+    library.save_pretrained(tmp_path / "library")
+    with LoopbackHub() as hub:
+        environment = hub.env(tmp_path / "home") | {"PYTHONPATH": ":".join(sys.path)}
+        command = [sys.executable, "-c", PUSH_AND_LOAD]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        files = hub.files("me/library")
+    assert {"slot_library.safetensors", "config.json", "README.md"} <= files.keys()
+    assert "library.sample(8, " in files["README.md"].decode()
