@@ -37,13 +37,22 @@ def _split(metric: str) -> tuple[str, str]:
 
 
 def _count(metrics: Mapping[str, float], metric: str) -> int | None:
+    """How many examples a metric is over: `<split>_images`, less `<split>_images_without_<end of the metric>`."""
     prefix, _ = _split(metric)
-    found = [metrics[prefix + name] for name in COUNTS if prefix + name in metrics]
-    return int(found[0]) if found else None
+    for name in COUNTS:
+        if prefix + name in metrics:
+            without = f"{prefix}{name}_without_"
+            left_out = [
+                count
+                for key, count in metrics.items()
+                if key.startswith(without) and f"_{metric}".endswith(f"_{key.removeprefix(without)}")
+            ]
+            return int(metrics[prefix + name] - sum(left_out))
+    return None
 
 
 def _is_count(metric: str) -> bool:
-    return metric.removeprefix(_split(metric)[0]) in COUNTS
+    return metric.removeprefix(_split(metric)[0]).split("_without_")[0] in COUNTS
 
 
 def format_metric(value: float) -> str:
@@ -78,7 +87,9 @@ def _rows(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def _flag_value(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
-    return json.dumps(value) if isinstance(value, (dict, list)) else str(value)
+    if isinstance(value, list):
+        return " ".join(map(_flag_value, value))
+    return json.dumps(value) if isinstance(value, dict) else str(value)
 
 
 def _flags(args: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -282,7 +293,10 @@ def run_card(
     parameters = f" with {results['num_parameters']:,} parameters" if results.get("num_parameters") else ""
     command = ["scripts/run", "accelerate", "launch", f"scripts/{script}"]
     flags = _flags({key: value for key, value in args.items() if key not in ("output_dir", "resume") and value != ""})
-    reproduce = shlex.join(command) + "".join(f" \\\n    --{key} {shlex.quote(value)}" for key, value in flags)
+    lines = [
+        shlex.join([f"--{key}", *(value.split() if isinstance(args[key], list) else [value])]) for key, value in flags
+    ]
+    reproduce = " \\\n    ".join([shlex.join(command), *lines])
     commit = f"git checkout {results['commit']}\n" if results.get("commit") else ""
     return _card(
         card_data,

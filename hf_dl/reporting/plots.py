@@ -148,20 +148,17 @@ def plot_run(
     Args:
         folder: The folder of the run.
         path: The figure to write; its suffix says the format.
-        panels: Title to label to logged key. By default one panel holds the training and validation loss, and each
-            other key that starts with `val_` has its own.
+        panels: Title to label to logged key; by default one panel with the training and the validation loss.
 
     Returns:
         The path, or None where the run logged nothing that could be drawn.
 
     Example:
-        >>> plot_run("runs/train_slots", "runs/train_slots/curves.png")  # doctest: +SKIP
+        >>> panels = {"accuracy": {"validation": "val_accuracy"}}
+        >>> plot_run("runs/train_classifier", "curves.png", panels)  # doctest: +SKIP
     """
     curves = read_curves(folder, points=200)
-    if panels is None:
-        panels = {"loss": {"training": "loss", "validation": "val_loss"}}
-        scores = [key for key in curves if key.startswith("val_") and key != "val_loss"]
-        panels |= {key.removeprefix("val_").replace("_", " "): {"validation": key} for key in scores}
+    panels = panels or {"loss": {"training": "loss", "validation": "val_loss"}}
     drawn = {
         title: {name: [curves[key]] for name, key in panel.items() if key in curves} for title, panel in panels.items()
     }

@@ -14,7 +14,11 @@ METRICS = {"val_fg_ari": 0.87654321, "test_accuracy": 0.5, "val_images": 320.0, 
 
 @pytest.fixture
 def folder(tmp_path):
-    write_run(tmp_path / "run", {"style": "plain", "seed": 3, "deep": False, "unset": None, "note": ""}, METRICS)
+    write_run(
+        tmp_path / "run",
+        {"style": "plain", "seed": 3, "deep": False, "unset": None, "note": "", "sizes": [2, 4]},
+        METRICS,
+    )
     return tmp_path / "run"
 
 
@@ -59,12 +63,26 @@ def test_sections_and_numbers_come_from_the_files(folder):
     assert command.startswith(
         "git checkout 0123456789abcdef\nscripts/run accelerate launch scripts/train_fake.py \\\n"
     )
-    assert "--deep false" in command and "--seed 3" in command
+    assert "    --sizes 2 4\n" in command and "--deep false" in command and "--seed 3" in command
     for absent in ("output_dir", "unset", "note"):
         assert absent not in command
     # A number that is not in the files is nowhere in the card.
     write_run(folder, {"seed": 3}, METRICS | {"val_fg_ari": 0.1111})
     assert "0.8765" not in str(run_card(folder)) and "0.1111" in str(run_card(folder))
+
+
+def test_n_is_the_number_of_examples_that_a_metric_is_over(folder):
+    counts = {"test_images": 500.0, "test_images_without_fg_ari": 7.0, "val_images": 320.0}
+    scores = {"test_decoder_ari": 0.5, "test_decoder_fg_ari": 0.25, "test_loss": 0.1, "val_loss": 0.2, "fid": 30.0}
+    write_run(folder, {}, scores | counts)
+    rows = re.findall(r"^\| `(\w+)` \| (\S+) \| (\S+) \|", run_card(folder).text, re.MULTILINE)
+    assert rows == [
+        ("test_decoder_ari", "test", "500"),
+        ("test_decoder_fg_ari", "test", "493"),
+        ("test_loss", "test", "500"),
+        ("val_loss", "validation", "320"),
+        ("fid", "–", "–"),
+    ]
 
 
 def test_limits_follow_from_the_results(folder):
