@@ -14,6 +14,8 @@ What differs from the paper, each by a field of the config:
 - Positions are the centres of the cells, not corner-aligned, so that weights carry over to other resolutions.
 """
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -74,6 +76,7 @@ class SlotAutoencoderConfig(PreTrainedConfig):
     encoder_channels: list[int] | tuple[int, ...] = (32, 64)
     encoder_strides: list[int] | tuple[int, ...] = (2, 2)
     token_dim: int = 64
+    position_frequencies: int = 0
     # Slot attention
     num_slots: int = 5
     slot_dim: int = 64
@@ -140,6 +143,45 @@ class SlotAutoencoderConfig(PreTrainedConfig):
         return (self.image_size // self.decoder_size).bit_length() - 1
 
 
+def _architecture(**fields) -> Callable[..., SlotAutoencoderConfig]:
+    return lambda **others: SlotAutoencoderConfig(**{**fields, **others})
+
+
+# Named networks: ARCHITECTURES["paper"](num_slots=11) is a config.
+ARCHITECTURES = {
+    # The config's own defaults, for 64x64 images and a CPU.
+    "small": SlotAutoencoderConfig,
+    # Locatello et al. 2020, appendix E, for 128x128 images.
+    "paper": _architecture(
+        image_size=128,
+        encoder_channels=[64] * 4,
+        encoder_strides=[1] * 4,
+        num_slots=7,
+        slot_init="gaussian",
+        gradient="full",
+        position_frequencies=0,
+        decoder="broadcast",
+        decoder_size=8,
+        decoder_channels=[64] * 5,
+    ),
+    # The slot attention baseline of SlotDiffusion on CLEVRTex, for 128x128 images.
+    "resnet18": _architecture(
+        image_size=128,
+        encoder="resnet18",
+        token_dim=192,
+        num_slots=11,
+        slot_dim=192,
+        slot_mlp_dim=384,
+        slot_init="learned",
+        gradient="full",
+        position_frequencies=0,
+        decoder="broadcast",
+        decoder_size=8,
+        decoder_channels=[128] * 4,
+    ),
+}
+
+
 @dataclass
 class SlotAutoencoderOutput(ModelOutput):
     """Output of `SlotAutoencoderModel`.
@@ -175,19 +217,29 @@ class SlotImageProcessor(TorchvisionBackend):
 
 
 class PositionEmbedding(nn.Module):
-    """Adds a linear map of (x, y, 1 - x, 1 - y), the positions of the cells' centres in [0, 1], to a feature map."""
+    """A linear map of positions, those of the cells' centres in [0, 1].
 
-    def __init__(self, channels: int):
+    The positions are (x, y, 1 - x, 1 - y), as in the paper, and sin and cos of 2^i pi x and 2^i pi y for i below
+    `frequencies` (Mildenhall et al. 2020, NeRF, section 5.1).
+    """
+
+    def __init__(self, channels: int, *, frequencies: int = 0):
         super().__init__()
-        self.projection = nn.Linear(4, channels)
+        self.frequencies = frequencies
+        self.projection = nn.Linear(4 + 4 * frequencies, channels)
 
     def grid(self, height: int, width: int) -> torch.Tensor:
-        """The embedding itself, (height, width, channels)."""
+        """The embedding of a grid, (height, width, channels)."""
         weight = self.projection.weight
         y = (torch.arange(height, device=weight.device, dtype=weight.dtype) + 0.5) / height
         x = (torch.arange(width, device=weight.device, dtype=weight.dtype) + 0.5) / width
         x, y = x.expand(height, width), y[:, None].expand(height, width)
-        return self.projection(torch.stack([x, y, 1 - x, 1 - y], dim=-1))
+        features = [x, y, 1 - x, 1 - y]
+        for index in range(self.frequencies):
+            for position in (x, y):
+                angle = 2**index * math.pi * position
+                features += [angle.sin(), angle.cos()]
+        return self.projection(torch.stack(features, dim=-1))
 
 
 class SlotEncoder(nn.Module):
@@ -207,7 +259,7 @@ class SlotEncoder(nn.Module):
                 layers += [nn.Conv2d(channels, width, 5, stride=stride, padding=2), nn.ReLU()]
                 channels = width
             self.backbone = nn.Sequential(*layers)
-        self.position = PositionEmbedding(channels)
+        self.position = PositionEmbedding(channels, frequencies=config.position_frequencies)
         self.norm = nn.LayerNorm(channels)
         self.mlp = nn.Sequential(
             nn.Linear(channels, config.token_dim), nn.ReLU(), nn.Linear(config.token_dim, config.token_dim)
@@ -226,7 +278,7 @@ class BroadcastDecoder(nn.Module):
     def __init__(self, config: SlotAutoencoderConfig):
         super().__init__()
         self.size = config.decoder_size
-        self.position = PositionEmbedding(config.slot_dim)
+        self.position = PositionEmbedding(config.slot_dim, frequencies=config.position_frequencies)
         layers, channels = [], config.slot_dim
         for index, width in enumerate(config.decoder_channels):
             if index < config.num_upsamplings:
@@ -251,7 +303,7 @@ class PixelShuffleDecoder(nn.Module):
         first, *widths = config.decoder_channels
         # The first layer acts on slot + position; being linear, it is applied to each of them and added after.
         self.from_slot = nn.Linear(config.slot_dim, first)
-        self.position = PositionEmbedding(config.slot_dim)
+        self.position = PositionEmbedding(config.slot_dim, frequencies=config.position_frequencies)
         layers, channels = [nn.ReLU()], first
         for width in widths:
             layers += [nn.Linear(channels, width), nn.ReLU()]
@@ -352,15 +404,13 @@ class SlotAutoencoderModel(SlotAutoencoderPreTrainedModel):
                     "use fewer, or train with slot_init='gaussian', which takes any number."
                 )
             return self.slot_vectors[:num_slots].expand(batch, -1, -1)
-        mean, std = self.slot_mean, self.slot_log_std.exp()
         rows = batch
         if generator is None and not self.training:
             generator, rows = torch.Generator().manual_seed(0), 1
-        device = mean.device if generator is None else generator.device
-        noise = torch.randn(
-            rows, num_slots, self.config.slot_dim, generator=generator, device=device, dtype=mean.dtype
-        )
-        return (mean + std * noise.to(mean.device)).expand(batch, -1, -1)
+        device = self.slot_mean.device if generator is None else generator.device
+        noise = torch.randn(rows, num_slots, self.config.slot_dim, generator=generator, device=device)
+        slots = self.slot_mean + self.slot_log_std.exp() * noise.to(self.slot_mean)
+        return slots.expand(batch, -1, -1)
 
     @can_return_tuple
     def forward(

@@ -1,0 +1,65 @@
+"""Sheets of small images with titles: what a model sees, finds and paints, side by side."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+# Twelve colours that stay apart also for the colour-blind, the first for the ground (after Paul Tol, "muted").
+SEGMENT_COLOURS = np.array(
+    [
+        (221, 221, 221), (51, 34, 136), (221, 204, 119), (204, 102, 119), (68, 170, 153), (136, 34, 85),
+        (136, 204, 238), (153, 153, 51), (170, 68, 153), (17, 119, 51), (102, 37, 6), (85, 85, 85),
+    ],
+    dtype=np.uint8,
+)  # fmt: skip
+
+
+def colour_segments(mask: np.ndarray) -> np.ndarray:
+    """Paint a segmentation: one colour for each label, the same for the same label; they repeat after twelve.
+
+    Args:
+        mask: int (height, width), labels from 0.
+
+    Returns:
+        uint8 (height, width, 3).
+    """
+    return SEGMENT_COLOURS[np.asarray(mask) % len(SEGMENT_COLOURS)]
+
+
+def image_grid(
+    rows: Sequence[Sequence[np.ndarray]], path: str | Path, *, titles: Sequence[str] = (), cell: float = 1.1
+) -> Path:
+    """Draw rows of images as a sheet.
+
+    Args:
+        rows: Images, uint8 (height, width, 3); rows may differ in length.
+        path: The figure to write; its suffix says the format.
+        titles: One for each column, above the first row.
+        cell: Width of an image in inches, at 120 pixels an inch.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: If there is no image.
+    """
+    columns = max((len(row) for row in rows), default=0)
+    if not columns:
+        raise ValueError("rows has no image; expected at least one row with at least one.")
+    head = 0.25 if titles else 0.02
+    width, height = columns * cell, len(rows) * cell + head
+    figure = Figure(figsize=(width, height), dpi=120)
+    for y, row in enumerate(rows):
+        for x, image in enumerate(row):
+            axes = figure.add_axes(
+                (x * cell / width, 1 - (head + (y + 1) * cell) / height, 0.97 * cell / width, 0.97 * cell / height)
+            )
+            axes.imshow(image, interpolation="nearest")
+            axes.set_axis_off()
+    for x, title in enumerate(titles):
+        figure.text((x + 0.485) * cell / width, 1 - 0.6 * head / height, title, ha="center", va="center", fontsize=8)
+    path = Path(path)
+    figure.savefig(path, facecolor="white", metadata={"Software": None} if path.suffix == ".png" else None)
+    return path

@@ -1,0 +1,11 @@
+"""Keep tests away from the user's caches and from the network."""
+
+import os
+import tempfile
+
+_HOME = tempfile.TemporaryDirectory(prefix="hf_dl_tests_")
+# Before the libraries are imported: they read these once.
+os.environ["HF_HOME"] = _HOME.name
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+os.environ["MPLCONFIGDIR"] = _HOME.name

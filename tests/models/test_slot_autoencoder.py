@@ -1,0 +1,193 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from hf_dl.models import SlotAutoencoderConfig, SlotAutoencoderModel, SlotImageProcessor
+from tests.models.contract import ModelContract
+
+TINY = dict(image_size=16, decoder_size=8, encoder_channels=(8, 12), token_dim=12, slot_dim=12, slot_mlp_dim=16, num_slots=3)
+
+
+class TestDefaultKind(ModelContract):
+    model_class = SlotAutoencoderModel
+    processor_class = SlotImageProcessor
+    auto_classes = ("AutoModel",)
+    output_key = "reconstruction"
+    overfit_steps = 600
+    overfit_learning_rate = 1e-2
+    overfit_ratio = 0.15
+
+    def config(self):
+        return SlotAutoencoderConfig(**TINY, decoder_channels=(24, 24))
+
+    def inputs(self, batch):
+        """Two rectangles of random colours on a random ground: something that slots can explain."""
+        draw = torch.Generator().manual_seed(batch)
+        images = torch.rand(batch, 3, 1, 1, generator=draw).expand(-1, -1, 16, 16).clone()
+        for image in images:
+            for _ in range(2):
+                y, x = torch.randint(0, 10, (2,), generator=draw).tolist()
+                image[:, y : y + 6, x : x + 6] = torch.rand(3, 1, 1, generator=draw)
+        return {"pixel_values": images * 2 - 1}
+
+
+class TestPaperKind(TestDefaultKind):
+    """Gaussian slots, full gradient, transposed convolutions."""
+
+    output_key = "masks"
+    overfit_steps = 400
+    overfit_learning_rate = 3e-3
+    overfit_ratio = 0.1
+
+    def config(self):
+        return SlotAutoencoderConfig(
+            **TINY, slot_init="gaussian", gradient="full", decoder="broadcast", decoder_channels=(16, 16, 16)
+        )
+
+
+class TestResNetKind(TestDefaultKind):
+    overfit_steps = 80
+    overfit_learning_rate = 3e-3
+    overfit_ratio = 0.5
+
+    def config(self):
+        return SlotAutoencoderConfig(**{**TINY, "encoder": "resnet18"}, decoder_channels=(24, 24))
+
+
+@pytest.fixture
+def gaussian_model():
+    torch.manual_seed(0)
+    config = SlotAutoencoderConfig(**TINY, slot_init="gaussian", gradient="full", decoder_channels=(16,))
+    return SlotAutoencoderModel(config).eval()
+
+
+def test_the_parts_add_up(gaussian_model):
+    pixel_values = torch.rand(2, 3, 16, 16) * 2 - 1
+    output = gaussian_model(pixel_values)
+    assert output.masks.shape == (2, 3, 16, 16) and output.contents.shape == (2, 3, 3, 16, 16)
+    assert [tuple(a.shape) for a in output.attentions] == [(2, 3, 16)] * 3
+    torch.testing.assert_close(output.masks.sum(1), torch.ones(2, 16, 16))
+    torch.testing.assert_close(output.attentions[-1].sum(1), torch.ones(2, 16))
+    torch.testing.assert_close(output.reconstruction, (output.masks[:, :, None] * output.contents).sum(1))
+    torch.testing.assert_close(output.loss, (output.reconstruction - pixel_values).square().mean())
+
+
+def test_slots_and_iterations_change_at_inference(gaussian_model):
+    output = gaussian_model(torch.zeros(1, 3, 16, 16), num_slots=7, num_iterations=5)
+    assert output.slots.shape == (1, 7, 12) and len(output.attentions) == 5
+
+
+def test_gaussian_slots_repeat_in_evaluation_and_vary_in_training(gaussian_model):
+    first, second = gaussian_model.initial_slots(2), gaussian_model.initial_slots(2)
+    assert torch.equal(first, second) and torch.equal(first[0], first[1])
+    drawn = gaussian_model.initial_slots(2, generator=torch.Generator().manual_seed(1))
+    assert not torch.equal(drawn[0], drawn[1])
+    gaussian_model.train()
+    assert not torch.equal(gaussian_model.initial_slots(2), gaussian_model.initial_slots(2))
+
+
+def test_gaussian_slots_follow_the_learned_mean_and_deviation(gaussian_model):
+    with torch.no_grad():
+        gaussian_model.slot_mean.fill_(2.0)
+        gaussian_model.slot_log_std.fill_(float(np.log(0.5)))
+    slots = gaussian_model.initial_slots(2000, generator=torch.Generator().manual_seed(0))
+    assert abs(slots.mean().item() - 2.0) < 0.01 and abs(slots.std().item() - 0.5) < 0.01
+
+
+def test_permuting_gaussian_slots_permutes_the_output(gaussian_model):
+    tokens, slots = torch.randn(1, 16, 12), torch.randn(1, 3, 12)
+    order = torch.tensor([2, 0, 1])
+    bound, _ = gaussian_model.slot_attention(tokens, slots)
+    permuted, _ = gaussian_model.slot_attention(tokens, slots[:, order])
+    torch.testing.assert_close(permuted, bound[:, order], rtol=1e-5, atol=1e-6)
+
+
+def test_decode_paints_what_forward_reconstructs_and_leaves_slots_out(gaussian_model):
+    output = gaussian_model(torch.rand(2, 3, 16, 16) * 2 - 1)
+    expected = (output.reconstruction / 2 + 0.5).clamp(0, 1)
+    torch.testing.assert_close(gaussian_model.decode(output.slots), expected)
+    keep = torch.tensor([[True, False, True], [False, False, True]])
+    contents, masks = gaussian_model.decode_parts(output.slots, keep=keep)
+    assert (masks[~keep] == 0).all()
+    torch.testing.assert_close(masks.sum(1), torch.ones(2, 16, 16))
+    kept_only = gaussian_model.decode(output.slots[:1, [0, 2]])
+    torch.testing.assert_close(gaussian_model.decode(output.slots, keep=keep)[:1], kept_only)
+
+
+def test_segment_takes_images_of_any_size(gaussian_model):
+    images = [Image.new("RGB", (40, 30), "red"), Image.new("L", (7, 9)), np.zeros((3, 16, 16), np.uint8)]
+    masks = gaussian_model.segment(images, num_slots=4)
+    assert [tuple(mask.shape) for mask in masks] == [(30, 40), (9, 7), (16, 16)]
+    assert all(mask.dtype == torch.int64 and mask.min() >= 0 and mask.max() < 4 for mask in masks)
+    single = gaussian_model.segment(images[0], num_slots=4)
+    assert torch.equal(single, masks[0])
+
+
+def test_segment_is_the_largest_alpha(gaussian_model):
+    image = torch.randint(0, 256, (3, 16, 16), dtype=torch.uint8)
+    output = gaussian_model(image[None] / 127.5 - 1)
+    assert torch.equal(gaussian_model.segment(image), output.masks[0].argmax(0))
+
+
+def test_published_shapes():
+    """Locatello et al. 2020, appendix E, thinner: 128x128 tokens, 8x8 broadcast, four doublings, two more convolutions."""
+    config = SlotAutoencoderConfig(
+        image_size=128,
+        encoder_channels=(8,) * 4,
+        encoder_strides=(1,) * 4,
+        slot_init="gaussian",
+        gradient="full",
+        num_slots=7,
+        decoder="broadcast",
+        decoder_size=8,
+        decoder_channels=(8,) * 5,
+    )
+    model = SlotAutoencoderModel(config).eval()
+    output = model(torch.zeros(1, 3, 128, 128))
+    assert output.masks.shape == (1, 7, 128, 128) and output.attentions[0].shape == (1, 7, 128 * 128)
+    transposed = [m for m in model.decoder.layers if isinstance(m, torch.nn.ConvTranspose2d)]
+    assert len(transposed) == 4
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        (dict(num_slots=0), "num_slots=0 must be at least 1"),
+        (dict(encoder_channels=(8,)), "must have one entry for each convolution"),
+        (dict(decoder_channels=()), "decoder_channels=\\[\\] must have at least one entry"),
+        (dict(slot_init="gaussian", gradient="bilevel"), "gradient='bilevel' needs slot_init='learned'"),
+        (dict(image_size=18), "image_size=18 must be a multiple of decoder_size=8"),
+        (dict(decoder="broadcast", image_size=24), "must be decoder_size=8 times a power of two"),
+        (dict(decoder="broadcast", image_size=64, decoder_channels=(8,)), "must have at least 3 entries"),
+        (dict(encoder="vgg"), "encoder"),
+    ],
+)
+def test_fields_that_do_not_fit_are_refused(fields, sentence):
+    with pytest.raises(Exception, match=sentence):
+        SlotAutoencoderConfig(**{**TINY, **fields})
+
+
+def test_calls_that_do_not_fit_are_refused(gaussian_model):
+    with pytest.raises(ValueError, match="pixel_values has shape \\(1, 3, 20, 16\\), expected \\(batch, 3, 16, 16\\)"):
+        gaussian_model(torch.zeros(1, 3, 20, 16))
+    with pytest.raises(ValueError, match="num_slots=0 must be at least 1"):
+        gaussian_model(torch.zeros(1, 3, 16, 16), num_slots=0)
+    with pytest.raises(ValueError, match="num_iterations=0 must be at least 1"):
+        gaussian_model(torch.zeros(1, 3, 16, 16), num_iterations=0)
+    with pytest.raises(ValueError, match="slots has shape \\(1, 3, 5\\), expected \\(batch, slots, 12\\)"):
+        gaussian_model.decode(torch.zeros(1, 3, 5))
+    with pytest.raises(ValueError, match="at least one slot kept"):
+        gaussian_model.decode(torch.zeros(1, 3, 12), keep=torch.zeros(1, 3, dtype=torch.bool))
+    learned = SlotAutoencoderModel(SlotAutoencoderConfig(**TINY, decoder_channels=(8,)))
+    with pytest.raises(ValueError, match="num_slots=4 is more than the 3 slots this model has learned"):
+        learned(torch.zeros(1, 3, 16, 16), num_slots=4)
+    assert learned(torch.zeros(1, 3, 16, 16), num_slots=2).slots.shape == (1, 2, 12)
+
+
+def test_a_truncated_checkpoint_is_refused(gaussian_model, tmp_path):
+    gaussian_model.save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(Exception, match="(?i)incomplete|invalid|truncated|header|metadata"):
+        SlotAutoencoderModel.from_pretrained(tmp_path)
