@@ -1,4 +1,4 @@
-"""Keep tests away from the user's caches and from the network."""
+"""Keep tests away from the caches of the user."""
 
 import os
 import tempfile
@@ -6,6 +6,5 @@ import tempfile
 _HOME = tempfile.TemporaryDirectory(prefix="hf_dl_tests_")
 # Before the libraries are imported: they read these once.
 os.environ["HF_HOME"] = _HOME.name
-os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["MPLCONFIGDIR"] = _HOME.name
