@@ -26,7 +26,7 @@ def write_clevrtex(root, variant="full", indices=range(30), seed=0):
         small = rng.integers(0, 255, (24, 32, 3), dtype=np.uint8)
         image = np.asarray(Image.fromarray(small).resize((320, 240), Image.Resampling.BICUBIC))
         rgba = np.concatenate([image, rng.integers(0, 255, (240, 320, 1), dtype=np.uint8)], -1)
-        Image.fromarray(rgba).save(folder / f"{stem}.png")
+        Image.fromarray(rgba).save(folder / f"{stem}.png", compress_level=1)
         mask = np.zeros((240, 320), np.uint8)
         for label, x in ((1, 80), (2, 130), (4, 180)):
             y = int(rng.integers(40, 120))
@@ -38,7 +38,7 @@ def write_clevrtex(root, variant="full", indices=range(30), seed=0):
         (folder / f"{stem}_depth_0001.png").write_bytes(b"")  # other passes lie beside it
         shapes = ("cube", "sphere", "monkey", "cylinder")
         objects = [
-            {"shape": shape, "rotation": 10.0 * i, "size": "small", "3d_coords": [i, 2 * i, 0.5], "pixel_coords": [1, 2, 3],
+            {"shape": shape, "rotation": 10.0 * i, "size": "small", "3d_coords": [i, 2 * i, 0.5],
              "index": i, "color": "red", "material": f"material {i}"}
             for i, shape in enumerate(shapes, start=1)
         ]  # fmt: skip
