@@ -5,6 +5,7 @@ the same numbers give the same bytes of SVG. Colours are those of Okabe and Ito,
 of colour blindness can tell apart.
 """
 
+import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from .experiment import read_curves
 from .tables import groups, label, shown_flags
@@ -68,6 +69,9 @@ def _scale(axes: Axes, panel: Mapping[str, Sequence[Series]]) -> None:
     values = np.concatenate([np.asarray(y, dtype=float) for seeds in panel.values() for _, y in seeds] or [[]])
     if len(values) and values.min() > 0 and values.max() > 20 * values.min():
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if values.max() < 200 * values.min() else (1,)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
     elif len(values) and values.min() >= -0.1 and values.max() <= 1 and values.max() > 0.5:
         axes.set_ylim(min(0.0, float(values.min())) - 0.02, 1.02)
 
@@ -78,7 +82,7 @@ def draw_curves(
     *,
     xlabel: str = "step",
     styles: Sequence[tuple[int, int]] | None = None,
-    legend_columns: int | None = None,
+    legend: Sequence[tuple[str, str, Any]] | None = None,
 ) -> Path:
     """Draw curves: a panel a quantity, in each the mean line and the range of the seeds for each label.
 
@@ -92,7 +96,7 @@ def draw_curves(
         xlabel: What the horizontal axis counts.
         styles: For each label of a panel in turn, the indices of its colour and its dash; by default each label has a
             colour of its own.
-        legend_columns: The columns of the legend below; by default as many as fit.
+        legend: Text, colour and dash of each entry of the legend below, where it is not one for each label.
 
     Returns:
         The path.
@@ -110,9 +114,10 @@ def draw_curves(
     columns = min(len(panels), 3)
     rows = math.ceil(len(panels) / columns)
     labels = [*next(iter(panels.values()))]
-    fitting = int((100 if columns > 1 else 62) / (max(map(len, labels)) + 7))
-    legend_columns = max(1, min(legend_columns or len(labels), fitting))
-    height = 2.75 * rows + 0.2 * (1 + math.ceil(len(labels) / legend_columns))
+    legend = legend or [(name, *_looks(index, styles)) for index, name in enumerate(labels)]
+    fitting = int((100 if columns > 1 else 62) / (max(len(text) for text, *_ in legend) + 7))
+    legend_columns = max(1, min(len(legend), fitting))
+    height = 2.75 * rows + 0.2 * (1 + math.ceil(len(legend) / legend_columns))
     with rc_context(STYLE):
         figure = Figure(figsize=(WIDTH if columns > 1 else 5.6, height), layout="constrained")
         grid = figure.subplots(rows, columns, squeeze=False).ravel()
@@ -126,18 +131,18 @@ def draw_curves(
             axes.margins(x=0.02)
             if not shared:
                 place = {"loc": "lower left", "bbox_to_anchor": (-0.02, 1.0), "borderaxespad": 0.2}
-                axes.legend(*_legend([*panel], styles), ncols=len(panel), columnspacing=1.4, **place)
+                entries = [(name, *_looks(index, styles)) for index, name in enumerate(panel)]
+                axes.legend(handles=_handles(entries), ncols=len(panel), columnspacing=1.4, **place)
         for axes in grid[len(panels) :]:
             axes.set_visible(False)
         if shared and (len(labels) > 1 or len(panels) == 1):
             place = {"loc": "outside lower center", "ncols": legend_columns}
-            figure.legend(*_legend(labels, styles), handlelength=2.4, **place)
+            figure.legend(handles=_handles(legend), handlelength=2.4, **place)
         return _save(figure, path)
 
 
-def _legend(labels: Sequence[str], styles: Sequence[tuple[int, int]] | None) -> tuple[list[Line2D], Sequence[str]]:
-    looks = [_looks(index, styles) for index in range(len(labels))]
-    return [Line2D([], [], color=colour, linestyle=line, linewidth=1.9) for colour, line in looks], labels
+def _handles(entries: Sequence[tuple[str, str, Any]]) -> list[Line2D]:
+    return [Line2D([], [], color=colour, linestyle=dash, linewidth=1.9, label=text) for text, colour, dash in entries]
 
 
 def plot_run(
@@ -165,13 +170,17 @@ def plot_run(
     return draw_curves(path, drawn) if any(drawn.values()) else None
 
 
-def _styles(report: Mapping[str, Any]) -> tuple[list[tuple[int, int]], int | None]:
-    """Looks of the groups, and the columns of a legend in which a column is a colour."""
-    first, *rest = [len(report["grid"][name]) for name in shown_flags(report)]
-    others = math.prod(rest)
-    if others == 1 or first > len(COLOURS) or others > len(LINES):
-        return [(index, index // len(COLOURS)) for index in range(first * others)], None
-    return [(colour, line) for colour in range(first) for line in range(others)], first
+def _styles(report: Mapping[str, Any]) -> tuple[list[tuple[int, int]] | None, list[tuple[str, str, Any]] | None]:
+    """Looks and legend of the groups: the first flag gives the colour and the others the dash, where these suffice."""
+    shown = shown_flags(report)
+    first, rest = report["grid"][shown[0]], [*itertools.product(*(report["grid"][name] for name in shown[1:]))]
+    if len(shown) == 1 or len(first) > len(COLOURS) or len(rest) > len(LINES):
+        return None, None
+    legend = [(_flag_labels(report, shown[:1], [value]), COLOURS[index], "-") for index, value in enumerate(first)]
+    legend += [
+        (_flag_labels(report, shown[1:], values), "#737373", dash) for values, dash in zip(rest, LINES, strict=False)
+    ]
+    return [(colour, dash) for colour in range(len(first)) for dash in range(len(rest))], legend
 
 
 def _flag_labels(report: Mapping[str, Any], names: Sequence[str], values: Sequence[Any]) -> str:
@@ -204,8 +213,8 @@ def plot_curves(report: Mapping[str, Any], path: str | Path) -> Path | None:
         }
         if any(panel.values()):
             panels[label(report, key)] = panel
-    styles, legend_columns = _styles(report)
-    return draw_curves(path, panels, styles=styles, legend_columns=legend_columns) if panels else None
+    styles, legend = _styles(report)
+    return draw_curves(path, panels, styles=styles, legend=legend) if panels else None
 
 
 def plot_table(report: Mapping[str, Any], path: str | Path) -> Path | None:
