@@ -145,13 +145,7 @@ def draw_slots(model: SlotAutoencoderModel, images: torch.Tensor, path: Path) ->
 
 @torch.no_grad()
 def compose(
-    model: SlotAutoencoderModel,
-    train: ImageTensors,
-    real: ImageTensors,
-    folder: Path,
-    *,
-    num_train: int,
-    seed: int = 0,
+    model: SlotAutoencoderModel, train: ImageTensors, real: ImageTensors, folder: Path, *, seed: int = 0
 ) -> dict[str, float]:
     """Fill a slot library from training images, compose as many new images as there are real ones, and measure FID.
 

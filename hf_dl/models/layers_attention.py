@@ -37,6 +37,7 @@ class SlotAttention(nn.Module):
         slot_dim: Channels of a slot.
         mlp_dim: Hidden units of the residual MLP.
         epsilon: Added to the attention before it is normalised over the tokens; 1e-8 in the paper.
+        qkv_bias: Whether the three projections have a bias: not in the paper, but in some of its ports.
 
     Example:
         ```python
@@ -48,16 +49,16 @@ class SlotAttention(nn.Module):
         ```
     """
 
-    def __init__(self, input_dim: int, slot_dim: int, *, mlp_dim: int, epsilon: float = 1e-8):
+    def __init__(self, input_dim: int, slot_dim: int, *, mlp_dim: int, epsilon: float = 1e-8, qkv_bias: bool = False):
         super().__init__()
         self.epsilon = epsilon
         self.scale = slot_dim**-0.5
         self.norm_inputs = nn.LayerNorm(input_dim)
         self.norm_slots = nn.LayerNorm(slot_dim)
         self.norm_mlp = nn.LayerNorm(slot_dim)
-        self.to_q = nn.Linear(slot_dim, slot_dim, bias=False)
-        self.to_k = nn.Linear(input_dim, slot_dim, bias=False)
-        self.to_v = nn.Linear(input_dim, slot_dim, bias=False)
+        self.to_q = nn.Linear(slot_dim, slot_dim, bias=qkv_bias)
+        self.to_k = nn.Linear(input_dim, slot_dim, bias=qkv_bias)
+        self.to_v = nn.Linear(input_dim, slot_dim, bias=qkv_bias)
         self.gru = nn.GRUCell(slot_dim, slot_dim)
         self.mlp = nn.Sequential(nn.Linear(slot_dim, mlp_dim), nn.ReLU(), nn.Linear(mlp_dim, slot_dim))
 
@@ -113,9 +114,13 @@ class SlotAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         batch, num_slots, slot_dim = slots.shape
         queries = self.to_q(self.norm_slots(slots)) * self.scale  # (batch, slots, slot_dim)
+        logits = 0.0
         if absorb:
+            if self.to_k.bias is not None:
+                logits = (queries @ self.to_k.bias)[:, :, None]
             queries = queries @ self.to_k.weight  # (batch, slots, input_dim)
-        attention = torch.softmax(queries @ keys.transpose(1, 2), dim=1)  # (batch, slots, tokens)
+        logits = logits + queries @ keys.transpose(1, 2)
+        attention = torch.softmax(logits, dim=1)  # (batch, slots, tokens)
         weights = attention + self.epsilon
         updates = weights @ values / weights.sum(dim=-1, keepdim=True)  # weighted mean over the tokens
         if absorb:

@@ -53,6 +53,7 @@ class SlotAutoencoderConfig(PreTrainedConfig):
             slot: K at most `num_slots`).
         gradient: "full", "implicit" or "bilevel"; the last needs `slot_init="learned"`.
         epsilon: Added to the attention before it is normalised over the tokens.
+        qkv_bias: Whether the projections of slot attention have a bias.
         decoder: "broadcast" (transposed convolutions of stride 2 from `decoder_size` to `image_size`, then plain
             ones) or "pixel_shuffle".
         decoder_channels: Hidden channels of the decoder, one entry a layer.
@@ -85,6 +86,7 @@ class SlotAutoencoderConfig(PreTrainedConfig):
     slot_init: Literal["gaussian", "learned"] = "learned"
     gradient: Literal["full", "implicit", "bilevel"] = "bilevel"
     epsilon: float = 1e-8
+    qkv_bias: bool = False
     # Decoder
     decoder: Literal["broadcast", "pixel_shuffle"] = "pixel_shuffle"
     decoder_channels: list[int] | tuple[int, ...] = (128, 128)
@@ -373,7 +375,11 @@ class SlotAutoencoderModel(SlotAutoencoderPreTrainedModel):
             self.slot_mean = nn.Parameter(torch.empty(config.slot_dim))
             self.slot_log_std = nn.Parameter(torch.empty(config.slot_dim))
         self.slot_attention = SlotAttention(
-            config.token_dim, config.slot_dim, mlp_dim=config.slot_mlp_dim, epsilon=config.epsilon
+            config.token_dim,
+            config.slot_dim,
+            mlp_dim=config.slot_mlp_dim,
+            epsilon=config.epsilon,
+            qkv_bias=config.qkv_bias,
         )
         self.decoder = DECODERS[config.decoder](config)
         self.post_init()

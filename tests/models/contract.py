@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoImageProcessor
 
+
 class ModelContract:
     """Tests of a `PreTrainedModel`.
 
@@ -108,7 +109,10 @@ if {self.processor_class is not None}:
         for name in self.auto_classes:
             found = load_file(tmp_path / f"{name}.safetensors")["output"]
             torch.testing.assert_close(found, self.answer(model, inputs), rtol=1e-5, atol=1e-6)
-        assert json.loads((tmp_path / "config.json").read_text())["model_type"] == self.model_class.config_class.model_type
+        assert (
+            json.loads((tmp_path / "config.json").read_text())["model_type"]
+            == self.model_class.config_class.model_type
+        )
 
     def test_every_parameter_gets_a_gradient(self, model):
         model.train()
@@ -137,7 +141,7 @@ if {self.processor_class is not None}:
         expected = self.answer(model, inputs)
         try:
             compiled = torch.compile(model, backend="aot_eager")
-            # After a graph break (drawing from a generator is one) dynamo itself looks at .grad of what it resumes with.
+            # After a graph break (drawing from a generator is one) dynamo looks at .grad of what it resumes with.
             warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
             torch.testing.assert_close(self.answer(compiled, inputs), expected, rtol=1e-4, atol=1e-5)
         finally:

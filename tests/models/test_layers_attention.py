@@ -24,12 +24,15 @@ def textbook(module, inputs, slots, num_iterations):
     return slots, attentions
 
 
-@pytest.fixture(params=[(16, 16, 64), (24, 16, 64), (96, 8, 12)], ids=["square", "wide", "projected"])
+@pytest.fixture(
+    params=[(16, 16, 64, False), (24, 16, 64, True), (96, 8, 12, False), (96, 8, 12, True)],
+    ids=["square", "wide-bias", "projected", "projected-bias"],
+)
 def case(request):
-    """Module, tokens and slots in float64; the last one is where projecting the tokens is cheaper."""
-    input_dim, slot_dim, tokens = request.param
+    """Module, tokens and slots in float64; the last two are where projecting the tokens is cheaper."""
+    input_dim, slot_dim, tokens, qkv_bias = request.param
     torch.manual_seed(0)
-    module = SlotAttention(input_dim, slot_dim, mlp_dim=20).double()
+    module = SlotAttention(input_dim, slot_dim, mlp_dim=20, qkv_bias=qkv_bias).double()
     for norm in (module.norm_inputs, module.norm_slots, module.norm_mlp):
         torch.nn.init.normal_(norm.weight)
         torch.nn.init.normal_(norm.bias)

@@ -6,7 +6,15 @@ from PIL import Image
 from hf_dl.models import SlotAutoencoderConfig, SlotAutoencoderModel, SlotImageProcessor
 from tests.models.contract import ModelContract
 
-TINY = dict(image_size=16, decoder_size=8, encoder_channels=(8, 12), token_dim=12, slot_dim=12, slot_mlp_dim=16, num_slots=3)
+TINY = {
+    "image_size": 16,
+    "decoder_size": 8,
+    "encoder_channels": (8, 12),
+    "token_dim": 12,
+    "slot_dim": 12,
+    "slot_mlp_dim": 16,
+    "num_slots": 3,
+}
 
 
 class TestDefaultKind(ModelContract):
@@ -131,7 +139,7 @@ def test_segment_is_the_largest_alpha(gaussian_model):
 
 
 def test_published_shapes():
-    """Locatello et al. 2020, appendix E, thinner: 128x128 tokens, 8x8 broadcast, four doublings, two more convolutions."""
+    """Locatello et al. 2020, appendix E, thinner: 128x128 tokens, 8x8 broadcast, four doublings."""
     config = SlotAutoencoderConfig(
         image_size=128,
         encoder_channels=(8,) * 4,
@@ -153,14 +161,14 @@ def test_published_shapes():
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
-        (dict(num_slots=0), "num_slots=0 must be at least 1"),
-        (dict(encoder_channels=(8,)), "must have one entry for each convolution"),
-        (dict(decoder_channels=()), "decoder_channels=\\[\\] must have at least one entry"),
-        (dict(slot_init="gaussian", gradient="bilevel"), "gradient='bilevel' needs slot_init='learned'"),
-        (dict(image_size=18), "image_size=18 must be a multiple of decoder_size=8"),
-        (dict(decoder="broadcast", image_size=24), "must be decoder_size=8 times a power of two"),
-        (dict(decoder="broadcast", image_size=64, decoder_channels=(8,)), "must have at least 3 entries"),
-        (dict(encoder="vgg"), "encoder"),
+        ({"num_slots": 0}, "num_slots=0 must be at least 1"),
+        ({"encoder_channels": (8,)}, "must have one entry for each convolution"),
+        ({"decoder_channels": ()}, "decoder_channels=\\[\\] must have at least one entry"),
+        ({"slot_init": "gaussian", "gradient": "bilevel"}, "gradient='bilevel' needs slot_init='learned'"),
+        ({"image_size": 18}, "image_size=18 must be a multiple of decoder_size=8"),
+        ({"decoder": "broadcast", "image_size": 24}, "must be decoder_size=8 times a power of two"),
+        ({"decoder": "broadcast", "image_size": 64, "decoder_channels": (8,)}, "must have at least 3 entries"),
+        ({"encoder": "vgg"}, "encoder"),
     ],
 )
 def test_fields_that_do_not_fit_are_refused(fields, sentence):

@@ -1,0 +1,153 @@
+"""Slot attention beside the PyPI package `slot-attention`, and the rates of what surrounds it, in one run.
+
+    scripts/run --group benchmark python scripts/benchmarks/slots.py [--output json]
+
+Two minutes on two cores. Forward and backward (inputs and all weights) at batch 16, 1,024 tokens of 64 channels, 7
+slots, 3 iterations, on one thread: CPU seconds of interleaved repetitions, their ratio to the package's (expect at
+least 1.3 with the full gradient, 2.5 with implicit differentiation), the largest difference of the results when ours
+is given its weights, and peak memory. Then the rate of scene rendering, and ARI beside scikit-learn.
+"""
+
+import argparse
+import json
+import multiprocessing
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from slot_attention import SlotAttention as PeerSlotAttention
+
+from hf_dl.data import scenes
+from hf_dl.models.layers_attention import SlotAttention
+
+sys.path.insert(0, str(Path(__file__).parent))
+import segmentation
+
+BATCH, TOKENS, DIM, SLOTS, ITERATIONS = 16, 1024, 64, 7, 3
+
+
+def make_pair() -> tuple[PeerSlotAttention, SlotAttention]:
+    """The package's module and ours with its weights."""
+    torch.manual_seed(0)
+    peer = PeerSlotAttention(num_slots=SLOTS, dim=DIM, iters=ITERATIONS, hidden_dim=2 * DIM)
+    ours = SlotAttention(DIM, DIM, mlp_dim=2 * DIM, qkv_bias=True)
+    names = {"norm_input": "norm_inputs", "norm_pre_ff": "norm_mlp"}
+    weights = {}
+    for name, tensor in peer.state_dict().items():
+        module, _, rest = name.partition(".")
+        if rest:  # the two without are the Gaussian of the initial slots
+            weights[f"{names.get(module, module)}.{rest}"] = tensor
+    ours.load_state_dict(weights)
+    return peer, ours
+
+
+def make_steps() -> dict[str, Callable[[], torch.Tensor]]:
+    """Forward and backward of each, from the same initial slots; returns the slots."""
+    peer, ours = make_pair()
+    inputs = torch.randn(BATCH, TOKENS, DIM, generator=torch.Generator().manual_seed(1))
+
+    def initial() -> torch.Tensor:
+        torch.manual_seed(2)  # the package draws from the global generator
+        sigma = peer.slots_logsigma.exp().expand(BATCH, SLOTS, -1)
+        return peer.slots_mu.expand(BATCH, SLOTS, -1) + sigma * torch.randn(BATCH, SLOTS, DIM)
+
+    def backward(module: torch.nn.Module, run: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        x = inputs.clone().requires_grad_()
+        module.zero_grad()
+        slots = run(x)
+        slots.square().mean().backward()
+        return slots.detach()
+
+    def run_peer(x: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(2)
+        return peer(x)
+
+    def run_ours(gradient: str) -> Callable[[torch.Tensor], torch.Tensor]:
+        return lambda x: ours(x, initial(), num_iterations=ITERATIONS, gradient=gradient)[0]
+
+    return {
+        "slot-attention": lambda: backward(peer, run_peer),
+        "ours, full": lambda: backward(ours, run_ours("full")),
+        "ours, implicit": lambda: backward(ours, run_ours("implicit")),
+    }
+
+
+def time_steps(repetitions: int) -> dict[str, float]:
+    """Median CPU milliseconds of each, interleaved so that all feel the same machine."""
+    steps = make_steps()
+    seconds = {name: [] for name in steps}
+    for repetition in range(repetitions + 3):
+        for name, step in steps.items():
+            start = time.process_time()
+            step()
+            if repetition >= 3:
+                seconds[name].append(time.process_time() - start)
+    return {name: 1000 * statistics.median(values) for name, values in seconds.items()}
+
+
+def put_memory(name: str, queue: multiprocessing.Queue) -> None:
+    """Put how many megabytes one step raises the peak memory of this process."""
+    torch.set_num_threads(1)
+    step = make_steps()[name]
+    before = segmentation.peak()
+    step()
+    queue.put(segmentation.peak() - before)
+
+
+def memory_of(name: str) -> float:
+    """`put_memory` in a fresh process, where nothing else has raised the peak."""
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=put_memory, args=(name, queue))
+    process.start()
+    megabytes = queue.get()
+    process.join()
+    return megabytes
+
+
+def scenes_per_second(style: str, size: int, count: int = 256) -> float:
+    """Rate of drawing, rendering and describing scenes on all threads."""
+    list(scenes.load("test", style=style, size=size, num_scenes=32, seed=1, streaming=True))
+    start = time.perf_counter()
+    list(scenes.load("test", style=style, size=size, num_scenes=count, streaming=True))
+    return count / (time.perf_counter() - start)
+
+
+def main(argv: list[str] | None = None) -> dict[str, dict]:
+    """Run all, print a table, and write it as JSON where asked."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--output", help="JSON file to write")
+    parser.add_argument("--repetitions", type=int, default=40, help="repetitions of each step")
+    args = parser.parse_args(argv)
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    steps = make_steps()
+    expected = steps["slot-attention"]()
+    milliseconds = time_steps(args.repetitions)
+    results: dict[str, dict] = {"slot attention": {}}
+    for name, step in steps.items():
+        results["slot attention"][name] = {
+            "cpu_ms": round(milliseconds[name], 2),
+            "speed": round(milliseconds["slot-attention"] / milliseconds[name], 2),
+            "largest_difference": (step() - expected).abs().max().item(),
+            "peak_mb": round(memory_of(name), 1),
+        }
+        print(f"{name:16s}", results["slot attention"][name], flush=True)
+    torch.set_num_threads(max(threads, 2))
+    results["scenes per second"] = {
+        f"{style} {size}": round(scenes_per_second(style, size), 1)
+        for style, size in (("plain", 64), ("plain", 128), ("textured", 64), ("textured", 128))
+    }
+    print("scenes per second", results["scenes per second"], flush=True)
+    results["ari"] = segmentation.main([])
+    if args.output:
+        Path(args.output).write_text(json.dumps(results, indent=2) + "\n")
+    return results
+
+
+if __name__ == "__main__":
+    main()
