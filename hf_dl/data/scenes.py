@@ -52,7 +52,7 @@ MATERIALS = {"plain": ("rubber", "metal"), "textured": tuple(TEXTURES)}
 ATTRIBUTES = ("size", "color", "material", "shape")
 DIRECTIONS = ("left", "right", "front", "behind")
 
-_VERSION = 4  # bump with any change of the pixels or columns: `datasets` caches by arguments, not by this code
+_VERSION = 5  # bump with any change of the pixels or columns: `datasets` caches by arguments, not by this code
 _GAP = 0.25  # smallest distance between footprints, and the offset from which one object is left of another
 _MIN_AREA = 0.003  # smallest visible part of an object, as a fraction of the image
 _MIN_VISIBLE = {"plain": 0.7, "textured": 0.4}  # smallest visible fraction of an object's own silhouette
@@ -173,7 +173,7 @@ def _shrink(count: int) -> float:
 def _visible_scenes(
     indices: Sequence[int], split: str, style: str, size: int, num_objects: tuple[int, int], seed: int
 ) -> list[tuple[Scene, torch.Tensor]]:
-    """For each index the first attempt in which every object is sufficiently visible, and its mask."""
+    """For each index the first attempt in which every object is whole and sufficiently visible, and its mask."""
     accepted: dict[int, tuple[Scene, torch.Tensor]] = {}
     pending = dict.fromkeys(indices, 0)  # index -> attempt
     while pending:
@@ -194,7 +194,8 @@ def _visible_scenes(
         shrink = torch.tensor([_shrink(len(scene.objects)) for scene in drawn.values()])[batch.scene]
         area, part = (_MIN_AREA * size**2 * shrink * shrink).clamp_min(1), _MIN_VISIBLE[style] * shrink
         enough = (visible >= area) & (visible >= part * silhouette)
-        failed = set(batch.scene[~enough].tolist())
+        cut = (masks[:, [0, -1]].amax((1, 2)) | masks[:, :, [0, -1]].amax((1, 2))) > 0  # by the border of the image
+        failed = {*batch.scene[~enough].tolist(), *cut.nonzero()[:, 0].tolist()}
         for number, (index, scene) in enumerate(drawn.items()):
             if number not in failed:
                 accepted[index] = scene, masks[number]

@@ -259,8 +259,8 @@ def test_boxes_and_counts_come_from_the_mask(style, num_objects, size):
             assert record["box"] == [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
 
 
-def test_plain_objects_are_well_visible():
-    for row in scenes.load("test", num_scenes=60):
+def test_objects_are_well_visible(style):
+    for row in scenes.load("test", style=style, num_objects=STYLES[style], num_scenes=100):
         for record in row["objects"]:
             assert record["visible_pixels"] >= 12
             x0, y0, x1, y1 = record["box"]
