@@ -126,7 +126,7 @@ class TrainingArgs:
             choices = _choices(known)
             if choices and getattr(self, name) not in choices:
                 raise ValueError(
-                    f"{name}={getattr(self, name)!r} is unknown; choose one of {', '.join(map(str, choices))}."
+                    f"{name}={getattr(self, name)!r} is unknown; choose one of {', '.join(filter(None, choices))}."
                 )
         if self.batch_size % self.accumulation:
             raise ValueError(

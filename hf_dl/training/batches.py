@@ -64,11 +64,14 @@ def mix_seed(*parts: int | str) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
-def seed_everything(seed: int) -> None:
-    """Seed the global generators of Python, NumPy and torch (all devices)."""
+def seed_everything(seed: int, device: torch.device | None = None) -> None:
+    """Seed the global generators of Python, NumPy, torch on the CPU and, if given, on one device."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
+    # torch.manual_seed also queues itself for CUDA where that sleeps: milliseconds a call
+    torch.default_generator.manual_seed(seed)
+    if device is not None and device.type != "cpu":
+        torch.get_device_module(device).manual_seed(seed)
 
 
 class _MapBatches(Dataset):
@@ -132,13 +135,10 @@ class _StreamBatches(IterableDataset):
             epoch, offset = epoch + 1, 0
 
     def _read(self, epoch: int, offset: int) -> Iterator[Any]:
-        data = self.data
-        if offset and hasattr(data, "skip"):  # datasets skips without decoding
-            data, offset = data.skip(offset), 0
-        if hasattr(data, "set_epoch"):
-            data.set_epoch(epoch)
-        examples = iter(data)
-        for _ in range(offset):
+        if hasattr(self.data, "set_epoch"):
+            self.data.set_epoch(epoch)
+        examples = iter(self.data)
+        for _ in range(offset):  # not datasets' skip(): it keeps the shards from being shuffled
             next(examples, None)
         return examples
 

@@ -52,6 +52,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader, default_collate
 from tqdm.auto import tqdm
+from transformers.utils import logging as transformers_logging
 
 from . import checkpoint
 from .args import TrainingArgs, script_path
@@ -161,7 +162,7 @@ class TrainingRun:
             piece = (piece + 1) % self.args.accumulation
             if not self.model.training:
                 self.model.train()
-            seed_everything(mix_seed(self._seed, "step", *key))
+            seed_everything(mix_seed(self._seed, "step", *key), self.device)
             self.generator.manual_seed(mix_seed(self._seed, "noise", *key))
             self._stepped = self._synced = False
             # held open over the script's forward and backward: DDP then leaves out needless reductions
@@ -547,6 +548,7 @@ class TrainingRun:
             return
 
         def write(aside: Path) -> None:
+            transformers_logging.disable_progress_bar()  # a bar for every save would break ours
             if not hasattr(self.unwrapped, "save_pretrained"):
                 save_file({name: value.contiguous() for name, value in weights.items()}, aside / "model.safetensors")
             elif "state_dict" in inspect.signature(self.unwrapped.save_pretrained).parameters:

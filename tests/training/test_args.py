@@ -1,0 +1,110 @@
+import os
+from dataclasses import dataclass, field, fields
+
+import pytest
+import torch
+
+from hf_dl.training import TrainingArgs, flag_names, parse_args
+
+
+@dataclass
+class ScriptArgs(TrainingArgs):
+    learning_rate: float = field(default=4e-4, metadata={"help": "Peak learning rate."})
+    num_slots: int = field(default=5, metadata={"help": "Slots per image."})
+    sizes: list[int] = field(default_factory=lambda: [1, 2], metadata={"help": "Sizes."})
+    shadows: bool = field(default=True, metadata={"help": "Shadows."})
+
+
+@pytest.fixture(autouse=True)
+def _threads():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_defaults_overrides_and_types():
+    args = parse_args(ScriptArgs, ["--num_slots=7", "--resume", "--no_shadows", "--sizes", "3", "4", "--seed", "3"])
+    assert (args.num_slots, args.resume, args.shadows, args.sizes, args.seed) == (7, True, False, [3, 4], 3)
+    assert args.learning_rate == 4e-4 and args.mixed_precision is None
+    assert type(args) is ScriptArgs
+    assert args.output_dir == "runs/test_args"
+
+
+def test_every_flag_has_help_and_a_group():
+    from hf_dl.training.args import _GROUPS
+
+    grouped = " ".join(_GROUPS.values()).split()
+    assert sorted(grouped) == sorted(flag_names(TrainingArgs))
+    assert all(f.metadata["help"].endswith(".") or "..." in f.metadata["help"] for f in fields(TrainingArgs))
+
+
+def test_help_shows_groups_and_defaults(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse_args(ScriptArgs, ["--help"])
+    assert stop.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for words in ("this script:", "optimisation:", "Slots per image. (default: 5)", "(default: 0.0004)"):
+        assert words in text
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (["--learning_rat", "1"], "--learning_rat is an unknown flag. Did you mean --learning_rate?"),
+        (["--num-slot=3"], "--num_slot is an unknown flag. Did you mean --num_slots?"),
+        (["--qqqq"], "--qqqq is an unknown flag. --help lists all."),
+        (["stray"], "'stray' is not a flag"),
+        (["--schedule", "cos"], "invalid choice: 'cos'"),
+        (["--max_steps", "0"], "max_steps=0 must be above 0."),
+        (["--seed", "x"], "invalid int value: 'x'"),
+        (["--batch_size", "10", "--accumulation", "4"], "batch_size=10 must be a multiple of accumulation=4"),
+    ],
+)
+def test_what_is_refused(argv, sentence, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse_args(ScriptArgs, argv)
+    assert stop.value.code == 2
+    assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"warmup_steps": -1}, "warmup_steps=-1 must be 0 or above"),
+        ({"learning_rate": float("nan")}, "learning_rate=nan must be above 0"),
+        ({"momentum": 1.0}, "momentum=1.0 must be at least 0 and below 1"),
+        ({"optimizer": "adm"}, "optimizer='adm' is unknown; choose one of adam, adamw, sgd"),
+        ({"mixed_precision": "half"}, "mixed_precision='half' is unknown; choose one of no, fp16, bf16"),
+        ({"schedule": "halving"}, "needs half_life"),
+        ({"patience": 3}, "patience=3 needs monitor"),
+        ({"monitor": "val_loss"}, "monitor='val_loss' needs eval_every"),
+    ],
+)
+def test_values_are_checked_without_a_command_line_too(values, sentence):
+    with pytest.raises(ValueError, match=sentence.replace("(", r"\(")):
+        TrainingArgs(**values)
+
+
+def test_flag_names():
+    names = flag_names(ScriptArgs)
+    assert set(names) - set(flag_names(TrainingArgs)) == {"num_slots", "sizes", "shadows"}
+    assert len(names) == len(set(names))
+
+
+def test_the_seed_is_set():
+    parse_args(ScriptArgs, ["--seed", "5"])
+    first = torch.rand(3)
+    parse_args(ScriptArgs, ["--seed", "5"])
+    assert torch.equal(first, torch.rand(3))
+
+
+def test_threads_are_set_although_the_launcher_asks_for_one(monkeypatch):
+    cores = len(os.sched_getaffinity(0))
+    torch.set_num_threads(1)  # as OMP_NUM_THREADS=1 of `accelerate launch` does
+    parse_args(TrainingArgs, [])
+    assert torch.get_num_threads() == cores
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(cores))
+    parse_args(TrainingArgs, [])
+    assert torch.get_num_threads() == 1
+    parse_args(TrainingArgs, ["--cpu_threads", "2"])
+    assert torch.get_num_threads() == 2
