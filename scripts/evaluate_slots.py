@@ -25,12 +25,17 @@ from hf_dl.metrics.segmentation import segmentation_scores
 from hf_dl.models.slot_autoencoder import SlotAutoencoderModel
 from hf_dl.models.slot_library import SlotLibrary
 from hf_dl.reporting.card import run_card
+from hf_dl.reporting.experiment import portable
 from hf_dl.reporting.grids import colour_segments, image_grid
 from hf_dl.reporting.plots import plot_run
 
 SUMMARY = (
     "A slot autoencoder (slot attention, Locatello et al. 2020): it finds the objects of an image without labels. "
     "Each slot paints a part of the image; the masks by which the parts are put together segment it."
+)
+LIMITS = (
+    "Slots are not named: which of them is the background, and which object a slot holds, differs from image to image.",
+    "It finds things of the kind it was trained on; on photographs it cuts by colour and position.",
 )
 TAGS = ("slot-attention", "object-centric-learning", "unsupervised")
 CURVES = {
@@ -193,8 +198,9 @@ def draw_and_compose(
 
 def write_report(folder: Path) -> None:
     """Write the learning curves and the model card of a finished run into its folder, and say where everything is."""
-    plot_run(folder, folder / "curves.svg", CURVES)
-    run_card(folder, summary=SUMMARY, pipeline_tag="image-segmentation", tags=TAGS).save(folder / "README.md")
+    plot_run(folder, folder / "curves.png", CURVES)
+    card = run_card(folder, summary=SUMMARY, limits=LIMITS, pipeline_tag="image-segmentation", tags=TAGS)
+    card.save(folder / "README.md")
     print(f"checkpoint  {folder}  (SlotAutoencoderModel.from_pretrained)")
     print(f"report      {folder / 'README.md'}")
     print(f"picture     {folder / 'slots.png'}")
@@ -217,7 +223,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             name = f"k{num_slots}_t{num_iterations}_" if args.num_slots or args.num_iterations else ""
             metrics |= {f"{name}test_{key}": value for key, value in scores.items()}
     metrics |= draw_and_compose(model, train, test, folder)
-    (folder / "evaluation.json").write_text(json.dumps({"args": asdict(args), "metrics": metrics}, indent=2) + "\n")
+    found = {"args": portable(asdict(args)), "metrics": metrics}
+    (folder / "evaluation.json").write_text(json.dumps(found, indent=2) + "\n")
     for name, value in metrics.items():
         print(f"{name:40s} {value:.4f}")
     print(f"Pictures, slot library and evaluation.json are in {folder}.")

@@ -29,8 +29,7 @@ class SlotAttention(nn.Module):
       (Chang et al. 2022, "Object Representations as Fixed Points"). Nothing of the earlier iterations is kept in
       memory, and no gradient reaches the initial slots.
     - "bilevel": as "implicit", and the initial slots take the gradient of the last iteration's input straight
-      through (Jia et al. 2023, "Improving Object-centric Learning with Query Optimization"). Needs initial slots
-      that are learned.
+      through (Jia et al. 2023, "Improving Object-centric Learning with Query Optimization").
 
     Args:
         input_dim: Channels of the tokens.

@@ -9,8 +9,9 @@ What differs from the paper, each by a field of the config:
 - `encoder="resnet18"`: ResNet-18 with group normalisation and stride 4, as SlotDiffusion's CLEVRTex baseline has.
 - `slot_init="learned"`: one learned vector a slot in place of draws from one learned Gaussian.
 - `gradient`: implicit or bi-level differentiation of the iterations (see `SlotAttention`).
-- `decoder="pixel_shuffle"`: the slots are broadcast to a coarse grid and a position-wise MLP paints a patch of pixels
-  for each of its cells. Without the transposed convolutions, which are most of the bill, a CPU can train it.
+- `decoder="pixel_shuffle"`: 3x3 convolutions on coarse grids, sub-pixel upsampling (Shi et al. 2016) and Fourier
+  features of the position in place of 5x5 transposed convolutions up to the full size, which are most of the bill on
+  a CPU.
 - Positions are the centres of the cells, not corner-aligned, so that weights carry over to other resolutions.
 """
 
@@ -51,13 +52,17 @@ class SlotAutoencoderConfig(PreTrainedConfig):
         slot_mlp_dim: Hidden units of the MLP inside slot attention.
         slot_init: "gaussian" (draws from one learned Gaussian: any K works at inference) or "learned" (one vector a
             slot: K at most `num_slots`).
-        gradient: "full", "implicit" or "bilevel"; the last needs `slot_init="learned"`.
+        gradient: "full", "implicit" or "bilevel" (see `SlotAttention`); with "implicit" the initial slots, or their
+            Gaussian, stay what they were initialised to.
         epsilon: Added to the attention before it is normalised over the tokens.
         qkv_bias: Whether the projections of slot attention have a bias.
         decoder: "broadcast" (transposed convolutions of stride 2 from `decoder_size` to `image_size`, then plain
             ones) or "pixel_shuffle".
-        decoder_channels: Hidden channels of the decoder, one entry a layer.
+        decoder_channels: Hidden channels of the decoder. "broadcast": one entry a layer. "pixel_shuffle": one entry a
+            grid, each twice as fine as the one before.
         decoder_size: Height and width of the grid that the slots are broadcast to.
+        decoder_frequencies: Octaves of Fourier features in the decoder's position embedding; 0 for none, as in the
+            paper.
 
     Example:
         ```python
@@ -74,23 +79,23 @@ class SlotAutoencoderConfig(PreTrainedConfig):
     num_channels: int = 3
     # Encoder
     encoder: Literal["cnn", "resnet18"] = "cnn"
-    encoder_channels: list[int] | tuple[int, ...] = (32, 64)
+    encoder_channels: list[int] | tuple[int, ...] = (32, 32)
     encoder_strides: list[int] | tuple[int, ...] = (2, 2)
     token_dim: int = 64
-    position_frequencies: int = 0
     # Slot attention
     num_slots: int = 5
     slot_dim: int = 64
     num_iterations: int = 3
     slot_mlp_dim: int = 128
-    slot_init: Literal["gaussian", "learned"] = "learned"
-    gradient: Literal["full", "implicit", "bilevel"] = "bilevel"
+    slot_init: Literal["gaussian", "learned"] = "gaussian"
+    gradient: Literal["full", "implicit", "bilevel"] = "implicit"
     epsilon: float = 1e-8
     qkv_bias: bool = False
     # Decoder
     decoder: Literal["broadcast", "pixel_shuffle"] = "pixel_shuffle"
-    decoder_channels: list[int] | tuple[int, ...] = (128, 128)
-    decoder_size: int = 16
+    decoder_channels: list[int] | tuple[int, ...] = (64, 32)
+    decoder_size: int = 8
+    decoder_frequencies: int = 4
 
     def __post_init__(self, **kwargs):
         """Make the fields what JSON gives back, so that a saved config equals the one it came from."""
@@ -124,11 +129,13 @@ class SlotAutoencoderConfig(PreTrainedConfig):
             )
         if not self.decoder_channels:
             raise ValueError("decoder_channels=[] must have at least one entry.")
-        if self.gradient == "bilevel" and self.slot_init != "learned":
-            raise ValueError(f"gradient='bilevel' needs slot_init='learned', not {self.slot_init!r}.")
-        ratio = self.image_size / self.decoder_size
-        if self.decoder == "pixel_shuffle" and ratio != int(ratio):
-            raise ValueError(f"image_size={self.image_size} must be a multiple of decoder_size={self.decoder_size}.")
+        finest = self.decoder_size * 2 ** (len(self.decoder_channels) - 1)
+        if self.decoder == "pixel_shuffle" and self.image_size % finest:
+            raise ValueError(
+                f"image_size={self.image_size} must be a multiple of {finest}, the last of the decoder's grids: "
+                f"decoder_size={self.decoder_size}, doubled for each of decoder_channels={self.decoder_channels} but "
+                "one."
+            )
         if self.decoder == "broadcast" and self.decoder_size * 2**self.num_upsamplings != self.image_size:
             raise ValueError(
                 f"image_size={self.image_size} must be decoder_size={self.decoder_size} times a power of two."
@@ -161,7 +168,7 @@ ARCHITECTURES = {
         num_slots=7,
         slot_init="gaussian",
         gradient="full",
-        position_frequencies=0,
+        decoder_frequencies=0,
         decoder="broadcast",
         decoder_size=8,
         decoder_channels=[64] * 5,
@@ -176,7 +183,7 @@ ARCHITECTURES = {
         slot_mlp_dim=384,
         slot_init="learned",
         gradient="full",
-        position_frequencies=0,
+        decoder_frequencies=0,
         decoder="broadcast",
         decoder_size=8,
         decoder_channels=[128] * 4,
@@ -261,7 +268,7 @@ class SlotEncoder(nn.Module):
                 layers += [nn.Conv2d(channels, width, 5, stride=stride, padding=2), nn.ReLU()]
                 channels = width
             self.backbone = nn.Sequential(*layers)
-        self.position = PositionEmbedding(channels, frequencies=config.position_frequencies)
+        self.position = PositionEmbedding(channels)
         self.norm = nn.LayerNorm(channels)
         self.mlp = nn.Sequential(
             nn.Linear(channels, config.token_dim), nn.ReLU(), nn.Linear(config.token_dim, config.token_dim)
@@ -280,7 +287,7 @@ class BroadcastDecoder(nn.Module):
     def __init__(self, config: SlotAutoencoderConfig):
         super().__init__()
         self.size = config.decoder_size
-        self.position = PositionEmbedding(config.slot_dim, frequencies=config.position_frequencies)
+        self.position = PositionEmbedding(config.slot_dim, frequencies=config.decoder_frequencies)
         layers, channels = [], config.slot_dim
         for index, width in enumerate(config.decoder_channels):
             if index < config.num_upsamplings:
@@ -297,26 +304,27 @@ class BroadcastDecoder(nn.Module):
 
 
 class PixelShuffleDecoder(nn.Module):
-    """Spatial broadcast to a coarse grid, a position-wise MLP, and one patch of pixels painted for each cell."""
+    """Spatial broadcast to a coarse grid, 3x3 convolutions there and on finer ones, then a patch for each cell."""
 
     def __init__(self, config: SlotAutoencoderConfig):
         super().__init__()
-        self.size, self.patch = config.decoder_size, config.image_size // config.decoder_size
-        first, *widths = config.decoder_channels
-        # The first layer acts on slot + position; being linear, it is applied to each of them and added after.
-        self.from_slot = nn.Linear(config.slot_dim, first)
-        self.position = PositionEmbedding(config.slot_dim, frequencies=config.position_frequencies)
-        layers, channels = [nn.ReLU()], first
-        for width in widths:
-            layers += [nn.Linear(channels, width), nn.ReLU()]
+        self.size = config.decoder_size
+        channels, *finer = config.decoder_channels
+        self.from_slot = nn.Linear(config.slot_dim, channels)
+        self.position = PositionEmbedding(channels, frequencies=config.decoder_frequencies)
+        layers = [nn.ReLU(), nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU()]
+        for width in finer:
+            layers += [nn.Conv2d(channels, 4 * width, 1), nn.PixelShuffle(2), nn.ReLU()]
+            layers += [nn.Conv2d(width, width, 3, padding=1), nn.ReLU()]
             channels = width
-        self.layers = nn.Sequential(*layers, nn.Linear(channels, (config.num_channels + 1) * self.patch**2))
+        patch = config.image_size // (self.size * 2 ** len(finer))
+        layers += [nn.Conv2d(channels, (config.num_channels + 1) * patch**2, 1), nn.PixelShuffle(patch)]
+        self.layers = nn.Sequential(*layers)
 
     def forward(self, slots: torch.Tensor) -> torch.Tensor:
         """Paint slots (batch * slots, slot_dim): (batch * slots, channels + 1, image_size, image_size)."""
-        position = F.linear(self.position.grid(self.size, self.size), self.from_slot.weight)
-        patches = self.layers(self.from_slot(slots)[:, None, None, :] + position)  # (batch * slots, size, size, patch)
-        return F.pixel_shuffle(patches.permute(0, 3, 1, 2), self.patch)
+        grid = self.from_slot(slots)[:, None, None, :] + self.position.grid(self.size, self.size)
+        return self.layers(grid.permute(0, 3, 1, 2))
 
 
 DECODERS = {"broadcast": BroadcastDecoder, "pixel_shuffle": PixelShuffleDecoder}
@@ -374,6 +382,10 @@ class SlotAutoencoderModel(SlotAutoencoderPreTrainedModel):
         else:
             self.slot_mean = nn.Parameter(torch.empty(config.slot_dim))
             self.slot_log_std = nn.Parameter(torch.empty(config.slot_dim))
+        if config.gradient == "implicit":  # no gradient reaches them; data-parallel training must not wait for one
+            for name in ("slot_vectors", "slot_mean", "slot_log_std"):
+                if hasattr(self, name):
+                    getattr(self, name).requires_grad_(False)
         self.slot_attention = SlotAttention(
             config.token_dim,
             config.slot_dim,

@@ -20,6 +20,7 @@ class ModelContract:
     processor_class = None
     auto_classes = ()  # of transformers; all of them must load the model's folder
     output_key = "logits"  # the field of the output that is compared
+    frozen = ()  # parameters that are not trained
     overfit_steps = 300
     overfit_learning_rate = 3e-3
     overfit_ratio = 0.1  # the loss on eight examples must fall to this part of where it began
@@ -117,8 +118,11 @@ if {self.processor_class is not None}:
     def test_every_parameter_gets_a_gradient(self, model):
         model.train()
         model(**self.inputs(4)).loss.backward()
-        without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
-        assert not without
+        for name, p in model.named_parameters():
+            if p.requires_grad:
+                assert p.grad is not None and p.grad.abs().sum() > 0, name
+            else:
+                assert name in self.frozen and p.grad is None, name
 
     def test_rows_of_a_batch_are_independent(self, model):
         inputs = self.inputs(4)
@@ -133,7 +137,7 @@ if {self.processor_class is not None}:
             loss = model(**self.inputs(4)).loss
         loss.backward()
         assert torch.isfinite(loss)
-        assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+        assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.requires_grad)
 
     def test_compiles_to_the_same_numbers(self, model):
         # aot_eager traces forward and backward as inductor does, and needs no C++ compiler.
