@@ -34,7 +34,7 @@ SUMMARY = (
     "Each slot paints a part of the image; the masks by which the parts are put together segment it."
 )
 LIMITS = (
-    "Slots are not named: which of them is the background, and which object a slot holds, differs from image to image.",
+    "Slots are not named: which of them is the background, and which object a slot holds, changes between images.",
     "It finds things of the kind it was trained on; on photographs it cuts by colour and position.",
 )
 TAGS = ("slot-attention", "object-centric-learning", "unsupervised")
