@@ -62,8 +62,8 @@ def measure(what: str, style: str, size: int, threads: int, count: int) -> dict:
         "size": size,
         "threads": threads,
         "scenes": count,
-        "scenes_per_second": round(count / seconds, 1),
-        "scenes_per_cpu_second": round(count / cpu, 1),
+        "scenes_per_second": round(count / float(seconds), 1),
+        "scenes_per_cpu_second": round(count / float(cpu), 1),
         "peak_memory_mib": round(peak),
     }
 
