@@ -1,0 +1,498 @@
+import asyncio
+import importlib.util
+import os
+import shutil
+import struct
+import sys
+import time
+import warnings
+import zlib
+from pathlib import Path
+
+import gradio as gr
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from hf_dl.models.slot_autoencoder import SlotAutoencoderConfig, SlotAutoencoderModel
+from scripts.publish import main as publish
+
+ROOT = Path(__file__).resolve().parents[2]
+SPACE = ROOT / "spaces" / "slot_explorer"
+TINY = {
+    "image_size": 16, "encoder_channels": [8], "encoder_strides": [2], "token_dim": 8, "num_slots": 4, "slot_dim": 8,
+    "slot_mlp_dim": 8, "slot_init": "learned", "gradient": "bilevel", "decoder": "pixel_shuffle",
+    "decoder_channels": [8], "decoder_size": 4,
+}  # fmt: skip
+
+
+def load_app():
+    spec = importlib.util.spec_from_file_location("slot_explorer_app", SPACE / "app.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+app = load_app()
+
+
+def make_model(**options):
+    torch.manual_seed(0)
+    return SlotAutoencoderModel(SlotAutoencoderConfig(**{**TINY, **options})).eval()
+
+
+def build_demo(*args, **options):
+    """Build the page inside a running event loop: outside of one, gradio makes loops that nobody closes."""
+
+    async def build():
+        return app.build_demo(*args, **options)
+
+    return asyncio.run(build())
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model()
+
+
+def make_image(size=(60, 40), seed=0):
+    pixels = np.random.default_rng(seed).integers(0, 256, (4, 6, 3), dtype=np.uint8)
+    return Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST)
+
+
+def write_huge_png(path, side=20_000):
+    """A valid PNG of one colour, of which a decoder would need side² x 3 bytes."""
+    squeeze = zlib.compressobj(1)
+    row = bytes(1 + side // 8)
+    data = b"".join(squeeze.compress(row) for _ in range(side)) + squeeze.flush()
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b""))
+
+
+def write_hostile(kind, path):
+    if kind == "huge":
+        write_huge_png(path)
+    else:
+        path.write_bytes({"empty": b"", "text": b"not an image, whatever its name says"}[kind])
+
+
+HOSTILE = {"huge": "more than 50 million pixels", "empty": "The file is empty", "text": "not an image"}
+
+
+class TestOpenImage:
+    @pytest.mark.parametrize("kind", HOSTILE)
+    def test_refuses_in_a_sentence(self, kind, tmp_path):
+        path = tmp_path / "image.png"
+        write_hostile(kind, path)
+        with pytest.raises(ValueError, match=HOSTILE[kind]):
+            app.open_image(path)
+
+    def test_refuses_between_the_two_limits_of_pillow(self, tmp_path):
+        write_huge_png(tmp_path / "large.png", side=10_000)  # Pillow itself would only warn
+        with pytest.raises(ValueError, match="more than 50 million pixels"):
+            app.open_image(tmp_path / "large.png")
+
+    def test_refuses_a_file_cut_short(self, tmp_path):
+        path = tmp_path / "cut.png"
+        make_image((200, 200)).save(path)
+        path.write_bytes(path.read_bytes()[:150])
+        with pytest.raises(ValueError, match="not an image that can be read"):
+            app.open_image(path)
+
+    @pytest.mark.parametrize(
+        ("mode", "value", "expected"),
+        [
+            ("RGB", (200, 100, 50), (200, 100, 50)),
+            ("L", 100, (100, 100, 100)),
+            ("1", 1, (255, 255, 255)),
+            ("LA", (100, 255), (100, 100, 100)),
+            ("LA", (100, 0), (255, 255, 255)),
+            ("RGBA", (10, 20, 30, 255), (10, 20, 30)),
+            ("RGBA", (10, 20, 30, 0), (255, 255, 255)),
+        ],
+    )
+    def test_reads_png_of_any_mode(self, mode, value, expected, tmp_path):
+        Image.new(mode, (30, 20), value).save(tmp_path / "a.png")
+        image = app.open_image(tmp_path / "a.png")
+        assert (image.mode, image.size, image.getpixel((3, 4))) == ("RGB", (30, 20), expected)
+
+    def test_reads_16_bits_without_clipping(self, tmp_path):
+        values = np.linspace(0, 65535, 256).astype(np.uint16)
+        Image.fromarray(np.tile(values, (8, 1))).save(tmp_path / "deep.png")
+        read = np.asarray(app.open_image(tmp_path / "deep.png"))
+        assert np.abs(read[0, :, 0].astype(int) - np.arange(256)).max() <= 1
+
+    def test_reads_floats(self, tmp_path):
+        values = np.array([[0.0, 0.5, 1.0, np.nan]], dtype=np.float32)
+        Image.fromarray(values).save(tmp_path / "float.tiff")
+        assert np.asarray(app.open_image(tmp_path / "float.tiff"))[0, :, 0].tolist() == [0, 128, 255, 0]
+
+    def test_reads_cmyk(self, tmp_path):
+        Image.new("CMYK", (30, 20), (0, 255, 255, 0)).save(tmp_path / "a.jpg")
+        red, green, blue = app.open_image(tmp_path / "a.jpg").getpixel((3, 4))
+        assert red > 230 and green < 30 and blue < 30
+
+    @pytest.mark.parametrize("suffix", ["gif", "png", "webp"])
+    def test_reads_the_first_picture_of_an_animation(self, suffix, tmp_path):
+        first, second = Image.new("RGB", (30, 20), "red"), Image.new("RGB", (30, 20), "blue")
+        first.save(tmp_path / f"a.{suffix}", save_all=True, append_images=[second])
+        red, green, blue = app.open_image(tmp_path / f"a.{suffix}").getpixel((3, 4))
+        assert red > 240 and green < 15 and blue < 15
+
+    def test_turns_a_photo_upright(self, tmp_path):
+        image = make_image((60, 40))
+        exif = Image.Exif()
+        exif[0x0112] = 6  # to be shown turned by 90 degrees clockwise
+        image.save(tmp_path / "photo.png", exif=exif)
+        expected = image.transpose(Image.Transpose.ROTATE_270)
+        assert app.open_image(tmp_path / "photo.png").tobytes() == expected.tobytes()
+
+    @pytest.mark.parametrize(
+        ("size", "expected"), [((4000, 1000), (384, 96)), ((5000, 1), (384, 1)), ((9, 7), (9, 7))]
+    )
+    def test_makes_large_images_small(self, size, expected, tmp_path):
+        Image.new("RGB", size).save(tmp_path / "a.png")
+        assert app.open_image(tmp_path / "a.png").size == expected
+
+
+class TestExplain:
+    @pytest.mark.parametrize("size", [(60, 40), (40, 60), (16, 16), (384, 1)])
+    def test_pictures_have_the_shape_of_the_image(self, model, size):
+        found = app.explain(model, make_image(size))
+        assert max(found.segments.size) == app.SIDE
+        assert found.segments.size == found.reconstruction.size
+        assert found.segments.size[0] >= found.segments.size[1] or size[0] < size[1]
+        assert len(found.parts) == len(found.shares) == found.slots.shape[1] == 4
+        assert sum(found.shares) == pytest.approx(1)
+
+    def test_agrees_with_segment(self, model):
+        image = make_image((384, 256))
+        found = app.explain(model, image)
+        counts = torch.bincount(model.segment(image).flatten(), minlength=4) / (384 * 256)
+        assert sorted(found.shares) == pytest.approx(sorted(counts.tolist()))
+
+    def test_segments_show_one_colour_a_slot(self, model):
+        image = Image.new("RGB", (384, 384), "black")
+        found = app.explain(model, image)
+        pixels = np.asarray(found.segments).reshape(-1, 3)
+        for share, colour in zip(found.shares, app.SEGMENT_COLOURS, strict=False):
+            shown = (pixels == (0.6 * colour).astype(np.uint8)).all(axis=1).mean()
+            assert shown == pytest.approx(share, abs=0.1) and shown <= share
+
+    def test_reconstruction_is_the_models(self, model):
+        found = app.explain(model, make_image((16, 16)))
+        expected = model.decode(found.slots)[0].permute(1, 2, 0).numpy()
+        small = np.asarray(found.reconstruction.resize((16, 16), Image.Resampling.BOX)) / 255
+        assert np.abs(small - expected).mean() < 0.03
+
+    def test_largest_slot_comes_first(self, model):
+        found = app.explain(model, make_image())
+        _, masks = model.decode_parts(found.slots)
+        areas = masks.mean(dim=(2, 3))[0]
+        assert areas.tolist() == sorted(areas.tolist(), reverse=True)
+
+    def test_k_and_t(self, model):
+        image = make_image()
+        assert len(app.explain(model, image, num_slots=2).parts) == 2
+        once, often = (app.explain(model, image, num_iterations=n).slots for n in (1, 6))
+        assert not torch.allclose(once, often, atol=1e-4)
+
+    def test_more_slots_than_learned(self, model):
+        with pytest.raises(ValueError, match="num_slots=9 is more than the 4 slots"):
+            app.explain(model, make_image(), num_slots=9)
+
+    def test_any_number_of_drawn_slots(self):
+        model = make_model(slot_init="gaussian", gradient="full")
+        assert len(app.explain(model, make_image(), num_slots=14).parts) == 14
+        assert app.sliders(model)[0].maximum == app.NUM_SLOTS and app.sliders(make_model())[0].maximum == 4
+
+    def test_paint_leaves_slots_out(self, model):
+        found = app.explain(model, make_image())
+        keep = torch.tensor([[True, False, True, False]])
+        expected = app._picture(model.decode(found.slots, keep=keep)[0], found.segments.size)
+        difference = np.asarray(app.paint(model, (found, [2, 0])), int) - np.asarray(expected, int)
+        assert np.abs(difference).max() <= 1
+        assert np.abs(np.asarray(app.paint(model, (found, [0, 1, 2, 3])), int) - np.asarray(expected, int)).max() > 1
+        assert app.paint(model, (found, [])) is None
+
+    def test_paint_mixes_two_images(self, model):
+        first, second = (app.explain(model, make_image(seed=seed)) for seed in (1, 2))
+        union = torch.cat([first.slots[:, :1], second.slots[:, 1:3]], dim=1)
+        expected = app._picture(model.decode(union)[0], first.segments.size)
+        assert app.paint(model, (first, [0]), (second, [1, 2])).tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize("style", ["plain", "textured"])
+def test_scenes_are_functions_of_the_seed(style):
+    first, again, other = (app.draw_scene(style, seed) for seed in (5, 5, 6))
+    assert first.tobytes() == again.tobytes() != other.tobytes()
+    assert first.mode == "RGB"
+
+
+class TestFindAndLoad:
+    def test_environment_comes_first(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("HF_DL_MODEL", "someone/slots")
+        assert app.find_model(tmp_path) == "someone/slots"
+
+    def test_newest_run_of_the_right_kind(self, model, tmp_path, monkeypatch):
+        monkeypatch.delenv("HF_DL_MODEL", raising=False)
+        assert app.find_model(tmp_path) is None
+        for age, name in enumerate(["new", "old"]):
+            model.save_pretrained(tmp_path / "runs" / name)
+            then = time.time() - 1000 * (1 + age)
+            os.utime(tmp_path / "runs" / name / "model.safetensors", (then, then))
+        other = tmp_path / "runs" / "other"
+        shutil.copytree(tmp_path / "runs" / "new", other)
+        (other / "config.json").write_text('{"model_type": "vit"}')
+        bare = tmp_path / "runs" / "bare" / "checkpoints"
+        bare.mkdir(parents=True)
+        (bare / "model.safetensors").write_bytes(b"weights without a config")
+        assert app.find_model(tmp_path) == str(tmp_path / "runs" / "new")
+
+    def test_load(self, model, tmp_path):
+        model.save_pretrained(tmp_path)
+        loaded = app.load_model(str(tmp_path))
+        assert not loaded.training
+        image = make_image()
+        assert torch.equal(app.explain(loaded, image).slots, app.explain(model, image).slots)
+
+    def test_missing(self, tmp_path):
+        with pytest.raises(ValueError, match="was not found.*Set HF_DL_MODEL"):
+            app.load_model(str(tmp_path / "nowhere"))
+
+    def test_another_kind(self, tmp_path):
+        (tmp_path / "config.json").write_text('{"model_type": "vit"}')
+        with pytest.raises(ValueError, match="is a 'vit'; this page needs a 'slot_autoencoder'"):
+            app.load_model(str(tmp_path))
+
+    def test_damaged(self, model, tmp_path):
+        model.save_pretrained(tmp_path)
+        weights = tmp_path / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:100])
+        with pytest.raises(ValueError, match="cannot be loaded"):
+            app.load_model(str(tmp_path))
+
+
+class TestPage:
+    def test_the_message_for_a_value_error(self, model):
+        explorer = app.Explorer(None)
+        with pytest.raises(gr.Error, match="no model yet") as caught:
+            app.event(explorer.draw)("plain", 0, 4, 3)
+        assert caught.value.print_exception is False
+
+    def test_the_message_is_no_html(self, tmp_path):
+        def refuse():
+            raise ValueError("<b>bold</b>")
+
+        with pytest.raises(gr.Error, match="&lt;b&gt;"):
+            app.event(refuse)()
+
+    def test_nothing_from_elsewhere_is_loaded(self, model):
+        assert build_demo(model).analytics_enabled is False
+
+    def test_second_image_starts_without_its_background(self, model):
+        found = app.explain(model, make_image())
+        assert app.show_second(found)[2].value == [1, 2, 3]
+        assert app.show_first(found)[5].value == [0, 1, 2, 3]
+
+    def test_with_scripts_it_offers_to_train(self, tmp_path):
+        write_script(tmp_path, "")
+        explorer = app.Explorer(None, root=tmp_path)
+        assert explorer.can_train and app.COMMAND in app.welcome_text(explorer)
+
+    def test_without_scripts_it_asks_for_a_model(self, tmp_path):
+        explorer = app.Explorer(None, root=tmp_path)
+        assert not explorer.can_train and "HF_DL_MODEL" in app.welcome_text(explorer)
+
+    def test_a_problem_is_said(self, tmp_path):
+        write_script(tmp_path, "")
+        explorer = app.Explorer(None, "The model 'x' was not <found>.", tmp_path)
+        assert not explorer.can_train and "was not &lt;found&gt;." in app.welcome_text(explorer)
+
+
+def write_script(root, body):
+    (root / "scripts").mkdir(exist_ok=True)
+    (root / "scripts" / "train_slots.py").write_text(body)
+
+
+def wait_for(condition, seconds=60):
+    end = time.time() + seconds
+    while not condition():
+        assert time.time() < end, "waited in vain"
+        time.sleep(0.05)
+
+
+class TestTraining:
+    def test_progress_then_a_model(self, model, tmp_path):
+        trained = tmp_path / "trained"
+        model.save_pretrained(trained)
+        write_script(
+            tmp_path,
+            "import shutil, sys, time, pathlib\n"
+            "folder = sys.argv[sys.argv.index('--output_dir') + 1]\n"
+            "print('Generating train split: 120 examples', file=sys.stderr, flush=True)\n"
+            "print('step 25/100 loss 0.1 val_loss 0.2 val_decoder_fg_ari 0.9', file=sys.stderr, flush=True)\n"
+            "while not pathlib.Path(folder, 'go').exists(): time.sleep(0.05)\n"
+            f"shutil.copytree({str(trained)!r}, folder, dirs_exist_ok=True)\n",
+        )
+        explorer = app.Explorer(None, root=tmp_path)
+        assert not explorer.ready
+        explorer.training.start()
+        first = explorer.training.process
+        try:
+            explorer.training.start()  # a second click
+            assert explorer.training.process is first
+            wait_for(lambda: explorer.training.progress()[0])
+            assert explorer.training.progress() == (0.25, "Step 25 of 100 · loss 0.1 · foreground ARI 0.9")
+            assert "value='0.2500'" in app.welcome_text(explorer)
+            (explorer.training.folder / "go").touch()
+            wait_for(lambda: not explorer.training.running)
+        finally:
+            first.kill()
+        assert explorer.ready and explorer.model.config.num_slots == 4
+        assert not explorer.training.failure()
+
+    def test_a_failure_is_said(self, tmp_path):
+        write_script(tmp_path, "raise SystemExit('The disk is full.')")
+        explorer = app.Explorer(None, root=tmp_path)
+        explorer.training.start()
+        explorer.training.process.wait(60)
+        assert not explorer.ready and explorer.can_train
+        assert "Training ended before its time: The disk is full." in app.welcome_text(explorer)
+
+    def test_stop(self, tmp_path):
+        write_script(tmp_path, "import time\ntime.sleep(60)")
+        training = app.Training(tmp_path)
+        training.start()
+        training.stop()
+        assert training.process.wait(30) != 0 and not training.running
+
+
+def test_publish_accepts_the_space(capsys):
+    status = publish([str(SPACE), "user/slot-explorer", "--type", "space", "--dry_run"])
+    captured = capsys.readouterr()
+    assert status == 0, captured.err
+    assert "app.py" in captured.out
+
+
+def test_requirements_and_front_matter_fit_the_project():
+    import tomllib
+
+    import yaml
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for line in (SPACE / "requirements.txt").read_text().split():
+        assert line.startswith("hf_dl") or line in project["dependencies"]
+    matter = yaml.safe_load((SPACE / "README.md").read_text().split("---")[1])
+    assert matter["sdk_version"].split(".")[0] == gr.__version__.split(".")[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In a browser
+
+
+@pytest.fixture(scope="module")
+def address(model):
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        demo = build_demo(model)
+        _, url, _ = demo.launch(prevent_thread_lock=True, quiet=True, server_name="127.0.0.1", **app.LAUNCH)
+    yield url
+    demo.close()
+
+
+@pytest.mark.slow
+class TestClient:
+    def test_explain(self, address, tmp_path):
+        from gradio_client import Client, handle_file
+
+        make_image().save(tmp_path / "a.png")
+        client = Client(address, verbose=False)
+        image, segments, reconstruction, parts, *_ = client.predict(
+            handle_file(tmp_path / "a.png"), 3, 2, api_name="/explain"
+        )
+        assert {Image.open(path).size for path in (image, segments, reconstruction)} == {(384, 256)}
+        assert len(parts) == 3
+
+    @pytest.mark.parametrize("kind", HOSTILE)
+    def test_hostile_files(self, address, kind, tmp_path):
+        from gradio_client import Client, exceptions, handle_file
+
+        write_hostile(kind, tmp_path / "a.png")
+        with pytest.raises(exceptions.AppError, match=HOSTILE[kind]):
+            Client(address, verbose=False).predict(handle_file(tmp_path / "a.png"), 3, 2, api_name="/explain")
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    from selenium import webdriver
+
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not chromium or not driver:
+        pytest.skip("chromium and chromedriver are not on the PATH")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    flags = "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking"
+    flags += " disable-component-update disable-sync window-size=1280,1400"
+    for flag in [*flags.split(), f"user-data-dir={tmp_path_factory.mktemp('chromium')}"]:
+        options.add_argument(f"--{flag}")
+    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    yield browser
+    browser.quit()
+
+
+@pytest.mark.slow
+class TestBrowser:
+    def picture(self, browser, name):
+        """The address of the picture that a view shows."""
+        from selenium.webdriver.common.by import By
+
+        found = browser.find_elements(By.CSS_SELECTOR, f"#{name} img")
+        return found[0].get_attribute("src") if found else None
+
+    def upload(self, browser, path, name="file_first"):
+        from selenium.webdriver.common.by import By
+
+        wait_for(lambda: browser.find_elements(By.CSS_SELECTOR, f"#{name} input[type=file]"))
+        browser.find_element(By.CSS_SELECTOR, f"#{name} input[type=file]").send_keys(str(path))
+
+    def open(self, browser, address):
+        browser.get(address)
+        wait_for(lambda: self.picture(browser, "segments") and self.picture(browser, "painted"))
+
+    def test_an_image_goes_in_and_masks_come_out(self, browser, address, tmp_path):
+        from selenium.webdriver.common.by import By
+
+        self.open(browser, address)
+        before = self.picture(browser, "segments")
+        make_image((60, 30)).save(tmp_path / "mine.png")
+        self.upload(browser, tmp_path / "mine.png")
+        wait_for(lambda: self.picture(browser, "segments") != before)
+        shown = browser.find_element(By.CSS_SELECTOR, "#segments img")
+        wait_for(lambda: browser.execute_script("return arguments[0].naturalWidth", shown) == 384)
+        assert browser.execute_script("return arguments[0].naturalHeight", shown) == 192
+        assert len(browser.find_elements(By.CSS_SELECTOR, "#gallery .grid-container img")) == 4
+
+    def test_a_slot_is_left_out(self, browser, address):
+        from selenium.webdriver.common.by import By
+
+        self.open(browser, address)
+        before = self.picture(browser, "painted")
+        browser.find_element(By.CSS_SELECTOR, "#keep input[type=checkbox]").click()
+        wait_for(lambda: self.picture(browser, "painted") not in (None, before))
+
+    @pytest.mark.parametrize("kind", HOSTILE)
+    def test_hostile_files_get_a_sentence(self, browser, address, kind, tmp_path):
+        self.open(browser, address)
+        before = self.picture(browser, "segments")
+        write_hostile(kind, tmp_path / "a.png")
+        self.upload(browser, tmp_path / "a.png")
+        wait_for(lambda: HOSTILE[kind] in browser.page_source)
+        assert self.picture(browser, "segments") == before
+        assert "Traceback" not in browser.page_source
