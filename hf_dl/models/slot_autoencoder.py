@@ -52,6 +52,8 @@ class SlotAutoencoderConfig(PreTrainedConfig):
         slot_mlp_dim: Hidden units of the MLP inside slot attention.
         slot_init: "gaussian" (draws from one learned Gaussian: any K works at inference) or "learned" (one vector a
             slot: K at most `num_slots`).
+        slot_std: Scale of the Gaussian that `slot_init="gaussian"` starts from. 1 is the paper's; the GRU has to
+            overwrite the draws in T iterations, which it learns sooner when they are small.
         gradient: "full", "implicit" or "bilevel" (see `SlotAttention`); with "implicit" the initial slots, or their
             Gaussian, stay what they were initialised to.
         epsilon: Added to the attention before it is normalised over the tokens.
@@ -88,6 +90,7 @@ class SlotAutoencoderConfig(PreTrainedConfig):
     num_iterations: int = 3
     slot_mlp_dim: int = 128
     slot_init: Literal["gaussian", "learned"] = "gaussian"
+    slot_std: float = 0.3
     gradient: Literal["full", "implicit", "bilevel"] = "implicit"
     epsilon: float = 1e-8
     qkv_bias: bool = False
@@ -127,6 +130,8 @@ class SlotAutoencoderConfig(PreTrainedConfig):
                 f"encoder_channels={self.encoder_channels} and encoder_strides={self.encoder_strides} must have "
                 "one entry for each convolution, at least one."
             )
+        if not self.slot_std > 0:
+            raise ValueError(f"slot_std={self.slot_std} must be above 0.")
         if not self.decoder_channels:
             raise ValueError("decoder_channels=[] must have at least one entry.")
         finest = self.decoder_size * 2 ** (len(self.decoder_channels) - 1)
@@ -167,6 +172,7 @@ ARCHITECTURES = {
         encoder_strides=[1] * 4,
         num_slots=7,
         slot_init="gaussian",
+        slot_std=1.0,
         gradient="full",
         decoder_frequencies=0,
         decoder="broadcast",
@@ -284,6 +290,8 @@ class SlotEncoder(nn.Module):
 class BroadcastDecoder(nn.Module):
     """Spatial broadcast decoder (Watters et al. 2019) with transposed 5x5 convolutions, as in the paper."""
 
+    patch = 1
+
     def __init__(self, config: SlotAutoencoderConfig):
         super().__init__()
         self.size = config.decoder_size
@@ -318,11 +326,11 @@ class PixelShuffleDecoder(nn.Module):
             layers += [nn.Conv2d(width, width, 3, padding=1), nn.ReLU()]
             channels = width
         patch = config.image_size // (self.size * 2 ** len(finer))
-        layers += [nn.Conv2d(channels, (config.num_channels + 1) * patch**2, 1), nn.PixelShuffle(patch)]
-        self.layers = nn.Sequential(*layers)
+        layers.append(nn.Conv2d(channels, (config.num_channels + 1) * patch**2, 1))
+        self.layers, self.patch = nn.Sequential(*layers), patch
 
     def forward(self, slots: torch.Tensor) -> torch.Tensor:
-        """Paint slots (batch * slots, slot_dim): (batch * slots, channels + 1, image_size, image_size)."""
+        """Paint slots (batch * slots, slot_dim): (batch * slots, (channels + 1) * patch^2, size, size)."""
         grid = self.from_slot(slots)[:, None, None, :] + self.position.grid(self.size, self.size)
         return self.layers(grid.permute(0, 3, 1, 2))
 
@@ -353,9 +361,9 @@ class SlotAutoencoderPreTrainedModel(PreTrainedModel):
             if module.config.slot_init == "learned":
                 init.normal_(module.slot_vectors, std=1.0)
             else:
-                bound = (6 / (1 + module.config.slot_dim)) ** 0.5
-                init.uniform_(module.slot_mean, -bound, bound)
-                init.uniform_(module.slot_log_std, -bound, bound)
+                scale, bound = module.config.slot_std, (6 / (1 + module.config.slot_dim)) ** 0.5
+                init.uniform_(module.slot_mean, -bound * scale, bound * scale)
+                init.uniform_(module.slot_log_std, math.log(scale) - bound, math.log(scale) + bound)
 
 
 class SlotAutoencoderModel(SlotAutoencoderPreTrainedModel):
@@ -468,8 +476,7 @@ class SlotAutoencoderModel(SlotAutoencoderPreTrainedModel):
             num_iterations=num_iterations,
             gradient=self.config.gradient,
         )
-        contents, masks = self.decode_parts(slots)
-        reconstruction = (contents * masks.unsqueeze(2)).sum(dim=1)
+        reconstruction, contents, masks = self._paint(slots)
         return SlotAutoencoderOutput(
             loss=F.mse_loss(reconstruction.float(), pixel_values.float()),
             reconstruction=reconstruction,
@@ -496,20 +503,33 @@ class SlotAutoencoderModel(SlotAutoencoderPreTrainedModel):
         Raises:
             ValueError: If `slots` has another shape, or `keep` leaves an image without a slot.
         """
+        _, contents, masks = self._paint(slots, keep)
+        return contents, masks
+
+    def _paint(
+        self, slots: torch.Tensor, keep: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         if slots.ndim != 3 or slots.shape[-1] != self.config.slot_dim:
             raise ValueError(f"slots has shape {tuple(slots.shape)}, expected (batch, slots, {self.config.slot_dim}).")
-        batch, num_slots, _ = slots.shape
-        painted = self.decoder(slots.flatten(0, 1)).unflatten(0, (batch, num_slots))
-        contents, alphas = painted.split([self.config.num_channels, 1], dim=2)
-        alphas = alphas.squeeze(2)
+        patch = self.decoder.patch
+        painted = self.decoder(slots.flatten(0, 1)).unflatten(0, slots.shape[:2])
+        contents, alphas = painted.split([self.config.num_channels * patch**2, patch**2], dim=2)
         if keep is not None:
             if keep.shape != slots.shape[:2] or not keep.any(dim=1).all():
                 raise ValueError(
-                    f"keep has shape {tuple(keep.shape)}, expected {(batch, num_slots)} with at least one slot kept "
-                    "in each image."
+                    f"keep has shape {tuple(keep.shape)}, expected {tuple(slots.shape[:2])} with at least one slot "
+                    "kept in each image."
                 )
-            alphas = alphas.masked_fill(~keep[:, :, None, None].to(alphas.device), float("-inf"))
-        return contents, alphas.softmax(dim=1)
+            alphas = alphas.masked_fill(~keep[:, :, None, None, None].to(alphas.device), float("-inf"))
+        masks = alphas.softmax(dim=1)
+        # The parts are added up while a cell still holds its patch of pixels: only the sum is laid out for the loss.
+        by_channel = contents.unflatten(2, (self.config.num_channels, patch**2))
+        reconstruction = (by_channel * masks.unsqueeze(2)).sum(dim=1).flatten(1, 2)
+        return (
+            F.pixel_shuffle(reconstruction, patch),
+            F.pixel_shuffle(contents, patch),
+            F.pixel_shuffle(masks, patch).squeeze(2),
+        )
 
     @torch.no_grad()
     def decode(self, slots: torch.Tensor, *, keep: torch.Tensor | None = None) -> torch.Tensor:
@@ -522,8 +542,8 @@ class SlotAutoencoderModel(SlotAutoencoderPreTrainedModel):
         Returns:
             Images, (batch, channels, height, width), in [0, 1].
         """
-        contents, masks = self.decode_parts(slots.to(self.device, self.dtype), keep=keep)
-        return ((contents * masks.unsqueeze(2)).sum(dim=1) / 2 + 0.5).clamp(0, 1)
+        reconstruction, _, _ = self._paint(slots.to(self.device, self.dtype), keep)
+        return (reconstruction / 2 + 0.5).clamp(0, 1)
 
     @torch.no_grad()
     def segment(

@@ -23,9 +23,7 @@ class TestDefaultKind(ModelContract):
     auto_classes = ("AutoModel",)
     output_key = "reconstruction"
     frozen = ("slot_mean", "slot_log_std")
-    overfit_steps = 600
-    overfit_learning_rate = 1e-2
-    overfit_ratio = 0.15
+    overfit_steps = 400
 
     def config(self):
         return SlotAutoencoderConfig(**TINY, decoder_channels=(24, 16))
@@ -54,18 +52,21 @@ class TestPaperKind(TestDefaultKind):
     output_key = "masks"
     frozen = ()
     overfit_steps = 400
-    overfit_learning_rate = 3e-3
     overfit_ratio = 0.1
 
     def config(self):
         return SlotAutoencoderConfig(
-            **TINY, slot_init="gaussian", gradient="full", decoder="broadcast", decoder_channels=(16, 16, 16)
+            **TINY,
+            slot_init="gaussian",
+            slot_std=1.0,
+            gradient="full",
+            decoder="broadcast",
+            decoder_channels=(16, 16, 16),
         )
 
 
 class TestResNetKind(TestDefaultKind):
     overfit_steps = 80
-    overfit_learning_rate = 3e-3
     overfit_ratio = 0.5
 
     def config(self):
