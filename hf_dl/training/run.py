@@ -122,7 +122,7 @@ class TrainingRun:
         self._pending: dict[str, list] = {}
         self._window: dict[str, list[float]] = {}
         self._synced = self._stepped = False
-        self._signal = 0
+        self._signal = self._agreed_signal = 0
         self._progress = None
         self._earlier_seconds, self._started = 0.0, None
         self._sharded = self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
@@ -169,7 +169,8 @@ class TrainingRun:
             with self.accelerator.accumulate(self.model):
                 yield send_to_device(batch, self.device, non_blocking=True)
             if self._restarted:
-                self._save()
+                if self.args.save_every:
+                    self._save()
                 return
             if not self._stepped:
                 raise RuntimeError("run.step(loss) was not called for this batch; call it once for every batch.")
@@ -181,13 +182,15 @@ class TrainingRun:
     def _after_step(self) -> None:
         every = self.args.save_every
         saved = bool(every) and (self._done or self.steps % every == 0) and self._save()
-        if self._signal:
+        # a process that stopped alone would leave the others waiting: several stop when _collect has told them all
+        number = self._signal if self.accelerator.num_processes == 1 else self._agreed_signal
+        if number:
             saved = saved or self._save()
             self.say(
                 f"Interrupted at step {self.steps}. "
                 + ("Continue with the same command and --resume." if saved else "No checkpoint was written.")
             )
-            raise SystemExit(128 + self._signal)
+            raise SystemExit(128 + number)
 
     def step(self, loss: torch.Tensor, **logged: float | torch.Tensor) -> None:
         """Go backward from a loss and, once the batch is complete, update the weights and log.
@@ -203,15 +206,16 @@ class TrainingRun:
         if self._stepped:
             raise RuntimeError("run.step(loss) was called twice for one batch; add the losses and call it once.")
         self._stepped = True
+        # a scheduler that Accelerate prepares steps once per process; DeepSpeed takes its step within backward
+        learning_rate = self.args.learning_rate * learning_rate_factor(self.args, self.steps, self.max_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
         self.accelerator.backward(loss)
         for name, value in {"loss": loss, **logged}.items():
             value = value.detach() if isinstance(value, torch.Tensor) else torch.tensor(float(value))
             self._pending.setdefault(name, []).append(value)
         if not self.accelerator.sync_gradients:
             return
-        learning_rate = self.args.learning_rate * learning_rate_factor(self.args, self.steps, self.max_steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
         if self.args.max_grad_norm:
             norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm)
             self._pending.setdefault("grad_norm", []).append(torch.as_tensor(norm))
@@ -236,8 +240,8 @@ class TrainingRun:
         others = [self._stack(values).mean() for values in self._pending.values()]
         flag = torch.tensor(float(self._signal > 0), device=self.device)
         values = self.accelerator.reduce(torch.cat([losses, torch.stack([*others, flag])]), "mean").tolist()
-        if values.pop() > 0:  # one process was interrupted: all stop at this step
-            self._signal = self._signal or signal.SIGTERM
+        if values.pop() > 0:
+            self._agreed_signal = self._signal or signal.SIGTERM
         first = step - len(losses) + 1
         for number, value in enumerate(values[: len(losses)]):
             if not math.isfinite(value):
@@ -295,7 +299,8 @@ class TrainingRun:
             shutil.rmtree(self.folder / "best", ignore_errors=True)
         self.accelerator.free_memory()
         self._prepare(model)
-        self._progress.update(0)
+        if self._progress:
+            self._progress.update(0)
 
     def _prepare(self, model: nn.Module) -> None:
         self.unwrapped = model
@@ -400,7 +405,10 @@ class TrainingRun:
         Raises:
             ValueError: If there is no `best/`, since `monitor` was never logged.
         """
+        if self._sharded:
+            raise ValueError("load_best works on one process or data-parallel ones, not FSDP or DeepSpeed.")
         folder = self.folder / "best"
+        self.accelerator.wait_for_everyone()
         if not folder.is_dir():
             raise ValueError(f"{folder} does not exist; monitor={self.args.monitor!r} must name a logged metric.")
         if hasattr(self.unwrapped, "save_pretrained"):
@@ -486,6 +494,7 @@ class TrainingRun:
         self.steps, self.restarts, self._earlier_steps = state["step"], state["restarts"], state["earlier_steps"]
         self._position, self._earlier_seconds = tuple(state["position"]), state["seconds"]
         self._best, self._bad_evaluations, self._stopped = state["best"], state["bad_evaluations"], state["stopped"]
+        self._window = state["window"]
         if self.is_main:
             log = self.folder / "log.jsonl"
             if log.exists() and log.stat().st_size > state["log_bytes"]:
@@ -512,6 +521,7 @@ class TrainingRun:
             "best": self._best,
             "bad_evaluations": self._bad_evaluations,
             "stopped": self._stopped,
+            "window": self._window,
             "log_bytes": log.stat().st_size if log.exists() else 0,
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
             "optimizer": numbers,
