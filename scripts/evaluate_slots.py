@@ -53,6 +53,7 @@ class SlotData:
     source: str = field(default="synthetic", metadata={"help": "synthetic, a CLEVRTex folder, or a Hub id or folder."})
     style: Literal["plain", "textured"] = field(default="plain", metadata={"help": "Look of synthetic scenes."})
     image_size: int = field(default=64, metadata={"help": "Height and width of the images, in pixels."})
+    crop: int = field(default=192, metadata={"help": "Centre crop of real images before resizing; 0: none."})
     num_objects: list[int] = field(default_factory=lambda: [2, 4], metadata={"help": "Fewest and most objects."})
     num_train: int = field(default=10_000, metadata={"help": "Training images; 0: all of a real data set."})
     num_test: int = field(default=500, metadata={"help": "Validation and test images, each."})
@@ -74,7 +75,7 @@ def load_images(args: SlotData, split: str) -> ImageTensors:
     if args.source == "synthetic":
         options = {"style": args.style, "size": args.image_size, "num_objects": tuple(args.num_objects)}
         return ImageTensors(scenes.load(split, num_scenes=count, **options))
-    data = clevrtex.load(split, args.source, size=args.image_size)
+    data = clevrtex.load(split, args.source, size=args.image_size, crop=args.crop or None)
     return ImageTensors(data if count is None else data.select(range(min(count, len(data)))))
 
 

@@ -63,7 +63,7 @@ def failure_to_bind(masks: torch.Tensor, *, explained_variance: float) -> str | 
         return f"the reconstruction explains {explained_variance:.0%} of the variance between images."
     if signs["used_slots"] < 1.5:
         return f"{signs['used_slots']:.1f} of {masks.shape[1]} slots are in use."
-    if signs["sameness"] > 0.65:
+    if signs["sameness"] > 0.3:
         return f"the slots cut every image the same way (adjusted Rand index {signs['sameness']:.2f} between images)."
     if signs["confidence"] < 1.5 / masks.shape[1]:
         return f"no slot owns its pixels (mean largest mask {signs['confidence']:.2f} of {masks.shape[1]} slots)."
