@@ -43,6 +43,7 @@ CURVES = {
     "foreground ARI": {"decoder masks": "val_decoder_fg_ari", "attention masks": "val_attention_fg_ari"},
     "ARI of all pixels": {"decoder masks": "val_decoder_ari", "attention masks": "val_attention_ari"},
 }
+WATCHED = ("loss", "decoder_fg_ari", "decoder_ari", "attention_fg_ari", "attention_ari")  # while it trains
 LIBRARY_IMAGES = 2000  # training images whose slots fill the library
 
 

@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         if run.due(args.eval_every) or run.due(args.binding_step):
             with run.averaged():
                 scores, masks = slots.evaluate(run.model, validation_batches, gather=run.gather)
-            run.log(**{f"val_{name}": value for name, value in scores.items()})
+            run.log(**{f"val_{name}": scores[name] for name in slots.WATCHED})
             if run.steps == args.binding_step and run.restarts < args.max_restarts:
                 if reason := failure_to_bind(masks, explained_variance=scores["explained_variance"]):
                     run.restart(SlotAutoencoderModel(config), reason=reason)
