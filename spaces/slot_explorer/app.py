@@ -37,9 +37,12 @@ NUM_SLOTS = 16  # most slots that the page offers where the model takes any numb
 CSS = """
 .gradio-container {max-width: 1240px !important; margin: auto}
 .view [data-testid="block-label"] {position: static; border: none; box-shadow: none; background: none}
+.view .grid-wrap {overflow-y: auto}
 .slots label {border-left: 10px solid; padding-left: 8px}
+.bottom {align-items: end}
 .welcome {max-width: 760px; margin: 24px auto}
-.welcome progress {width: 100%; height: 20px; accent-color: var(--primary-500)}
+.bar {height: 16px; border-radius: 8px; background: var(--neutral-200); overflow: hidden}
+.bar div {height: 100%; background: var(--primary-500)}
 """ + "\n".join(
     f".slots label:nth-of-type({len(SEGMENT_COLOURS)}n + {index}) {{border-left-color: rgb({red}, {green}, {blue})}}"
     for index, (red, green, blue) in enumerate(SEGMENT_COLOURS, start=1)
@@ -106,12 +109,26 @@ def load_model(name: str) -> SlotAutoencoderModel:
     if kind != SlotAutoencoderConfig.model_type:
         raise ValueError(f"The model {name!r} is a {kind!r}; this page needs a 'slot_autoencoder'.")
     try:
-        model, info = SlotAutoencoderModel.from_pretrained(name, output_loading_info=True)
+        model, info = SlotAutoencoderModel.from_pretrained(
+            name, output_loading_info=True, ignore_mismatched_sizes=True
+        )
     except Exception as error:  # a damaged file fails in the way of whichever library meets it first
         raise ValueError(f"The model {name!r} cannot be loaded ({' '.join(str(error).split())[:200]}).") from error
-    if info["missing_keys"]:
-        raise ValueError(f"The model {name!r} lacks {len(info['missing_keys'])} of its tensors; save it again.")
+    if wrong := [*info["missing_keys"], *info["mismatched_keys"]]:
+        raise ValueError(
+            f"The model {name!r} does not fit this version of hf_dl: {len(wrong)} of its tensors are missing or have "
+            "another shape. Train it again, or install the version that trained it."
+        )
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def find_and_load(root: Path = ROOT) -> tuple[SlotAutoencoderModel | None, str]:
+    """Load the model to show, if there is one; the second value says what is wrong with it, if anything is."""
+    try:
+        name = find_model(root)
+        return (load_model(name) if name else None), ""
+    except ValueError as error:
+        return None, str(error)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -278,6 +295,8 @@ class Training:
     def __init__(self, root: Path = ROOT):
         self.root, self.folder = root, root / "runs" / "slot_explorer"
         self.script, self.log = root / "scripts" / "train_slots.py", self.folder / "training.log"
+        # Without a launcher in between, so that stopping it stops the training.
+        self.command = [sys.executable, str(self.script), "--output_dir", str(self.folder), "--resume"]
         self.process: subprocess.Popen | None = None
         atexit.register(self.stop)
 
@@ -286,10 +305,8 @@ class Training:
         if self.running:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        # Without a launcher in between, so that stopping it stops the training.
-        command = [sys.executable, str(self.script), "--output_dir", str(self.folder), "--resume"]
         with open(self.log, "wb") as log:
-            self.process = subprocess.Popen(command, cwd=self.root, stdout=log, stderr=log)
+            self.process = subprocess.Popen(self.command, cwd=self.root, stdout=log, stderr=log)
 
     def stop(self) -> None:
         """End it, with a checkpoint to go on from."""
@@ -402,7 +419,7 @@ def event(function: Callable, show: Callable = lambda result: result) -> Callabl
         try:
             return show(function(*inputs))
         except ValueError as error:
-            raise gr.Error(html.escape(str(error), quote=False), title="Sorry", print_exception=False) from None
+            raise gr.Error(html.escape(str(error), quote=False), print_exception=False) from None
 
     return wrapped
 
@@ -441,7 +458,9 @@ def welcome_text(explorer: Explorer) -> str:
     """What the page says, as HTML, while there is no model."""
     if explorer.training.running:
         part, line = explorer.training.progress()
-        return f"<h3>Training</h3><progress value='{part:.4f}'></progress><p>{html.escape(line)}</p>"
+        return (
+            f"<h3>Training</h3><div class='bar'><div style='width: {part:.1%}'></div></div><p>{html.escape(line)}</p>"
+        )
     if explorer.problem:
         return f"<h3>There is no model to show</h3><p>{html.escape(explorer.problem)}</p>"
     if not explorer.can_train:
@@ -479,9 +498,11 @@ def build_demo(model: SlotAutoencoderModel | None, problem: str = "", *, root: P
                 with gr.Column(scale=1, min_width=260):
                     file_first = gr.File(label="Your image", height=150, elem_id="file_first")
                     style = gr.Radio(list(scenes.STYLES), value="plain", label="Random scene")
-                    with gr.Row(equal_height=True):
+                    with gr.Row(elem_classes="bottom"):
                         seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**31, min_width=80)
-                        draw_first = gr.Button("Draw another", variant="primary", min_width=120, elem_id="draw_first")
+                        draw_first = gr.Button(
+                            "Draw another", variant="primary", size="md", min_width=120, elem_id="draw_first"
+                        )
                     num_slots, num_iterations = sliders(model)
                 with gr.Column(scale=3):
                     with gr.Row():
@@ -517,8 +538,9 @@ def build_demo(model: SlotAutoencoderModel | None, problem: str = "", *, root: P
         numbers = [num_slots, num_iterations]
         first = [found_first, image, segments, reconstruction, gallery, keep, mix_first]
         second = [found_second, segments_second, mix_second]
-        private = {"api_visibility": "private"}
-        latest = {"api_visibility": "private", "trigger_mode": "always_last", "show_progress": "hidden"}
+        # What shows progress shows each error over each output as well; a message is enough.
+        private = {"api_visibility": "private", "show_progress": "hidden"}
+        latest = {**private, "trigger_mode": "always_last"}
 
         def refresh() -> dict:
             if explorer.ready:
@@ -535,16 +557,17 @@ def build_demo(model: SlotAutoencoderModel | None, problem: str = "", *, root: P
 
         whole = [ready, timer, welcome, message, train, stop, content, name, *numbers]
         demo.load(refresh, None, whole, **private)
-        timer.tick(refresh, None, whole, **private, show_progress="hidden")
+        timer.tick(refresh, None, whole, **private)
         train.click(explorer.training.start, **private).then(refresh, None, whole, **private)
         stop.click(explorer.training.stop, **private).then(refresh, None, whole, **private)
 
         open_first = file_first.upload(
-            event(explorer.open, show_first), [file_first, *numbers], first, api_name="explain"
+            event(explorer.open, show_first), [file_first, *numbers], first, api_name="explain", show_progress="hidden"
         )
         open_second = file_second.upload(event(explorer.open, show_second), [file_second, *numbers], second, **private)
-        open_first.then(lambda: None, None, file_first, **private)  # and it takes the next file
-        open_second.then(lambda: None, None, file_second, **private)
+        for opened, file in ((open_first, file_first), (open_second, file_second)):
+            for end in (opened.success, opened.failure):  # `then` is not called after a failure
+                end(lambda: None, None, file, **private)  # make room for the next file
         draw_first.click(new_seed, None, seed, **private)
         gr.on(
             [ready.change, seed.change, style.change],
@@ -591,13 +614,7 @@ def _view(label: str, elem_id: str) -> gr.Image:
 
 def main() -> None:
     """Find the model and serve the page."""
-    model, problem = None, ""
-    try:
-        if name := find_model():
-            model = load_model(name)
-    except ValueError as error:
-        problem = str(error)
-    build_demo(model, problem).launch(**LAUNCH)
+    build_demo(*find_and_load()).launch(**LAUNCH)
 
 
 if __name__ == "__main__":

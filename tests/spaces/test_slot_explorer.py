@@ -1,11 +1,13 @@
 import asyncio
 import importlib.util
+import json
 import os
+import re
 import shutil
 import struct
+import subprocess
 import sys
 import time
-import warnings
 import zlib
 from pathlib import Path
 
@@ -271,6 +273,13 @@ class TestFindAndLoad:
         with pytest.raises(ValueError, match="is a 'vit'; this page needs a 'slot_autoencoder'"):
             app.load_model(str(tmp_path))
 
+    def test_of_another_version(self, model, tmp_path):
+        model.save_pretrained(tmp_path)
+        config = json.loads((tmp_path / "config.json").read_text())
+        (tmp_path / "config.json").write_text(json.dumps({**config, "slot_mlp_dim": 12}))
+        with pytest.raises(ValueError, match="does not fit this version of hf_dl: 3 of its tensors"):
+            app.load_model(str(tmp_path))
+
     def test_damaged(self, model, tmp_path):
         model.save_pretrained(tmp_path)
         weights = tmp_path / "model.safetensors"
@@ -315,13 +324,21 @@ class TestPage:
         explorer = app.Explorer(None, "The model 'x' was not <found>.", tmp_path)
         assert not explorer.can_train and "was not &lt;found&gt;." in app.welcome_text(explorer)
 
+    def test_a_model_that_is_not_there(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("HF_DL_MODEL", str(tmp_path / "nowhere"))
+        found, problem = app.find_and_load(tmp_path)
+        assert found is None and problem.endswith("Set HF_DL_MODEL to one, and start again.")
+        assert "nowhere" in app.welcome_text(app.Explorer(found, problem, tmp_path))
+        monkeypatch.delenv("HF_DL_MODEL")
+        assert app.find_and_load(tmp_path) == (None, "")
+
 
 def write_script(root, body):
     (root / "scripts").mkdir(exist_ok=True)
     (root / "scripts" / "train_slots.py").write_text(body)
 
 
-def wait_for(condition, seconds=60):
+def wait_for(condition, seconds=120):
     end = time.time() + seconds
     while not condition():
         assert time.time() < end, "waited in vain"
@@ -350,13 +367,23 @@ class TestTraining:
             assert explorer.training.process is first
             wait_for(lambda: explorer.training.progress()[0])
             assert explorer.training.progress() == (0.25, "Step 25 of 100 · loss 0.1 · foreground ARI 0.9")
-            assert "value='0.2500'" in app.welcome_text(explorer)
+            assert "width: 25.0%" in app.welcome_text(explorer)
             (explorer.training.folder / "go").touch()
             wait_for(lambda: not explorer.training.running)
         finally:
             first.kill()
         assert explorer.ready and explorer.model.config.num_slots == 4
         assert not explorer.training.failure()
+
+    def test_the_real_script_takes_the_flags(self, tmp_path):
+        from transformers import HfArgumentParser
+
+        from scripts.train_slots import Args
+
+        command = app.Training(ROOT).command
+        assert Path(command[1]).is_file()
+        (args,) = HfArgumentParser(Args).parse_args_into_dataclasses(command[2:])
+        assert args.resume and Path(args.output_dir).parent.name == "runs"
 
     def test_a_failure_is_said(self, tmp_path):
         write_script(tmp_path, "raise SystemExit('The disk is full.')")
@@ -398,35 +425,58 @@ def test_requirements_and_front_matter_fit_the_project():
 
 
 @pytest.fixture(scope="module")
-def address(model):
-    with warnings.catch_warnings():
-        warnings.simplefilter("default")
-        demo = build_demo(model)
-        _, url, _ = demo.launch(prevent_thread_lock=True, quiet=True, server_name="127.0.0.1", **app.LAUNCH)
-    yield url
-    demo.close()
+def server(model, tmp_path_factory):
+    """The app as it is started by hand: its address, and the file it writes its output to."""
+    folder = tmp_path_factory.mktemp("server")
+    model.save_pretrained(folder / "model")
+    settings = {"HF_DL_MODEL": folder / "model", "GRADIO_TEMP_DIR": folder / "gradio", "PYTHONUNBUFFERED": "1"}
+    environment = {**os.environ, **{name: str(value) for name, value in settings.items()}}
+    output = folder / "output.txt"
+    with open(output, "wb") as file:
+        process = subprocess.Popen(
+            [sys.executable, str(SPACE / "app.py")], cwd=folder, env=environment, stdout=file, stderr=file
+        )
+    try:
+        wait_for(lambda: "http://" in output.read_text() or process.poll() is not None, seconds=300)
+        found = re.search(r"http://\S+", output.read_text())
+        assert found, output.read_text()
+        yield found[0], output
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+@pytest.fixture
+def address(server):
+    """The app's address; in the end it must have written no traceback."""
+    yield server[0]
+    assert "Traceback" not in server[1].read_text()
+
+
+def call(address, path, folder):
+    from gradio_client import Client, handle_file
+
+    client = Client(address, verbose=False, download_files=str(folder))
+    return client.predict(handle_file(path), 3, 2, api_name="/explain")
 
 
 @pytest.mark.slow
 class TestClient:
     def test_explain(self, address, tmp_path):
-        from gradio_client import Client, handle_file
-
         make_image().save(tmp_path / "a.png")
-        client = Client(address, verbose=False)
-        image, segments, reconstruction, parts, *_ = client.predict(
-            handle_file(tmp_path / "a.png"), 3, 2, api_name="/explain"
-        )
-        assert {Image.open(path).size for path in (image, segments, reconstruction)} == {(384, 256)}
-        assert len(parts) == 3
+        *pictures, parts, _, _ = call(address, tmp_path / "a.png", tmp_path)
+        for path in pictures:
+            with Image.open(path) as picture:
+                assert picture.size == (384, 256)
+        assert len(pictures) == len(parts) == 3
 
     @pytest.mark.parametrize("kind", HOSTILE)
-    def test_hostile_files(self, address, kind, tmp_path):
-        from gradio_client import Client, exceptions, handle_file
+    def test_hostile_files_get_a_sentence(self, address, kind, tmp_path):
+        from gradio_client.exceptions import AppError
 
         write_hostile(kind, tmp_path / "a.png")
-        with pytest.raises(exceptions.AppError, match=HOSTILE[kind]):
-            Client(address, verbose=False).predict(handle_file(tmp_path / "a.png"), 3, 2, api_name="/explain")
+        with pytest.raises(AppError, match=HOSTILE[kind]):
+            call(address, tmp_path / "a.png", tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -459,7 +509,7 @@ class TestBrowser:
     def upload(self, browser, path, name="file_first"):
         from selenium.webdriver.common.by import By
 
-        wait_for(lambda: browser.find_elements(By.CSS_SELECTOR, f"#{name} input[type=file]"))
+        wait_for(lambda: browser.find_elements(By.CSS_SELECTOR, f"#{name} input[type=file]"))  # no file lies there
         browser.find_element(By.CSS_SELECTOR, f"#{name} input[type=file]").send_keys(str(path))
 
     def open(self, browser, address):
@@ -496,3 +546,6 @@ class TestBrowser:
         wait_for(lambda: HOSTILE[kind] in browser.page_source)
         assert self.picture(browser, "segments") == before
         assert "Traceback" not in browser.page_source
+        make_image().save(tmp_path / "good.png")
+        self.upload(browser, tmp_path / "good.png")  # and the page goes on
+        wait_for(lambda: self.picture(browser, "segments") != before)
