@@ -33,17 +33,17 @@ class Args(slots.SlotData, TrainingArgs):
     architecture: Literal["small", "paper", "resnet18"] = field(default="small", metadata={"help": "Kind of network."})
     num_slots: int = field(default=5, metadata={"help": "Slots K: most objects, and one for the background."})
     num_iterations: int = field(default=3, metadata={"help": "Iterations T of slot attention."})
-    area_penalty: float = field(default=6e-3, metadata={"help": "Price of area outside the largest mask, after half."})
+    area_penalty: float = field(default=4e-3, metadata={"help": "Weight that the price of many masks rises to."})
     binding_step: int = field(default=1000, metadata={"help": "Step at which slots must have bound; 0: no check."})
     max_restarts: int = field(default=2, metadata={"help": "Fresh starts after slots that did not bind."})
-    max_steps: int = 9000
+    max_steps: int = 8000
     batch_size: int = 16
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"
     learning_rate: float = 2e-3
     schedule: Literal["constant", "linear", "cosine", "halving"] = "cosine"
     warmup_steps: int = 200
     max_grad_norm: float = 0.1
-    eval_every: int = 500
+    eval_every: int = 1000
     save_every: int = 1000
 
 
@@ -59,10 +59,10 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
     for batch in run:
         output = run.model(slots.to_pixel_values(batch["image"], run.device), generator=run.generator)
-        # Several slots can paint the ground as well as one: what others than the largest mask cover costs a little.
-        others = 1 - output.masks.mean(dim=(2, 3)).amax(dim=1).mean()
-        weight = args.area_penalty * min(1.0, max(0.0, (run.progress - 0.5) / 0.15))
-        run.step(output.loss + weight * others, mse=output.loss)
+        # At first the slots are to share the image evenly, or some never bind; at last one is to have the ground alone.
+        evenness = (output.masks.mean(dim=(2, 3)) + 1e-4).sqrt().sum(dim=1).mean()
+        weight = args.area_penalty * min(1.0, max(-0.5, (run.progress - 0.6) / 0.2))
+        run.step(output.loss + weight * evenness, mse=output.loss)
         if run.due(args.eval_every) or run.due(args.binding_step):
             with run.averaged():
                 scores, masks = slots.evaluate(run.model, validation_batches, gather=run.gather)
