@@ -7,11 +7,13 @@ cores.
 """
 
 import json
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import datasets
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -72,6 +74,8 @@ class Args(SlotData):
 
 def load_images(args: SlotData, split: str) -> ImageTensors:
     """Load a split of the source that the flags name, decoded."""
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
     count = (args.num_train if split == "train" else args.num_test) or None
     if args.source == "synthetic":
         options = {"style": args.style, "size": args.image_size, "num_objects": tuple(args.num_objects)}

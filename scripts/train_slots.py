@@ -2,13 +2,7 @@
 
     scripts/run accelerate launch scripts/train_slots.py
 
-On a GPU, 128x128 textured scenes with the network and hyper-parameters of SlotDiffusion's slot attention baseline
-(instead of --style textured, --source with the folder of CLEVRTex trains on the real one):
-
-    scripts/run accelerate launch --config_file scripts/accelerate/one_gpu.yaml scripts/train_slots.py \
-        --architecture resnet18 --image_size 128 --num_slots 11 --style textured --num_objects 3 10 --num_train 40000 \
-        --num_test 5000 --batch_size 64 --max_steps 125000 --learning_rate 4e-4 --warmup_steps 3125 --max_grad_norm 0 \
-        --area_penalty 0 --eval_every 5000 --save_every 5000 --binding_step 5000 --output_dir runs/slots_textured
+The large run for a GPU, and that on the real CLEVRTex, are in scripts/experiments/slots_textured.toml.
 """
 
 import sys
@@ -59,7 +53,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
     for batch in run:
         output = run.model(slots.to_pixel_values(batch["image"], run.device), generator=run.generator)
-        # At first the slots are to share the image evenly, or some never bind; at last one is to have the ground alone.
+        # At first the slots share the image evenly, or some never bind; in the end one has the ground to itself.
         evenness = (output.masks.mean(dim=(2, 3)) + 1e-4).sqrt().sum(dim=1).mean()
         weight = args.area_penalty * min(1.0, max(-0.5, (run.progress - 0.6) / 0.2))
         run.step(output.loss + weight * evenness, mse=output.loss)
