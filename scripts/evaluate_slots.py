@@ -42,8 +42,8 @@ LIMITS = (
 TAGS = ("slot-attention", "object-centric-learning", "unsupervised")
 CURVES = {
     "squared error": {"training": "mse", "validation": "val_loss"},
-    "foreground ARI": {"decoder masks": "val_decoder_fg_ari", "attention masks": "val_attention_fg_ari"},
-    "ARI of all pixels": {"decoder masks": "val_decoder_ari", "attention masks": "val_attention_ari"},
+    "foreground ARI": {"decoder": "val_decoder_fg_ari", "attention": "val_attention_fg_ari"},
+    "ARI of all pixels": {"decoder": "val_decoder_ari", "attention": "val_attention_ari"},
 }
 WATCHED = ("loss", "decoder_fg_ari", "decoder_ari", "attention_fg_ari", "attention_ari")  # while it trains
 LIBRARY_IMAGES = 2000  # training images whose slots fill the library
@@ -107,15 +107,15 @@ def evaluate(
 
     Returns:
         `loss` (mean squared error), `explained_variance` (1 - loss / variance of the pixels around their mean colour),
-        `decoder_ari`, `decoder_fg_ari`, ... `attention_mbo`, image counts; and the decoder's masks of this process's
-        first batch.
+        `decoder_ari`, `decoder_fg_ari`, ... `attention_mbo`, image counts; and the decoder's masks of the first batch,
+        gathered as well.
     """
     model.eval()
     columns, first = [], None
     for batch in batches:
         pixel_values = to_pixel_values(batch["image"], next(model.parameters()).device)
         output = model(pixel_values, **options)
-        first = output.masks if first is None else first
+        first = gather(output.masks) if first is None else first
         side = round(output.attentions[-1].shape[-1] ** 0.5)
         attentions = output.attentions[-1].unflatten(-1, (side, side))
         attentions = F.interpolate(attentions, size=output.masks.shape[-2:], mode="bilinear", align_corners=False)
@@ -190,7 +190,7 @@ def compose(
         scores = fid(images, fakes, features=features)
         metrics |= {f"{mode}_{name}": value for name, value in scores.items() if name.startswith("fid")}
         rows.append(list(fakes[:8].movedim(1, -1).numpy()))
-    image_grid(rows, folder / "compositions.png")
+    image_grid(rows, folder / "compositions.png", labels=["test images", *(name.replace("_", " ") for name in made)])
     return {**metrics, "composed_images": float(len(images))}
 
 

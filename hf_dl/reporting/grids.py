@@ -29,7 +29,12 @@ def colour_segments(mask: np.ndarray) -> np.ndarray:
 
 
 def image_grid(
-    rows: Sequence[Sequence[np.ndarray]], path: str | Path, *, titles: Sequence[str] = (), cell: float = 1.1
+    rows: Sequence[Sequence[np.ndarray]],
+    path: str | Path,
+    *,
+    titles: Sequence[str] = (),
+    labels: Sequence[str] = (),
+    cell: float = 1.1,
 ) -> Path:
     """Draw rows of images as a sheet.
 
@@ -37,6 +42,7 @@ def image_grid(
         rows: Images, uint8 (height, width, 3); rows may differ in length.
         path: The figure to write; its suffix says the format.
         titles: One for each column, above the first row.
+        labels: One for each row, to its left.
         cell: Width of an image in inches, at 120 pixels an inch.
 
     Returns:
@@ -48,18 +54,21 @@ def image_grid(
     columns = max((len(row) for row in rows), default=0)
     if not columns:
         raise ValueError("rows has no image; expected at least one row with at least one.")
-    head = 0.25 if titles else 0.02
-    width, height = columns * cell, len(rows) * cell + head
+    head, side = 0.25 if titles else 0.02, 0.25 if labels else 0.0
+    width, height = columns * cell + side, len(rows) * cell + head
     figure = Figure(figsize=(width, height), dpi=120)
     for y, row in enumerate(rows):
         for x, image in enumerate(row):
-            axes = figure.add_axes(
-                (x * cell / width, 1 - (head + (y + 1) * cell) / height, 0.97 * cell / width, 0.97 * cell / height)
-            )
+            left, bottom = (side + x * cell) / width, 1 - (head + (y + 1) * cell) / height
+            axes = figure.add_axes((left, bottom, 0.97 * cell / width, 0.97 * cell / height))
             axes.imshow(image, interpolation="nearest")
             axes.set_axis_off()
     for x, title in enumerate(titles):
-        figure.text((x + 0.485) * cell / width, 1 - 0.6 * head / height, title, ha="center", va="center", fontsize=8)
+        place = (side + (x + 0.485) * cell) / width
+        figure.text(place, 1 - 0.6 * head / height, title, ha="center", va="center", fontsize=8)
+    for y, label in enumerate(labels):
+        place = 1 - (head + (y + 0.515) * cell) / height
+        figure.text(0.5 * side / width, place, label, ha="center", va="center", fontsize=8, rotation=90)
     path = Path(path)
     figure.savefig(path, facecolor="white", metadata={"Software": None} if path.suffix == ".png" else None)
     return path
