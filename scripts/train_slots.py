@@ -53,10 +53,10 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
     for batch in run:
         output = run.model(slots.to_pixel_values(batch["image"], run.device), generator=run.generator)
-        # At first the slots share the image evenly, or some never bind; in the end one has the ground to itself.
-        evenness = (output.masks.mean(dim=(2, 3)) + 1e-4).sqrt().sum(dim=1).mean()
-        weight = args.area_penalty * min(1.0, max(-0.5, (run.progress - 0.6) / 0.2))
-        run.step(output.loss + weight * evenness, mse=output.loss)
+        # Several slots can paint the ground as well as one. Once they have bound, many middling masks cost a little.
+        area = (output.masks.mean(dim=(2, 3)) + 1e-4).sqrt().sum(dim=1).mean()
+        weight = args.area_penalty * min(1.0, max(0.0, (run.progress - 0.5) / 0.3))
+        run.step(output.loss + weight * area, mse=output.loss)
         if run.due(args.eval_every) or run.due(args.binding_step):
             with run.averaged():
                 scores, masks = slots.evaluate(run.model, validation_batches, gather=run.gather)
