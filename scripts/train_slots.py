@@ -30,7 +30,7 @@ class Args(slots.SlotData, TrainingArgs):
     area_penalty: float = field(default=4e-3, metadata={"help": "Weight that the price of many masks rises to."})
     binding_step: int = field(default=1000, metadata={"help": "Step at which slots must have bound; 0: no check."})
     max_restarts: int = field(default=2, metadata={"help": "Fresh starts after slots that did not bind."})
-    max_steps: int = 8000
+    max_steps: int = 7000
     batch_size: int = 16
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"
     learning_rate: float = 2e-3
