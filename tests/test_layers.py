@@ -1,0 +1,147 @@
+"""The layers of the package, read from its imports without importing anything."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "hf_dl"
+FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
+# What a layer may import of hf_dl besides its own siblings; a layer is a folder or a file of the package.
+ALLOWED = {
+    "programs": set(),
+    "models": set(),
+    "data": {"programs"},
+    "metrics": {"programs"},
+    "explain": set(),
+    "pipelines": {"models", "programs"},
+    "training": set(),
+    "reporting": set(),
+}
+OUTSIDE = {"scripts", "spaces", "tests"}
+
+
+def layer_of(name):
+    return name.removesuffix(".py").split("/")[0]
+
+
+def read_imports(source, name):
+    """List (line, absolute module) of what a file imports; of `from a import b` both a and a.b."""
+    folder = ("hf_dl/" + name).split("/")[:-1]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = folder[: len(folder) + 1 - node.level] if node.level else []
+            module = ".".join([*above, *([node.module] if node.module else [])])
+            yield node.lineno, module
+            yield from ((node.lineno, f"{module}.{alias.name}") for alias in node.names)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
+            yield from ((node.lineno, arg.value) for arg in node.args if isinstance(arg, ast.Constant))
+
+
+def find_violations(source, name):
+    """Sentences about the imports of the file hf_dl/<name> that break the layers."""
+    layer = layer_of(name)
+    found = []
+    for line, module in read_imports(source, name):
+        parts = module.split(".")
+        if parts[0] in OUTSIDE:
+            found.append(f"hf_dl/{name}:{line} imports {module}; the package never imports {parts[0]}.")
+        # `from hf_dl import x` shows up as hf_dl.x too, and tells by that
+        elif parts[0] == "hf_dl" and len(parts) > 1 and layer != "__init__":
+            if parts[1] not in ALLOWED[layer] | {layer}:
+                found.append(f"hf_dl/{name}:{line} imports {module}; {layer} may not import {parts[1]}.")
+    if layer in ("models", "programs"):
+        found += find_unportable(source, name)
+    return found
+
+
+def find_unportable(source, name):
+    """Sentences about imports that a checkpoint's own copy of its code cannot follow."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            bad = any(alias.name.split(".")[0] == "hf_dl" for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            absolute = node.level == 0 and node.module.split(".")[0] == "hf_dl"
+            sibling = node.level == 1 and node.module is not None and "." not in node.module
+            bad = absolute or (node.level > 0 and not sibling)
+        else:
+            continue
+        if bad:
+            found.append(f"hf_dl/{name}:{node.lineno} `{ast.unparse(node)}`; write `from .file import name`.")
+    return found
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_imports_keep_the_layers(name):
+    assert find_violations((PACKAGE / name).read_text(), name) == []
+
+
+def test_every_file_is_in_a_layer():
+    assert {layer_of(name) for name in FILES} <= {*ALLOWED, "__init__"}
+    assert len(FILES) > 15
+
+
+def test_models_is_one_flat_folder():
+    files = [name for name in FILES if name.startswith("models/")]
+    assert files and all(name.count("/") == 1 for name in files)
+
+
+def test_only_the_package_itself_loads_the_models():
+    """`import hf_dl` reaches down by one name, so that it stays light."""
+    source = (PACKAGE / "__init__.py").read_text()
+    assert {module for _, module in read_imports(source, "__init__.py") if module.startswith("hf_dl")} == {
+        "hf_dl.models"
+    }
+
+
+@pytest.mark.parametrize(
+    "name, source",
+    [
+        ("models/x.py", "from . import layers_attention"),
+        ("models/x.py", "from .. import data"),
+        ("models/x.py", "from ..metrics import segmentation"),
+        ("models/x.py", "from ..metrics.segmentation import adjusted_rand_index"),
+        ("models/x.py", "from .parts.attention import SlotAttention"),
+        ("models/x.py", "import hf_dl"),
+        ("models/x.py", "import numpy, hf_dl.models.slot_autoencoder as s"),
+        ("models/x.py", "from hf_dl.models.slot_autoencoder import SlotAutoencoderConfig"),
+        ("models/x.py", "def f():\n    from hf_dl.data import scenes"),
+        ("models/__init__.py", "from hf_dl import training"),
+        ("programs.py", "from .data import scenes"),
+        ("data/x.py", "from hf_dl.models.slot_autoencoder import SlotAutoencoderModel"),
+        ("data/x.py", "from ..metrics import segmentation"),
+        ("metrics/x.py", "from ..data import scenes"),
+        ("metrics/x.py", "from .. import models"),
+        ("explain.py", "from .models import slot_autoencoder"),
+        ("pipelines/x.py", "from hf_dl.data import scenes"),
+        ("training/x.py", "from hf_dl import data"),
+        ("training/x.py", "from ..models.slot_autoencoder import SlotAutoencoderModel"),
+        ("reporting/x.py", "from hf_dl.training.args import TrainingArgs"),
+        ("reporting/x.py", "import importlib\nimportlib.import_module('hf_dl.models')"),
+        ("reporting/x.py", "import scripts.publish"),
+        ("data/x.py", "from tests.conftest import x"),
+    ],
+)
+def test_a_wrong_import_is_found(name, source):
+    assert find_violations(source, name)
+
+
+@pytest.mark.parametrize(
+    "name, source",
+    [
+        (
+            "models/x.py",
+            "import torch\nfrom transformers import AutoModel\nfrom .layers_attention import SlotAttention",
+        ),
+        ("data/x.py", "from ..programs import parse\nfrom .raycast import render\nfrom . import raycast"),
+        ("metrics/x.py", "from hf_dl.programs import execute\nfrom .segmentation import adjusted_rand_index"),
+        ("pipelines/x.py", "from hf_dl.models.slot_autoencoder import SlotAutoencoderModel\nfrom ..programs import p"),
+        ("training/x.py", "from . import checkpoint\nfrom .args import TrainingArgs"),
+    ],
+)
+def test_a_right_import_is_not(name, source):
+    assert find_violations(source, name) == []
