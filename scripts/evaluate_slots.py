@@ -17,6 +17,7 @@ import datasets
 import numpy as np
 import torch
 import torch.nn.functional as F
+from huggingface_hub.errors import StrictDataclassError
 from torch.utils.data import DataLoader
 from transformers import HfArgumentParser
 
@@ -24,7 +25,7 @@ from hf_dl.data import clevrtex, scenes
 from hf_dl.data.collate import ImageTensors, as_is
 from hf_dl.metrics.images import default_features, fid
 from hf_dl.metrics.segmentation import segmentation_scores
-from hf_dl.models.slot_autoencoder import SlotAutoencoderModel
+from hf_dl.models.slot_autoencoder import SlotAutoencoderConfig, SlotAutoencoderModel
 from hf_dl.models.slot_library import SlotLibrary
 from hf_dl.reporting.card import run_card
 from hf_dl.reporting.experiment import portable
@@ -70,6 +71,14 @@ class Args(SlotData):
     num_slots: list[int] = field(default_factory=list, metadata={"help": "Slots K to try; default: the model's own."})
     num_iterations: list[int] = field(default_factory=list, metadata={"help": "Iterations T to try, likewise."})
     output_dir: str = field(default="", metadata={"help": "Where to write; default: the model's folder."})
+
+
+def checked(make: Callable[..., SlotAutoencoderConfig], **fields: Any) -> SlotAutoencoderConfig:
+    """Make a config, and turn its refusal into a ValueError of one sentence."""
+    try:
+        return make(**fields)
+    except StrictDataclassError as error:
+        raise ValueError(str(error.__cause__ or error)) from error
 
 
 def load_images(args: SlotData, split: str) -> ImageTensors:
@@ -214,7 +223,7 @@ def write_report(folder: Path) -> None:
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Evaluate the model that the flags name, and write what was found beside it."""
-    (args,) = HfArgumentParser(Args).parse_args_into_dataclasses(argv)
+    args = Args(**vars(HfArgumentParser(Args, allow_abbrev=False).parse_args(argv)))
     model = SlotAutoencoderModel.from_pretrained(args.model).eval()
     folder = Path(args.output_dir or args.model)
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,6 @@
 """Train a slot autoencoder, which finds the objects of images by itself.
 
-    scripts/run accelerate launch scripts/train_slots.py
-
-The large run for a GPU, and that on the real CLEVRTex, are in scripts/experiments/slots_textured.toml.
+scripts/run accelerate launch scripts/train_slots.py
 """
 
 import sys
@@ -38,17 +36,19 @@ class Args(slots.SlotData, TrainingArgs):
     warmup_steps: int = 200
     max_grad_norm: float = 0.1
     eval_every: int = 1000
-    save_every: int = 1000
+
+    def __post_init__(self):
+        super().__post_init__()
+        sizes = {"image_size": self.image_size, "num_slots": self.num_slots, "num_iterations": self.num_iterations}
+        self.config = slots.checked(ARCHITECTURES[self.architecture], **sizes)
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Train, evaluate on the test split, and leave model, report and pictures in `output_dir`."""
     args = parse_args(Args, argv)
     train, validation, test = (slots.load_images(args, split) for split in ("train", "validation", "test"))
-    sizes = {"image_size": args.image_size, "num_slots": args.num_slots, "num_iterations": args.num_iterations}
-    config = ARCHITECTURES[args.architecture](**sizes)
     processor = SlotImageProcessor(size={"height": args.image_size, "width": args.image_size})
-    run = TrainingRun(args, SlotAutoencoderModel(config), train, collate=as_is, processor=processor)
+    run = TrainingRun(args, SlotAutoencoderModel(args.config), train, collate=as_is, processor=processor)
     validation_batches, test_batches = run.shard(validation, 64), run.shard(test, 64)
 
     for batch in run:
@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             run.log(**{f"val_{name}": scores[name] for name in slots.WATCHED})
             if run.steps == args.binding_step and run.restarts < args.max_restarts:
                 if reason := failure_to_bind(masks, explained_variance=scores["explained_variance"]):
-                    run.restart(SlotAutoencoderModel(config), reason=reason)
+                    run.restart(SlotAutoencoderModel(args.config), reason=reason)
 
     with run.averaged():
         scores, _ = slots.evaluate(run.model, test_batches, gather=run.gather)
