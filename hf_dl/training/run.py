@@ -190,6 +190,8 @@ class TrainingRun:
                 f"Interrupted at step {self.steps}. "
                 + ("Continue with the same command and --resume." if saved else "No checkpoint was written.")
             )
+            self.accelerator.wait_for_everyone()  # a launcher kills the writer once another process has ended
+            self.accelerator.end_training()
             raise SystemExit(128 + number)
 
     def step(self, loss: torch.Tensor, **logged: float | torch.Tensor) -> None:

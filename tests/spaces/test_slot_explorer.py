@@ -437,7 +437,7 @@ def server(model, tmp_path_factory):
             [sys.executable, str(SPACE / "app.py")], cwd=folder, env=environment, stdout=file, stderr=file
         )
     try:
-        wait_for(lambda: "http://" in output.read_text() or process.poll() is not None, seconds=300)
+        wait_for(lambda: "http://" in output.read_text() or process.poll() is not None, seconds=600)
         found = re.search(r"http://\S+", output.read_text())
         assert found, output.read_text()
         yield found[0], output

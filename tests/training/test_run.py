@@ -8,6 +8,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -60,8 +61,12 @@ def spawn():
     former = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = str(ROOT)  # the server starts without pytest's sys.path
 
-    def start(folder, *flags):
-        process = context.Process(target=toy_train.main, args=(argv(folder, *flags),))
+    def start(folder, *flags, rank=None, port=None):
+        environment = {}
+        if rank is not None:
+            environment = {"ACCELERATE_USE_CPU": "true", "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+            environment |= {"LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        process = context.Process(target=toy_train.main_as_rank, args=(environment, argv(folder, *flags)))
         process.start()
         return process
 
@@ -151,22 +156,39 @@ def test_the_cosine_is_at_half_at_half_time_under_two_processes(two_processes):
     assert rates[14] == pytest.approx(0.01)
 
 
-@pytest.mark.slow
-def test_two_processes_resume_to_the_bit(tmp_path):
-    launch(tmp_path / "whole", *EVERYTHING)
-    launch(tmp_path / "cut", *EVERYTHING)
-    shutil.rmtree(newest(tmp_path / "cut"))  # as if killed between steps 30 and 40
-    launch(tmp_path / "cut", *EVERYTHING, "--resume")
+@pytest.fixture
+def spawn_two(spawn):
+    def run(folder, *flags):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        flags = (*EVERYTHING, "--expect_processes=2", *flags)
+        processes = [spawn(folder, *flags, rank=rank, port=port) for rank in range(2)]
+        for process in processes:
+            process.join(300)
+        return [process.exitcode for process in processes]
+
+    return run
+
+
+def test_two_processes_interrupted_stop_at_one_step_and_resume_to_the_bit(spawn_two, tmp_path, capfd):
+    assert spawn_two(tmp_path / "whole") == [0, 0]
+    # the signal comes after step 17 and is agreed upon in step 18
+    assert spawn_two(tmp_path / "cut", "--interrupt_at=17") == [128 + signal.SIGTERM] * 2
+    assert "Interrupted at step 18. Continue" in capfd.readouterr().err
+    assert spawn_two(tmp_path / "cut", "--resume") == [0, 0]
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+    shutil.rmtree(newest(tmp_path / "cut"))  # as if killed before the last checkpoint
+    assert spawn_two(tmp_path / "cut", "--resume") == [0, 0]
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
 
 
-@pytest.mark.slow
-def test_two_processes_interrupted_save_at_one_step_and_resume(tmp_path):
-    launch(tmp_path / "whole", *EVERYTHING)
-    with pytest.raises(AssertionError, match="Interrupted at step 18"):  # when all know
-        launch(tmp_path / "cut", *EVERYTHING, "--interrupt_at=17")
-    launch(tmp_path / "cut", *EVERYTHING, "--resume")
-    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+def test_two_processes_restart_and_share_a_stream(spawn_two, tmp_path):
+    assert spawn_two(tmp_path, "--restart_at=16", "--stream", "--dropout=0") == [0, 0]
+    train(tmp_path / "one", *EVERYTHING, "--restart_at=16", "--stream", "--dropout=0")
+    losses = [read_log(folder, "loss") for folder in (tmp_path, tmp_path / "one")]
+    torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), atol=1e-5, rtol=0)
+    assert read_log(tmp_path, "event") == ["restart"]
 
 
 # ----------------------------------------------------------------------------------------------- killed and resumed
@@ -177,7 +199,7 @@ def uninterrupted(tmp_path_factory, spawn):
     def run(*flags):
         folder = tmp_path_factory.mktemp("whole") / "run"
         process = spawn(folder, *EVERYTHING, *flags)
-        process.join(60)
+        process.join(300)
         assert process.exitcode == 0
         return folder
 
@@ -190,7 +212,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_weights(flags, uninterru
     moments, kills = random.Random(0), 0
     for _ in range(20):
         process = spawn(tmp_path / "cut", *EVERYTHING, *flags, "--resume", "--pause=0.01")
-        process.join(moments.uniform(0.3, 1.5) if kills < 4 else 60)
+        process.join(moments.uniform(0.3, 1.5) if kills < 4 else 300)
         if process.exitcode is not None:
             break
         process.kill()
@@ -208,11 +230,11 @@ def test_killed_while_writing_checkpoints_it_ends_with_the_same_weights(uninterr
     whole = uninterrupted()
     for number in (1, 2, 7, 4, 5):  # model, optimizer, ..., of the first or second checkpoint this process writes
         process = spawn(tmp_path, *EVERYTHING, "--resume", f"--kill_in_write={number}")
-        process.join(60)
+        process.join(300)
         assert process.exitcode == -signal.SIGKILL
         assert list((tmp_path / "checkpoints").glob(".writing-step_*"))
     process = spawn(tmp_path, *EVERYTHING, "--resume")
-    process.join(60)
+    process.join(300)
     assert process.exitcode == 0
     assert not list((tmp_path / "checkpoints").glob(".*"))
     assert_same_run(whole, tmp_path)

@@ -138,5 +138,11 @@ def main(argv=None):
     return run.finish(evaluate(run, validation))
 
 
+def main_as_rank(environment, argv):
+    """Run as one of several processes, as a launcher would start it."""
+    os.environ.update(environment)
+    main(argv)
+
+
 if __name__ == "__main__":
     main()
