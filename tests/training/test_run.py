@@ -211,7 +211,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_weights(flags, uninterru
     whole = uninterrupted(*flags)
     moments, kills = random.Random(0), 0
     for _ in range(20):
-        process = spawn(tmp_path / "cut", *EVERYTHING, *flags, "--resume", "--pause=0.01")
+        process = spawn(tmp_path / "cut", *EVERYTHING, *flags, "--resume", "--pause=0.05")
         process.join(moments.uniform(0.3, 1.5) if kills < 4 else 300)
         if process.exitcode is not None:
             break
