@@ -449,7 +449,7 @@ def sliders(model: SlotAutoencoderModel | None) -> tuple[gr.Slider, gr.Slider]:
     most = config.num_slots if config.slot_init == "learned" else max(NUM_SLOTS, config.num_slots)
     learned = f"This model has learned {most}." if config.slot_init == "learned" else "This model takes any number."
     return (
-        gr.Slider(2, most, config.num_slots, step=1, label="Slots K", info=learned),
+        gr.Slider(2, most, config.num_slots, step=1, label="Slots K", info=learned, elem_id="num_slots"),
         gr.Slider(1, 10, config.num_iterations, step=1, label="Iterations T", info="Rounds of attention."),
     )
 
@@ -532,7 +532,9 @@ def build_demo(model: SlotAutoencoderModel | None, problem: str = "", *, root: P
                     segments_second = _view("What the slots claim in the second image", "segments_second")
                     with gr.Column(min_width=160):
                         mix_first = gr.CheckboxGroup(label="Of the first image", elem_classes="slots")
-                        mix_second = gr.CheckboxGroup(label="Of the second image", elem_classes="slots")
+                        mix_second = gr.CheckboxGroup(
+                            label="Of the second image", elem_classes="slots", elem_id="mix_second"
+                        )
                     mixed = _view("Painted with the slots of both", "mixed")
 
         numbers = [num_slots, num_iterations]

@@ -537,6 +537,32 @@ class TestBrowser:
         browser.find_element(By.CSS_SELECTOR, "#keep input[type=checkbox]").click()
         wait_for(lambda: self.picture(browser, "painted") not in (None, before))
 
+    def test_fewer_slots(self, browser, address):
+        from selenium.webdriver.common.by import By
+        from selenium.webdriver.common.keys import Keys
+
+        self.open(browser, address)
+        number = browser.find_element(By.CSS_SELECTOR, "#num_slots input[type=number]")
+        number.send_keys(Keys.CONTROL, "a")
+        number.send_keys("3", Keys.TAB)
+        wait_for(lambda: len(browser.find_elements(By.CSS_SELECTOR, "#gallery .grid-container img")) == 3)
+        wait_for(lambda: len(browser.find_elements(By.CSS_SELECTOR, "#keep input[type=checkbox]")) == 3)
+
+    def test_two_images_are_mixed(self, browser, address, tmp_path):
+        from selenium.webdriver.common.by import By
+
+        self.open(browser, address)
+        tab = next(b for b in browser.find_elements(By.CSS_SELECTOR, "button[role=tab]") if "Mix" in b.text)
+        tab.click()
+        wait_for(lambda: self.picture(browser, "mixed"))
+        before = self.picture(browser, "mixed")
+        make_image(seed=3).save(tmp_path / "second.png")
+        self.upload(browser, tmp_path / "second.png", "file_second")
+        wait_for(lambda: self.picture(browser, "mixed") != before)
+        before = self.picture(browser, "mixed")
+        browser.find_element(By.CSS_SELECTOR, "#mix_second input[type=checkbox]").click()
+        wait_for(lambda: self.picture(browser, "mixed") != before)
+
     @pytest.mark.parametrize("kind", HOSTILE)
     def test_hostile_files_get_a_sentence(self, browser, address, kind, tmp_path):
         self.open(browser, address)
