@@ -391,19 +391,40 @@ class Explorer:
         """Take a random scene of any seed apart."""
         return self.draw(style, new_seed(), num_slots, num_iterations)
 
-    def again(self, found: Explanation | None, num_slots: int, num_iterations: int) -> Explanation | None:
-        """Take the same image apart with other numbers of slots and iterations."""
-        return found and explain(self.model, found.image, num_slots=num_slots, num_iterations=num_iterations)
+    def again(
+        self, first: Explanation | None, second: Explanation | None, num_slots: int, num_iterations: int
+    ) -> tuple[Explanation, Explanation] | None:
+        """Take the same two images apart with other numbers of slots and iterations."""
+        if first is None or second is None:
+            return None
+        numbers = {"num_slots": num_slots, "num_iterations": num_iterations}
+        return explain(self.model, first.image, **numbers), explain(self.model, second.image, **numbers)
 
-    def paint(self, found: Explanation | None, keep: list[int]) -> Image.Image | None:
-        """Paint the image without the slots that are off."""
-        return paint(self.model, (found, keep)) if found else None
+    def paint(self, found: Explanation | None, keep: list[int] | None = None) -> Image.Image | None:
+        """Paint the image with some slots, or with all of them."""
+        return paint(self.model, (found, _all(found) if keep is None else keep)) if found else None
 
     def mix(
-        self, first: Explanation | None, keep_first: list[int], second: Explanation | None, keep_second: list[int]
+        self, first: Explanation | None, second: Explanation | None, keep_first: list[int], keep_second: list[int]
     ) -> Image.Image | None:
         """Paint the chosen slots of two images into one."""
         return paint(self.model, (first, keep_first), (second, keep_second)) if first and second else None
+
+    def mix_afresh(self, first: Explanation | None, second: Explanation | None) -> Any:
+        """Tick all slots of the first image and all but the background of the second, and paint them into one."""
+        if first is None or second is None:
+            return gr.skip()
+        keep = _all(first), _all(second)[1:]
+        return _boxes(first, keep[0]), _boxes(second, keep[1]), self.mix(first, second, *keep)
+
+
+def _all(found: Explanation) -> list[int]:
+    return list(range(len(found.parts)))
+
+
+def _boxes(found: Explanation, keep: list[int]) -> gr.CheckboxGroup:
+    choices = [(f"Slot {index + 1} · {share:.0%}", index) for index, share in enumerate(found.shares)]
+    return gr.CheckboxGroup(choices=choices, value=keep)
 
 
 def event(function: Callable, show: Callable = lambda result: result) -> Callable:
@@ -411,7 +432,7 @@ def event(function: Callable, show: Callable = lambda result: result) -> Callabl
 
     Args:
         function: What happens.
-        show: Turns its result into the values of the outputs; where the result is None, they stay as they are.
+        show: Turns its result into the values of the outputs.
     """
 
     @functools.wraps(function)
@@ -424,23 +445,21 @@ def event(function: Callable, show: Callable = lambda result: result) -> Callabl
     return wrapped
 
 
-def show_first(found: Explanation | None) -> Any:
+def show_first(found: Explanation) -> tuple:
     """Fill the upper part of the page: the pictures, what each slot paints, and the boxes to tick."""
-    if found is None:
-        return gr.skip()
     gallery = [(part, f"Slot {index + 1}") for index, part in enumerate(found.parts)]
     image = found.image.resize(found.segments.size, Image.Resampling.BICUBIC)
-    return found, image, found.segments, found.reconstruction, gallery, _boxes(found), _boxes(found)
+    return found, image, found.segments, found.reconstruction, gallery, _boxes(found, _all(found))
 
 
-def show_second(found: Explanation | None) -> Any:
-    """Fill the part of the second image; all of its slots but the background are ticked."""
-    return gr.skip() if found is None else (found, found.segments, _boxes(found, first=1))
+def show_second(found: Explanation) -> tuple:
+    """Fill the part of the second image."""
+    return found, found.segments
 
 
-def _boxes(found: Explanation, *, first: int = 0) -> gr.CheckboxGroup:
-    choices = [(f"Slot {index + 1} · {share:.0%}", index) for index, share in enumerate(found.shares)]
-    return gr.CheckboxGroup(choices=choices, value=list(range(first, len(choices))))
+def show_both(found: tuple[Explanation, Explanation] | None) -> Any:
+    """Fill both parts, or neither where there are no images yet."""
+    return (*show_first(found[0]), *show_second(found[1])) if found else gr.skip()
 
 
 def sliders(model: SlotAutoencoderModel | None) -> tuple[gr.Slider, gr.Slider]:
@@ -538,11 +557,13 @@ def build_demo(model: SlotAutoencoderModel | None, problem: str = "", *, root: P
                     mixed = _view("Painted with the slots of both", "mixed")
 
         numbers = [num_slots, num_iterations]
-        first = [found_first, image, segments, reconstruction, gallery, keep, mix_first]
-        second = [found_second, segments_second, mix_second]
+        first = [found_first, image, segments, reconstruction, gallery, keep]
+        second = [found_second, segments_second]
         # What shows progress shows each error over each output as well; a message is enough.
         private = {"api_visibility": "private", "show_progress": "hidden"}
-        latest = {**private, "trigger_mode": "always_last"}
+        # One after the other: boxes that were ticked must not meet the slots of a later explanation.
+        turn = {"concurrency_id": "model", "concurrency_limit": 1, "show_progress": "hidden"}
+        latest = {**private, **turn, "trigger_mode": "always_last"}
 
         def refresh() -> dict:
             if explorer.ready:
@@ -564,9 +585,11 @@ def build_demo(model: SlotAutoencoderModel | None, problem: str = "", *, root: P
         stop.click(explorer.training.stop, **private).then(refresh, None, whole, **private)
 
         open_first = file_first.upload(
-            event(explorer.open, show_first), [file_first, *numbers], first, api_name="explain", show_progress="hidden"
+            event(explorer.open, show_first), [file_first, *numbers], first, api_name="explain", **turn
         )
-        open_second = file_second.upload(event(explorer.open, show_second), [file_second, *numbers], second, **private)
+        open_second = file_second.upload(
+            event(explorer.open, show_second), [file_second, *numbers], second, **private | turn
+        )
         for opened, file in ((open_first, file_first), (open_second, file_second)):
             for end in (opened.success, opened.failure):  # `then` is not called after a failure
                 end(lambda: None, None, file, **private)  # make room for the next file
@@ -577,16 +600,22 @@ def build_demo(model: SlotAutoencoderModel | None, problem: str = "", *, root: P
         )  # fmt: skip
         gr.on(
             [ready.change, draw_second.click],
-            event(explorer.draw_any, show_second), [style, *numbers], second, **private,
+            event(explorer.draw_any, show_second), [style, *numbers], second, **private | turn,
         )  # fmt: skip
         gr.on(
             [num_slots.change, num_iterations.change],
-            event(explorer.again, show_first), [found_first, *numbers], first, **latest,
-        ).then(event(explorer.again, show_second), [found_second, *numbers], second, **private)  # fmt: skip
-        gr.on([found_first.change, keep.change], event(explorer.paint), [found_first, keep], painted, **latest)
+            event(explorer.again, show_both), [found_first, found_second, *numbers], [*first, *second], **latest,
+        )  # fmt: skip
+        # New slots are painted without asking the boxes, which may still hold the ticks of the former ones.
+        found_first.change(event(explorer.paint), found_first, painted, **latest)
+        keep.input(event(explorer.paint), [found_first, keep], painted, **latest)
         gr.on(
-            [found_first.change, found_second.change, mix_first.change, mix_second.change],
-            event(explorer.mix), [found_first, mix_first, found_second, mix_second], mixed, **latest,
+            [found_first.change, found_second.change],
+            event(explorer.mix_afresh), [found_first, found_second], [mix_first, mix_second, mixed], **latest,
+        )  # fmt: skip
+        gr.on(
+            [mix_first.input, mix_second.input],
+            event(explorer.mix), [found_first, found_second, mix_first, mix_second], mixed, **latest,
         )  # fmt: skip
     return demo
 

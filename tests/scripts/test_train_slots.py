@@ -242,8 +242,8 @@ def test_two_processes_give_the_metrics_of_one(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 def test_it_learns_to_find_objects(seed, tmp_path):
-    """A score by chance is 0; 400 steps reach about 0.5."""
-    flags = "--num_train=1000 --num_test=64 --max_steps=400 --warmup_steps=50 --batch_size=16 --save_every=0".split()
+    """Chance is 0; five seeds ended between 0.55 and 0.75. With 600 steps in place of 1,000, seed 1 ended at 0.17."""
+    flags = "--num_train=1000 --num_test=64 --max_steps=1000 --warmup_steps=50 --batch_size=16 --save_every=0".split()
     metrics = train(tmp_path, *flags, f"--seed={seed}")
     assert metrics["test_decoder_fg_ari"] > 0.3
     assert metrics["test_explained_variance"] > 0.2

@@ -307,8 +307,9 @@ class TestPage:
 
     def test_second_image_starts_without_its_background(self, model):
         found = app.explain(model, make_image())
-        assert app.show_second(found)[2].value == [1, 2, 3]
-        assert app.show_first(found)[5].value == [0, 1, 2, 3]
+        first, second, picture = app.Explorer(model).mix_afresh(found, found)
+        assert (first.value, second.value) == ([0, 1, 2, 3], [1, 2, 3])
+        assert picture.tobytes() == app.paint(model, (found, first.value), (found, second.value)).tobytes()
 
     def test_with_scripts_it_offers_to_train(self, tmp_path):
         write_script(tmp_path, "")
@@ -464,7 +465,7 @@ def call(address, path, folder):
 class TestClient:
     def test_explain(self, address, tmp_path):
         make_image().save(tmp_path / "a.png")
-        *pictures, parts, _, _ = call(address, tmp_path / "a.png", tmp_path)
+        *pictures, parts, _ = call(address, tmp_path / "a.png", tmp_path)
         for path in pictures:
             with Image.open(path) as picture:
                 assert picture.size == (384, 256)
