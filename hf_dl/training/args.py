@@ -25,12 +25,14 @@ from transformers import HfArgumentParser
 
 _GROUPS = {
     "run": "output_dir seed max_steps epochs batch_size accumulation num_workers",
-    "optimisation": "optimizer learning_rate weight_decay momentum beta2 schedule warmup_steps half_life "
-    "max_grad_norm ema_decay",
-    "evaluation": "eval_every monitor higher_is_better patience",
+    "optimisation": "optimizer learning_rate weight_decay momentum beta2 schedule warmup_steps half_life decay_at "
+    "decay_factor max_grad_norm ema_decay",
+    "evaluation": "eval_every eval_epochs monitor higher_is_better patience",
     "logging and checkpoints": "log_every report_to save_every keep_last resume",
     "hardware": "mixed_precision compile cpu_threads",
 }
+
+Schedule = Literal["constant", "linear", "cosine", "halving", "step"]
 
 
 @dataclass
@@ -66,12 +68,20 @@ class TrainingArgs:
     )
     momentum: float = field(default=0.9, metadata={"help": "Momentum of sgd; first beta of adam and adamw."})
     beta2: float = field(default=0.999, metadata={"help": "Second beta of adam and adamw."})
-    schedule: Literal["constant", "linear", "cosine", "halving"] = field(
+    schedule: Schedule = field(
         default="constant",
-        metadata={"help": "After warm-up: constant, to 0 linearly or as a cosine, or halved every half_life steps."},
+        metadata={
+            "help": "After warm-up: constant, to 0 linearly or as a cosine, halved every half_life steps, or times "
+            "decay_factor at each part of decay_at."
+        },
     )
     warmup_steps: int = field(default=0, metadata={"help": "Steps over which the learning rate rises from 0."})
     half_life: int = field(default=0, metadata={"help": "Steps in which schedule=halving halves, smoothly."})
+    decay_at: list[float] = field(
+        default_factory=lambda: [0.5, 0.75],
+        metadata={"help": "Parts of the run after which schedule=step decays, such as 0.5 0.75."},
+    )
+    decay_factor: float = field(default=0.1, metadata={"help": "What schedule=step multiplies by at each of them."})
     max_grad_norm: float = field(default=0.0, metadata={"help": "Gradients are clipped to this norm; 0: not at all."})
     ema_decay: float = field(
         default=0.0,
@@ -81,6 +91,10 @@ class TrainingArgs:
     )
 
     eval_every: int = field(default=0, metadata={"help": "Steps between evaluations; 0: never."})
+    eval_epochs: float = field(
+        default=0.0,
+        metadata={"help": "Passes over the data between evaluations; when above 0 it replaces eval_every."},
+    )
     monitor: str = field(default="", metadata={"help": "Logged metric that decides best/ and early stopping."})
     higher_is_better: bool = field(default=False, metadata={"help": "Whether a higher monitor is better."})
     patience: int = field(
@@ -110,8 +124,8 @@ class TrainingArgs:
             self.output_dir = f"runs/{script_path(type(self)).stem}"
         positive = "max_steps batch_size accumulation learning_rate log_every"
         not_negative = (
-            "epochs num_workers weight_decay warmup_steps half_life max_grad_norm eval_every patience save_every "
-            "keep_last cpu_threads"
+            "epochs num_workers weight_decay warmup_steps half_life max_grad_norm eval_every eval_epochs patience "
+            "save_every keep_last cpu_threads"
         )
         for name in positive.split():
             if not getattr(self, name) > 0:
@@ -135,10 +149,14 @@ class TrainingArgs:
             )
         if self.schedule == "halving" and not self.half_life:
             raise ValueError("schedule='halving' needs half_life, the steps in which the learning rate halves.")
+        if not all(0 < part < 1 for part in self.decay_at):
+            raise ValueError(f"decay_at={self.decay_at} must be parts of the run, each above 0 and below 1.")
+        if not 0 < self.decay_factor <= 1:
+            raise ValueError(f"decay_factor={self.decay_factor} must be above 0 and at most 1.")
         if self.patience and not self.monitor:
             raise ValueError(f"patience={self.patience} needs monitor, the name of the logged metric to watch.")
-        if self.monitor and not self.eval_every:
-            raise ValueError(f"monitor={self.monitor!r} needs eval_every, the steps between evaluations.")
+        if self.monitor and not (self.eval_every or self.eval_epochs):
+            raise ValueError(f"monitor={self.monitor!r} needs eval_every or eval_epochs: how often to evaluate.")
 
 
 ArgsT = TypeVar("ArgsT", bound=TrainingArgs)

@@ -116,6 +116,7 @@ class TrainingRun:
             args.batch_size, args.accumulation, self.accelerator.num_processes, self.accelerator.process_index
         )
         self.max_steps = _max_steps(args, train_data)
+        self._num_examples = _length(args, train_data, "eval_epochs") if args.eval_epochs else 0
         self._position = self._next_position = (0, 0)
         self._earlier_steps = 0
         self._best, self._bad_evaluations, self._stopped, self._restarted = None, 0, False, False
@@ -284,6 +285,18 @@ class TrainingRun:
         """Whether something done every so many steps is due: at each multiple and after the last step; 0 is never."""
         at_end = self.steps == self.max_steps
         return bool(every and self._synced and self.steps and (at_end or self.steps % every == 0))
+
+    @property
+    def evaluation_due(self) -> bool:
+        """Whether an evaluation is due after this step: `due(args.eval_every)`, or `eval_epochs` where that is given.
+
+        An epoch ends with the step that takes its last example, even if the batch goes on into the next one.
+        """
+        if not self.args.eval_epochs:
+            return self.due(self.args.eval_every)
+        batches = self.args.eval_epochs * self._num_examples / self.args.batch_size
+        ended = [math.floor(round(steps / batches, 9)) for steps in (self.steps - 1, self.steps)]
+        return self._synced and self.steps > 0 and (ended[0] < ended[1] or self.steps == self.max_steps)
 
     def restart(self, model: nn.Module, *, reason: str) -> None:
         """Start over with a fresh model, another data order and step 0; counted in the results.
@@ -687,7 +700,8 @@ def learning_rate_factor(args: TrainingArgs, step: int, max_steps: int) -> float
 
     Warm-up multiplies by (step + 1) / warmup_steps until it reaches 1. After it, with t from 0 to 1 over the remaining
     steps: constant 1, linear 1 - t, cosine (1 + cos(pi t)) / 2. Halving is 0.5 ** (step / half_life) from step 0 on,
-    under the warm-up as well, as in Locatello et al. 2020.
+    under the warm-up as well, as in Locatello et al. 2020. Step is decay_factor to the power of how many of decay_at
+    lie at or before step / max_steps, as in He et al. 2015 with decay_at = 0.5, 0.75.
 
     Args:
         args: The flags.
@@ -704,6 +718,8 @@ def learning_rate_factor(args: TrainingArgs, step: int, max_steps: int) -> float
     factor = min(1.0, (step + 1) / args.warmup_steps) if args.warmup_steps else 1.0
     if args.schedule == "halving":
         return factor * 0.5 ** (step / args.half_life)
+    if args.schedule == "step":
+        return factor * args.decay_factor ** sum(step >= part * max_steps for part in args.decay_at)
     t = min(1.0, max(0, step - args.warmup_steps) / max(1, max_steps - args.warmup_steps))
     if args.schedule == "linear":
         factor *= 1 - t
@@ -730,9 +746,16 @@ def _optimizer(args: TrainingArgs, model: nn.Module) -> torch.optim.Optimizer:
 def _max_steps(args: TrainingArgs, data: Any) -> int:
     if not args.epochs:
         return args.max_steps
+    return math.ceil(args.epochs * _length(args, data, "epochs") / args.batch_size)
+
+
+def _length(args: TrainingArgs, data: Any, flag: str) -> int:
     if not hasattr(data, "__len__"):
-        raise ValueError(f"epochs={args.epochs} needs data with a length; a stream has none: give max_steps instead.")
-    return math.ceil(args.epochs * len(data) / args.batch_size)
+        instead = {"epochs": "max_steps", "eval_epochs": "eval_every"}[flag]
+        raise ValueError(
+            f"{flag}={getattr(args, flag)} needs data with a length; a stream has none: give {instead} instead."
+        )
+    return len(data)
 
 
 def _trackers(report_to: str) -> list[str] | None:

@@ -490,6 +490,11 @@ def test_weight_decay_spares_vectors(tmp_path):
             lambda s: (s + 1) / 10 if s < 10 else (1 + math.cos(math.pi * (s - 10) / 90)) / 2,
         ),
         ({"schedule": "halving", "half_life": 25}, lambda s: 2 ** (-s / 25)),
+        ({"schedule": "step"}, lambda s: 1 if s < 50 else 0.1 if s < 75 else 0.01),
+        (
+            {"schedule": "step", "decay_at": [0.3], "decay_factor": 0.5, "warmup_steps": 10},
+            lambda s: min(1, (s + 1) / 10) * (1 if s < 30 else 0.5),
+        ),
         ({"schedule": "halving", "half_life": 25, "warmup_steps": 5}, lambda s: min(1, (s + 1) / 5) * 2 ** (-s / 25)),
     ],
 )
@@ -527,6 +532,8 @@ def test_misuse_is_a_sentence(tmp_path):
         make_run(tmp_path, monitor="x", eval_every=1).load_best()
     with pytest.raises(ValueError, match="epochs=2 needs data with a length"):
         TrainingRun(TrainingArgs(output_dir=str(tmp_path), epochs=2), Line(), toy_train.Stream([1]))
+    with pytest.raises(ValueError, match="eval_epochs=1 needs data with a length.*: give eval_every instead"):
+        TrainingRun(TrainingArgs(output_dir=str(tmp_path), eval_epochs=1), Line(), toy_train.Stream([1]))
     with pytest.raises(ValueError, match="report_to='nothere' is not installed; choose none or one of"):
         make_run(tmp_path, report_to="nothere")
 
@@ -547,6 +554,27 @@ def test_due_progress_and_epochs(tmp_path):
     assert progress == [s / 6 for s in range(6) for _ in range(2)]
     assert run.progress == 1
     assert read_log(tmp_path, "epoch") == pytest.approx([2 / 3, 4 / 3, 2, 8 / 3, 10 / 3, 4], abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ({"eval_epochs": 1}, [2, 3, 5, 6, 7]),  # 3 examples in twos: the epochs end within these steps
+        ({"eval_epochs": 2, "accumulation": 2}, [3, 6, 7]),
+        ({"eval_epochs": 0.5}, [1, 2, 3, 4, 5, 6, 7]),
+        ({"eval_every": 4}, [4, 7]),
+        ({}, []),
+    ],
+)
+def test_evaluation_due(tmp_path, flags, expected):
+    run = make_run(tmp_path, data=[1.0, 2.0, 3.0], max_steps=7, batch_size=2, **flags)
+    seen = []
+    for batch in run:
+        assert not run.evaluation_due
+        run.step(run.model(batch))
+        if run.evaluation_due:
+            seen.append(run.steps)
+    assert seen == expected
 
 
 def test_best_early_stopping_and_keep_last(tmp_path, capfd):
