@@ -1,16 +1,34 @@
 """Everything that travels with a checkpoint, and the one list of it: importing this registers the Auto classes."""
 
-from transformers import AutoConfig, AutoImageProcessor, AutoModel
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
 
 from .slot_autoencoder import SlotAutoencoderConfig, SlotAutoencoderModel, SlotImageProcessor
+from .small_vit import SmallViTConfig, SmallViTForImageClassification, SmallViTImageProcessor, SmallViTModel
 
 AutoConfig.register("slot_autoencoder", SlotAutoencoderConfig)
 AutoModel.register(SlotAutoencoderConfig, SlotAutoencoderModel)
 AutoImageProcessor.register(SlotAutoencoderConfig, image_processor_classes={"torchvision": SlotImageProcessor})
 
+AutoConfig.register("small_vit", SmallViTConfig)
+AutoModel.register(SmallViTConfig, SmallViTModel)
+AutoModelForImageClassification.register(SmallViTConfig, SmallViTForImageClassification)
+AutoImageProcessor.register(SmallViTConfig, image_processor_classes={"torchvision": SmallViTImageProcessor})
+
 # Checkpoints carry their own code, so that they load with trust_remote_code=True where hf_dl is not installed.
 SlotAutoencoderConfig.register_for_auto_class()
 SlotAutoencoderModel.register_for_auto_class("AutoModel")
 SlotImageProcessor.register_for_auto_class("AutoImageProcessor")
+SmallViTConfig.register_for_auto_class()
+SmallViTModel.register_for_auto_class("AutoModel")
+SmallViTForImageClassification.register_for_auto_class("AutoModelForImageClassification")
+SmallViTImageProcessor.register_for_auto_class("AutoImageProcessor")
 
-__all__ = ["SlotAutoencoderConfig", "SlotAutoencoderModel", "SlotImageProcessor"]
+__all__ = [
+    "SlotAutoencoderConfig",
+    "SlotAutoencoderModel",
+    "SlotImageProcessor",
+    "SmallViTConfig",
+    "SmallViTForImageClassification",
+    "SmallViTImageProcessor",
+    "SmallViTModel",
+]

@@ -1,0 +1,372 @@
+"""Small vision transformer: an image classifier whose patches and attention can be looked at and taken away.
+
+Dosovitskiy et al. 2021, "An Image is Worth 16x16 Words", section 3.1: patches are projected linearly, a CLS token is
+put before them, learned positions are added, pre-norm transformer blocks follow, and a linear head reads the CLS
+token.
+
+What differs from the paper:
+
+- Default sizes that a CPU trains in minutes: 64x64 images, 8x8 patches, 4 blocks of 64 channels.
+- The queries, keys and values of a block come from one projection, and attention runs through
+  `scaled_dot_product_attention`; the attention matrices are only built when they are asked for.
+- Images of another size than the config's are taken: the positions of the patches are interpolated to their grid.
+- No tanh layer between the CLS token and the head.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub.dataclasses import strict
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel, TorchvisionBackend
+from transformers import initialization as init
+from transformers.image_utils import PILImageResampling
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
+from transformers.utils import can_return_tuple
+
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
+
+
+@strict
+class SmallViTConfig(PreTrainedConfig):
+    """Configuration of a `SmallViTModel`; the number of classes comes with `num_labels` or `id2label`.
+
+    Args:
+        image_size: Height and width of the images, in pixels; a multiple of `patch_size`.
+        patch_size: Height and width of a patch, in pixels.
+        num_channels: Channels of the images.
+        hidden_size: Channels of a token; a multiple of `num_attention_heads`.
+        num_hidden_layers: Transformer blocks.
+        num_attention_heads: Heads of each block's attention.
+        intermediate_size: Hidden units of each block's MLP.
+        hidden_act: "gelu", "relu" or "silu".
+        hidden_dropout_prob: Dropout of the embeddings, and of what attention and MLP add to the tokens.
+        attention_probs_dropout_prob: Dropout of the attention.
+        initializer_range: Standard deviation of the normal that weights, positions and CLS token start from.
+        layer_norm_eps: Epsilon of the layer normalisations.
+
+    Example:
+        ```python
+        >>> SmallViTConfig(num_labels=25).grid_size
+        8
+
+        ```
+    """
+
+    model_type = "small_vit"
+
+    image_size: int = 64
+    patch_size: int = 8
+    num_channels: int = 3
+    hidden_size: int = 64
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 4
+    intermediate_size: int = 128
+    hidden_act: Literal["gelu", "relu", "silu"] = "gelu"
+    hidden_dropout_prob: float = 0.0
+    attention_probs_dropout_prob: float = 0.0
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-6
+
+    def validate_architecture(self):
+        """Refuse fields that do not fit together.
+
+        Raises:
+            ValueError: With the field, its value and what was expected.
+        """
+        for name in (
+            "image_size",
+            "patch_size",
+            "num_channels",
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "intermediate_size",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        if self.image_size % self.patch_size:
+            raise ValueError(f"image_size={self.image_size} must be a multiple of patch_size={self.patch_size}.")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size={self.hidden_size} must be a multiple of num_attention_heads={self.num_attention_heads}."
+            )
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and below 1.")
+
+    @property
+    def grid_size(self) -> int:
+        """Patches along a side of an image of `image_size`."""
+        return self.image_size // self.patch_size
+
+
+class SmallViTImageProcessor(TorchvisionBackend):
+    """Resizes images to a square and maps them to [-1, 1]."""
+
+    resample = PILImageResampling.BILINEAR
+    image_mean = [0.5, 0.5, 0.5]
+    image_std = [0.5, 0.5, 0.5]
+    size = {"height": 64, "width": 64}
+    do_convert_rgb = True
+    do_resize = True
+    do_rescale = True
+    do_normalize = True
+
+
+class SmallViTEmbeddings(nn.Module):
+    """Images (batch, channels, height, width) to tokens (batch, 1 + patches, hidden_size), CLS first, row by row."""
+
+    def __init__(self, config: SmallViTConfig):
+        super().__init__()
+        self.grid_size = config.grid_size
+        self.patch_projection = nn.Conv2d(
+            config.num_channels, config.hidden_size, config.patch_size, stride=config.patch_size
+        )
+        self.cls_token = nn.Parameter(torch.empty(1, 1, config.hidden_size))
+        self.positions = nn.Parameter(torch.empty(1, 1 + config.grid_size**2, config.hidden_size))
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def positions_of(self, height: int, width: int) -> torch.Tensor:
+        """The positions of CLS and a grid of patches, (1, 1 + height * width, hidden_size)."""
+        if (height, width) == (self.grid_size, self.grid_size):
+            return self.positions
+        cls, patches = self.positions.split([1, self.grid_size**2], dim=1)
+        patches = patches.unflatten(1, (self.grid_size, self.grid_size)).permute(0, 3, 1, 2)
+        patches = F.interpolate(patches, size=(height, width), mode="bicubic", align_corners=False)
+        return torch.cat([cls, patches.flatten(2).transpose(1, 2)], dim=1)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Embed images."""
+        patches = self.patch_projection(pixel_values)  # (batch, hidden_size, height, width) of the grid
+        positions = self.positions_of(*patches.shape[-2:])
+        tokens = torch.cat([self.cls_token.expand(len(patches), -1, -1), patches.flatten(2).transpose(1, 2)], dim=1)
+        return self.dropout(tokens + positions)
+
+
+class SmallViTAttention(nn.Module):
+    """Multi-head self-attention, softmax(q k^T / sqrt(d)) v a head."""
+
+    def __init__(self, config: SmallViTConfig):
+        super().__init__()
+        self.num_heads = config.num_attention_heads
+        self.dropout = config.attention_probs_dropout_prob
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.output = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(
+        self, tokens: torch.Tensor, keep: torch.Tensor | None = None, *, output_attention: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Mix the tokens.
+
+        Args:
+            tokens: (batch, tokens, hidden_size).
+            keep: Tokens that may be attended to, bool, broadcast to (batch, heads, tokens, tokens); None: all.
+            output_attention: Whether to build and return the attention.
+
+        Returns:
+            The tokens' updates, and the attention (batch, heads, tokens, tokens), rows summing to 1, or None.
+        """
+        query, key, value = self.qkv(tokens).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        dropout = self.dropout if self.training else 0.0
+        if output_attention:
+            logits = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
+            if keep is not None:
+                logits = logits.masked_fill(~keep, float("-inf"))
+            attention = logits.softmax(dim=-1)
+            mixed = F.dropout(attention, dropout) @ value
+        else:
+            attention = None
+            mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=keep, dropout_p=dropout)
+        return self.output(mixed.transpose(1, 2).flatten(2)), attention
+
+
+class SmallViTBlock(nn.Module):
+    """Pre-norm transformer block: x + attention(norm(x)), then x + MLP(norm(x))."""
+
+    def __init__(self, config: SmallViTConfig):
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attention = SmallViTAttention(config)
+        self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp_in = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.mlp_out = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.activation = ACTIVATIONS[config.hidden_act]
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(
+        self, tokens: torch.Tensor, keep: torch.Tensor | None = None, *, output_attention: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Update the tokens; arguments and results as of `SmallViTAttention`."""
+        update, attention = self.attention(self.attention_norm(tokens), keep, output_attention=output_attention)
+        tokens = tokens + self.dropout(update)
+        update = self.mlp_out(self.activation(self.mlp_in(self.mlp_norm(tokens))))
+        return tokens + self.dropout(update), attention
+
+
+class SmallViTPreTrainedModel(PreTrainedModel):
+    """Weight initialisation and loading of the small vision transformer."""
+
+    config: SmallViTConfig
+    base_model_prefix = "small_vit"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    _supports_sdpa = True
+    _no_split_modules = ["SmallViTEmbeddings", "SmallViTBlock"]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        std = self.config.initializer_range
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            init.trunc_normal_(module.weight, std=std)
+            init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, SmallViTEmbeddings):
+            init.trunc_normal_(module.cls_token, std=std)
+            init.trunc_normal_(module.positions, std=std)
+
+
+class SmallViTModel(SmallViTPreTrainedModel):
+    """Small vision transformer without a head.
+
+    Example:
+        ```python
+        >>> model = SmallViTModel(SmallViTConfig())
+        >>> output = model(torch.randn(2, 3, 64, 64), output_attentions=True)
+        >>> output.pooler_output.shape, output.attentions[0].shape
+        (torch.Size([2, 64]), torch.Size([2, 4, 65, 65]))
+
+        ```
+    """
+
+    def __init__(self, config: SmallViTConfig):
+        super().__init__(config)
+        self.embeddings = SmallViTEmbeddings(config)
+        self.blocks = nn.ModuleList(SmallViTBlock(config) for _ in range(config.num_hidden_layers))
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPooling:
+        """Encode images.
+
+        Args:
+            pixel_values: (batch, channels, height, width), in [-1, 1]; sides are multiples of `patch_size`.
+            attention_mask: Tokens that may be attended to, (batch, 1 + patches): CLS, then the patches row by row;
+                0 or False leaves one out, which is the same to CLS as if it were not there.
+            output_attentions: Whether to return each block's attention; the config's when not given.
+            output_hidden_states: Whether to return the tokens before each block and after the last, likewise.
+            **kwargs: `return_dict=False` gives a tuple.
+
+        Returns:
+            `last_hidden_state` (batch, 1 + patches, hidden_size) after the last normalisation; `pooler_output`, its
+            CLS token; `attentions`, one (batch, heads, tokens, tokens) a block; `hidden_states`.
+
+        Raises:
+            ValueError: If images or mask have another shape than expected, or an image has no token left.
+        """
+        config = self.config
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != config.num_channels:
+            raise ValueError(
+                f"pixel_values has shape {tuple(pixel_values.shape)}, expected (batch, {config.num_channels}, height, "
+                "width)."
+            )
+        height, width = pixel_values.shape[-2:]
+        if height % config.patch_size or width % config.patch_size or not height or not width:
+            raise ValueError(
+                f"pixel_values has height {height} and width {width}, expected multiples of "
+                f"patch_size={config.patch_size}."
+            )
+        output_attentions = config.output_attentions if output_attentions is None else output_attentions
+        output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        tokens = self.embeddings(pixel_values)
+        keep = None
+        if attention_mask is not None:
+            if attention_mask.shape != tokens.shape[:2]:
+                raise ValueError(
+                    f"attention_mask has shape {tuple(attention_mask.shape)}, expected {tuple(tokens.shape[:2])}: "
+                    "CLS and the patches."
+                )
+            keep = attention_mask.to(tokens.device).bool()[:, None, None, :]
+        hidden_states, attentions = (tokens,), ()
+        for block in self.blocks:
+            tokens, attention = block(tokens, keep, output_attention=output_attentions)
+            attentions += (attention,)
+            hidden_states += (tokens,)
+        tokens = self.norm(tokens)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=tokens,
+            pooler_output=tokens[:, 0],
+            hidden_states=hidden_states if output_hidden_states else None,
+            attentions=attentions if output_attentions else None,
+        )
+
+
+class SmallViTForImageClassification(SmallViTPreTrainedModel):
+    """Small vision transformer with a linear head on its CLS token.
+
+    Example:
+        ```python
+        >>> model = SmallViTForImageClassification(SmallViTConfig(num_labels=25))
+        >>> model(torch.randn(2, 3, 64, 64), labels=torch.tensor([3, 8])).logits.shape
+        torch.Size([2, 25])
+
+        ```
+    """
+
+    def __init__(self, config: SmallViTConfig):
+        super().__init__(config)
+        # Saving enters the class that is saved; AutoModel must find the model without a head in the same folder.
+        config.auto_map = {"AutoModel": "small_vit.SmallViTModel", **(getattr(config, "auto_map", None) or {})}
+        self.small_vit = SmallViTModel(config)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs: Any,
+    ) -> ImageClassifierOutput:
+        """Classify images.
+
+        Args:
+            pixel_values: (batch, channels, height, width), in [-1, 1]; sides are multiples of `patch_size`.
+            labels: Classes, int (batch,); with them `loss` is the mean cross-entropy.
+            attention_mask: As of `SmallViTModel`.
+            output_attentions: As of `SmallViTModel`.
+            output_hidden_states: As of `SmallViTModel`.
+            **kwargs: `return_dict=False` gives a tuple.
+
+        Returns:
+            `loss`, `logits` (batch, num_labels), and `hidden_states` and `attentions` when asked for.
+        """
+        output = self.small_vit(
+            pixel_values,
+            attention_mask=attention_mask,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+        )
+        logits = self.classifier(output.pooler_output)
+        return ImageClassifierOutput(
+            loss=None if labels is None else F.cross_entropy(logits.float(), labels.to(logits.device)),
+            logits=logits,
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+        )
