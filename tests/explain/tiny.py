@@ -1,0 +1,71 @@
+"""Tiny networks with random weights, large enough that their outputs depend on everything."""
+
+import torch
+from torch import nn
+from transformers import (
+    DeiTConfig,
+    DeiTForImageClassification,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersForImageClassification,
+    ResNetConfig,
+    ResNetForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+from hf_dl.models import SmallViTConfig, SmallViTForImageClassification
+
+SIZES = {"image_size": 16, "patch_size": 4, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
+MLP = {"intermediate_size": 24}
+VITS = ("vit", "deit", "dinov2", "small_vit")
+PREFIX = {"vit": 1, "deit": 2, "dinov2": 4, "small_vit": 1}  # CLS, distillation, registers
+
+
+def shake(model):
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.3 * torch.randn(p.shape, generator=draw))
+    return model.eval()
+
+
+def make_vit(kind, *, attention=None):
+    torch.manual_seed(0)
+    options = {} if attention is None else {"attn_implementation": attention}
+    if kind == "small_vit":
+        return shake(SmallViTForImageClassification(SmallViTConfig(**SIZES, **MLP, num_labels=5)))
+    if kind == "vit":
+        return shake(ViTForImageClassification(ViTConfig(**SIZES, **MLP, num_labels=5, **options)))
+    if kind == "deit":
+        return shake(DeiTForImageClassification(DeiTConfig(**SIZES, **MLP, num_labels=5, **options)))
+    config = Dinov2WithRegistersConfig(**SIZES, num_register_tokens=3, mlp_ratio=2, num_labels=5, **options)
+    return shake(Dinov2WithRegistersForImageClassification(config))
+
+
+def make_resnet():
+    torch.manual_seed(0)
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 12], depths=[1, 2], layer_type="basic", num_labels=5)
+    return shake(ResNetForImageClassification(config))
+
+
+class ConvNet(nn.Module):
+    """Two convolutions with ReLU, returns bare logits."""
+
+    def __init__(self, inplace):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 8, 3, padding=1, stride=2)
+        self.relu = nn.ReLU(inplace)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = self.second(self.relu(self.first(x)))
+        return self.head(self.relu(x).mean(dim=(2, 3)))
+
+
+def make_convnet(*, inplace=True):
+    torch.manual_seed(0)
+    return shake(ConvNet(inplace))
+
+
+def make_images(batch=2, height=16, width=16, seed=1):
+    return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(seed))
