@@ -5,6 +5,7 @@ Where things are; each layer imports only what is named behind it:
 - `hf_dl.models`: everything that travels with a checkpoint, one file a family (nothing of hf_dl but siblings)
 - `hf_dl.data`: `load(split, source, ...)` for each kind of data, synthetic or real (`programs`)
 - `hf_dl.metrics`: pure functions and `evaluate` metrics (`programs`)
+- `hf_dl.explain`: what an image classifier looked at, and what it says without it (nothing)
 - `hf_dl.training`: the flags and the loop's surroundings that all training scripts share (nothing)
 - `hf_dl.reporting`: tables, plots and model cards from the files that runs leave (nothing)
 

@@ -1,0 +1,154 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessor
+
+from hf_dl.data import images as labelled_images
+from hf_dl.explain import attention_maps, grad_cam, normalise, pointing_game, share_inside, upsample
+from hf_dl.models import SmallViTConfig, SmallViTForImageClassification, SmallViTImageProcessor
+from scripts import explain_image
+
+SIZE = {"height": 32, "width": 32}
+
+
+@pytest.fixture(scope="module")
+def vit(tmp_path_factory):
+    """A vision transformer of the 25 classes of the scenes, saved as training saves one."""
+    torch.manual_seed(0)
+    sizes = {"image_size": 32, "patch_size": 8, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    names = dict(enumerate(labelled_images.CLASSES[25]))
+    model = SmallViTForImageClassification(
+        SmallViTConfig(
+            **sizes,
+            intermediate_size=16,
+            id2label=names,
+            label2id={n: i for i, n in names.items()},
+            initializer_range=0.3,
+        )
+    )
+    folder = tmp_path_factory.mktemp("vit")
+    model.save_pretrained(folder)
+    SmallViTImageProcessor(size=SIZE).save_pretrained(folder)
+    return folder, model.eval()
+
+
+@pytest.fixture(scope="module")
+def resnet(tmp_path_factory):
+    torch.manual_seed(0)
+    model = ResNetForImageClassification(
+        ResNetConfig(embedding_size=8, hidden_sizes=[8, 12], depths=[1, 1], layer_type="basic", num_labels=3)
+    )
+    folder = tmp_path_factory.mktemp("resnet")
+    model.save_pretrained(folder)
+    ViTImageProcessor(size={"height": 64, "width": 64}).save_pretrained(folder)
+    return folder, model.eval()
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    folder = tmp_path / "pictures"
+    (folder / "more").mkdir(parents=True)
+    draw = np.random.default_rng(0)
+    for name, size in (("one.png", (40, 50)), ("two.jpg", (33, 20)), ("more/one.png", (64, 64))):
+        Image.fromarray(draw.integers(0, 256, (*size, 3), dtype=np.uint8)).save(folder / name)
+    (folder / "notes.txt").write_text("not an image")
+    return folder
+
+
+def run(folder, tmp_path, *flags):
+    metrics = explain_image.main(["--model", str(folder), "--output_dir", str(tmp_path / "out"), *flags])
+    found = json.loads((tmp_path / "out" / "explanations.json").read_text())
+    assert found["metrics"] == metrics
+    return metrics, found
+
+
+def test_a_folder_of_images(resnet, pictures, tmp_path, capsys):
+    folder, model = resnet
+    metrics, found = run(folder, tmp_path, "--images", str(pictures), "--curves", "true")
+    assert metrics == {"images": 3.0}
+    assert sorted(e["figure"] for e in found["images"]) == ["one.png", "one_2.png", "two.png"]
+    for entry in found["images"]:
+        with Image.open(tmp_path / "out" / entry["figure"]) as figure:
+            assert figure.size[0] > 800
+        assert sum(entry["top"].values()) == pytest.approx(1, abs=1e-4) and 0 <= entry["deletion_area"] <= 1
+    assert "figure" in found["images"][0] and str(tmp_path) not in json.dumps(found)
+    with Image.open(pictures / "two.jpg") as image:
+        pixels = ViTImageProcessor(size={"height": 64, "width": 64})(image.convert("RGB"), return_tensors="pt")
+    expected = model(**pixels).logits.softmax(-1).max().item()
+    two = next(e for e in found["images"] if e["file"] == "two.jpg")
+    assert max(two["top"].values()) == pytest.approx(expected, abs=1e-4)
+    assert "one.png" in capsys.readouterr().out
+
+
+def test_patches_are_taken_away(vit, pictures, tmp_path, capsys):
+    flags = ["--method", "gradient_rollout", "--mask_counts", "2", "5", "--mask_seeds", "3"]
+    metrics, _ = run(vit[0], tmp_path, "--images", str(pictures / "one.png"), *flags)
+    report = json.loads((tmp_path / "out" / "masking.json").read_text())
+    assert len(report["summary"]) == 3 * 4 * 2 and (tmp_path / "out" / "masking.png").is_file()
+    assert 0 <= metrics["attention_random_5_probability"] <= 1
+    assert "became" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", ["grad_cam", "rollout"])
+def test_the_study_scores_maps_by_the_masks(vit, tmp_path, method):
+    folder, model = vit
+    flags = ["--method", method, "--num_images", "50", "--per_class", "2", "--study_classes", "striped cone", "3"]
+    metrics, found = run(folder, tmp_path, *flags, "--batch_size", "20")
+    data = labelled_images.load("validation", size=32, num_images=50)
+    pixels = torch.stack([torch.tensor(np.array(i)).permute(2, 0, 1) for i in data["image"]]) / 127.5 - 1
+    masks = torch.stack([torch.tensor(np.array(m)) > 0 for m in data["mask"]])
+    if method == "grad_cam":
+        maps = grad_cam(model, pixels).maps
+    else:
+        maps = normalise(upsample(attention_maps(model, pixels, method=method)[0], (32, 32)))
+    inside = share_inside(maps, masks)
+    assert metrics["share_inside"] == pytest.approx(inside[~inside.isnan()].mean().item(), abs=1e-3)
+    assert metrics["pointing_game"] == pytest.approx(pointing_game(maps, masks).float().mean().item(), abs=0.021)
+    assert metrics["object_share"] == pytest.approx(masks.float().mean().item(), abs=1e-3)
+    assert metrics["accuracy"] == pytest.approx(
+        (model(pixels).logits.argmax(-1) == torch.tensor(data["label"])).float().mean().item(), abs=0.021
+    )
+    assert {e["class"] for e in found["images"]} <= {"striped cone", labelled_images.CLASSES[25][3]}
+    for entry in found["images"]:
+        assert labelled_images.CLASSES[25][data[entry["image"]]["label"]] == entry["class"]
+    assert {p.name for p in (tmp_path / "out").glob("class_*.png")} == {
+        f"class_{i}_{labelled_images.CLASSES[25][i].replace(' ', '_')}.png"
+        for i in (3, labelled_images.CLASSES[25].index("striped cone"))
+    }
+
+
+def test_masks_follow_the_processor(vit):
+    """A processor that crops the images crops the masks too."""
+    explainer = explain_image.Explainer(explain_image.Args(model=str(vit[0])))
+    explainer.processor = ViTImageProcessor(size=SIZE)
+    mask = np.zeros((64, 64), np.uint8)
+    mask[16:32, 40:56] = 1
+    found = explainer.prepare_masks([Image.fromarray(mask)])
+    expected = torch.zeros(1, 32, 32, dtype=torch.bool)
+    expected[0, 8:16, 20:28] = True
+    assert torch.equal(found.cpu(), expected)
+
+
+def test_the_package_as_engine(resnet, pictures, tmp_path):
+    pytest.importorskip("pytorch_grad_cam")
+    _, found = run(resnet[0], tmp_path, "--images", str(pictures / "one.png"), "--engine", "grad-cam", "--layers", "2")
+    assert len(found["layers"]) == 2
+
+
+def test_what_cannot_be_is_said(vit, resnet, pictures, tmp_path):
+    with pytest.raises(ValueError, match="does not exist; expected an image or a folder of images"):
+        run(vit[0], tmp_path, "--images", str(tmp_path / "nothing.png"))
+    with pytest.raises(ValueError, match="notes.txt' cannot be read as an image"):
+        run(vit[0], tmp_path, "--images", str(pictures / "notes.txt"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty' holds no image"):
+        run(vit[0], tmp_path, "--images", str(tmp_path / "empty"))
+    with pytest.raises(ValueError, match="label='zebra' is no class of the model; it has checkered sphere"):
+        run(vit[0], tmp_path, "--images", str(pictures), "--label", "zebra")
+    with pytest.raises(ValueError, match="has no list of transformer blocks"):
+        run(resnet[0], tmp_path, "--images", str(pictures), "--method", "rollout")
+    with pytest.raises(ValueError, match="num_classes=3 is unknown"):
+        run(resnet[0], tmp_path)
