@@ -1,7 +1,8 @@
 """Everything that travels with a checkpoint, and the one list of it: importing this registers the Auto classes."""
 
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification, ViTImageProcessor
 
+from .norm_resnet import NormResNetConfig, NormResNetForImageClassification, NormResNetModel
 from .slot_autoencoder import SlotAutoencoderConfig, SlotAutoencoderModel, SlotImageProcessor
 from .small_vit import SmallViTConfig, SmallViTForImageClassification, SmallViTImageProcessor, SmallViTModel
 
@@ -14,6 +15,11 @@ AutoModel.register(SmallViTConfig, SmallViTModel)
 AutoModelForImageClassification.register(SmallViTConfig, SmallViTForImageClassification)
 AutoImageProcessor.register(SmallViTConfig, image_processor_classes={"torchvision": SmallViTImageProcessor})
 
+AutoConfig.register("norm_resnet", NormResNetConfig)
+AutoModel.register(NormResNetConfig, NormResNetModel)
+AutoModelForImageClassification.register(NormResNetConfig, NormResNetForImageClassification)
+AutoImageProcessor.register(NormResNetConfig, image_processor_classes={"torchvision": ViTImageProcessor})
+
 # Checkpoints carry their own code, so that they load with trust_remote_code=True where hf_dl is not installed.
 SlotAutoencoderConfig.register_for_auto_class()
 SlotAutoencoderModel.register_for_auto_class("AutoModel")
@@ -22,8 +28,14 @@ SmallViTConfig.register_for_auto_class()
 SmallViTModel.register_for_auto_class("AutoModel")
 SmallViTForImageClassification.register_for_auto_class("AutoModelForImageClassification")
 SmallViTImageProcessor.register_for_auto_class("AutoImageProcessor")
+NormResNetConfig.register_for_auto_class()
+NormResNetModel.register_for_auto_class("AutoModel")
+NormResNetForImageClassification.register_for_auto_class("AutoModelForImageClassification")
 
 __all__ = [
+    "NormResNetConfig",
+    "NormResNetForImageClassification",
+    "NormResNetModel",
     "SlotAutoencoderConfig",
     "SlotAutoencoderModel",
     "SlotImageProcessor",

@@ -1,0 +1,321 @@
+"""The ResNet of 6n + 2 layers for small images, with a choice of normalisations.
+
+He et al. 2015, "Deep Residual Learning for Image Recognition", section 4.2: a 3x3 convolution, three stages of 2n 3x3
+convolutions at full, half and quarter resolution and of 16, 32 and 64 channels, a residual connection around each two,
+normalisation right after each convolution, the mean over the pixels, a linear layer. n = 3, 5, 9, 18 are the paper's
+ResNet-20, -32, -56 and -110.
+
+What differs from the paper:
+
+- `norm` is any of `NORMS` in layers_norm.py; with "none" the convolutions have a bias in its place.
+- `shortcut="projection"` gives the shortcuts that change size a strided 1x1 convolution (the paper's option B) in
+  place of striding and padding with zeros (option A).
+- Images of any size: the mean over the pixels takes what there is.
+
+How far a pixel of the last feature map sees is in `NormResNetConfig.receptive_field`: 53 pixels with n = 2. On images
+much larger than that, the network is a bag of patches.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub.dataclasses import strict
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel, ViTImageProcessor
+from transformers import initialization as init
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPoolingAndNoAttention,
+    ImageClassifierOutputWithNoAttention,
+)
+from transformers.utils import can_return_tuple
+
+from .layers_norm import (
+    NORMS,
+    BatchInstanceNorm2d,
+    BatchNorm2d,
+    GroupNorm2d,
+    InstanceNorm2d,
+    LayerNorm2d,
+    make_norm,
+)
+
+NORM_LAYERS = (BatchNorm2d, InstanceNorm2d, LayerNorm2d, GroupNorm2d)  # BatchInstanceNorm2d is a BatchNorm2d
+
+
+@strict
+class NormResNetConfig(PreTrainedConfig):
+    """Configuration of a `NormResNetModel`; the defaults are ResNet-14 with batch normalisation.
+
+    Args:
+        n: Residual blocks of a stage; the network has 6n + 2 layers with weights.
+        norm: What follows each convolution, a key of `NORMS`: "none", "batch", "instance", "batch_instance", "layer",
+            "group", or "torch_batch", which is torch's own to compare with.
+        num_groups: Groups of "group".
+        layer_norm_affine: "channel", or "pixel" for a scale and a shift of each value in "layer", as
+            `torch.nn.LayerNorm` has them; the model then takes images of `image_size` only.
+        widths: Channels of the three stages.
+        image_size: Height and width that images are resized to by the processor; the model takes any.
+        num_channels: Channels of the images.
+        shortcut: "identity" (stride, and zeros for the channels that are new) or "projection" (1x1 convolution), where
+            the size changes.
+        num_labels: Classes; `id2label` names them.
+
+    Example:
+        ```python
+        >>> config = NormResNetConfig(n=3, norm="group", num_labels=25)
+        >>> config.num_layers, config.receptive_field
+        (20, 81)
+
+        ```
+    """
+
+    model_type = "norm_resnet"
+
+    n: int = 2
+    norm: str = "batch"
+    num_groups: int = 8
+    layer_norm_affine: Literal["channel", "pixel"] = "channel"
+    widths: list[int] | tuple[int, ...] = (16, 32, 64)
+    image_size: int = 32
+    num_channels: int = 3
+    shortcut: Literal["identity", "projection"] = "identity"
+
+    def __post_init__(self, **kwargs):
+        """Make the fields what JSON gives back, so that a saved config equals the one it came from."""
+        self.widths = list(self.widths)
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self):
+        """Refuse fields that do not fit together.
+
+        Raises:
+            ValueError: With the field, its value and what was expected.
+        """
+        for name in ("n", "num_groups", "image_size", "num_channels"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        if self.norm not in NORMS:
+            raise ValueError(f"norm={self.norm!r} is unknown; choose one of {', '.join(NORMS)}.")
+        if len(self.widths) != 3 or min(self.widths) < 1:
+            raise ValueError(f"widths={self.widths} must be the channels of the three stages, each at least 1.")
+        if self.shortcut == "identity" and sorted(self.widths) != self.widths:
+            raise ValueError(
+                f"widths={self.widths} must not fall: shortcut='identity' can only add channels; "
+                "shortcut='projection' changes them at will."
+            )
+        if self.norm == "group" and any(width % self.num_groups for width in self.widths):
+            raise ValueError(f"num_groups={self.num_groups} must divide each of widths={self.widths}.")
+
+    @property
+    def num_layers(self) -> int:
+        """Convolutions and linear layers on the longest path."""
+        return 6 * self.n + 2
+
+    @property
+    def receptive_field(self) -> int:
+        """Height and width, in pixels of the image, of what a pixel of the last feature map depends on."""
+        strides = [1, *[1] * (2 * self.n), *2 * [2, *[1] * (2 * self.n - 1)]]
+        size, step = 1, 1  # step: pixels between neighbours of the feature map
+        for stride in strides:
+            size += 2 * step  # a 3x3 kernel sees a neighbour on either side
+            step *= stride
+        return size
+
+
+def image_processor(config: NormResNetConfig) -> ViTImageProcessor:
+    """Make the processor that is saved beside the weights: resizes to a square, maps to [-1, 1].
+
+    It is one of transformers' own, so that a folder needs no code for it.
+
+    Args:
+        config: Of the model, for its `image_size`.
+
+    Returns:
+        The processor; `save_pretrained` writes it into the model's folder.
+    """
+    return ViTImageProcessor(
+        size={"height": config.image_size, "width": config.image_size},
+        image_mean=[0.5] * config.num_channels,
+        image_std=[0.5] * config.num_channels,
+        do_convert_rgb=config.num_channels == 3,
+    )
+
+
+class ConvNorm(nn.Sequential):
+    """A convolution and the normalisation right after it."""
+
+    def __init__(self, config: NormResNetConfig, inputs: int, outputs: int, *, kernel: int, stride: int, size: int):
+        convolution = nn.Conv2d(
+            inputs, outputs, kernel, stride=stride, padding=kernel // 2, bias=config.norm == "none"
+        )
+        if config.norm == "layer" and config.layer_norm_affine == "pixel":
+            norm = LayerNorm2d(outputs, image_size=(size, size))
+        else:
+            norm = make_norm(config.norm, outputs, num_groups=config.num_groups)
+        super().__init__(convolution, norm)
+
+
+class ResidualBlock(nn.Module):
+    """relu(shortcut(x) + norm(conv(relu(norm(conv(x)))))); `size` is that of the feature map it gives."""
+
+    def __init__(self, config: NormResNetConfig, inputs: int, outputs: int, *, stride: int, size: int):
+        super().__init__()
+        self.first = ConvNorm(config, inputs, outputs, kernel=3, stride=stride, size=size)
+        self.second = ConvNorm(config, outputs, outputs, kernel=3, stride=1, size=size)
+        self.stride, self.new_channels = stride, outputs - inputs
+        self.projection = None
+        if config.shortcut == "projection" and (stride > 1 or inputs != outputs):
+            self.projection = ConvNorm(config, inputs, outputs, kernel=1, stride=stride, size=size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Transform x of (batch, inputs, height, width)."""
+        residual = self.second(F.relu(self.first(x)))
+        if self.projection is not None:
+            x = self.projection(x)
+        elif self.stride > 1 or self.new_channels:
+            # The pixels that a 3x3 convolution of this stride is centred on.
+            x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.new_channels))
+        return F.relu(x + residual)
+
+
+class NormResNetPreTrainedModel(PreTrainedModel):
+    """Weight initialisation and loading of the network."""
+
+    config: NormResNetConfig
+    base_model_prefix = "norm_resnet"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    _no_split_modules = ["ResidualBlock"]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, nn.Conv2d):
+            init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        elif isinstance(module, nn.Linear):
+            init.kaiming_uniform_(module.weight, a=5**0.5)
+        elif isinstance(module, NORM_LAYERS):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+            if getattr(module, "running_mean", None) is not None:
+                init.zeros_(module.running_mean)
+                init.ones_(module.running_var)
+                init.zeros_(module.num_batches_tracked)
+            if isinstance(module, BatchInstanceNorm2d):
+                init.ones_(module.gate)
+
+
+class NormResNetModel(NormResNetPreTrainedModel):
+    """The network up to the mean over the pixels.
+
+    Example:
+        ```python
+        >>> model = NormResNetModel(NormResNetConfig())
+        >>> output = model(torch.randn(2, 3, 64, 64), output_hidden_states=True)
+        >>> [tuple(states.shape[1:]) for states in output.hidden_states]
+        [(16, 64, 64), (16, 64, 64), (32, 32, 32), (64, 16, 16)]
+
+        ```
+    """
+
+    def __init__(self, config: NormResNetConfig):
+        super().__init__(config)
+        size, channels = config.image_size, config.widths[0]
+        self.stem = ConvNorm(config, config.num_channels, channels, kernel=3, stride=1, size=size)
+        self.stages = nn.ModuleList()
+        for index, width in enumerate(config.widths):
+            stride = 1 if index == 0 else 2
+            size = (size + stride - 1) // stride
+            blocks = [ResidualBlock(config, channels, width, stride=stride, size=size)]
+            blocks += [ResidualBlock(config, width, width, stride=1, size=size) for _ in range(config.n - 1)]
+            self.stages.append(nn.Sequential(*blocks))
+            channels = width
+        self.post_init()
+
+    def extra_repr(self) -> str:
+        """What `print` shows of the model."""
+        return f"{self.config.num_layers} layers, sees {self.config.receptive_field} pixels"
+
+    @can_return_tuple
+    def forward(
+        self, pixel_values: torch.Tensor, output_hidden_states: bool | None = None, **kwargs
+    ) -> BaseModelOutputWithPoolingAndNoAttention:
+        """Compute the features of images.
+
+        Args:
+            pixel_values: (batch, channels, height, width), in [-1, 1].
+            output_hidden_states: Whether to give the feature maps after the first convolution and each stage.
+            **kwargs: `return_dict=False` gives a tuple.
+
+        Returns:
+            `last_hidden_state` (batch, channels, height / 4, width / 4), `pooler_output` (batch, channels) and, on
+            request, `hidden_states`.
+
+        Raises:
+            ValueError: If the images have another shape.
+        """
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != self.config.num_channels:
+            raise ValueError(
+                f"pixel_values has shape {tuple(pixel_values.shape)}, expected "
+                f"(batch, {self.config.num_channels}, height, width)."
+            )
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        states = [F.relu(self.stem(pixel_values))]
+        for stage in self.stages:
+            states.append(stage(states[-1]))
+        return BaseModelOutputWithPoolingAndNoAttention(
+            last_hidden_state=states[-1],
+            pooler_output=states[-1].mean((2, 3)),
+            hidden_states=tuple(states) if output_hidden_states else None,
+        )
+
+
+class NormResNetForImageClassification(NormResNetPreTrainedModel):
+    """The network and its linear layer.
+
+    Example:
+        ```python
+        >>> model = NormResNetForImageClassification(NormResNetConfig(num_labels=10))
+        >>> model(torch.randn(2, 3, 32, 32), labels=torch.tensor([0, 9])).logits.shape, model.num_parameters()
+        (torch.Size([2, 10]), 172506)
+
+        ```
+    """
+
+    def __init__(self, config: NormResNetConfig):
+        super().__init__(config)
+        # Saving enters the class that is saved; AutoModel is to load the part of it.
+        config.auto_map = {"AutoModel": "norm_resnet.NormResNetModel", **(getattr(config, "auto_map", None) or {})}
+        self.norm_resnet = NormResNetModel(config)
+        self.classifier = nn.Linear(config.widths[-1], config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs,
+    ) -> ImageClassifierOutputWithNoAttention:
+        """Classify images.
+
+        Args:
+            pixel_values: (batch, channels, height, width), in [-1, 1].
+            labels: (batch,), classes in [0, num_labels).
+            output_hidden_states: Whether to give the feature maps after the first convolution and each stage.
+            **kwargs: `return_dict=False` gives a tuple.
+
+        Returns:
+            `loss`, the mean cross entropy where there are labels, `logits` (batch, num_labels) and, on request,
+            `hidden_states`.
+        """
+        outputs = self.norm_resnet(pixel_values, output_hidden_states=output_hidden_states)
+        logits = self.classifier(outputs.pooler_output)
+        return ImageClassifierOutputWithNoAttention(
+            loss=None if labels is None else F.cross_entropy(logits.float(), labels),
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+        )
