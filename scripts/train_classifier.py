@@ -1,6 +1,7 @@
 """Train an image classifier, by default a residual network of 14 layers on scenes of one object each.
 
 scripts/run accelerate launch scripts/train_classifier.py
+scripts/run accelerate launch scripts/train_classifier.py --model small_vit --optimizer adamw --learning_rate 1e-3
 """
 
 import sys
