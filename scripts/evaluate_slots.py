@@ -34,19 +34,21 @@ from hf_dl.reporting.plots import plot_run
 
 SUMMARY = (
     "A slot autoencoder (slot attention, Locatello et al. 2020): it finds the objects of an image without labels. "
-    "Each slot paints a part of the image; the masks by which the parts are put together segment it."
+    "Each slot paints a part of the image; the masks by which the parts are put together segment it, and more exactly "
+    "the posterior: which slot explains a pixel best, given the pixel."
 )
 LIMITS = (
     "Slots are not named: which of them is the background, and which object a slot holds, changes between images.",
     "It finds things of the kind it was trained on; on photographs it cuts by colour and position.",
 )
 TAGS = ("slot-attention", "object-centric-learning", "unsupervised")
+MASKS = ("posterior", "decoder", "attention")
 CURVES = {
-    "squared error": {"training": "mse", "validation": "val_loss"},
-    "foreground ARI": {"decoder": "val_decoder_fg_ari", "attention": "val_attention_fg_ari"},
-    "ARI of all pixels": {"decoder": "val_decoder_ari", "attention": "val_attention_ari"},
+    "squared error": {"training": "loss", "validation": "val_loss"},
+    "foreground ARI": {name: f"val_{name}_fg_ari" for name in MASKS},
+    "ARI of all pixels": {name: f"val_{name}_ari" for name in MASKS},
 }
-WATCHED = ("loss", "decoder_fg_ari", "decoder_ari", "attention_fg_ari", "attention_ari")  # while it trains
+WATCHED = ("loss", *(f"{mask}_{score}" for mask in MASKS for score in ("fg_ari", "ari")))  # while it trains
 LIBRARY_IMAGES = 2000  # training images whose slots fill the library
 
 
@@ -106,7 +108,7 @@ def evaluate(
     gather: Callable[[Any], Any] = lambda values: values,
     **options: Any,
 ) -> tuple[dict[str, float], torch.Tensor]:
-    """Score the decoder's masks and the attention's against the true ones.
+    """Score the posterior, the decoder's masks and the attention's against the true ones.
 
     Args:
         model: The model, wrapped or not.
@@ -116,8 +118,8 @@ def evaluate(
 
     Returns:
         `loss` (mean squared error), `explained_variance` (1 - loss / variance of the pixels around their mean colour),
-        `decoder_ari`, `decoder_fg_ari`, ... `attention_mbo`, image counts; and the decoder's masks of the first batch,
-        gathered as well.
+        `posterior_ari`, `posterior_fg_ari`, ... `attention_mbo`, image counts; and the decoder's masks of the first
+        batch, gathered as well.
     """
     model.eval()
     columns, first = [], None
@@ -130,11 +132,14 @@ def evaluate(
         attentions = F.interpolate(attentions, size=output.masks.shape[-2:], mode="bilinear", align_corners=False)
         error = (output.reconstruction - pixel_values).square().mean(dim=(1, 2, 3))
         colours, squares = pixel_values.mean(dim=(2, 3)), pixel_values.square().mean(dim=(1, 2, 3))
-        segments = output.masks.argmax(1), attentions.argmax(1), batch["mask"].to(error.device)
+        module = getattr(model, "module", model)  # of a data-parallel wrapper
+        masks = module.posterior(pixel_values, output), output.masks, attentions
+        segments = *(mask.argmax(1) for mask in masks), batch["mask"].to(error.device)
         columns.append(gather((error, colours, squares, *segments)))
-    error, colours, squares, decoder, attention, truth = map(torch.cat, zip(*columns, strict=True))
-    scores = segmentation_scores(decoder, truth.long(), mask="decoder")
-    scores |= segmentation_scores(attention, truth.long(), mask="attention")
+    error, colours, squares, *segments, truth = map(torch.cat, zip(*columns, strict=True))
+    scores = {}
+    for mask, segment in zip(MASKS, segments, strict=True):
+        scores |= segmentation_scores(segment, truth.long(), mask=mask)
     variance = squares.mean() - colours.mean(dim=0).square().mean()
     loss = error.mean()
     return {"loss": loss.item(), "explained_variance": (1 - loss / variance).item(), **scores}, first
@@ -152,7 +157,7 @@ def draw_slots(model: SlotAutoencoderModel, images: torch.Tensor, path: Path) ->
     pixel_values = to_pixel_values(images, model.device)
     output = model(pixel_values)
     painted = (output.contents / 2 + 0.5) * output.masks.unsqueeze(2) + (1 - output.masks.unsqueeze(2))
-    segments = output.masks.argmax(1).cpu().numpy()
+    segments = model.posterior(pixel_values, output).argmax(1).cpu().numpy()
     rows = [
         [to_uint8(image / 2 + 0.5), to_uint8(reconstruction / 2 + 0.5), colour_segments(segment), *to_uint8(slots)]
         for image, reconstruction, segment, slots in zip(

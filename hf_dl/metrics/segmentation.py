@@ -82,7 +82,7 @@ def segmentation_scores(predictions: Tensor, references: Tensor, *, mask: str = 
     Args:
         predictions: Predicted segment of every pixel, integers >= 0 in any order, (batch, height, width).
         references: True segment of every pixel, integers >= 0, 0 = background, same shape and device.
-        mask: Which of a model's masks this is, for the keys: "decoder" (alpha masks) or "attention".
+        mask: Which of a model's masks this is, for the keys: "decoder" (alpha masks), "attention", "posterior", ...
 
     Returns:
         The scores in [-1, 1] and the two counts. A score that no image allows is NaN.

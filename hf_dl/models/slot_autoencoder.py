@@ -9,9 +9,10 @@ What differs from the paper, each by a field of the config:
 - `encoder="resnet18"`: ResNet-18 with group normalisation and stride 4, as SlotDiffusion's CLEVRTex baseline has.
 - `slot_init="learned"`: one learned vector a slot in place of draws from one learned Gaussian.
 - `gradient`: implicit or bi-level differentiation of the iterations (see `SlotAttention`).
-- `decoder="pixel_shuffle"`: 3x3 convolutions on coarse grids, sub-pixel upsampling (Shi et al. 2016) and Fourier
-  features of the position in place of 5x5 transposed convolutions up to the full size, which are most of the bill on
-  a CPU.
+- `decoder="pixel_shuffle"`: 3x3 convolutions on coarse grids and sub-pixel upsampling (Shi et al. 2016) in place of
+  5x5 transposed convolutions up to the full size, which are most of the bill on a CPU; and slots that multiply Fourier
+  features of the position in place of being added to the position (see `PixelShuffleDecoder`).
+- `posterior`, a segmentation that looks at the pixels once more, beside the decoder's alphas.
 - Positions are the centres of the cells, not corner-aligned, so that weights carry over to other resolutions.
 """
 
@@ -65,6 +66,10 @@ class SlotAutoencoderConfig(PreTrainedConfig):
         decoder_size: Height and width of the grid that the slots are broadcast to.
         decoder_frequencies: Octaves of Fourier features in the decoder's position embedding; 0 for none, as in the
             paper.
+        pixel_std: Standard deviation of a pixel around what its slot paints, in the units of `pixel_values`, by which
+            `SlotAutoencoderModel.posterior` weighs pixels against alphas.
+        prune_error: A slot without which the mean squared error of an image rises by no more than this gets no pixel
+            of `SlotAutoencoderModel.posterior`.
 
     Example:
         ```python
@@ -99,6 +104,9 @@ class SlotAutoencoderConfig(PreTrainedConfig):
     decoder_channels: list[int] | tuple[int, ...] = (64, 32)
     decoder_size: int = 8
     decoder_frequencies: int = 4
+    # Segmentation
+    pixel_std: float = 0.2
+    prune_error: float = 1e-3
 
     def __post_init__(self, **kwargs):
         """Make the fields what JSON gives back, so that a saved config equals the one it came from."""
@@ -130,8 +138,11 @@ class SlotAutoencoderConfig(PreTrainedConfig):
                 f"encoder_channels={self.encoder_channels} and encoder_strides={self.encoder_strides} must have "
                 "one entry for each convolution, at least one."
             )
-        if not self.slot_std > 0:
-            raise ValueError(f"slot_std={self.slot_std} must be above 0.")
+        for name in ("slot_std", "pixel_std"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be above 0.")
+        if not self.prune_error >= 0:
+            raise ValueError(f"prune_error={self.prune_error} must be 0 or above.")
         if not self.decoder_channels:
             raise ValueError("decoder_channels=[] must have at least one entry.")
         finest = self.decoder_size * 2 ** (len(self.decoder_channels) - 1)
@@ -312,14 +323,25 @@ class BroadcastDecoder(nn.Module):
 
 
 class PixelShuffleDecoder(nn.Module):
-    """Spatial broadcast to a coarse grid, 3x3 convolutions there and on finer ones, then a patch for each cell."""
+    """Spatial broadcast to a coarse grid, 3x3 convolutions there and on finer ones, then a patch for each cell.
+
+    Where the paper adds the slot to the position embedding, here they are multiplied as well (feature-wise modulation,
+    Perez et al. 2018): with p(x, y) the Fourier features and s the slot,
+
+        grid(x, y) = A s + C ((B s) * (D p(x, y)))
+
+    Products of sines and cosines are sines and cosines of differences, so a shape moves with its slot by a linear map
+    of the slot, and need not be learned anew at each position.
+    """
 
     def __init__(self, config: SlotAutoencoderConfig):
         super().__init__()
         self.size = config.decoder_size
         channels, *finer = config.decoder_channels
         self.from_slot = nn.Linear(config.slot_dim, channels)
-        self.position = PositionEmbedding(channels, frequencies=config.decoder_frequencies)
+        self.scale = nn.Linear(config.slot_dim, 2 * channels)
+        self.position = PositionEmbedding(2 * channels, frequencies=config.decoder_frequencies)
+        self.mix = nn.Linear(2 * channels, channels)
         layers = [nn.ReLU(), nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU()]
         for width in finer:
             layers += [nn.Conv2d(channels, 4 * width, 1), nn.PixelShuffle(2), nn.ReLU()]
@@ -331,7 +353,8 @@ class PixelShuffleDecoder(nn.Module):
 
     def forward(self, slots: torch.Tensor) -> torch.Tensor:
         """Paint slots (batch * slots, slot_dim): (batch * slots, (channels + 1) * patch^2, size, size)."""
-        grid = self.from_slot(slots)[:, None, None, :] + self.position.grid(self.size, self.size)
+        moved = self.scale(slots)[:, None, None, :] * self.position.grid(self.size, self.size)
+        grid = self.from_slot(slots)[:, None, None, :] + self.mix(moved)  # (batch * slots, size, size, channels)
         return self.layers(grid.permute(0, 3, 1, 2))
 
 
@@ -363,7 +386,8 @@ class SlotAutoencoderPreTrainedModel(PreTrainedModel):
             else:
                 scale, bound = module.config.slot_std, (6 / (1 + module.config.slot_dim)) ** 0.5
                 init.uniform_(module.slot_mean, -bound * scale, bound * scale)
-                init.uniform_(module.slot_log_std, math.log(scale) - bound, math.log(scale) + bound)
+                # One scale for all channels: with the spread of a Glorot draw around it, fewer runs bind.
+                init.constant_(module.slot_log_std, math.log(scale))
 
 
 class SlotAutoencoderModel(SlotAutoencoderPreTrainedModel):
@@ -546,10 +570,72 @@ class SlotAutoencoderModel(SlotAutoencoderPreTrainedModel):
         return (reconstruction / 2 + 0.5).clamp(0, 1)
 
     @torch.no_grad()
+    def needed_slots(self, pixel_values: torch.Tensor, output: SlotAutoencoderOutput) -> torch.Tensor:
+        """Say which slots an image needs: spare ones share the ground or an object with another slot.
+
+        Slots are left out one by one, always the one that the reconstruction misses least, as long as that raises the
+        mean squared error of the image by no more than `config.prune_error`.
+
+        Args:
+            pixel_values: (batch, channels, height, width).
+            output: What the model gave for them.
+
+        Returns:
+            bool (batch, slots), with at least one slot in each image.
+        """
+        contents, masks, images = output.contents.float(), output.masks.float(), pixel_values.float()
+        keep = torch.ones(masks.shape[:2], dtype=torch.bool, device=masks.device)
+
+        def errors(rows: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+            weights = masks[rows] * keep[:, :, None, None]
+            painted = (contents[rows] * weights.unsqueeze(2)).sum(dim=1) / weights.sum(dim=1)[:, None].clamp_min(1e-12)
+            return (painted - images[rows]).square().mean(dim=(1, 2, 3))
+
+        rows = torch.arange(len(masks), device=masks.device)
+        error = errors(rows, keep)
+        for _ in range(masks.shape[1] - 1):
+            without = torch.full_like(keep[rows], float("inf"), dtype=torch.float32)
+            for slot in range(masks.shape[1]):
+                fewer = keep[rows]
+                fewer[:, slot] = False
+                without[:, slot] = errors(rows, fewer).where(keep[rows, slot], without[:, slot])
+            least, slot = without.min(dim=1)
+            spare = least <= error + self.config.prune_error
+            rows, slot, error = rows[spare], slot[spare], least[spare]
+            keep[rows, slot] = False
+            if not len(rows):
+                break
+        return keep
+
+    @torch.no_grad()
+    def posterior(self, pixel_values: torch.Tensor, output: SlotAutoencoderOutput) -> torch.Tensor:
+        """The probability that a slot explains a pixel, given the pixel.
+
+        The decoder's alphas m are made without a look at the image: where a slot paints what its neighbour paints as
+        well, such as the ground around an object, they may be either's. With the alphas as the prior of a mixture of
+        Gaussians around the contents c (Greff et al. 2019, IODINE, section 2.1), Bayes' rule says
+
+            p(slot k | pixel x) = m_k N(x; c_k, pixel_std^2) / sum_j m_j N(x; c_j, pixel_std^2)
+
+        over the slots that the image needs (`needed_slots`).
+
+        Args:
+            pixel_values: (batch, channels, height, width).
+            output: What the model gave for them.
+
+        Returns:
+            (batch, slots, height, width), summing to 1 over the slots; 0 for slots that are not needed.
+        """
+        error = (output.contents.float() - pixel_values.float().unsqueeze(1)).square().sum(dim=2)
+        logits = output.masks.float().clamp_min(1e-12).log() - error / (2 * self.config.pixel_std**2)
+        keep = self.needed_slots(pixel_values, output)
+        return logits.masked_fill(~keep[:, :, None, None], float("-inf")).softmax(dim=1)
+
+    @torch.no_grad()
     def segment(
         self, images: ImageInput, *, num_slots: int | None = None, num_iterations: int | None = None
     ) -> torch.Tensor | list[torch.Tensor]:
-        """Say for each pixel which slot paints it: the largest decoder alpha.
+        """Say for each pixel which slot explains it: the largest `posterior`.
 
         Args:
             images: A PIL image, an array or tensor (channels, height, width) of uint8, or a list of them, of any size.
@@ -573,7 +659,7 @@ class SlotAutoencoderModel(SlotAutoencoderPreTrainedModel):
         size = {"height": self.config.image_size, "width": self.config.image_size}
         inputs = SlotImageProcessor(size=size)(images=list(images), return_tensors="pt")
         pixel_values = inputs["pixel_values"].to(self.device, self.dtype)
-        masks = self(pixel_values, num_slots=num_slots, num_iterations=num_iterations).masks.float()
+        masks = self.posterior(pixel_values, self(pixel_values, num_slots=num_slots, num_iterations=num_iterations))
         sizes = [image.size[::-1] if isinstance(image, Image.Image) else tuple(image.shape[-2:]) for image in images]
         return [
             F.interpolate(mask[None], size=size, mode="bilinear", align_corners=False)[0].argmax(dim=0)

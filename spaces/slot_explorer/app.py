@@ -239,7 +239,8 @@ def explain(
     masks, contents = output.masks[0, order].float(), output.contents[0, order] / 2 + 0.5
 
     width, height = size = tuple(max(1, round(side * SIDE / max(image.size))) for side in image.size)
-    labels = F.interpolate(masks[None], size=(height, width), mode="bilinear")[0].argmax(dim=0).cpu().numpy()
+    posterior = model.posterior(pixel_values, output)[:, order]
+    labels = F.interpolate(posterior, size=(height, width), mode="bilinear")[0].argmax(dim=0).cpu().numpy()
     parts = [
         ImageOps.expand(_picture(content * mask + 1 - mask, size), border=10, fill=tuple(map(int, colour)))
         for content, mask, colour in zip(contents, masks, colour_segments(np.arange(len(masks))), strict=True)

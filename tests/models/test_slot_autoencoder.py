@@ -4,6 +4,7 @@ import torch
 from PIL import Image
 
 from hf_dl.models import SlotAutoencoderConfig, SlotAutoencoderModel, SlotImageProcessor
+from hf_dl.models.slot_autoencoder import SlotAutoencoderOutput
 from tests.models.contract import ModelContract
 
 TINY = {
@@ -70,7 +71,8 @@ class TestResNetKind(TestDefaultKind):
     overfit_ratio = 0.5
 
     def config(self):
-        return SlotAutoencoderConfig(**{**TINY, "encoder": "resnet18"}, decoder_channels=(24, 16))
+        fields = {"encoder": "resnet18", "decoder": "broadcast"}  # as ARCHITECTURES["resnet18"] has them
+        return SlotAutoencoderConfig(**{**TINY, **fields}, decoder_channels=(16, 16, 16))
 
 
 @pytest.fixture
@@ -142,10 +144,59 @@ def test_segment_takes_images_of_any_size(gaussian_model):
     assert torch.equal(single, masks[0])
 
 
-def test_segment_is_the_largest_alpha(gaussian_model):
+def test_segment_is_the_largest_posterior(gaussian_model):
     image = torch.randint(0, 256, (3, 16, 16), dtype=torch.uint8)
-    output = gaussian_model(image[None] / 127.5 - 1)
-    assert torch.equal(gaussian_model.segment(image), output.masks[0].argmax(0))
+    pixel_values = image[None] / 127.5 - 1
+    posterior = gaussian_model.posterior(pixel_values, gaussian_model(pixel_values))
+    assert torch.equal(gaussian_model.segment(image), posterior[0].argmax(0))
+
+
+def test_posterior_is_bayes_rule_over_the_needed_slots(gaussian_model):
+    pixel_values = torch.rand(4, 3, 16, 16) * 2 - 1
+    output = gaussian_model(pixel_values)
+    keep = gaussian_model.needed_slots(pixel_values, output)
+    mean, std = output.contents.double(), torch.tensor(gaussian_model.config.pixel_std).double()
+    likelihood = torch.distributions.Normal(mean, std).log_prob(pixel_values.double()[:, None]).sum(2).exp()
+    joint = likelihood * output.masks.double() * keep[:, :, None, None]
+    posterior = gaussian_model.posterior(pixel_values, output)
+    torch.testing.assert_close(posterior, (joint / joint.sum(1, keepdim=True)).float(), rtol=1e-3, atol=1e-5)
+
+
+def test_slots_that_nothing_needs_are_left_out(gaussian_model):
+    """Slot 0 paints the left half red, 1 the right half blue; 2 paints what 1 does, half of it."""
+    left = torch.arange(16).expand(1, 16, 16) < 8
+    masks = torch.stack([left.float(), 0.5 * ~left, 0.5 * ~left], dim=1).clamp_min(1e-6)
+    masks = masks / masks.sum(1, keepdim=True)
+    red, blue = torch.tensor([1.0, -1, -1]), torch.tensor([-1.0, -1, 1])
+    contents = torch.stack([red, blue, blue])[None, :, :, None, None].expand(1, 3, 3, 16, 16)
+    output = SlotAutoencoderOutput(masks=masks, contents=contents)
+    pixel_values = (contents * masks.unsqueeze(2)).sum(1)
+    keep = gaussian_model.needed_slots(pixel_values, output)
+    assert keep.sum() == 2 and keep[0, 0]
+    plain = torch.full((1, 3, 16, 16), -1.0)
+    one = torch.full_like(contents, -1.0)
+    assert gaussian_model.needed_slots(plain, SlotAutoencoderOutput(masks=masks, contents=one)).sum() == 1
+
+
+def test_needed_slots_drops_the_least_missed_first(gaussian_model):
+    """Against a plain loop over every image and slot."""
+    pixel_values = torch.rand(6, 3, 16, 16) * 2 - 1
+    output = gaussian_model(pixel_values, num_slots=5)
+    gaussian_model.config.prune_error = 0.02
+    found = gaussian_model.needed_slots(pixel_values, output)
+    for image, mask, content, keep in zip(pixel_values, output.masks, output.contents, found, strict=True):
+
+        def error(kept, image=image, mask=mask, content=content):
+            weights = torch.stack([mask[k] / mask[kept].sum(0) for k in kept])
+            return (sum(w * content[k] for w, k in zip(weights, kept, strict=True)) - image).square().mean().item()
+
+        kept = list(range(5))
+        while len(kept) > 1:
+            least, slot = min((error([k for k in kept if k != slot]), slot) for slot in kept)
+            if least > error(kept) + 0.02:
+                break
+            kept.remove(slot)
+        assert keep.nonzero().flatten().tolist() == kept
 
 
 def test_published_shapes():
@@ -178,6 +229,8 @@ def test_published_shapes():
         ({"decoder": "broadcast", "image_size": 24}, "must be decoder_size=8 times a power of two"),
         ({"decoder": "broadcast", "image_size": 64, "decoder_channels": (8,)}, "must have at least 3 entries"),
         ({"encoder": "vgg"}, "encoder"),
+        ({"pixel_std": 0.0}, "pixel_std=0.0 must be above 0"),
+        ({"prune_error": -1.0}, "prune_error=-1.0 must be 0 or above"),
     ],
 )
 def test_fields_that_do_not_fit_are_refused(fields, sentence):

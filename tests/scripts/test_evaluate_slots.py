@@ -47,7 +47,8 @@ class TestEvaluate:
         truth = torch.cat([batch["mask"] for batch in batches]).numpy()
         with torch.no_grad():
             output = model.eval()(torch.tensor(images, dtype=torch.float32))
-        segments = {"decoder": output.masks.argmax(1).numpy(), "attention": []}
+            posterior = model.posterior(torch.tensor(images, dtype=torch.float32), output).argmax(1).numpy()
+        segments = {"posterior": posterior, "decoder": output.masks.argmax(1).numpy(), "attention": []}
         for attention in output.attentions[-1].numpy():
             slots = [Image.fromarray(slot.reshape(8, 8)).resize((16, 16), Image.BILINEAR) for slot in attention]
             segments["attention"].append(np.stack(slots).argmax(0))
