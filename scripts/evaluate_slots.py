@@ -44,7 +44,7 @@ LIMITS = (
 TAGS = ("slot-attention", "object-centric-learning", "unsupervised")
 MASKS = ("posterior", "decoder", "attention")
 CURVES = {
-    "squared error": {"training": "loss", "validation": "val_loss"},
+    "squared error": {"training": "mse", "validation": "val_loss"},
     "foreground ARI": {name: f"val_{name}_fg_ari" for name in MASKS},
     "ARI of all pixels": {name: f"val_{name}_ari" for name in MASKS},
 }

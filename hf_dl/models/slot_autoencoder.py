@@ -106,7 +106,7 @@ class SlotAutoencoderConfig(PreTrainedConfig):
     decoder_frequencies: int = 4
     # Segmentation
     pixel_std: float = 0.2
-    prune_error: float = 1e-3
+    prune_error: float = 2e-3
 
     def __post_init__(self, **kwargs):
         """Make the fields what JSON gives back, so that a saved config equals the one it came from."""

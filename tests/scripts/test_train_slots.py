@@ -93,7 +93,9 @@ def test_metrics_and_results(finished):
 def test_the_log_holds_both_losses(finished):
     lines = read_log(finished[0])
     assert [line["step"] for line in lines if "val_loss" in line] == [6, 12]
-    assert [line["step"] for line in lines if "loss" in line] == [3, 6, 9, 12]
+    training = [line for line in lines if "mse" in line]
+    assert [line["step"] for line in training] == [3, 6, 9, 12]
+    assert training[0]["loss"] == training[0]["mse"] and training[-1]["loss"] > training[-1]["mse"]  # the area's price
     assert any("val_posterior_fg_ari" in line and "val_decoder_fg_ari" in line for line in lines)
 
 
