@@ -30,9 +30,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-# Blocks that stay in a core's cache between the passes over them; on a GPU, large enough to hide the launches.
-_BLOCK_BYTES = {"cpu": 2**18}
-_BLOCK_BYTES_ELSEWHERE = 2**26
+_BLOCK_BYTES = 2**18  # a few of them stay in a core's cache between the passes
 
 
 @dataclass(frozen=True)
@@ -119,7 +117,11 @@ def _blocks(
     For each dtype of `scratch`, blocks come with room for a result of their shape, the same for all, so that it stays
     in the cache.
     """
-    size = _BLOCK_BYTES.get(x.device.type, _BLOCK_BYTES_ELSEWHERE)
+    size = _BLOCK_BYTES
+    if x.device.type != "cpu":
+        size *= 256  # so that launches do not count
+    elif (threads := torch.get_num_threads()) > 1:
+        size *= 4 * threads  # each pass over a block ends in a wait for the slowest thread; so fewer of them
     step = max(1, size // max(1, x[:1].numel() * max(4, x.element_size())))
     blocks = [tensor.split(step) for tensor in (x, *others)]
     first, last = blocks[0][0], blocks[0][-1]
