@@ -67,12 +67,10 @@ class TestPaperKind(TestDefaultKind):
 
 
 class TestResNetKind(TestDefaultKind):
-    overfit_steps = 160  # slots break their symmetry at about 80
-    overfit_ratio = 0.5
+    overfit_steps = 300  # four seeds ended between 0.04 and 0.07 of where they began
 
     def config(self):
-        fields = {"encoder": "resnet18", "decoder": "broadcast"}  # as ARCHITECTURES["resnet18"] has them
-        return SlotAutoencoderConfig(**{**TINY, **fields}, decoder_channels=(16, 16, 16))
+        return SlotAutoencoderConfig(**{**TINY, "encoder": "resnet18"}, decoder_channels=(24, 16))
 
 
 @pytest.fixture
