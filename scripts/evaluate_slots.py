@@ -119,14 +119,15 @@ def evaluate(
     Returns:
         `loss` (mean squared error), `explained_variance` (1 - loss / variance of the pixels around their mean colour),
         `posterior_ari`, `posterior_fg_ari`, ... `attention_mbo`, image counts; and the decoder's masks of the first
-        batch, gathered as well.
+        batch, gathered as well, all from the same draw of the initial slots: what `failure_to_bind` can compare.
     """
     model.eval()
     columns, first = [], None
     for batch in batches:
         pixel_values = to_pixel_values(batch["image"], next(model.parameters()).device)
         output = model(pixel_values, **options)
-        first = gather(output.masks) if first is None else first
+        if first is None:
+            first = gather(model(pixel_values, **{**options, "num_draws": 1}).masks)
         side = round(output.attentions[-1].shape[-1] ** 0.5)
         attentions = output.attentions[-1].unflatten(-1, (side, side))
         attentions = F.interpolate(attentions, size=output.masks.shape[-2:], mode="bilinear", align_corners=False)

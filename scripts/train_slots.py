@@ -28,7 +28,7 @@ class Args(slots.SlotData, TrainingArgs):
     area_penalty: float = field(default=6e-3, metadata={"help": "Price that all masks but the largest rise to."})
     binding_step: int = field(default=800, metadata={"help": "Step at which slots must have bound; 0: no check."})
     max_restarts: int = field(default=3, metadata={"help": "Fresh starts after slots that did not bind."})
-    max_steps: int = 5000
+    max_steps: int = 4500
     batch_size: int = 16
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"
     learning_rate: float = 2e-3

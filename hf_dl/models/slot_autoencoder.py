@@ -12,6 +12,9 @@ What differs from the paper, each by a field of the config:
 - `decoder="pixel_shuffle"`: 3x3 convolutions on coarse grids and sub-pixel upsampling (Shi et al. 2016) in place of
   5x5 transposed convolutions up to the full size, which are most of the bill on a CPU; and slots that multiply Fourier
   features of the position in place of being added to the position (see `PixelShuffleDecoder`).
+- `num_draws`: in evaluation each image is explained from several draws of the initial slots, and the explanation
+  that reconstructs it best is kept, as K-means keeps the best of its starts. Slot attention is such a descent into
+  the nearest solution, and from one draw it often leaves an object to the slot that paints the ground.
 - `posterior`, a segmentation that looks at the pixels once more, beside the decoder's alphas.
 - Positions are the centres of the cells, not corner-aligned, so that weights carry over to other resolutions.
 """
@@ -50,6 +53,8 @@ class SlotAutoencoderConfig(PreTrainedConfig):
         num_slots: K, slots used unless the call says otherwise.
         slot_dim: Channels of a slot.
         num_iterations: T, iterations of slot attention unless the call says otherwise.
+        num_draws: Draws of the initial slots that evaluation tries for each image, at as many times the cost of one;
+            training has one, and so has `slot_init="learned"`.
         slot_mlp_dim: Hidden units of the MLP inside slot attention.
         slot_init: "gaussian" (draws from one learned Gaussian: any K works at inference) or "learned" (one vector a
             slot: K at most `num_slots`).
@@ -93,6 +98,7 @@ class SlotAutoencoderConfig(PreTrainedConfig):
     num_slots: int = 5
     slot_dim: int = 64
     num_iterations: int = 3
+    num_draws: int = 8
     slot_mlp_dim: int = 128
     slot_init: Literal["gaussian", "learned"] = "gaussian"
     slot_std: float = 0.3
@@ -128,6 +134,7 @@ class SlotAutoencoderConfig(PreTrainedConfig):
             "num_slots",
             "slot_dim",
             "num_iterations",
+            "num_draws",
             "slot_mlp_dim",
             "decoder_size",
         ):
@@ -182,6 +189,7 @@ ARCHITECTURES = {
         encoder_channels=[64] * 4,
         encoder_strides=[1] * 4,
         num_slots=7,
+        num_draws=1,
         slot_init="gaussian",
         slot_std=1.0,
         gradient="full",
@@ -395,6 +403,7 @@ class SlotAutoencoderModel(SlotAutoencoderPreTrainedModel):
 
     In training, slots of `slot_init="gaussian"` are drawn anew for every image. In evaluation without a `generator`
     they are the same draws for every image and every call: results are repeatable and rows of a batch independent.
+    Evaluation tries `num_draws` draws for each image and keeps the one with the smallest reconstruction error.
 
     Example:
         ```python
@@ -429,24 +438,32 @@ class SlotAutoencoderModel(SlotAutoencoderPreTrainedModel):
         self.post_init()
 
     def initial_slots(
-        self, batch: int, num_slots: int | None = None, *, generator: torch.Generator | None = None
+        self,
+        batch: int,
+        num_slots: int | None = None,
+        *,
+        num_draws: int = 1,
+        generator: torch.Generator | None = None,
     ) -> torch.Tensor:
         """The slots before the first iteration.
 
         Args:
             batch: Images.
             num_slots: K; the config's when not given.
+            num_draws: Draws of K slots; learned slots have only one.
             generator: Source of the draws of `slot_init="gaussian"`.
 
         Returns:
-            (batch, slots, slot_dim).
+            (batch, num_draws * slots, slot_dim), one draw after the other.
 
         Raises:
-            ValueError: If `num_slots` is below 1, or above the learned ones.
+            ValueError: If `num_slots` or `num_draws` is below 1, or K above the learned ones.
         """
         num_slots = self.config.num_slots if num_slots is None else num_slots
         if num_slots < 1:
             raise ValueError(f"num_slots={num_slots} must be at least 1.")
+        if num_draws < 1:
+            raise ValueError(f"num_draws={num_draws} must be at least 1.")
         if self.config.slot_init == "learned":
             if num_slots > self.config.num_slots:
                 raise ValueError(
@@ -458,7 +475,8 @@ class SlotAutoencoderModel(SlotAutoencoderPreTrainedModel):
         if generator is None and not self.training:
             generator, rows = torch.Generator().manual_seed(0), 1
         device = self.slot_mean.device if generator is None else generator.device
-        noise = torch.randn(rows, num_slots, self.config.slot_dim, generator=generator, device=device)
+        shape = (rows, num_slots, self.config.slot_dim)
+        noise = torch.cat([torch.randn(shape, generator=generator, device=device) for _ in range(num_draws)], dim=1)
         slots = self.slot_mean + self.slot_log_std.exp() * noise.to(self.slot_mean)
         return slots.expand(batch, -1, -1)
 
@@ -468,6 +486,7 @@ class SlotAutoencoderModel(SlotAutoencoderPreTrainedModel):
         pixel_values: torch.Tensor,
         num_slots: int | None = None,
         num_iterations: int | None = None,
+        num_draws: int | None = None,
         generator: torch.Generator | None = None,
         **kwargs,
     ) -> SlotAutoencoderOutput:
@@ -477,6 +496,7 @@ class SlotAutoencoderModel(SlotAutoencoderPreTrainedModel):
             pixel_values: (batch, channels, image_size, image_size), in [-1, 1].
             num_slots: K; the config's when not given.
             num_iterations: T; the config's when not given.
+            num_draws: Draws to try for each image; the config's when not given, and one in training.
             generator: Source of the draws of `slot_init="gaussian"`.
             **kwargs: `return_dict=False` gives a tuple.
 
@@ -493,20 +513,35 @@ class SlotAutoencoderModel(SlotAutoencoderPreTrainedModel):
                 f"{', '.join(map(str, expected))}); prepare images with the model's SlotImageProcessor."
             )
         num_iterations = self.config.num_iterations if num_iterations is None else num_iterations
+        if self.config.slot_init == "learned" or (num_draws is None and self.training):
+            num_draws = 1
+        num_draws = self.config.num_draws if num_draws is None else num_draws
         tokens = self.encoder(pixel_values)
-        slots, attentions = self.slot_attention(
-            tokens,
-            self.initial_slots(len(pixel_values), num_slots, generator=generator),
-            num_iterations=num_iterations,
-            gradient=self.config.gradient,
-        )
-        reconstruction, contents, masks = self._paint(slots)
+        initial = self.initial_slots(len(pixel_values), num_slots, num_draws=num_draws, generator=generator)
+        best = None
+        for start in initial.chunk(num_draws, dim=1):
+            slots, attentions = self.slot_attention(
+                tokens, start, num_iterations=num_iterations, gradient=self.config.gradient
+            )
+            reconstruction, contents, masks = self._paint(slots)
+            found = (reconstruction, contents, masks, slots, *attentions)
+            if best is not None:  # of each image the better one
+                error, least = (
+                    (tried[0].float() - pixel_values.float()).square().mean((1, 2, 3)) for tried in (found, best)
+                )
+                better = error < least
+                found = tuple(
+                    new.where(better.view(-1, *[1] * (new.ndim - 1)), old)
+                    for new, old in zip(found, best, strict=True)
+                )
+            best = found
+        reconstruction, contents, masks, slots, *attentions = best
         return SlotAutoencoderOutput(
             loss=F.mse_loss(reconstruction.float(), pixel_values.float()),
             reconstruction=reconstruction,
             slots=slots,
             masks=masks,
-            attentions=attentions,
+            attentions=tuple(attentions),
             contents=contents,
         )
 

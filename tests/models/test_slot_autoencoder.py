@@ -105,6 +105,42 @@ def test_gaussian_slots_repeat_in_evaluation_and_vary_in_training(gaussian_model
     assert not torch.equal(gaussian_model.initial_slots(2), gaussian_model.initial_slots(2))
 
 
+def test_evaluation_keeps_the_best_of_its_draws_image_by_image(gaussian_model):
+    colours = torch.rand(12, 3, 1, 1, generator=torch.Generator().manual_seed(0))
+    pixel_values = ((colours * 2 - 1) * 3).expand(-1, -1, 16, 16)
+    start = gaussian_model.initial_slots(12, num_draws=gaussian_model.config.num_draws)
+    assert start.shape == (12, 24, 12)
+    tokens = gaussian_model.encoder(pixel_values)
+    errors = []
+    for draw in start.split(3, dim=1):
+        slots, _ = gaussian_model.slot_attention(tokens, draw)
+        contents, masks = gaussian_model.decode_parts(slots)
+        painted = (contents * masks[:, :, None]).sum(1)
+        errors.append((painted - pixel_values).square().mean((1, 2, 3)))
+    least, which = torch.stack(errors).min(0)
+    assert len(which.unique()) > 1  # or the test could not tell the images apart
+
+    output = gaussian_model(pixel_values)
+    torch.testing.assert_close((output.reconstruction - pixel_values).square().mean((1, 2, 3)), least)
+    torch.testing.assert_close(output.loss, least.mean())
+    painted = (output.contents * output.masks[:, :, None]).sum(1)
+    torch.testing.assert_close(painted, output.reconstruction)
+    torch.testing.assert_close(gaussian_model.decode(output.slots), (painted / 2 + 0.5).clamp(0, 1))
+    slots, attentions = gaussian_model.slot_attention(tokens[:1], start[:1].split(3, dim=1)[which[0]])
+    torch.testing.assert_close(output.attentions[-1][:1], attentions[-1])
+    torch.testing.assert_close(output.slots[:1], slots)
+    torch.testing.assert_close(gaussian_model(pixel_values, num_draws=1).loss, errors[0].mean())
+
+
+def test_training_has_one_draw_unless_told(gaussian_model):
+    pixel_values = torch.rand(4, 3, 16, 16) * 2 - 1
+    one = gaussian_model(pixel_values, num_draws=1, generator=torch.Generator().manual_seed(0)).loss
+    gaussian_model.train()
+    torch.testing.assert_close(gaussian_model(pixel_values, generator=torch.Generator().manual_seed(0)).loss, one)
+    with pytest.raises(ValueError, match="num_draws=0 must be at least 1"):
+        gaussian_model(pixel_values, num_draws=0)
+
+
 def test_gaussian_slots_follow_the_learned_mean_and_deviation(gaussian_model):
     with torch.no_grad():
         gaussian_model.slot_mean.fill_(2.0)
