@@ -10,6 +10,7 @@ import html
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -37,16 +38,19 @@ CSS = """
 .view .grid-wrap {overflow-y: auto}
 .view .image-container img {object-fit: contain}
 .examples .grid-container {grid-template-columns: repeat(4, minmax(0, 1fr)) !important; gap: 6px; padding: 4px}
+.examples .grid-container {grid-auto-rows: auto !important; grid-template-rows: none !important; height: auto}
 .examples .thumbnail-item {aspect-ratio: 1; height: auto}
 .bottom {align-items: end}
 .welcome {max-width: 760px; margin: 24px auto}
-.bar {height: 16px; border-radius: 8px; background: var(--neutral-200); overflow: hidden}
+.welcome pre {white-space: pre-wrap; padding: 10px 14px; border-radius: 8px;
+  background: var(--background-fill-secondary)}
+.bar {height: 16px; border-radius: 8px; background: var(--border-color-primary); overflow: hidden}
 .bar div {height: 100%; background: var(--primary-500)}
 .scale {height: 12px; border-radius: 6px;
   background: linear-gradient(90deg, #000004, #420a68, #932667, #dd513a, #fca50a, #fcffa4)}
 .ends {display: flex; justify-content: space-between; font-size: var(--text-sm)}
 .top h4 {margin: 0 0 6px}
-.top .row {display: grid; grid-template-columns: minmax(0, 11em) 1fr 4em; gap: 10px; margin: 5px 0;
+.top .row {display: grid; grid-template-columns: minmax(0, 11em) minmax(48px, 1fr) 4em; gap: 10px; margin: 5px 0;
   align-items: center}
 .top .name {overflow: hidden; text-overflow: ellipsis; white-space: nowrap}
 .top .value {text-align: right; font-variant-numeric: tabular-nums}
@@ -206,20 +210,20 @@ def view(label: str, elem_id: str, *, height: int = 312) -> gr.Image:
 def gallery() -> tuple[gr.Gallery, gr.Button]:
     """Where examples are shown to choose from, and the button that draws others."""
     shown = gr.Gallery(
-        label="Or one of these scenes", elem_id="examples", elem_classes=["view", "examples"], columns=4, height=200,
+        label="Or one of these scenes", elem_id="examples", elem_classes=["view", "examples"], columns=4, height=190,
         object_fit="cover", allow_preview=False, buttons=[],
     )  # fmt: skip
     return shown, gr.Button("Draw other scenes", size="sm", elem_id="others")
 
 
-def name_box() -> gr.Textbox:
-    """Where a visitor names a model."""
+def name_box(kind: str) -> gr.Textbox:
+    """Where a visitor names a model, of a kind such as "image classifier"."""
     return gr.Textbox(
         label="Another model",
         elem_id="name",
         submit_btn="Load",
         placeholder="such as google/vit-base-patch16-224",
-        info="Any image classifier: its Hub id, or a folder of this machine. Empty: the one of before.",
+        info=f"Any {kind}: its Hub id, or a folder of the machine that serves this page. Empty: the default.",
     )
 
 
@@ -460,8 +464,10 @@ class Training:
         if self.running:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
+        # The scripts turn the bars off where there is no terminal; this variable has the last word.
+        environment = {**os.environ, "HF_DATASETS_DISABLE_PROGRESS_BARS": "0"}
         with open(self.log, "wb") as log:
-            self.process = subprocess.Popen(self.command, cwd=self.root, stdout=log, stderr=log)
+            self.process = subprocess.Popen(self.command, cwd=self.root, env=environment, stdout=log, stderr=log)
 
     def stop(self) -> None:
         """End it, with a checkpoint to go on from."""
@@ -493,6 +499,8 @@ class Training:
         """A sentence on why the process ended without a model; empty where it did not."""
         if self.process is None or not self.process.poll():
             return ""
+        if self.process.returncode == -signal.SIGTERM:  # by the button, before there was a step to go on from
+            return "Training was stopped before its first step."
         lines = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
         return f"Training ended before its time: {lines[-1][:300] if lines else 'it said nothing'}"
 

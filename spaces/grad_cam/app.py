@@ -51,8 +51,8 @@ class, adds them up, and keeps what is positive. It costs one forward pass and a
 
 - The **last layer** knows most about the class, but on a coarse grid. **Earlier layers** are finer, and know less:
   edges and textures. With several layers, their maps are averaged.
-- The scale is that of this one map: its brightest place is always white, even where the evidence is weak. Look at
-  the probabilities as well.
+- The scale is that of this one map: its brightest place is at the upper end, however weak the evidence is there. Look
+  at the probabilities as well.
 - A map says where evidence was found, not that the class is right: a wrong class has its map, too.
 """
 
@@ -71,7 +71,8 @@ class Explanation:
         heat: The map alone.
         label: Name of the class that is explained.
         probability: What the model gives it.
-        top: The likeliest classes and their probabilities.
+        found: Whether there is any evidence for it: otherwise the map is dark.
+        top: The likeliest classes and their probabilities; the explained one comes last where it is not among them.
         layers: Names of the layers that were looked at.
     """
 
@@ -80,6 +81,7 @@ class Explanation:
     heat: Image.Image
     label: str
     probability: float
+    found: bool
     top: list[tuple[str, float]]
     layers: tuple[str, ...]
 
@@ -106,13 +108,16 @@ def explain(
     )
     seen, label = classifier.crop(image), int(output.classes[0])
     heat = resize_heat(output.maps[0].cpu().numpy(), seen.size)
+    name, probability = classifier.names[label], output.logits[0].float().softmax(dim=-1)[label].item()
+    top = classifier.top(output.logits[0])
     return Explanation(
         image=seen,
         overlay=overlay(seen, heat),
         heat=Image.fromarray(colour_heat(heat)),
-        label=classifier.names[label],
-        probability=output.logits[0].float().softmax(dim=-1)[label].item(),
-        top=classifier.top(output.logits[0]),
+        label=name,
+        probability=probability,
+        found=bool(output.maps.max() > 0),
+        top=top if name in dict(top) else [*top, (name, probability)],
         layers=output.layers,
     )
 
@@ -185,7 +190,7 @@ def show(picture: Picture, found: Explanation | None) -> tuple:
     """Fill the pictures, the sentence above them, and the bars."""
     if found is None:
         return (gr.skip(),) * 5
-    bars = show_bars(f"The {len(found.top)} likeliest classes", found.top, found.label)
+    bars = show_bars("The likeliest classes", found.top, found.label)
     return tell(picture, found), found.image, found.overlay, found.heat, bars
 
 
@@ -195,12 +200,11 @@ def tell(picture: Picture, found: Explanation) -> str:
     text = f"### The model says {plain(first)} ({probability:.0%})"
     if picture.truth:
         text += ", which is right" if picture.truth == first else f"; it is a {plain(picture.truth)}"
-    if found.label == first:
-        return f"{text}.\nBright: where it finds evidence for **{plain(found.label)}**."
-    return (
-        f"{text}.\nBright: where it finds evidence for **{plain(found.label)}**, to which it gives "
-        f"{found.probability:.1%}."
+    name = f"**{plain(found.label)}**" + (
+        "" if found.label == first else f", to which it gives {found.probability:.1%}"
     )
+    where = "Bright: where it finds evidence for" if found.found else "In these layers it finds no evidence for"
+    return f"{text}.\n{where} {name}."
 
 
 def choices(classifier: Classifier | None, layers: Sequence[str] = ()) -> tuple[gr.Dropdown, gr.Dropdown]:
@@ -252,9 +256,10 @@ def build_demo(*, root: Path = ROOT) -> gr.Blocks:
                         heat = view("The map", "heat")
                     gr.HTML(show_scale("no evidence for the class", "the most evidence in this image"))
                     with gr.Row():
-                        bars = gr.HTML(elem_id="bars")
+                        with gr.Column(min_width=320):
+                            bars = gr.HTML(elem_id="bars")
                         with gr.Column(min_width=240):
-                            name = name_box()
+                            name = name_box("image classifier")
             gr.Markdown(ABOUT)
 
         views = [sentence, image, mixed, heat, bars]

@@ -282,7 +282,7 @@ def make_training(root: Path = ROOT) -> Training:
     """The training of the small default."""
     scores = {"loss": "loss", "accuracy": "val_accuracy"}
     return Training(
-        "train_classifier.py", "vit_masking", flags=FLAGS, scores=scores, minutes="about an hour", root=root
+        "train_classifier.py", "vit_masking", flags=FLAGS, scores=scores, minutes="about ten minutes", root=root
     )
 
 
@@ -419,12 +419,15 @@ def build_demo(*, root: Path = ROOT) -> gr.Blocks:
                         given = view("What is left", "given")
                     gr.HTML(show_scale("least attended patch", "most attended patch of this image"))
                     with gr.Row():
-                        before, after = gr.HTML(elem_id="before"), gr.HTML(elem_id="after")
+                        with gr.Column(min_width=320):
+                            before = gr.HTML(elem_id="before")
+                        with gr.Column(min_width=320):
+                            after = gr.HTML(elem_id="after")
                     way.render()
                     with gr.Row():
                         layer.render()
                         head.render()
-                    name = name_box()
+                    name = name_box("vision transformer with a CLS token")
             gr.Markdown(ABOUT)
 
         views = [patches, sentence, image, attention, given, before, after]

@@ -275,6 +275,7 @@ class TestTraining:
         training.start()
         training.stop()
         assert training.process.wait(30) != 0 and not training.running
+        assert training.failure() == "Training was stopped before its first step."
 
 
 def test_publish_accepts_the_space(capsys):
