@@ -8,6 +8,7 @@ Where things are; each layer imports only what is named behind it:
 - `hf_dl.explain`: what an image classifier looked at, and what it says without it (nothing)
 - `hf_dl.training`: the flags and the loop's surroundings that all training scripts share (nothing)
 - `hf_dl.reporting`: tables, plots and model cards from the files that runs leave (nothing)
+- `hf_dl.demo`: what the pages under spaces/ have in common (`data`)
 
 The programs that use them are in `scripts/` and `spaces/` of the repository.
 

@@ -18,6 +18,7 @@ ALLOWED = {
     "pipelines": {"models", "programs"},
     "training": set(),
     "reporting": set(),
+    "demo": {"data"},
 }
 OUTSIDE = {"scripts", "spaces", "tests"}
 

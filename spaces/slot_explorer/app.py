@@ -6,15 +6,8 @@ HF_DL_MODEL names the model, a folder or a Hub id; without it the newest run und
 the page offers to train the small default.
 """
 
-import atexit
-import functools
-import html
 import os
-import re
 import secrets
-import subprocess
-import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,24 +19,23 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 
 from hf_dl.data import scenes
+from hf_dl.demo import (
+    CSS,
+    LAUNCH,
+    SIDE,
+    Training,
+    event,
+    newest_run,
+    open_image,
+    training_text,
+    view,
+)
 from hf_dl.models.slot_autoencoder import SlotAutoencoderConfig, SlotAutoencoderModel, SlotImageProcessor
 from hf_dl.reporting.grids import SEGMENT_COLOURS, colour_segments
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-COMMAND = "scripts/run accelerate launch scripts/train_slots.py"
-MAX_PIXELS = 50_000_000
-SIDE = 384  # longer side of the pictures on the page
 NUM_SLOTS = 16  # most slots that the page offers where the model takes any number
-CSS = """
-.gradio-container {max-width: 1240px !important; margin: auto}
-.view [data-testid="block-label"] {position: static; border: none; box-shadow: none; background: none}
-.view .grid-wrap {overflow-y: auto}
-.slots label {border-left: 10px solid; padding-left: 8px}
-.bottom {align-items: end}
-.welcome {max-width: 760px; margin: 24px auto}
-.bar {height: 16px; border-radius: 8px; background: var(--neutral-200); overflow: hidden}
-.bar div {height: 100%; background: var(--primary-500)}
-""" + "\n".join(
+SLOTS_CSS = ".slots label {border-left: 10px solid; padding-left: 8px}\n" + "\n".join(
     f".slots label:nth-of-type({len(SEGMENT_COLOURS)}n + {index}) {{border-left-color: rgb({red}, {green}, {blue})}}"
     for index, (red, green, blue) in enumerate(SEGMENT_COLOURS, start=1)
 )
@@ -58,14 +50,6 @@ largest, is mostly the background.
 The model never saw what is behind an object. Where one is left out, the other slots share its pixels, and each paints
 what it expects there: the background slot continues the ground.
 """
-LAUNCH = {
-    "theme": gr.themes.Default(primary_hue="indigo", secondary_hue="indigo", neutral_hue="slate"),
-    "css": CSS,
-    "ssr_mode": False,
-    "max_file_size": "50mb",
-    "state_session_capacity": 200,
-    "footer_links": ["api"],
-}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -76,12 +60,7 @@ def find_model(root: Path = ROOT) -> str | None:
     """Name the model to show: HF_DL_MODEL, or the newest run of a slot autoencoder, or None."""
     if os.environ.get("HF_DL_MODEL"):
         return os.environ["HF_DL_MODEL"]
-    weights = [
-        path
-        for path in (root / "runs").rglob("model.safetensors")
-        if _model_type(path.parent) == SlotAutoencoderConfig.model_type
-    ]
-    return str(max(weights, key=lambda path: path.stat().st_mtime).parent) if weights else None
+    return newest_run(root, [SlotAutoencoderConfig.model_type])
 
 
 def _model_type(name: str | Path) -> str | None:
@@ -133,40 +112,6 @@ def find_and_load(root: Path = ROOT) -> tuple[SlotAutoencoderModel | None, str]:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Images
-
-
-def open_image(path: str | Path) -> Image.Image:
-    """Read an image file of any kind as RGB, turned upright, at most `SIDE` pixels wide and high.
-
-    Transparent pixels become white, and of an animation the first picture is taken.
-
-    Raises:
-        ValueError: If it is empty, no image, damaged, or of more than `MAX_PIXELS` pixels.
-    """
-    if os.path.getsize(path) == 0:
-        raise ValueError("The file is empty; choose an image.")
-    try:
-        with Image.open(path) as image:
-            if image.width * image.height > MAX_PIXELS:  # known from the header: nothing is decoded yet
-                raise Image.DecompressionBombError
-            image = _to_rgb(ImageOps.exif_transpose(image))
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise ValueError(
-            f"The image has more than {MAX_PIXELS // 10**6} million pixels; make it smaller and try again."
-        ) from None
-    except Exception as error:  # Pillow's readers raise nearly anything on damaged files
-        raise ValueError("The file is not an image that can be read; choose a PNG, JPEG or WebP file.") from error
-    image.thumbnail((SIDE, SIDE))
-    return image
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode[0] in "IF":  # 16 or 32 bits a pixel, which Pillow would clip at 255
-        values = np.nan_to_num(np.asarray(image, dtype=np.float32))
-        white = 65535 if image.mode[0] == "I" else max(1.0, float(values.max()))
-        image = Image.fromarray((values.clip(0, white) * (255 / white)).round().astype(np.uint8))
-    image = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
 def draw_scene(style: str, seed: int, *, max_objects: int = 4) -> Image.Image:
@@ -283,65 +228,13 @@ def paint(model: SlotAutoencoderModel, *chosen: tuple[Explanation, list[int]]) -
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Training on the spot
-
-
-class Training:
-    """The small default training, as a process of its own: it goes on when the page is closed.
-
-    Args:
-        root: Folder of the project, with scripts/train_slots.py.
-    """
-
-    def __init__(self, root: Path = ROOT):
-        self.root, self.folder = root, root / "runs" / "slot_explorer"
-        self.script, self.log = root / "scripts" / "train_slots.py", self.folder / "training.log"
-        # Without a launcher in between, so that stopping it stops the training.
-        self.command = [sys.executable, str(self.script), "--output_dir", str(self.folder), "--resume"]
-        self.process: subprocess.Popen | None = None
-        atexit.register(self.stop)
-
-    def start(self) -> None:
-        """Start, or go on from the last checkpoint; does nothing while it runs."""
-        if self.running:
-            return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with open(self.log, "wb") as log:
-            self.process = subprocess.Popen(self.command, cwd=self.root, stdout=log, stderr=log)
-
-    def stop(self) -> None:
-        """End it, with a checkpoint to go on from."""
-        if self.running:
-            self.process.terminate()
-
-    @property
-    def running(self) -> bool:
-        """Whether the process is at work."""
-        return self.process is not None and self.process.poll() is None
-
-    def progress(self) -> tuple[float, str]:
-        """The part that is done, in [0, 1], and a line about it."""
-        lines = re.split(r"[\r\n]+", self.log.read_text(errors="replace").strip())
-        for line in reversed(lines):
-            if found := re.match(r"step (\d+)/(\d+)", line):
-                step, total = map(int, found.groups())
-                scores = {"loss": r" loss (\S+)", "foreground ARI": r" val_decoder_fg_ari (\S+)"}
-                known = [f"{name} {value[1]}" for name, mark in scores.items() if (value := re.search(mark, line))]
-                return step / total, " · ".join([f"Step {step:,} of {total:,}", *known])
-            if found := re.match(r"Generating (\w+) split: (\d+)", line):
-                return 0.0, f"Drawing scenes: {int(found[2]):,} for {found[1]}"
-        return 0.0, "Starting"
-
-    def failure(self) -> str:
-        """A sentence on why the process ended without a model; empty where it did not."""
-        if self.process is None or not self.process.poll():
-            return ""
-        lines = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
-        return f"Training ended before its time: {lines[-1][:300] if lines else 'it said nothing'}"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # The page
+
+
+def make_training(root: Path = ROOT) -> Training:
+    """The training of the small default."""
+    scores = {"loss": "loss", "foreground ARI": "val_decoder_fg_ari"}
+    return Training("train_slots.py", "slot_explorer", scores=scores, minutes="about five minutes", root=root)
 
 
 class Explorer:
@@ -354,7 +247,7 @@ class Explorer:
     """
 
     def __init__(self, model: SlotAutoencoderModel | None, problem: str = "", root: Path = ROOT):
-        self._model, self.problem, self.training = model, problem, Training(root)
+        self._model, self.problem, self.training = model, problem, make_training(root)
 
     @property
     def model(self) -> SlotAutoencoderModel:
@@ -428,24 +321,6 @@ def _boxes(found: Explanation, keep: list[int]) -> gr.CheckboxGroup:
     return gr.CheckboxGroup(choices=choices, value=keep)
 
 
-def event(function: Callable, show: Callable = lambda result: result) -> Callable:
-    """Make an event of the page: a ValueError becomes a message there, and no traceback anywhere.
-
-    Args:
-        function: What happens.
-        show: Turns its result into the values of the outputs.
-    """
-
-    @functools.wraps(function)
-    def wrapped(*inputs: Any) -> Any:
-        try:
-            return show(function(*inputs))
-        except ValueError as error:
-            raise gr.Error(html.escape(str(error), quote=False), print_exception=False) from None
-
-    return wrapped
-
-
 def show_first(found: Explanation) -> tuple:
     """Fill the upper part of the page: the pictures, what each slot paints, and the boxes to tick."""
     gallery = [(part, f"Slot {index + 1}") for index, part in enumerate(found.parts)]
@@ -476,22 +351,8 @@ def sliders(model: SlotAutoencoderModel | None) -> tuple[gr.Slider, gr.Slider]:
 
 def welcome_text(explorer: Explorer) -> str:
     """What the page says, as HTML, while there is no model."""
-    if explorer.training.running:
-        part, line = explorer.training.progress()
-        return (
-            f"<h3>Training</h3><div class='bar'><div style='width: {part:.1%}'></div></div><p>{html.escape(line)}</p>"
-        )
-    if explorer.problem:
-        return f"<h3>There is no model to show</h3><p>{html.escape(explorer.problem)}</p>"
-    if not explorer.can_train:
-        return (
-            "<h3>There is no model to show</h3><p>Set the variable HF_DL_MODEL to the Hub id of a slot autoencoder "
-            "(on a Space: Settings, Variables), and start again.</p>"
-        )
-    return (
-        f"<h3>There is no trained model yet</h3><p>{html.escape(explorer.training.failure())}</p>"
-        "<p>Train the small default here: about five minutes on two CPU cores. "
-        f"Or do it in a terminal, and start this page again:</p><pre><code>{html.escape(COMMAND)}</code></pre>"
+    return training_text(
+        explorer.training, problem=explorer.problem, can_train=explorer.can_train, kind="a slot autoencoder"
     )
 
 
@@ -526,9 +387,9 @@ def build_demo(model: SlotAutoencoderModel | None, problem: str = "", *, root: P
                     num_slots, num_iterations = sliders(model)
                 with gr.Column(scale=3):
                     with gr.Row():
-                        image = _view("Image", "image")
-                        segments = _view("What the slots claim", "segments")
-                        reconstruction = _view("Reconstruction", "reconstruction")
+                        image = view("Image", "image")
+                        segments = view("What the slots claim", "segments")
+                        reconstruction = view("Reconstruction", "reconstruction")
                     gallery = gr.Gallery(
                         label="What each slot paints where its mask is",
                         elem_id="gallery",
@@ -542,20 +403,20 @@ def build_demo(model: SlotAutoencoderModel | None, problem: str = "", *, root: P
                 with gr.Column(scale=1, min_width=260):
                     keep = gr.CheckboxGroup(label="Slots to paint", elem_classes="slots", elem_id="keep")
                 with gr.Column(scale=3), gr.Row():
-                    painted = _view("Painted with these slots alone", "painted")
+                    painted = view("Painted with these slots alone", "painted")
                     gr.Markdown(KEEP_HELP)
             with gr.Tab("Mix two images"), gr.Row():
                 with gr.Column(scale=1, min_width=260):
                     file_second = gr.File(label="The second image", height=150, elem_id="file_second")
                     draw_second = gr.Button("Draw another", variant="primary", elem_id="draw_second")
                 with gr.Column(scale=3), gr.Row():
-                    segments_second = _view("What the slots claim in the second image", "segments_second")
+                    segments_second = view("What the slots claim in the second image", "segments_second")
                     with gr.Column(min_width=160):
                         mix_first = gr.CheckboxGroup(label="Of the first image", elem_classes="slots")
                         mix_second = gr.CheckboxGroup(
                             label="Of the second image", elem_classes="slots", elem_id="mix_second"
                         )
-                    mixed = _view("Painted with the slots of both", "mixed")
+                    mixed = view("Painted with the slots of both", "mixed")
 
         numbers = [num_slots, num_iterations]
         first = [found_first, image, segments, reconstruction, gallery, keep]
@@ -632,21 +493,9 @@ def describe(model: SlotAutoencoderModel) -> str:
     return f"Model `{model.name_or_path or 'unnamed'}` · {size} × {size} pixels · {count:,} parameters"
 
 
-def _view(label: str, elem_id: str) -> gr.Image:
-    return gr.Image(
-        label=label,
-        elem_id=elem_id,
-        elem_classes="view",
-        height=290,
-        interactive=False,
-        format="png",
-        buttons=["download", "fullscreen"],
-    )
-
-
 def main() -> None:
     """Find the model and serve the page."""
-    build_demo(*find_and_load()).launch(**LAUNCH)
+    build_demo(*find_and_load()).launch(**{**LAUNCH, "css": CSS + SLOTS_CSS})
 
 
 if __name__ == "__main__":

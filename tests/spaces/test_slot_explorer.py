@@ -1,14 +1,7 @@
-import asyncio
-import importlib.util
 import json
 import os
-import re
 import shutil
-import struct
-import subprocess
-import sys
 import time
-import zlib
 from pathlib import Path
 
 import gradio as gr
@@ -20,7 +13,21 @@ from PIL import Image
 from hf_dl.models.slot_autoencoder import SlotAutoencoderConfig, SlotAutoencoderModel
 from scripts.publish import main as publish
 
-ROOT = Path(__file__).resolve().parents[2]
+from .pages import (
+    HOSTILE,
+    ROOT,
+    build_demo,
+    check_space,
+    load_app,
+    make_image,
+    serve,
+    shown,
+    upload,
+    wait_for,
+    write_hostile,
+    write_script,
+)
+
 SPACE = ROOT / "spaces" / "slot_explorer"
 TINY = {
     "image_size": 16, "encoder_channels": [8], "encoder_strides": [2], "token_dim": 8, "num_slots": 4, "slot_dim": 8,
@@ -29,15 +36,7 @@ TINY = {
 }  # fmt: skip
 
 
-def load_app():
-    spec = importlib.util.spec_from_file_location("slot_explorer_app", SPACE / "app.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-app = load_app()
+app = load_app("slot_explorer")
 
 
 def make_model(**options):
@@ -45,122 +44,9 @@ def make_model(**options):
     return SlotAutoencoderModel(SlotAutoencoderConfig(**{**TINY, **options})).eval()
 
 
-def build_demo(*args, **options):
-    """Build the page inside a running event loop: outside of one, gradio makes loops that nobody closes."""
-
-    async def build():
-        return app.build_demo(*args, **options)
-
-    return asyncio.run(build())
-
-
 @pytest.fixture(scope="module")
 def model():
     return make_model()
-
-
-def make_image(size=(60, 40), seed=0):
-    pixels = np.random.default_rng(seed).integers(0, 256, (4, 6, 3), dtype=np.uint8)
-    return Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST)
-
-
-def write_huge_png(path, side=20_000):
-    """A valid PNG of one colour, of which a decoder would need side² x 3 bytes."""
-    squeeze = zlib.compressobj(1)
-    row = bytes(1 + side // 8)
-    data = b"".join(squeeze.compress(row) for _ in range(side)) + squeeze.flush()
-
-    def chunk(kind, content):
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-    header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b""))
-
-
-def write_hostile(kind, path):
-    if kind == "huge":
-        write_huge_png(path)
-    else:
-        path.write_bytes({"empty": b"", "text": b"not an image, whatever its name says"}[kind])
-
-
-HOSTILE = {"huge": "more than 50 million pixels", "empty": "The file is empty", "text": "not an image"}
-
-
-class TestOpenImage:
-    @pytest.mark.parametrize("kind", HOSTILE)
-    def test_refuses_in_a_sentence(self, kind, tmp_path):
-        path = tmp_path / "image.png"
-        write_hostile(kind, path)
-        with pytest.raises(ValueError, match=HOSTILE[kind]):
-            app.open_image(path)
-
-    def test_refuses_between_the_two_limits_of_pillow(self, tmp_path):
-        write_huge_png(tmp_path / "large.png", side=10_000)  # Pillow itself would only warn
-        with pytest.raises(ValueError, match="more than 50 million pixels"):
-            app.open_image(tmp_path / "large.png")
-
-    def test_refuses_a_file_cut_short(self, tmp_path):
-        path = tmp_path / "cut.png"
-        make_image((200, 200)).save(path)
-        path.write_bytes(path.read_bytes()[:150])
-        with pytest.raises(ValueError, match="not an image that can be read"):
-            app.open_image(path)
-
-    @pytest.mark.parametrize(
-        ("mode", "value", "expected"),
-        [
-            ("RGB", (200, 100, 50), (200, 100, 50)),
-            ("L", 100, (100, 100, 100)),
-            ("1", 1, (255, 255, 255)),
-            ("LA", (100, 255), (100, 100, 100)),
-            ("LA", (100, 0), (255, 255, 255)),
-            ("RGBA", (10, 20, 30, 255), (10, 20, 30)),
-            ("RGBA", (10, 20, 30, 0), (255, 255, 255)),
-        ],
-    )
-    def test_reads_png_of_any_mode(self, mode, value, expected, tmp_path):
-        Image.new(mode, (30, 20), value).save(tmp_path / "a.png")
-        image = app.open_image(tmp_path / "a.png")
-        assert (image.mode, image.size, image.getpixel((3, 4))) == ("RGB", (30, 20), expected)
-
-    def test_reads_16_bits_without_clipping(self, tmp_path):
-        values = np.linspace(0, 65535, 256).astype(np.uint16)
-        Image.fromarray(np.tile(values, (8, 1))).save(tmp_path / "deep.png")
-        read = np.asarray(app.open_image(tmp_path / "deep.png"))
-        assert np.abs(read[0, :, 0].astype(int) - np.arange(256)).max() <= 1
-
-    def test_reads_floats(self, tmp_path):
-        values = np.array([[0.0, 0.5, 1.0, np.nan]], dtype=np.float32)
-        Image.fromarray(values).save(tmp_path / "float.tiff")
-        assert np.asarray(app.open_image(tmp_path / "float.tiff"))[0, :, 0].tolist() == [0, 128, 255, 0]
-
-    def test_reads_cmyk(self, tmp_path):
-        Image.new("CMYK", (30, 20), (0, 255, 255, 0)).save(tmp_path / "a.jpg")
-        red, green, blue = app.open_image(tmp_path / "a.jpg").getpixel((3, 4))
-        assert red > 230 and green < 30 and blue < 30
-
-    @pytest.mark.parametrize("suffix", ["gif", "png", "webp"])
-    def test_reads_the_first_picture_of_an_animation(self, suffix, tmp_path):
-        first, second = Image.new("RGB", (30, 20), "red"), Image.new("RGB", (30, 20), "blue")
-        first.save(tmp_path / f"a.{suffix}", save_all=True, append_images=[second])
-        red, green, blue = app.open_image(tmp_path / f"a.{suffix}").getpixel((3, 4))
-        assert red > 240 and green < 15 and blue < 15
-
-    def test_turns_a_photo_upright(self, tmp_path):
-        image = make_image((60, 40))
-        exif = Image.Exif()
-        exif[0x0112] = 6  # to be shown turned by 90 degrees clockwise
-        image.save(tmp_path / "photo.png", exif=exif)
-        expected = image.transpose(Image.Transpose.ROTATE_270)
-        assert app.open_image(tmp_path / "photo.png").tobytes() == expected.tobytes()
-
-    @pytest.mark.parametrize(
-        ("size", "expected"), [((4000, 1000), (384, 96)), ((5000, 1), (384, 1)), ((9, 7), (9, 7))]
-    )
-    def test_makes_large_images_small(self, size, expected, tmp_path):
-        Image.new("RGB", size).save(tmp_path / "a.png")
-        assert app.open_image(tmp_path / "a.png").size == expected
 
 
 class TestExplain:
@@ -303,7 +189,7 @@ class TestPage:
             app.event(refuse)()
 
     def test_nothing_from_elsewhere_is_loaded(self, model):
-        assert build_demo(model).analytics_enabled is False
+        assert build_demo(app, model).analytics_enabled is False
 
     def test_second_image_starts_without_its_background(self, model):
         found = app.explain(model, make_image())
@@ -312,16 +198,16 @@ class TestPage:
         assert picture.tobytes() == app.paint(model, (found, first.value), (found, second.value)).tobytes()
 
     def test_with_scripts_it_offers_to_train(self, tmp_path):
-        write_script(tmp_path, "")
+        write_script(tmp_path, "train_slots.py", "")
         explorer = app.Explorer(None, root=tmp_path)
-        assert explorer.can_train and app.COMMAND in app.welcome_text(explorer)
+        assert explorer.can_train and explorer.training.shown in app.welcome_text(explorer)
 
     def test_without_scripts_it_asks_for_a_model(self, tmp_path):
         explorer = app.Explorer(None, root=tmp_path)
         assert not explorer.can_train and "HF_DL_MODEL" in app.welcome_text(explorer)
 
     def test_a_problem_is_said(self, tmp_path):
-        write_script(tmp_path, "")
+        write_script(tmp_path, "train_slots.py", "")
         explorer = app.Explorer(None, "The model 'x' was not <found>.", tmp_path)
         assert not explorer.can_train and "was not &lt;found&gt;." in app.welcome_text(explorer)
 
@@ -334,24 +220,13 @@ class TestPage:
         assert app.find_and_load(tmp_path) == (None, "")
 
 
-def write_script(root, body):
-    (root / "scripts").mkdir(exist_ok=True)
-    (root / "scripts" / "train_slots.py").write_text(body)
-
-
-def wait_for(condition, seconds=120):
-    end = time.time() + seconds
-    while not condition():
-        assert time.time() < end, "waited in vain"
-        time.sleep(0.05)
-
-
 class TestTraining:
     def test_progress_then_a_model(self, model, tmp_path):
         trained = tmp_path / "trained"
         model.save_pretrained(trained)
         write_script(
             tmp_path,
+            "train_slots.py",
             "import shutil, sys, time, pathlib\n"
             "folder = sys.argv[sys.argv.index('--output_dir') + 1]\n"
             "print('Generating train split: 120 examples', file=sys.stderr, flush=True)\n"
@@ -381,13 +256,13 @@ class TestTraining:
 
         from scripts.train_slots import Args
 
-        command = app.Training(ROOT).command
+        command = app.make_training(ROOT).command
         assert Path(command[1]).is_file()
         (args,) = HfArgumentParser(Args).parse_args_into_dataclasses(command[2:])
         assert args.resume and Path(args.output_dir).parent.name == "runs"
 
     def test_a_failure_is_said(self, tmp_path):
-        write_script(tmp_path, "raise SystemExit('The disk is full.')")
+        write_script(tmp_path, "train_slots.py", "raise SystemExit('The disk is full.')")
         explorer = app.Explorer(None, root=tmp_path)
         explorer.training.start()
         explorer.training.process.wait(60)
@@ -395,11 +270,12 @@ class TestTraining:
         assert "Training ended before its time: The disk is full." in app.welcome_text(explorer)
 
     def test_stop(self, tmp_path):
-        write_script(tmp_path, "import time\ntime.sleep(60)")
-        training = app.Training(tmp_path)
+        write_script(tmp_path, "train_slots.py", "import time\ntime.sleep(60)")
+        training = app.make_training(tmp_path)
         training.start()
         training.stop()
         assert training.process.wait(30) != 0 and not training.running
+        assert training.failure() == "Training was stopped before its first step."
 
 
 def test_publish_accepts_the_space(capsys):
@@ -410,15 +286,7 @@ def test_publish_accepts_the_space(capsys):
 
 
 def test_requirements_and_front_matter_fit_the_project():
-    import tomllib
-
-    import yaml
-
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    for line in (SPACE / "requirements.txt").read_text().split():
-        assert line.startswith("hf_dl") or line in project["dependencies"]
-    matter = yaml.safe_load((SPACE / "README.md").read_text().split("---")[1])
-    assert matter["sdk_version"].split(".")[0] == gr.__version__.split(".")[0]
+    check_space("slot_explorer")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -427,24 +295,10 @@ def test_requirements_and_front_matter_fit_the_project():
 
 @pytest.fixture(scope="module")
 def server(model, tmp_path_factory):
-    """The app as it is started by hand: its address, and the file it writes its output to."""
     folder = tmp_path_factory.mktemp("server")
     model.save_pretrained(folder / "model")
-    settings = {"HF_DL_MODEL": folder / "model", "GRADIO_TEMP_DIR": folder / "gradio", "PYTHONUNBUFFERED": "1"}
-    environment = {**os.environ, **{name: str(value) for name, value in settings.items()}}
-    output = folder / "output.txt"
-    with open(output, "wb") as file:
-        process = subprocess.Popen(
-            [sys.executable, str(SPACE / "app.py")], cwd=folder, env=environment, stdout=file, stderr=file
-        )
-    try:
-        wait_for(lambda: "http://" in output.read_text() or process.poll() is not None, seconds=600)
-        found = re.search(r"http://\S+", output.read_text())
-        assert found, output.read_text()
-        yield found[0], output
-    finally:
-        process.terminate()
-        process.wait(30)
+    with serve("slot_explorer", folder / "model", folder) as found:
+        yield found
 
 
 @pytest.fixture
@@ -480,63 +334,32 @@ class TestClient:
             call(address, tmp_path / "a.png", tmp_path)
 
 
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    from selenium import webdriver
-
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if not chromium or not driver:
-        pytest.skip("chromium and chromedriver are not on the PATH")
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    flags = "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking"
-    flags += " disable-component-update disable-sync window-size=1280,1400"
-    for flag in [*flags.split(), f"user-data-dir={tmp_path_factory.mktemp('chromium')}"]:
-        options.add_argument(f"--{flag}")
-    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-    yield browser
-    browser.quit()
-
-
 @pytest.mark.slow
 class TestBrowser:
-    def picture(self, browser, name):
-        """The address of the picture that a view shows."""
-        from selenium.webdriver.common.by import By
-
-        found = browser.find_elements(By.CSS_SELECTOR, f"#{name} img")
-        return found[0].get_attribute("src") if found else None
-
-    def upload(self, browser, path, name="file_first"):
-        from selenium.webdriver.common.by import By
-
-        wait_for(lambda: browser.find_elements(By.CSS_SELECTOR, f"#{name} input[type=file]"))  # no file lies there
-        browser.find_element(By.CSS_SELECTOR, f"#{name} input[type=file]").send_keys(str(path))
-
     def open(self, browser, address):
         browser.get(address)
-        wait_for(lambda: self.picture(browser, "segments") and self.picture(browser, "painted"))
+        wait_for(lambda: shown(browser, "segments") and shown(browser, "painted"))
 
     def test_an_image_goes_in_and_masks_come_out(self, browser, address, tmp_path):
         from selenium.webdriver.common.by import By
 
         self.open(browser, address)
-        before = self.picture(browser, "segments")
+        before = shown(browser, "segments")
         make_image((60, 30)).save(tmp_path / "mine.png")
-        self.upload(browser, tmp_path / "mine.png")
-        wait_for(lambda: self.picture(browser, "segments") != before)
-        shown = browser.find_element(By.CSS_SELECTOR, "#segments img")
-        wait_for(lambda: browser.execute_script("return arguments[0].naturalWidth", shown) == 384)
-        assert browser.execute_script("return arguments[0].naturalHeight", shown) == 192
+        upload(browser, tmp_path / "mine.png", "file_first")
+        wait_for(lambda: shown(browser, "segments") != before)
+        picture = browser.find_element(By.CSS_SELECTOR, "#segments img")
+        wait_for(lambda: browser.execute_script("return arguments[0].naturalWidth", picture) == 384)
+        assert browser.execute_script("return arguments[0].naturalHeight", picture) == 192
         assert len(browser.find_elements(By.CSS_SELECTOR, "#gallery .grid-container img")) == 4
 
     def test_a_slot_is_left_out(self, browser, address):
         from selenium.webdriver.common.by import By
 
         self.open(browser, address)
-        before = self.picture(browser, "painted")
+        before = shown(browser, "painted")
         browser.find_element(By.CSS_SELECTOR, "#keep input[type=checkbox]").click()
-        wait_for(lambda: self.picture(browser, "painted") not in (None, before))
+        wait_for(lambda: shown(browser, "painted") not in (None, before))
 
     def test_fewer_slots(self, browser, address):
         from selenium.webdriver.common.by import By
@@ -555,24 +378,24 @@ class TestBrowser:
         self.open(browser, address)
         tab = next(b for b in browser.find_elements(By.CSS_SELECTOR, "button[role=tab]") if "Mix" in b.text)
         tab.click()
-        wait_for(lambda: self.picture(browser, "mixed"))
-        before = self.picture(browser, "mixed")
+        wait_for(lambda: shown(browser, "mixed"))
+        before = shown(browser, "mixed")
         make_image(seed=3).save(tmp_path / "second.png")
-        self.upload(browser, tmp_path / "second.png", "file_second")
-        wait_for(lambda: self.picture(browser, "mixed") != before)
-        before = self.picture(browser, "mixed")
+        upload(browser, tmp_path / "second.png", "file_second")
+        wait_for(lambda: shown(browser, "mixed") != before)
+        before = shown(browser, "mixed")
         browser.find_element(By.CSS_SELECTOR, "#mix_second input[type=checkbox]").click()
-        wait_for(lambda: self.picture(browser, "mixed") != before)
+        wait_for(lambda: shown(browser, "mixed") != before)
 
     @pytest.mark.parametrize("kind", HOSTILE)
     def test_hostile_files_get_a_sentence(self, browser, address, kind, tmp_path):
         self.open(browser, address)
-        before = self.picture(browser, "segments")
+        before = shown(browser, "segments")
         write_hostile(kind, tmp_path / "a.png")
-        self.upload(browser, tmp_path / "a.png")
+        upload(browser, tmp_path / "a.png", "file_first")
         wait_for(lambda: HOSTILE[kind] in browser.page_source)
-        assert self.picture(browser, "segments") == before
+        assert shown(browser, "segments") == before
         assert "Traceback" not in browser.page_source
         make_image().save(tmp_path / "good.png")
-        self.upload(browser, tmp_path / "good.png")  # and the page goes on
-        wait_for(lambda: self.picture(browser, "segments") != before)
+        upload(browser, tmp_path / "good.png", "file_first")  # and the page goes on
+        wait_for(lambda: shown(browser, "segments") != before)

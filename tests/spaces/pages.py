@@ -1,0 +1,138 @@
+"""What the tests of the pages have in common: images good and bad, the server of a page, a browser."""
+
+import asyncio
+import contextlib
+import importlib.util
+import os
+import re
+import struct
+import subprocess
+import sys
+import time
+import zlib
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[2]
+HOSTILE = {"huge": "more than 50 million pixels", "empty": "The file is empty", "text": "not an image"}
+
+
+def load_app(name):
+    """Import the app.py of a Space."""
+    spec = importlib.util.spec_from_file_location(f"{name}_app", ROOT / "spaces" / name / "app.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def build_demo(app, *args, **options):
+    """Build the page inside a running event loop: outside of one, gradio makes loops that nobody closes."""
+
+    async def build():
+        return app.build_demo(*args, **options)
+
+    return asyncio.run(build())
+
+
+def make_image(size=(60, 40), seed=0):
+    pixels = np.random.default_rng(seed).integers(0, 256, (4, 6, 3), dtype=np.uint8)
+    return Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST)
+
+
+def write_huge_png(path, side=20_000):
+    """A valid PNG of one colour, of which a decoder would need side² x 3 bytes."""
+    squeeze = zlib.compressobj(1)
+    row = bytes(1 + side // 8)
+    data = b"".join(squeeze.compress(row) for _ in range(side)) + squeeze.flush()
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b""))
+
+
+def write_hostile(kind, path):
+    if kind == "huge":
+        write_huge_png(path)
+    else:
+        path.write_bytes({"empty": b"", "text": b"not an image, whatever its name says"}[kind])
+
+
+def write_script(root, name, body):
+    (root / "scripts").mkdir(exist_ok=True)
+    (root / "scripts" / name).write_text(body)
+
+
+def wait_for(condition, seconds=120):
+    end = time.time() + seconds
+    while not condition():
+        assert time.time() < end, "waited in vain"
+        time.sleep(0.05)
+
+
+def check_space(name):
+    """That its requirements and front matter fit the project."""
+    import tomllib
+
+    import gradio as gr
+    import yaml
+
+    space = ROOT / "spaces" / name
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for line in (space / "requirements.txt").read_text().split():
+        assert line.startswith("hf_dl") or line in project["dependencies"]
+    matter = yaml.safe_load((space / "README.md").read_text().split("---")[1])
+    assert matter["sdk_version"].split(".")[0] == gr.__version__.split(".")[0]
+
+
+@contextlib.contextmanager
+def serve(name, model, folder):
+    """The app as it is started by hand: its address, and the file it writes its output to."""
+    settings = {"HF_DL_MODEL": model, "GRADIO_TEMP_DIR": folder / "gradio", "PYTHONUNBUFFERED": "1"}
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", **{key: str(value) for key, value in settings.items()}}
+    output = folder / "output.txt"
+    with open(output, "wb") as file:
+        process = subprocess.Popen(
+            [sys.executable, str(ROOT / "spaces" / name / "app.py")],
+            cwd=folder, env=environment, stdout=file, stderr=file,
+        )  # fmt: skip
+    try:
+        wait_for(lambda: "http://" in output.read_text() or process.poll() is not None, seconds=600)
+        found = re.search(r"http://\S+", output.read_text())
+        assert found, output.read_text()
+        yield found[0], output
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def shown(browser, name):
+    """The address of the picture that a view shows."""
+    from selenium.webdriver.common.by import By
+
+    found = browser.find_elements(By.CSS_SELECTOR, f"#{name} img")
+    return found[0].get_attribute("src") if found else None
+
+
+def text_of(browser, name):
+    from selenium.webdriver.common.by import By
+
+    return " ".join(element.text for element in browser.find_elements(By.ID, name))
+
+
+def press(browser, name, label):
+    """Click on a button of a group by what stands on it."""
+    from selenium.webdriver.common.by import By
+
+    next(e for e in browser.find_elements(By.CSS_SELECTOR, f"#{name} label") if label in e.text).click()
+
+
+def upload(browser, path, name="file"):
+    from selenium.webdriver.common.by import By
+
+    wait_for(lambda: browser.find_elements(By.CSS_SELECTOR, f"#{name} input[type=file]"))  # no file lies there
+    browser.find_element(By.CSS_SELECTOR, f"#{name} input[type=file]").send_keys(str(path))

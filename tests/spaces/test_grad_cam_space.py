@@ -1,0 +1,318 @@
+import re
+import shutil
+from pathlib import Path
+
+import gradio as gr
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import HfArgumentParser, ViTConfig, ViTForImageClassification, ViTImageProcessor
+
+from hf_dl import demo
+from hf_dl.explain import grad_cam
+from hf_dl.models.norm_resnet import NormResNetConfig, NormResNetForImageClassification, image_processor
+from scripts.publish import main as publish
+
+from .pages import (
+    HOSTILE,
+    ROOT,
+    build_demo,
+    check_space,
+    load_app,
+    make_image,
+    serve,
+    shown,
+    text_of,
+    upload,
+    wait_for,
+    write_hostile,
+    write_script,
+)
+
+app = load_app("grad_cam")
+NAMES = ["cat", "dog", "a <b>bird</b>", "fish", "cow", "hen"]
+
+
+def save_model(folder):
+    torch.manual_seed(0)
+    config = NormResNetConfig(n=1, widths=[4, 8, 8], image_size=16, id2label=dict(enumerate(NAMES)))
+    NormResNetForImageClassification(config).save_pretrained(folder)
+    image_processor(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def classifier(folder):
+    return demo.load_classifier(str(folder))
+
+
+@pytest.fixture
+def explorer(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DL_MODEL", str(folder))
+    return app.Explorer(tmp_path)
+
+
+class TestExplain:
+    def test_agrees_with_grad_cam(self, classifier):
+        image = make_image((16, 16))
+        found = app.explain(classifier, image, label=3)
+        output = grad_cam(classifier.model, classifier.prepare(image), classes=3)
+        expected = demo.colour_heat(demo.resize_heat(output.maps[0].numpy(), (384, 384)))
+        assert np.array_equal(np.asarray(found.heat), expected)
+        assert found.label == "fish" and found.layers == output.layers
+        assert found.probability == pytest.approx(output.logits.softmax(-1)[0, 3].item())
+
+    def test_explains_the_predicted_class_by_itself(self, classifier):
+        found = app.explain(classifier, make_image())
+        assert found.label == found.top[0][0] and found.probability == pytest.approx(found.top[0][1])
+        assert [value for _, value in found.top] == sorted((value for _, value in found.top), reverse=True)
+        assert len(found.top) == 5
+
+    def test_the_explained_class_is_always_listed(self, classifier):
+        tops = [app.explain(classifier, make_image(), label=label).top for label in range(6)]
+        assert sorted(map(len, tops)) == [5, 5, 5, 5, 5, 6]
+        assert all(name in dict(top) for name, top in zip(NAMES, tops, strict=True))
+
+    def test_no_evidence_is_said(self, classifier):
+        found = app.explain(classifier, make_image())
+        assert "Bright: where it finds evidence" in app.tell(demo.Picture(make_image()), found)
+        found.found = False
+        assert "In these layers it finds no evidence for" in app.tell(demo.Picture(make_image()), found)
+
+    @pytest.mark.parametrize("size", [(60, 40), (16, 16), (384, 1), (1, 1)])
+    def test_pictures_have_one_size(self, classifier, size):
+        found = app.explain(classifier, make_image(size))
+        assert found.image.size == found.overlay.size == found.heat.size == (384, 384)
+
+    def test_classes_and_layers_differ(self, classifier):
+        image, layers = make_image(), app.find_layers(classifier)
+        pictures = [app.explain(classifier, image, label=label).heat.tobytes() for label in range(6)]
+        pictures += [app.explain(classifier, image, layers=chosen).heat.tobytes() for chosen in (layers[:1], layers)]
+        assert len(set(pictures)) > 4
+
+    def test_unknown_class_or_layer(self, classifier):
+        with pytest.raises(ValueError, match="from 0 to 5"):
+            app.explain(classifier, make_image(), label=6)
+        with pytest.raises(ValueError, match="is no layer of"):
+            app.explain(classifier, make_image(), layers=["nowhere"])
+
+
+class TestFindLayers:
+    def test_of_a_residual_network(self, classifier):
+        layers = app.find_layers(classifier)
+        assert layers[-1] == "norm_resnet.stages.2" and len(layers) == 8
+        assert layers[0] == "norm_resnet.stem.0"
+
+    def test_of_a_vision_transformer(self):
+        config = ViTConfig(
+            image_size=16, patch_size=4, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, num_labels=4
+        )
+        processor = ViTImageProcessor(size={"height": 16, "width": 16})
+        vit = demo.Classifier(ViTForImageClassification(config).eval(), processor, "vit")
+        layers = app.find_layers(vit)
+        assert len(layers) == 3
+        assert app.explain(vit, make_image(), layers=layers).heat.size == (384, 384)
+
+
+class TestExplorer:
+    @pytest.mark.parametrize("kind", HOSTILE)
+    def test_refuses_in_a_sentence(self, explorer, kind, tmp_path):
+        write_hostile(kind, tmp_path / "a.png")
+        with pytest.raises(gr.Error, match=HOSTILE[kind]) as caught:
+            app.event(explorer.open)(str(tmp_path / "a.png"), None, -1, [])
+        assert caught.value.print_exception is False
+
+    def test_open(self, explorer, tmp_path):
+        make_image().save(tmp_path / "a.png")
+        picture, found = explorer.open(str(tmp_path / "a.png"), None, 1, [])
+        assert picture.truth == "" and found.label == "dog"
+
+    def test_choose_knows_what_it_shows(self, explorer):
+        picture, found = explorer.choose(1, 0, None, -1, [])
+        assert picture is demo.draw_examples(0)[1] and picture.truth
+        assert f"it is a {picture.truth}" in app.tell(picture, found)
+
+    def test_load_another_model(self, explorer, tmp_path):
+        save_model(tmp_path / "other")
+        classifier, layers, picture, found = explorer.load(f" {tmp_path / 'other'} ", demo.Picture(make_image()))
+        assert classifier.name == str(tmp_path / "other") and found.layers == (layers[-1],)
+        assert str(tmp_path) not in demo.describe(classifier)
+
+    def test_an_unknown_model(self, explorer):
+        with pytest.raises(gr.Error, match="The model '/no/such/model' was not found"):
+            app.event(explorer.load)("/no/such/model", demo.Picture(make_image()))
+
+    def test_sentence(self, explorer):
+        picture = demo.Picture(make_image())
+        found = explorer.explain(picture, None, 2, [])
+        text = app.tell(picture, found)
+        assert text.startswith("### The model says ") and "<b>" not in text
+        assert re.search(r"\*\*a &#60;b&#62;bird&#60;/b&#62;\*\*, to which it gives [\d.]+%", text)
+        picture.truth = found.top[0][0]
+        assert ", which is right" in app.tell(picture, found)
+
+
+class TestPage:
+    def test_with_a_model(self, folder, tmp_path, monkeypatch):
+        monkeypatch.setenv("HF_DL_MODEL", str(folder))
+        page = build_demo(app, root=tmp_path)
+        assert page.analytics_enabled is False
+
+    def test_without_one(self, tmp_path, monkeypatch):
+        monkeypatch.delenv("HF_DL_MODEL", raising=False)
+        assert build_demo(app, root=tmp_path).analytics_enabled is False
+
+    def test_lists_of_classes_and_layers(self, classifier):
+        label, layers = app.choices(classifier, app.find_layers(classifier))
+        assert label.choices[0] == ("the predicted class", -1) and label.choices[3] == ("a <b>bird</b>", 2)
+        assert layers.value == ["norm_resnet.stages.2"] and layers.choices[-1][0] == "stages.2"
+
+
+class TestTraining:
+    def test_trains_then_shows(self, folder, tmp_path, monkeypatch):
+        monkeypatch.delenv("HF_DL_MODEL", raising=False)
+        write_script(
+            tmp_path,
+            "train_classifier.py",
+            "import shutil, sys, time, pathlib\n"
+            "folder = sys.argv[sys.argv.index('--output_dir') + 1]\n"
+            "print('step 25/100 train_loss 3 loss 0.5 val_loss 0.7 val_accuracy 0.9', file=sys.stderr, flush=True)\n"
+            "while not pathlib.Path(folder, 'go').exists(): time.sleep(0.05)\n"
+            f"shutil.copytree({str(folder)!r}, folder, dirs_exist_ok=True)\n",
+        )
+        shelf = app.Explorer(tmp_path).shelf
+        assert not shelf.ready and shelf.can_train
+        shelf.training.start()
+        try:
+            wait_for(lambda: shelf.training.progress()[0])
+            assert shelf.training.progress() == (0.25, "Step 25 of 100 · loss 0.5 · accuracy 0.9")
+            (shelf.training.folder / "go").touch()
+            wait_for(lambda: not shelf.training.running)
+        finally:
+            shelf.training.process.kill()
+        assert shelf.ready and shelf.get().names == NAMES
+
+    def test_the_real_script_takes_the_flags(self):
+        from scripts.train_classifier import Args
+
+        training = app.make_training(ROOT)
+        assert Path(training.command[1]).is_file()
+        (args,) = HfArgumentParser(Args).parse_args_into_dataclasses(training.command[2:])
+        assert args.resume and args.model == "norm_resnet" and Path(args.output_dir).parent.name == "runs"
+        text = demo.training_text(training, problem="", can_train=True, kind="an image classifier")
+        assert "scripts/run accelerate launch scripts/train_classifier.py" in text
+
+    def test_runs_of_the_script_are_found(self, folder, tmp_path, monkeypatch):
+        monkeypatch.delenv("HF_DL_MODEL", raising=False)
+        shutil.copytree(folder, tmp_path / "runs" / "norms" / "0123abcd")
+        assert app.Explorer(tmp_path).shelf.get().name == str(tmp_path / "runs" / "norms" / "0123abcd")
+
+
+def test_publish_accepts_the_space(capsys):
+    status = publish([str(ROOT / "spaces" / "grad_cam"), "user/grad-cam", "--type", "space", "--dry_run"])
+    assert status == 0, capsys.readouterr().err
+
+
+def test_requirements_and_front_matter_fit_the_project():
+    check_space("grad_cam")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In a browser
+
+
+@pytest.fixture(scope="module")
+def server(folder, tmp_path_factory):
+    with serve("grad_cam", folder, tmp_path_factory.mktemp("server")) as found:
+        yield found
+
+
+@pytest.fixture
+def address(server):
+    """The app's address; in the end it must have written no traceback."""
+    yield server[0]
+    assert "Traceback" not in server[1].read_text()
+
+
+@pytest.mark.slow
+def test_client(address, tmp_path):
+    from gradio_client import Client, handle_file
+
+    make_image().save(tmp_path / "a.png")
+    client = Client(address, verbose=False, download_files=str(tmp_path))
+    sentence, *pictures, bars = client.predict(
+        handle_file(tmp_path / "a.png"), 1, ["norm_resnet.stages.2"], api_name="/explain"
+    )
+    assert "dog" in sentence and bars.count("class='row") in (5, 6)
+    for path in pictures:
+        with Image.open(path) as picture:
+            assert picture.size == (384, 384)
+
+
+@pytest.mark.slow
+class TestBrowser:
+    def open(self, browser, address):
+        browser.get(address)
+        wait_for(lambda: shown(browser, "overlay") and "The model says" in text_of(browser, "sentence"))
+
+    def test_an_image_goes_in_and_a_map_comes_out(self, browser, address, tmp_path):
+        from selenium.webdriver.common.by import By
+
+        self.open(browser, address)
+        before = shown(browser, "overlay")
+        make_image((60, 30)).save(tmp_path / "mine.png")
+        upload(browser, tmp_path / "mine.png")
+        wait_for(lambda: shown(browser, "overlay") not in (None, before))
+        picture = browser.find_element(By.CSS_SELECTOR, "#overlay img")
+        wait_for(lambda: browser.execute_script("return arguments[0].naturalWidth", picture) == 384)
+        assert len(browser.find_elements(By.CSS_SELECTOR, "#bars .row")) == 5
+
+    def test_an_example_is_chosen(self, browser, address):
+        from selenium.webdriver.common.by import By
+
+        self.open(browser, address)
+        before = shown(browser, "overlay")
+        wait_for(lambda: len(browser.find_elements(By.CSS_SELECTOR, "#examples .thumbnail-item")) == 8)
+        browser.find_elements(By.CSS_SELECTOR, "#examples .thumbnail-item")[2].click()
+        wait_for(lambda: shown(browser, "overlay") not in (None, before))
+
+    def test_another_class(self, browser, address):
+        from selenium.webdriver.common.by import By
+
+        self.open(browser, address)
+        before = text_of(browser, "sentence")
+        predicted = re.search(r"evidence for (.+?)(?:, to|\.)", before)[1]
+        other = next(name for name in NAMES if name != predicted)
+        browser.find_element(By.CSS_SELECTOR, "#label input").click()
+        wait_for(lambda: browser.find_elements(By.CSS_SELECTOR, "#label [role=option], ul[role=listbox] li"))
+        options = browser.find_elements(By.CSS_SELECTOR, "#label [role=option], ul[role=listbox] li")
+        next(option for option in options if other in option.text).click()
+        wait_for(lambda: f"evidence for {other}, to which it gives" in text_of(browser, "sentence"))
+
+    @pytest.mark.parametrize("kind", HOSTILE)
+    def test_hostile_files_get_a_sentence(self, browser, address, kind, tmp_path):
+        self.open(browser, address)
+        before = shown(browser, "overlay")
+        write_hostile(kind, tmp_path / "a.png")
+        upload(browser, tmp_path / "a.png")
+        wait_for(lambda: HOSTILE[kind] in browser.page_source)
+        assert shown(browser, "overlay") == before
+        make_image().save(tmp_path / "good.png")
+        upload(browser, tmp_path / "good.png")  # and the page goes on
+        wait_for(lambda: shown(browser, "overlay") != before)
+
+    def test_an_unknown_model_gets_a_sentence(self, browser, address):
+        from selenium.webdriver.common.by import By
+        from selenium.webdriver.common.keys import Keys
+
+        self.open(browser, address)
+        box = browser.find_element(By.CSS_SELECTOR, "#name textarea, #name input")
+        box.send_keys("nobody/no-such-model", Keys.ENTER)
+        wait_for(lambda: "was not found: it is neither a folder" in browser.page_source)
+        assert "Traceback" not in browser.page_source
