@@ -93,6 +93,14 @@ class OutputHead(nn.Module):
         """The parameters whose gradients are sparse; `make_optimizers` gives them the optimiser they need."""
         return []
 
+    def make_buffers(self) -> dict[str, torch.Tensor]:
+        """Compute the buffers anew from what the head was made of, for who fills them where a checkpoint lacks them.
+
+        They are part of the state dict. A model's `_init_weights` copies these into them: `from_pretrained` leaves the
+        buffers of a new head on a pretrained body as it found the memory.
+        """
+        return {}
+
     def forward(
         self,
         hidden: torch.Tensor,
@@ -811,18 +819,23 @@ class TreeHead(_TreeLike):
                 "belong to tree='given'."
             )
         self.tree, self.sparse = tree, sparse
-        counts = _check_counts(class_counts, num_classes)
-        if tree == "given":
-            branches = grouped_tree(groups, counts)
-        else:
-            branches = huffman_tree(counts if tree == "huffman" else np.ones(num_classes))
-        layout = _lay_out(branches, num_classes)
-        for name, array in layout._asdict().items():
-            self.register_buffer(name, torch.from_numpy(array))
-        self._levels = _level_sizes(layout.branches)
+        self._counts = _check_counts(class_counts, num_classes)
+        self._groups = groups
+        for name, buffer in self.make_buffers().items():
+            self.register_buffer(name, buffer)
+        self._levels = _level_sizes(self.branches.numpy())
         self.weight = nn.Parameter(torch.empty(num_classes - 1, in_features))
         self.bias = nn.Parameter(torch.empty(num_classes - 1))
         self.reset_parameters()
+
+    def make_buffers(self) -> dict[str, torch.Tensor]:
+        """Compute the tree anew: `branches`, `path`, `sign`, `offset`, `scan`, `slot`."""
+        if self.tree == "given":
+            branches = grouped_tree(self._groups, self._counts)
+        else:
+            branches = huffman_tree(self._counts if self.tree == "huffman" else np.ones(self.num_classes))
+        layout = _lay_out(branches, self.num_classes)
+        return {name: torch.from_numpy(array) for name, array in layout._asdict().items()}
 
     def reset_parameters(self) -> None:
         """Draw new weights, uniform within 1 / sqrt(dim), as nn.Linear does."""
@@ -1008,20 +1021,24 @@ class TwoLevelHead(_TreeLike):
         else:
             _check_groups(groups, num_classes)
             groups = [list(_members(group if isinstance(group, (list, tuple)) else [group]))[::-1] for group in groups]
-        self.sparse = sparse
-        widest = max(map(len, groups))
-        members = np.full((len(groups), widest), -1, dtype=np.int32)
-        slot = np.empty(num_classes, dtype=np.int32)
-        for number, group in enumerate(groups):
-            members[number, : len(group)] = group
-            slot[list(group)] = number * widest + np.arange(len(group))
-        self.register_buffer("members", torch.from_numpy(members))  # (groups, most classes), -1 where there is none
-        self.register_buffer("slot", torch.from_numpy(slot))  # (classes,), the place of each class in members
+        self.sparse, self._groups = sparse, groups
+        for name, buffer in self.make_buffers().items():
+            self.register_buffer(name, buffer)
         self.group_weight = nn.Parameter(torch.empty(len(groups), in_features))
         self.group_bias = nn.Parameter(torch.empty(len(groups)))
         self.weight = nn.Parameter(torch.empty(num_classes, in_features))
         self.bias = nn.Parameter(torch.empty(num_classes))
         self.reset_parameters()
+
+    def make_buffers(self) -> dict[str, torch.Tensor]:
+        """Compute `members` (groups, most classes), -1 where there is none, and the place of each class in it, `slot`."""
+        widest = max(map(len, self._groups))
+        members = np.full((len(self._groups), widest), -1, dtype=np.int32)
+        slot = np.empty(self.num_classes, dtype=np.int32)
+        for number, group in enumerate(self._groups):
+            members[number, : len(group)] = group
+            slot[list(group)] = number * widest + np.arange(len(group))
+        return {"members": torch.from_numpy(members), "slot": torch.from_numpy(slot)}
 
     def reset_parameters(self) -> None:
         """Draw new weights, uniform within 1 / sqrt(dim), as nn.Linear does."""
@@ -1235,9 +1252,9 @@ class AdaptiveHead(OutputHead):
             )
         self.cutoffs, self.div_value = cutoffs, div_value
         edges = [*cutoffs, num_classes]
-        order = np.argsort(-counts, kind="stable")
-        self.register_buffer("order", torch.from_numpy(order))  # (classes,): the class of each rank, int64
-        self.register_buffer("rank", torch.from_numpy(np.argsort(order, kind="stable")))  # and the rank of each class
+        self._counts = counts
+        for name, buffer in self.make_buffers().items():
+            self.register_buffer(name, buffer)
         self.head = nn.Linear(in_features, edges[0] + len(cutoffs), bias=head_bias)
         self.tail = nn.ModuleList()
         for i, (first, last) in enumerate(itertools.pairwise(edges)):
@@ -1252,6 +1269,11 @@ class AdaptiveHead(OutputHead):
                 )
             projection = nn.Linear(in_features, channels, bias=False)
             self.tail.append(nn.Sequential(projection, nn.Linear(channels, last - first, bias=False)))
+
+    def make_buffers(self) -> dict[str, torch.Tensor]:
+        """Compute `order`, the class of each rank, and `rank`, the rank of each class, int64 (classes,)."""
+        order = np.argsort(-self._counts, kind="stable")
+        return {"order": torch.from_numpy(order), "rank": torch.from_numpy(np.argsort(order, kind="stable"))}
 
     def reset_parameters(self) -> None:
         """Draw new weights, uniform within 1 / sqrt(fan in), as nn.Linear does."""
