@@ -177,7 +177,7 @@ class OutputHead(nn.Module):
         return Prediction(*(values.view(*hidden.shape[:-1], k) for values in found))
 
     def _predict(self, hidden: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._log_prob(hidden).topk(k, dim=1)
+        return _best(self._log_prob(hidden), k)
 
     def _losses(
         self, hidden: torch.Tensor, labels: torch.Tensor, temperature: float, generator: torch.Generator | None
@@ -210,7 +210,7 @@ class OutputHead(nn.Module):
                     f"hidden looks like {kind}: its rows are not negative and sum to 1. {type(self).__name__} takes "
                     "hidden states and has an output layer of its own; with probabilities it stays near chance. "
                     "Remove the softmax, and the linear layer before it.",
-                    stacklevel=4,
+                    stacklevel=6,  # the caller of the module
                 )
                 self._looks = 0
                 return
@@ -244,6 +244,11 @@ class OutputHead(nn.Module):
 def _wide(values: torch.Tensor) -> torch.Tensor:
     """Logarithms and exponentials want float32 at least."""
     return values if values.dtype == torch.float64 else values.float()
+
+
+def _best(values: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k largest of each row and where they are; looking for one is the faster for not being topk."""
+    return values.max(1, keepdim=True) if k == 1 else values.topk(k, dim=1)
 
 
 def _uniform_(parameter: nn.Parameter, fan_in: int) -> None:
@@ -296,6 +301,11 @@ class SoftmaxHead(OutputHead):
 
     def _log_prob(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.scores(hidden).log_softmax(1)
+
+    def _predict(self, hidden: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        scores = self.scores(hidden)
+        values, classes = _best(scores, k)
+        return values - scores.logsumexp(1, keepdim=True), classes
 
 
 def gumbel_noise(like: torch.Tensor, *, generator: torch.Generator | None = None) -> torch.Tensor:
@@ -1031,7 +1041,7 @@ class TwoLevelHead(_TreeLike):
         self.reset_parameters()
 
     def make_buffers(self) -> dict[str, torch.Tensor]:
-        """Compute `members` (groups, most classes), -1 where there is none, and the place of each class in it, `slot`."""
+        """Compute `members` (groups, most classes), -1 where there is none, and the place of each class, `slot`."""
         widest = max(map(len, self._groups))
         members = np.full((len(self._groups), widest), -1, dtype=np.int32)
         slot = np.empty(self.num_classes, dtype=np.int32)
@@ -1319,23 +1329,22 @@ class AdaptiveHead(OutputHead):
         return torch.cat(parts, dim=1).index_select(1, self.rank)
 
     def _predict(self, hidden: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.num_classes <= _SCAN:
-            return super()._predict(hidden, k)
         # A class of a tail is at most as probable as the tail: only tails above the k-th best so far are looked at.
         head = _wide(self.head(hidden)).log_softmax(1)
         shortlist = head.shape[1] - len(self.cutoffs)
         known = min(k, shortlist)
-        best = F.pad(head[:, :shortlist].topk(known, dim=1)[0], (0, k - known), value=-math.inf)
-        ranks = F.pad(head[:, :shortlist].topk(known, dim=1)[1], (0, k - known))
+        best, ranks = _best(head[:, :shortlist], known)
+        best, ranks = F.pad(best, (0, k - known), value=-math.inf), F.pad(ranks, (0, k - known))
         for i, (first, (projection, output)) in enumerate(zip(self.cutoffs, self.tail, strict=True)):
             of_tail = head[:, shortlist + i]
             rows = (of_tail > best[:, -1]).nonzero().squeeze(1)
             if not len(rows):
                 continue
             inside = _wide(output(projection(hidden[rows]))).log_softmax(1) + of_tail[rows, None]
-            values, at = torch.cat([best[rows], inside], dim=1).topk(k, dim=1)
-            numbers = torch.where(at < k, ranks[rows].gather(1, at.clamp(max=k - 1)), at - k + first)
-            best[rows], ranks[rows] = values, numbers
+            values, at = _best(inside, min(k, inside.shape[1]))
+            values, numbers = torch.cat([best[rows], values], dim=1), torch.cat([ranks[rows], at + first], dim=1)
+            best[rows], at = values.topk(k, dim=1)
+            ranks[rows] = numbers.gather(1, at)
         return best, self.order[ranks]
 
 

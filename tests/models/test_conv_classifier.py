@@ -31,6 +31,7 @@ class TestSoftmax(ModelContract):
     model_class = ConvClassifierForImageClassification
     processor_class = ViTImageProcessor
     auto_classes = ("AutoModelForImageClassification",)
+    test_loads_in_a_fresh_process_without_the_package = None  # no other code than below
     head = "softmax"
     overfit_steps = 100
     overfit_learning_rate = 1e-2
@@ -45,23 +46,20 @@ class TestSoftmax(ModelContract):
 
 
 class TestGumbel(TestSoftmax):
-    test_loads_in_a_fresh_process_without_the_package = None  # no other code than above
     head = "gumbel"
     overfit_ratio = 0.3  # the noise is not learned
 
 
 class TestHierarchical(TestSoftmax):
-    test_loads_in_a_fresh_process_without_the_package = None
+    test_loads_in_a_fresh_process_without_the_package = ModelContract.test_loads_in_a_fresh_process_without_the_package
     head = "hierarchical"
 
 
 class TestTwoLevel(TestSoftmax):
-    test_loads_in_a_fresh_process_without_the_package = None
     head = "two_level"
 
 
 class TestAdaptiveWithBatchNorm(TestSoftmax):
-    test_loads_in_a_fresh_process_without_the_package = None
     head = "adaptive"
 
     def config(self):
