@@ -33,7 +33,7 @@ class TestSoftmax(ModelContract):
     auto_classes = ("AutoModelForImageClassification",)
     test_loads_in_a_fresh_process_without_the_package = None  # no other code than below
     head = "softmax"
-    overfit_steps = 100
+    overfit_steps = 60
     overfit_learning_rate = 1e-2
 
     def config(self):

@@ -44,6 +44,7 @@ class TestForImageClassification(ModelContract):
 class TestWithGumbelSoftmax(TestForImageClassification):
     test_loads_in_a_fresh_process_without_the_package = None  # no other code than above
     overfit_learning_rate = 1e-2
+    overfit_steps = 80
 
     def config(self):
         return SmallViTConfig(**TINY, num_labels=3, head="gumbel")
