@@ -26,9 +26,9 @@ class Args(slots.SlotData, TrainingArgs):
     num_slots: int = field(default=5, metadata={"help": "Slots K: most objects, and one for the background."})
     num_iterations: int = field(default=3, metadata={"help": "Iterations T of slot attention."})
     area_penalty: float = field(default=6e-3, metadata={"help": "Price that all masks but the largest rise to."})
-    binding_step: int = field(default=800, metadata={"help": "Step at which slots must have bound; 0: no check."})
+    binding_step: int = field(default=500, metadata={"help": "Step at which slots must have bound; 0: no check."})
     max_restarts: int = field(default=3, metadata={"help": "Fresh starts after slots that did not bind."})
-    max_steps: int = 4500
+    max_steps: int = 4200
     batch_size: int = 16
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"
     learning_rate: float = 2e-3
