@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         output = run.model(slots.to_pixel_values(batch["image"], run.device), generator=run.generator)
         # Several slots paint the ground as well as one. Once they have bound, all but the largest mask cost a little.
         rest = 1 - output.masks.mean(dim=(2, 3)).amax(dim=1).mean()
-        weight = args.area_penalty * min(1.0, max(0.0, (run.progress - 0.4) / 0.2))
+        weight = args.area_penalty * min(1.0, max(0.0, (run.progress - 0.25) / 0.2))
         run.step(output.loss + weight * rest, mse=output.loss)
         if run.due(args.eval_every) or run.due(args.binding_step):
             with run.averaged():
