@@ -1,7 +1,7 @@
-"""Train an image classifier, by default a residual network of 14 layers on scenes of one object each.
+r"""Train an image classifier, by default a residual network of 14 layers on scenes of one object each.
 
 scripts/run accelerate launch scripts/train_classifier.py
-scripts/run accelerate launch scripts/train_classifier.py --model small_vit --image_size 64 --optimizer adamw \\
+scripts/run accelerate launch scripts/train_classifier.py --model small_vit --image_size 64 --optimizer adamw \
     --learning_rate 1e-3 --epochs 30
 scripts/run accelerate launch scripts/train_classifier.py --model conv_classifier --head hierarchical --tree superclass
 
