@@ -26,9 +26,9 @@ class Args(slots.SlotData, TrainingArgs):
     num_slots: int = field(default=5, metadata={"help": "Slots K: most objects, and one for the background."})
     num_iterations: int = field(default=3, metadata={"help": "Iterations T of slot attention."})
     area_penalty: float = field(default=6e-3, metadata={"help": "Price that all masks but the largest rise to."})
-    binding_step: int = field(default=500, metadata={"help": "Step at which slots must have bound; 0: no check."})
+    binding_step: int = field(default=800, metadata={"help": "Step at which slots must have bound; 0: no check."})
     max_restarts: int = field(default=3, metadata={"help": "Fresh starts after slots that did not bind."})
-    max_steps: int = 4200
+    max_steps: int = 5000
     batch_size: int = 16
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"
     learning_rate: float = 2e-3
@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         output = run.model(slots.to_pixel_values(batch["image"], run.device), generator=run.generator)
         # Several slots paint the ground as well as one. Once they have bound, all but the largest mask cost a little.
         rest = 1 - output.masks.mean(dim=(2, 3)).amax(dim=1).mean()
-        weight = args.area_penalty * min(1.0, max(0.0, (run.progress - 0.25) / 0.2))
+        weight = args.area_penalty * min(1.0, max(0.0, (run.progress - 0.4) / 0.2))
         run.step(output.loss + weight * rest, mse=output.loss)
         if run.due(args.eval_every) or run.due(args.binding_step):
             with run.averaged():
