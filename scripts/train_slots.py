@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         rest = 1 - output.masks.mean(dim=(2, 3)).amax(dim=1).mean()
         weight = args.area_penalty * min(1.0, max(0.0, (run.progress - 0.4) / 0.2))
         run.step(output.loss + weight * rest, mse=output.loss)
-        if run.due(args.eval_every) or run.due(args.binding_step):
+        if run.due(args.eval_every) or (run.due(args.binding_step) and run.steps == args.binding_step):
             with run.averaged():
                 scores, masks = slots.evaluate(run.model, validation_batches, gather=run.gather)
             run.log(**{f"val_{name}": scores[name] for name in slots.WATCHED})

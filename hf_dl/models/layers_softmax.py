@@ -31,6 +31,7 @@ What differs from them: the heads compute in float32 or wider also under autocas
 everywhere in transformers; adaptive softmax sorts the classes by frequency itself.
 """
 
+import abc
 import heapq
 import inspect
 import itertools
@@ -63,7 +64,7 @@ class Prediction(NamedTuple):
     classes: torch.Tensor
 
 
-class OutputHead(nn.Module):
+class OutputHead(nn.Module, abc.ABC):
     """What the output layers share: checks, leading dimensions, precision and reduction.
 
     A subclass has `_losses(hidden, labels, temperature, generator)` (batch,) and `_log_prob(hidden)` (batch, classes),
@@ -179,13 +180,13 @@ class OutputHead(nn.Module):
     def _predict(self, hidden: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
         return _best(self._log_prob(hidden), k)
 
+    @abc.abstractmethod
     def _losses(
         self, hidden: torch.Tensor, labels: torch.Tensor, temperature: float, generator: torch.Generator | None
-    ) -> torch.Tensor:
-        raise NotImplementedError
+    ) -> torch.Tensor: ...
 
-    def _log_prob(self, hidden: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def _log_prob(self, hidden: torch.Tensor) -> torch.Tensor: ...
 
     def _flat(self, hidden: torch.Tensor) -> torch.Tensor:
         if hidden.ndim < 2 or hidden.shape[-1] != self.in_features or not hidden.is_floating_point():
