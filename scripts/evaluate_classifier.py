@@ -325,7 +325,7 @@ def watch(run: Any, loaders: dict[str, Iterable[dict]], processor: Any) -> dict[
 
 
 def conclude(run: Any, loaders: dict[str, Iterable[dict]], names: Sequence[str], processor: Any) -> dict[str, float]:
-    """Score the best weights on several sets of images, and write what the last of these says of each class."""
+    """Score the best weights on several sets of images, write what the last of these says of each class, and end."""
     if run.args.monitor:
         run.load_best()
     metrics = {}
@@ -334,7 +334,21 @@ def conclude(run: Any, loaders: dict[str, Iterable[dict]], names: Sequence[str],
         metrics |= {f"{split}_{name}": value for name, value in scores.items()}
     if run.is_main:
         write_classes(confusion, names, run.folder)
-    return metrics
+    return run.finish(metrics, confusion=plain_confusion(confusion, names))
+
+
+def plain_confusion(confusion: torch.Tensor, names: Sequence[str]) -> dict[str, Any]:
+    """Give a confusion matrix for results.json: `classes`, `counts`, and the sizes of `groups` of neighbours.
+
+    Classes that are alike stand together where it is known which those are, or in their own order in one group.
+    """
+    try:
+        groups = images.superclasses(names)
+    except ValueError:
+        groups = [list(range(len(names)))]
+    order = [label for group in groups for label in group]
+    counts = confusion[order][:, order].tolist()
+    return {"classes": [names[label] for label in order], "groups": [len(group) for group in groups], "counts": counts}
 
 
 def draw_confusion(confusion: torch.Tensor, names: Sequence[str], path: Path) -> Path:

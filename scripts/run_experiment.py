@@ -26,7 +26,7 @@ from typing import Any
 
 from hf_dl.reporting.card import experiment_card
 from hf_dl.reporting.experiment import Cell, Experiment, collect, read_experiment, read_report, write_report
-from hf_dl.reporting.plots import plot_curves, plot_table
+from hf_dl.reporting.plots import plot_confusion, plot_curves, plot_table
 from hf_dl.reporting.tables import results_table
 
 LAUNCH = (sys.executable, "-m", "accelerate.commands.launch")
@@ -170,7 +170,9 @@ def write_everything(experiment: Experiment, runs: Path, folder: Path) -> dict[s
     write_report(report, path)
     figures = [plot_table(report, path.with_suffix(".svg"))]
     figures.append(plot_curves(report, folder / f"{experiment.name}_curves.svg"))
+    figures.append(plot_confusion(report, folder / f"{experiment.name}_confusion.png"))
     names = [figure.name for figure in figures if figure]
+    names += [figure for figure in experiment.figures if (folder / figure).is_file()]
     card = path.with_suffix(".md")
     experiment_card(report, figures=names).save(card)
     print(f"\n{table}\n\nWritten: {', '.join(str(each) for each in (card, path, *filter(None, figures)))}")

@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         if run.evaluation_due:
             run.log(**classifiers.watch(run, {"val": batches["val"]}, processor))
 
-    return run.finish(classifiers.conclude(run, batches, train.names, processor))
+    return classifiers.conclude(run, batches, train.names, processor)
 
 
 if __name__ == "__main__":

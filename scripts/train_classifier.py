@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         if run.evaluation_due:
             run.log(**classifiers.watch(run, {"train": some, "val": batches["val"]}, processor))
 
-    metrics = run.finish(classifiers.conclude(run, batches, train.names, processor))
+    metrics = classifiers.conclude(run, batches, train.names, processor)
     if run.is_main:
         classifiers.write_report(run.folder, args.model)
     return metrics

@@ -16,7 +16,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .experiment import portable, read_results
-from .tables import groups, label, results_table, shown_flags
+from .tables import claims_table, groups, label, results_table, shown_flags, value_label
 
 TEMPLATE = Path(__file__).with_name("card.md")
 LICENSE = "apache-2.0"
@@ -384,6 +384,8 @@ def experiment_card(report: Mapping[str, Any], *, figures: Sequence[str] = (), l
         question=report["question"],
         expect=report["expect"],
         results=results_table(report),
+        claims=claims_table(report),
+        notes="\n".join(f"- **{value_label(report, key)}**: {text}" for key, text in report["notes"].items()),
         figures=[{"file": figure, "alt": Path(figure).stem.replace("_", " ")} for figure in figures],
         training="\n".join(f"- {fact}" for fact in _experiment_facts(finished)) or "No run has finished.",
         settings=_rows(["flag", "values"], flags),

@@ -11,7 +11,16 @@ fixed = { source = "synthetic", max_steps = 2000 }
 grid = { norm = ["batch", "group"], batch_size = [8, 128] }
 table = { rows = "norm", columns = "batch_size", value = "test_accuracy", baseline = 0.04 }
 curves = ["loss", "val_loss"]                # optional: the curves; by default loss, val_loss and the values
-labels = { test_accuracy = "test accuracy" } # optional: how keys are written in tables and figures
+labels = { test_accuracy = "test accuracy" } # optional: how keys and texts are written in tables and figures
+notes = { batch = "torch's default" }        # optional: what to know of a value of the table's first flag
+figures = ["speed.svg"]                      # optional: further figures that lie beside the card
+
+[[claims]]                                   # optional: what `expect` says, in a form that the card can check:
+says = "group is level with batch or ahead at batch size 8"
+metric = "test_accuracy"
+of = { norm = "group", batch_size = 8 }      # the mean of this setting,
+over = { norm = "batch", batch_size = 8 }    # less that of this one, or less a number; less nothing by default,
+at_least = -0.01                             # is at least this; or at_most, or both
 ```
 
 A cell is one point of the grid with one seed; its folder is named by a hash of the script and its flags, so a changed
@@ -29,11 +38,13 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 RESULT_KEYS = ("script", "args", "metrics")
+MATRICES = "confusion"  # the key under which results.json may hold a confusion matrix
 REPORTED_KEYS = (
     "script", "args", "metrics", "seed", "steps", "restarts", "seconds", "num_parameters", "model_class", "device",
     "num_processes", "mixed_precision", "commit", "dirty", "versions", "date",
 )  # fmt: skip
 RESERVED_FLAGS = ("seed", "output_dir")
+OPTIONAL_KEYS = ("fixed", "grid", "curves", "labels", "notes", "figures", "claims")
 
 
 @dataclass(frozen=True)
@@ -51,6 +62,27 @@ class Table:
     value: tuple[str, ...]
     columns: str | None = None
     baseline: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What is expected of an experiment: a bound on the mean of a metric in one setting, or on that of a difference.
+
+    Args:
+        says: The expectation in words.
+        metric: A metric of results.json, or "seconds" or "num_parameters".
+        of: The setting: a value for each flag that the table shows.
+        over: What is taken off: the mean of another setting, or a number.
+        at_least: The least value that agrees.
+        at_most: The greatest.
+    """
+
+    says: str
+    metric: str
+    of: dict[str, Any]
+    over: dict[str, Any] | float = 0.0
+    at_least: float | None = None
+    at_most: float | None = None
 
 
 @dataclass(frozen=True)
@@ -94,6 +126,9 @@ class Experiment:
     grid: dict[str, list[Any]] = field(default_factory=dict)
     curves: tuple[str, ...] = ()
     labels: dict[str, str] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
+    figures: tuple[str, ...] = ()
+    claims: tuple[Claim, ...] = ()
 
     def cells(self, root: str | Path = "runs") -> list[Cell]:
         """List every cell: the product of the grid, and each seed of each point.
@@ -166,6 +201,34 @@ def _read_table(given: Any, grid: Mapping[str, Any], where: str) -> Table:
     return Table(rows=rows, value=value, columns=columns, baseline=baseline)
 
 
+def _read_claims(given: Any, grid: Mapping[str, Any], shown: Sequence[str], where: str) -> tuple[Claim, ...]:
+    if not isinstance(given, list) or not all(isinstance(claim, dict) for claim in given):
+        raise ValueError(f"{where}: claims={given!r} is not a list of tables; write [[claims]] above each.")
+    for number, claim in enumerate(given, start=1):
+        place = f"{where}: claim {number}"
+        _expect_keys(claim, required=("says", "metric", "of"), optional=("over", "at_least", "at_most"), where=place)
+        for key in ("says", "metric"):
+            if not isinstance(claim[key], str) or not claim[key].strip():
+                raise ValueError(f"{place}: {key}={claim[key]!r} is empty or not a text.")
+        bounds = [claim[key] for key in ("at_least", "at_most") if key in claim]
+        if not bounds or any(isinstance(bound, bool) or not isinstance(bound, (int, float)) for bound in bounds):
+            raise ValueError(f"{place} needs a number as at_least or at_most, or both.")
+        over = claim.get("over", 0.0)
+        for key, setting in (("of", claim["of"]), ("over", over)):
+            if key == "over" and isinstance(setting, (int, float)) and not isinstance(setting, bool):
+                continue
+            if (
+                not isinstance(setting, dict)
+                or set(setting) != set(shown)
+                or any(value not in grid[name] for name, value in setting.items())
+            ):
+                raise ValueError(
+                    f"{place}: {key}={setting!r} is no setting of the table; give {' and '.join(shown)} a value of "
+                    "the grid."
+                )
+    return tuple(Claim(**claim) for claim in given)
+
+
 def read_experiment(path: str | Path) -> Experiment:
     """Read an experiment file, and refuse what cannot be meant.
 
@@ -193,7 +256,7 @@ def read_experiment(path: str | Path) -> Experiment:
         raise ValueError(f"{path.name} is not valid TOML: {error}.") from error
     where = path.name
     required = ("script", "question", "expect", "seeds", "table")
-    _expect_keys(given, required=required, optional=("fixed", "grid", "curves", "labels"), where=where)
+    _expect_keys(given, required=required, optional=OPTIONAL_KEYS, where=where)
     for key in ("script", "question", "expect"):
         if not isinstance(given[key], str) or not given[key].strip():
             raise ValueError(f"{where}: {key}={given[key]!r} is empty or not a text; write a sentence in quotes.")
@@ -219,16 +282,26 @@ def read_experiment(path: str | Path) -> Experiment:
             raise ValueError(f"{where}: grid.{name}={values!r} has a value twice; remove one.")
         if name in fixed:
             raise ValueError(f"{where}: {name!r} is both fixed and in the grid; keep one of them.")
-    labels = given.get("labels", {})
-    if not isinstance(labels, dict) or not all(isinstance(label, str) for label in labels.values()):
-        raise ValueError(f"{where}: labels={labels!r} is not a table from keys to texts.")
+    labels, notes = given.get("labels", {}), given.get("notes", {})
+    for key, texts in (("labels", labels), ("notes", notes)):
+        if not isinstance(texts, dict) or not all(isinstance(text, str) for text in texts.values()):
+            raise ValueError(f"{where}: {key}={texts!r} is not a table from keys to texts.")
     table = _read_table(given["table"], grid, where)
+    known = [str(value) for value in grid[table.rows[0]]]
+    unknown = [name for name in notes if name not in known]
+    if unknown:
+        raise ValueError(
+            f"{where}: notes speak of {unknown[0]!r}, which is no value of {table.rows[0]!r}; it has {known}."
+        )
+    shown = table.rows if table.columns is None else (*table.rows, table.columns)
     curves = ("loss", "val_loss", *table.value)
     if "curves" in given:
         curves = _names(given["curves"], f"{where}: curves")
     return Experiment(
         name=path.stem, script=given["script"], question=given["question"], expect=given["expect"],
         seeds=tuple(seeds), table=table, fixed=fixed, grid=grid, curves=tuple(dict.fromkeys(curves)), labels=labels,
+        notes=notes, figures=_names(given["figures"], f"{where}: figures") if "figures" in given else (),
+        claims=_read_claims(given.get("claims", []), grid, shown, where),
     )  # fmt: skip
 
 
@@ -350,7 +423,8 @@ def collect(
 
     Returns:
         The experiment's own fields and `cells`: for each its id, flags, status ("finished", "failed" or "missing"),
-        what results.json says, and its thinned curves. Absolute paths are cut to their last part.
+        what results.json says, and its thinned curves; a confusion matrix for the first seed alone, as it is large.
+        Absolute paths are cut to their last part.
     """
     known = {cell["id"]: cell for cell in (previous or {}).get("cells", []) if cell["status"] == "finished"}
     cells = []
@@ -361,6 +435,8 @@ def collect(
             entry |= {"status": "finished"} | {key: results[key] for key in REPORTED_KEYS if key in results}
             entry["args"] = {key: value for key, value in results["args"].items() if key != "output_dir"}
             entry["curves"] = read_curves(cell.folder, experiment.curves)
+            if MATRICES in results and cell.flags["seed"] == experiment.seeds[0]:
+                entry[MATRICES] = results[MATRICES]
         elif cell.id in known:
             entry = dict(known[cell.id])
         elif cell.failure_file.is_file():

@@ -1,4 +1,4 @@
-"""Figures of runs and experiments: learning curves, and the table as a picture.
+"""Figures of runs and experiments: learning curves, the table as a picture, and confusion matrices.
 
 They are drawn with matplotlib's objects, never with pyplot, so that no global state is touched and threads may draw;
 the same numbers give the same bytes of SVG. Colours are those of Okabe and Ito, which people with the common forms
@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from .experiment import read_curves
-from .tables import groups, label, shown_flags
+from .experiment import MATRICES, read_curves
+from .tables import groups, label, shown_flags, value_label
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#595959")
 LINES = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1, 1, 1)))
@@ -186,7 +187,7 @@ def _styles(report: Mapping[str, Any]) -> tuple[list[tuple[int, int]] | None, li
 def _flag_labels(report: Mapping[str, Any], names: Sequence[str], values: Sequence[Any]) -> str:
     # A word speaks for itself ("batch"); a number needs its name ("K = 5").
     return ", ".join(
-        value if isinstance(value, str) else f"{label(report, name)} = {json.dumps(value)}"
+        value_label(report, value) if isinstance(value, str) else f"{label(report, name)} = {json.dumps(value)}"
         for name, value in zip(names, values, strict=True)
     )
 
@@ -281,6 +282,51 @@ def plot_table(report: Mapping[str, Any], path: str | Path) -> Path | None:
             ]
             names = [_flag_labels(report, colour_flags, [value]) for value in values]
             figure.legend(handles, names, loc="outside lower center", ncols=min(inner, 6), handletextpad=0.2)
+        return _save(figure, path)
+
+
+def plot_confusion(report: Mapping[str, Any], path: str | Path) -> Path | None:
+    """Draw the confusion matrix of each setting of an experiment, of its first seed, side by side.
+
+    A cell is a part of its row, the true class; the scale is that of square roots, so that rare mistakes are seen.
+    Lines part the groups of classes that are alike, where the results name them.
+
+    Args:
+        report: The report of an experiment.
+        path: The figure to write; .png is the smaller for many classes.
+
+    Returns:
+        The path, or None where no cell has a confusion matrix.
+    """
+    panels = {
+        _flag_labels(report, shown_flags(report), group.key): cell[MATRICES]
+        for group in groups(report)
+        for cell in group.finished
+        if MATRICES in cell
+    }
+    if not panels:
+        return None
+    columns = min(len(panels), 4)
+    rows = math.ceil(len(panels) / columns)
+    with rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 0.4 + rows * (WIDTH / columns + 0.15)), layout="constrained")
+        grid = figure.subplots(rows, columns, squeeze=False).ravel()
+        for axes, (title, matrix) in zip(grid, panels.items(), strict=False):
+            counts = np.asarray(matrix["counts"], dtype=float)
+            shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+            picture = axes.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, 0, 1), interpolation="nearest")
+            for edge in np.cumsum(matrix.get("groups", []))[:-1] - 0.5:
+                axes.axhline(edge, color="#cccccc", linewidth=0.3)
+                axes.axvline(edge, color="#cccccc", linewidth=0.3)
+            axes.set_title(title)
+            axes.grid(visible=False)
+            axes.set_xticks([])
+            axes.set_yticks([])
+        for axes in grid[len(panels) :]:
+            axes.set_visible(False)
+        grid[0].set_ylabel("true class")
+        grid[0].set_xlabel("predicted class")
+        figure.colorbar(picture, ax=list(grid), shrink=0.6, aspect=30, label="part of the true class")
         return _save(figure, path)
 
 

@@ -94,6 +94,13 @@ def label(report: Mapping[str, Any], key: str) -> str:
     return report["labels"].get(key, key.replace("_", " "))
 
 
+def value_label(report: Mapping[str, Any], value: Any) -> str:
+    """Return how a value of a flag is written in tables and figures: a text as the experiment says."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return report["labels"].get(value, value) if isinstance(value, str) else str(value)
+
+
 def decimals_for(values: Sequence[Sequence[float]]) -> int:
     """Choose the decimals of a column, so that its numbers line up and say no more than is known.
 
@@ -152,8 +159,8 @@ def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]], keys: int) -
     return "\n".join([lines[0], rule + "|", *lines[1:]])
 
 
-def _text(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value).replace("|", "\\|")
+def _text(text: str) -> str:
+    return text.replace("|", "\\|")
 
 
 def results_table(report: Mapping[str, Any]) -> str:
@@ -182,7 +189,7 @@ def results_table(report: Mapping[str, Any]) -> str:
         counted = {"restarts": lambda group: group.restarts, "failed": lambda group: group.failed}
         counted = {name: count for name, count in counted.items() if any(map(count, everything))}
         body = [
-            [*map(_text, group.key)]
+            [_text(value_label(report, value)) for value in group.key]
             + [_entry(group, metric, decimals[metric], say_n=False) for metric in metrics]
             + [str(len(group.finished))]
             + [str(count(group)) for count in counted.values()]
@@ -199,13 +206,55 @@ def results_table(report: Mapping[str, Any]) -> str:
             for start in range(0, len(everything), len(values)):
                 row = everything[start : start + len(values)]
                 entries = [_entry(group, metric, decimals[metric], say_n=True) for group in row]
-                body.append([*map(_text, row[0].key[: len(rows)]), *entries])
+                keys = [_text(value_label(report, value)) for value in row[0].key[: len(rows)]]
+                body.append([*keys, *entries])
             if metric in baseline:
                 body.append([*chance_labels, *[chance[metric]] * len(values)])
-            header = [*row_labels, *(f"{label(report, columns)} = {_text(value)}" for value in values)]
+            header = [
+                *row_labels,
+                *(f"{label(report, columns)} = {_text(value_label(report, value))}" for value in values),
+            ]
             title = f"**{label(report, metric)}**\n\n" if len(metrics) > 1 else ""
             tables.append(title + _markdown(header, body, keys=len(rows)))
     return "\n\n".join([*tables, _caption(report, everything)])
+
+
+def claims_table(report: Mapping[str, Any]) -> str:
+    """Write as markdown what was expected of an experiment, what was measured, and whether the two agree.
+
+    Args:
+        report: The report of an experiment, from `collect` or `read_report`.
+
+    Returns:
+        A row a claim: the mean over the seeds (of the differences, where two settings are compared) with the bounds;
+        "" where the experiment claims nothing.
+
+    Raises:
+        ValueError: If a metric is not among those of a finished cell.
+    """
+    by_setting = {group.key: group for group in groups(report)}
+    shown = shown_flags(report)
+    rows = []
+    for claim in report["claims"]:
+
+        def by_seed(setting: Mapping[str, Any], metric: str = claim["metric"]) -> dict[int, float]:
+            group = by_setting[tuple(setting[name] for name in shown)]
+            seeds = [cell["flags"]["seed"] for cell in group.finished]
+            return dict(zip(seeds, group.values(metric), strict=True))
+
+        found, low, high = by_seed(claim["of"]), claim["at_least"], claim["at_most"]
+        compared = isinstance(claim["over"], dict)
+        other = by_seed(claim["over"]) if compared else dict.fromkeys(found, claim["over"])
+        values = [found[seed] - other[seed] for seed in found if seed in other]
+        bounds = [f"{sign} {bound:g}" for sign, bound in (("≥", low), ("≤", high)) if bound is not None]
+        what = label(report, claim["metric"]) + (", difference" if compared or claim["over"] else "")
+        measured, agrees = "missing", ""
+        if values:
+            mean = float(np.mean(values))
+            measured = mean_and_deviation(values, decimals_for([values]))
+            agrees = "yes" if (low is None or mean >= low) and (high is None or mean <= high) else "**no**"
+        rows.append([_text(claim["says"]), what, " and ".join(bounds), measured, agrees])
+    return _markdown(["expected", "of", "bound", "measured", "agrees"], rows, keys=3) if rows else ""
 
 
 def _caption(report: Mapping[str, Any], everything: Sequence[Group]) -> str:

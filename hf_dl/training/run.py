@@ -585,11 +585,12 @@ class TrainingRun:
 
         checkpoint.replace_folder(folder, write)
 
-    def finish(self, metrics: dict[str, float] | None = None) -> dict[str, float]:
+    def finish(self, metrics: dict[str, float] | None = None, **more: Any) -> dict[str, float]:
         """Save the model (averaged weights where asked), its processor and results.json into the run's folder.
 
         Args:
             metrics: The final scores.
+            **more: What results.json shall hold besides, such as a confusion matrix: anything that JSON can.
 
         Returns:
             The scores as floats.
@@ -609,7 +610,7 @@ class TrainingRun:
                     os.replace(path, self.folder / path.name)
                 final.rmdir()
                 aside = self.folder / ".results.json"
-                checkpoint.write_file(aside, (json.dumps(self._results(metrics), indent=2) + "\n").encode())
+                checkpoint.write_file(aside, (json.dumps(self._results(metrics) | more, indent=2) + "\n").encode())
                 os.replace(aside, self.folder / "results.json")
         except (OSError, SafetensorError) as error:
             raise OSError(

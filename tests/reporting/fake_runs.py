@@ -16,6 +16,30 @@ table = { rows = ["width", "norm"], value = ["val_accuracy", "val_loss"], baseli
 labels = { val_accuracy = "accuracy", width = "W" }
 """
 
+CLAIMS = """
+figures = ["speed.svg", "absent.svg"]
+notes = { 4 = "A narrow one." }
+[[claims]]
+says = "Group beats batch"
+metric = "val_accuracy"
+of = { width = 4, norm = "group" }
+over = { width = 4, norm = "batch" }
+at_least = 0.05
+at_most = 0.15
+[[claims]]
+says = "Wide is right more often than not"
+metric = "val_accuracy"
+of = { width = 8, norm = "batch" }
+at_least = 0.99
+[[claims]]
+says = "It loses less than chance"
+metric = "val_loss"
+of = { width = 8, norm = "group" }
+over = 0.9
+at_most = 0
+"""
+CONFUSION = {"classes": ["a", "b", "c"], "groups": [2, 1], "counts": [[5, 1, 0], [2, 4, 0], [0, 0, 6]]}
+
 
 def write_run(folder: Path, flags: dict, metrics: dict, *, steps: int = 100, **changes) -> dict:
     folder.mkdir(parents=True, exist_ok=True)

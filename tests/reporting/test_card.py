@@ -7,7 +7,7 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 
 from hf_dl.reporting.card import experiment_card, format_metric, read_card, run_card, usage_snippet
 from hf_dl.reporting.experiment import collect, read_experiment
-from tests.reporting.fake_runs import TOML, write_run, write_runs
+from tests.reporting.fake_runs import CLAIMS, TOML, write_run, write_runs
 
 METRICS = {"val_fg_ari": 0.87654321, "test_accuracy": 0.5, "val_images": 320.0, "seconds_per_step": 0.0123}
 
@@ -191,6 +191,19 @@ def test_card_of_an_experiment(tmp_path):
     values = [cell["metrics"]["val_accuracy"] for cell in report["cells"][:3]]
     assert results[0].metric_value == pytest.approx(sum(values) / 3, rel=1e-12)
     assert results[0].metric_args["seeds"] == 3 and results[0].metric_name == "mean accuracy (width = 4, norm = batch)"
+
+
+def test_claims_and_notes_stand_in_the_card(tmp_path):
+    (tmp_path / "fake.toml").write_text(TOML + CLAIMS)
+    experiment = read_experiment(tmp_path / "fake.toml")
+    write_runs(experiment, tmp_path / "runs")
+    text = str(experiment_card(collect(experiment, tmp_path / "runs")))
+    assert "- **4**: A narrow one.\n" in text
+    assert "\n\n## Expected and measured\n\n| expected" in text and "| Group beats batch" in text
+    (tmp_path / "fake.toml").write_text(TOML)
+    assert "## Expected" not in str(
+        experiment_card(collect(read_experiment(tmp_path / "fake.toml"), tmp_path / "runs"))
+    )
 
 
 def test_card_of_an_experiment_without_results(tmp_path):

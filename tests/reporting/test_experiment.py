@@ -11,7 +11,7 @@ from hf_dl.reporting.experiment import (
     read_results,
     write_report,
 )
-from tests.reporting.fake_runs import TOML, write_run, write_runs
+from tests.reporting.fake_runs import CLAIMS, CONFUSION, TOML, write_run, write_runs
 
 
 @pytest.fixture
@@ -74,6 +74,36 @@ def test_wrong_files_are_refused_with_a_sentence(toml, old, new, message):
     assert old in TOML
     with pytest.raises(ValueError, match=message):
         read_experiment(toml(TOML.replace(old, new)))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('says = "Group beats batch"', "", "claim 1 lacks the key 'says'"),
+        ('says = "Group beats batch"', "says = 3", "claim 1: says=3 is empty or not a text"),
+        ("at_least = 0.99", "", "claim 2 needs a number as at_least or at_most"),
+        ("at_least = 0.99", "at_least = true", "claim 2 needs a number"),
+        ("at_least = 0.99", "atleast = 0.99", "claim 2 has the unknown key 'atleast'"),
+        ('of = { width = 8, norm = "batch" }', "of = { width = 8 }", "give width and norm a value of the grid"),
+        ("over = { width = 4,", "over = { width = 5,", "claim 1: over=.* is no setting of the table"),
+        ("over = 0.9", "over = true", "claim 3: over=True is no setting"),
+        ('4 = "A narrow one."', '5 = "A wide one."', "notes speak of '5', which is no value of 'width'"),
+        ('4 = "A narrow one."', "4 = 4", "notes={'4': 4} is not a table"),
+        ('["speed.svg", "absent.svg"]', "[1]", "figures="),
+    ],
+)
+def test_wrong_claims_are_refused_with_a_sentence(toml, old, new, message):
+    assert old in CLAIMS
+    read_experiment(toml(TOML + CLAIMS))
+    with pytest.raises(ValueError, match=message):
+        read_experiment(toml(TOML + CLAIMS.replace(old, new)))
+
+
+def test_the_report_has_the_confusion_of_the_first_seed_alone(toml, tmp_path):
+    experiment = read_experiment(toml(TOML))
+    write_runs(experiment, tmp_path / "runs", confusion=CONFUSION)
+    for cell in collect(experiment, tmp_path / "runs")["cells"]:
+        assert cell.get("confusion") == (CONFUSION if cell["flags"]["seed"] == 0 else None)
 
 
 def test_missing_file(tmp_path):

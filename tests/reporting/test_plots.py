@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from hf_dl.reporting.experiment import collect, read_experiment
-from hf_dl.reporting.plots import COLOURS, draw_curves, plot_curves, plot_run, plot_table
-from tests.reporting.fake_runs import TOML, write_run, write_runs
+from hf_dl.reporting.plots import COLOURS, draw_curves, plot_confusion, plot_curves, plot_run, plot_table
+from tests.reporting.fake_runs import CONFUSION, TOML, write_run, write_runs
 
 
 @pytest.fixture
@@ -103,6 +103,14 @@ def test_nothing_finished_draws_nothing(report, tmp_path):
     assert not [*tmp_path.glob("*.svg"), *tmp_path.glob("*.png")]
     with pytest.raises(ValueError, match="holds no points"):
         draw_curves(tmp_path / "a.svg", {"x": {"a": [([], [])]}})
+
+
+def test_confusion_matrices_are_drawn_where_there_are_any(report, tmp_path):
+    assert plot_confusion(report(), tmp_path / "none.svg") is None
+    path = plot_confusion(report(confusion=CONFUSION), tmp_path / "a.svg")
+    text = path.read_text()
+    assert text.count("<image") == 4 + 1  # a panel a setting, and the scale
+    assert "<!-- W = 8, group -->" in text and "<!-- true class -->" in text
 
 
 def test_figure_of_one_run(tmp_path):

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from hf_dl.reporting.experiment import collect, read_experiment
-from hf_dl.reporting.tables import decimals_for, groups, mean_and_deviation, results_table
-from tests.reporting.fake_runs import TOML, write_runs
+from hf_dl.reporting.tables import claims_table, decimals_for, groups, mean_and_deviation, results_table
+from tests.reporting.fake_runs import CLAIMS, TOML, write_runs
 
 
 @pytest.fixture
@@ -53,6 +53,11 @@ def test_missing_failed_and_partial_rows_are_shown(report, tmp_path):
     assert rows(results_table(made))[2] == ["4", "batch", "missing", "missing", "0"]
     assert "over 3 seeds; 7 of 12 runs finished, no restarts, none failed." in results_table(made)
     assert "1 failed" in text
+
+
+def test_labels_are_for_values_too(report):
+    made = report(TOML.replace("labels = {", 'labels = { group = "group norm",'))
+    assert [row[1] for row in rows(results_table(made))[2:4]] == ["batch", "group norm"]
 
 
 def test_restarts_are_counted(report):
@@ -118,3 +123,31 @@ def test_mean_and_deviation():
     values = [0.1, 0.2, 0.4]
     assert mean_and_deviation(values, 3) == f"{sum(values) / 3:.3f} ± {statistics.stdev(values):.3f}"
     assert mean_and_deviation([0.25], 2) == "0.25"
+
+
+def test_claims_are_checked_against_the_means_of_the_seeds(report):
+    made = report(TOML + CLAIMS)
+    header, _, first, second, third = rows(claims_table(made))
+    assert header == ["expected", "of", "bound", "measured", "agrees"]
+    cells = {(cell["flags"]["width"], cell["flags"]["norm"], cell["flags"]["seed"]): cell for cell in made["cells"]}
+    gains = [
+        cells[4, "group", seed]["metrics"]["val_accuracy"] - cells[4, "batch", seed]["metrics"]["val_accuracy"]
+        for seed in range(3)
+    ]
+    mean, deviation = map(float, first[3].split(" ± "))
+    assert mean == pytest.approx(np.mean(gains), abs=6e-4) and deviation == pytest.approx(
+        np.std(gains, ddof=1), abs=6e-4
+    )
+    assert first[:3] == ["Group beats batch", "accuracy, difference", "≥ 0.05 and ≤ 0.15"] and first[4] == "yes"
+    assert second[1:3] == ["accuracy", "≥ 0.99"] and second[4] == "**no**"
+    assert third[1:3] == ["val loss, difference", "≤ 0"] and third[4] == "yes"
+    assert claims_table(report()) == ""
+
+
+def test_claims_of_missing_runs_say_so_and_seeds_are_paired(report):
+    made = report(
+        TOML + CLAIMS, skip=lambda flags: flags["norm"] == "batch" and (flags["width"] == 8 or flags["seed"] > 0)
+    )
+    _, _, first, second, _ = rows(claims_table(made))
+    assert "±" not in first[3] and first[4] == "yes"  # seed 0 is all that both settings have
+    assert second[3:] == ["missing", ""]

@@ -165,9 +165,7 @@ def test_mistakes_land_where_they_are_said_to(landings):
     assert landings["sample_into_cross_entropy"] < 0.7 * right["gumbel"]
 
 
-@pytest.mark.parametrize(
-    "name", ["softmax_heads", "softmax_heads_rates", "softmax_trees", "vit_heads", "broken_heads"]
-)
+@pytest.mark.parametrize("name", ["softmax_heads", "softmax_heads_rates", "vit_heads", "broken_heads"])
 def test_experiment_files_name_flags_that_there_are(name, tmp_path, monkeypatch):
     (tmp_path / "runs" / "cifar100_softmax").mkdir(parents=True)  # the classifier that a tree is learned from
     monkeypatch.chdir(tmp_path)

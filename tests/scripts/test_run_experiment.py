@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -183,5 +184,9 @@ def test_committed_experiments_are_in_step_with_their_reports(path):
     experiment = read_experiment(path)
     committed = ROOT / "model_cards" / f"{experiment.name}.json"
     if committed.is_file():
-        ids = [cell["id"] for cell in json.loads(committed.read_text())["cells"]]
+        report = json.loads(committed.read_text())
+        ids = [cell["id"] for cell in report["cells"]]
         assert ids == [cell.id for cell in experiment.cells()], "run the experiment again, or with --only_report"
+        own = json.loads(json.dumps(asdict(experiment)))
+        for key in ("question", "expect", "table", "labels", "notes", "claims"):
+            assert report[key] == own[key], f"{key} has changed; make the report again, with --only_report"

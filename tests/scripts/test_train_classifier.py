@@ -88,6 +88,10 @@ def test_metrics_and_results(finished):
     assert metrics["test_micro_f1"] == pytest.approx(metrics["test_accuracy"])
     results = read_results(folder)
     assert results["metrics"] == metrics and results["steps"] == 12 and results["script"] == "train_classifier.py"
+    confusion = np.array(results["confusion"]["counts"])
+    assert confusion.shape == (25, 25) and confusion.sum() == 25
+    assert confusion.trace() / 25 == pytest.approx(metrics["test_accuracy"])
+    assert sum(results["confusion"]["groups"]) == len(results["confusion"]["classes"]) == 25
     assert results["args"]["norm"] == ("batch" if kind == "norm_resnet" else None)
     assert (results["args"]["patch_size"] is None) == (kind == "norm_resnet")
 
