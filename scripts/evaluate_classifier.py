@@ -239,13 +239,16 @@ def checked(make: Callable[..., Any], **fields: Any) -> Any:
 
 
 def make_model(args: Any, train: LabelledImages) -> torch.nn.Module:
-    """Make the model that the flags name, for the classes of the training images."""
+    """Make the model that the flags name, for the classes of the training images.
+
+    Its convolutions keep channels last, in which they are faster on CPUs and GPUs.
+    """
     kind, model, own = MODELS[args.model]
     names = train.names
     fields = {"id2label": dict(enumerate(names)), "label2id": {name: number for number, name in enumerate(names)}}
     if "head" in own:
         fields["head_options"] = head_options(args, names, train.labels)
-    return model(checked(kind, **config_fields(args), **fields))
+    return model(checked(kind, **config_fields(args), **fields)).to(memory_format=torch.channels_last)
 
 
 def smoothed(output: Any, smoothing: float) -> torch.Tensor:
