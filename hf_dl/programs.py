@@ -25,7 +25,6 @@ This file imports nothing of hf_dl.
 
 from __future__ import annotations
 
-import ast
 import bisect
 import math
 import numbers
@@ -311,7 +310,6 @@ _COURSE = {
     for name, operation in _DATA.items()
     if name not in ("diagonal", "sine", "cosine", "tangent", "speed_in_still_water")
 } | {
-    "power": Operation(2, _power, "{0} ** {1}"),
     "factorial": Operation(1, _course_factorial, _COURSE_FACTORIAL % "{0}"),
     "floor": Operation(1, int, "int({0})"),
     "log": Operation(1, _log(math.log), "math.log({0})"),
@@ -348,6 +346,9 @@ CONSTANTS = tuple(
     ).split()
 )
 """The 32 constants of MathQA."""
+
+VOCABULARY = (*OPERATIONS, *CONSTANTS, *(f"n{i}" for i in range(26)), *(f"#{i}" for i in range(56)))
+"""The symbols of `to_tokens` that a model of MathQA writes; its problems have up to 26 numbers and 56 steps."""
 
 
 def _constant_values(third: float) -> dict[str, Number]:
@@ -1001,13 +1002,44 @@ def extract_numbers(text: str, *, convention: str = "mathqa") -> list[Number]:
     return [value for _, _, value in number_spans(text, convention=convention)]
 
 
+def mask_numbers(text: str, *, convention: str = "mathqa") -> tuple[str, list[Number]]:
+    """Put `<n0>`, `<n1>`, ... in the place of the numbers of a problem.
+
+    A model that reads the mask instead of the digits can point to a number that it never saw.
+
+    Args:
+        text: A problem.
+        convention: As of `number_spans`.
+
+    Returns:
+        The masked text, in which each mask stands between spaces, and the numbers.
+
+    Raises:
+        ValueError: As `number_spans`.
+
+    Example:
+        >>> mask_numbers("1,200 pens cost $0.5 each")
+        ('<n0> pens cost $ <n1> each', [1200, 0.5])
+    """
+    spans = number_spans(text, convention=convention)
+    pieces, end = [], 0
+    for i, (start, stop, _) in enumerate(spans):
+        pieces += [text[end:start], f" <n{i}> "]
+        end = stop
+    return " ".join("".join([*pieces, text[end:]]).split()), [value for _, _, value in spans]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The options
 
 _MARK = re.compile(r"(?:^|(?<=[,;\s\[('\"]))([a-eA-E])\s*\)", re.ASCII)
-_QUANTITY = re.compile(
-    r"(?P<number>\d+(?:\.\d+)?|\.\d+)|(?P<pi>π|∏|\bpi\b)|(?P<root>√|\bsqrt\b|\broot\b)|(?P<sign>[/:^*×+-])", re.ASCII
-)
+_NUMBER = r"(?:\d+(?:\.\d+)?|\.\d+)"
+_IRRATIONAL = rf"(?:π|∏|\bpi\b|(?:√|\bsqrt\b|\broot\b)\s*{_NUMBER})"
+# 16 2 / 3, or 2 ^ 3, or 2.5, or √ 3
+_FACTOR = rf"(?:\d+\s+{_NUMBER}\s*/\s*{_NUMBER}|{_NUMBER}\s*\^\s*-?\s*{_NUMBER}|{_NUMBER}|{_IRRATIONAL})"
+_PRODUCT = re.compile(rf"{_FACTOR}(?:\s*[/:*×]\s*{_FACTOR}|\s*{_IRRATIONAL})*", re.ASCII)
+_OPERAND = re.compile(rf"([/:*×]?)\s*({_FACTOR})", re.ASCII)
+_SECOND = re.compile(r"(?:\band\b|\bor\b|\bto\b|,|&)\s*-?[^\d]{0,6}\d", re.ASCII)
 _CURRENCY = re.compile(r"\b(?:rs|s|usd|inr)\s*\.|[$€£₹]|â‚¬|â‚¹|\brs\b", re.IGNORECASE)
 
 
@@ -1027,11 +1059,6 @@ def split_options(text: str | Sequence[str]) -> dict[str, str]:
         >>> split_options("a ) 24 , b ) 1,200 , c ) none")
         {'a': '24', 'b': '1,200', 'c': 'none'}
     """
-    if isinstance(text, str) and text.lstrip().startswith("["):
-        try:
-            text = ast.literal_eval(text.strip())  # of a text it only reads literals
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
-            text = str(text)
     if not isinstance(text, str):
         text = " , ".join(str(part) for part in text)
     options: dict[str, str] = {}
@@ -1068,68 +1095,27 @@ def parse_quantity(text: str) -> float | None:
     text = re.sub("[−–—]", "-", text[:1000])
     text = re.sub(r"(?<=\d),(?=\d)", "", _CURRENCY.sub(" ", text))
     text = re.sub(r"(√|sqrt|root)\s*\(\s*([\d.]+)\s*\)", r"\1 \2", text)
-    tokens = [(match.lastgroup, match[0], match.start(), match.end()) for match in _QUANTITY.finditer(text)]
-    first = next((i for i, (kind, *_) in enumerate(tokens) if kind in ("number", "pi", "root")), None)
-    if first is None:
+    match = _PRODUCT.search(text)
+    if match is None or _SECOND.search(text, match.end()):
         return None
-    sign = -1 if first and tokens[first - 1][1] == "-" and not text[: tokens[first - 1][2]].strip() else 1
+    value = -1.0 if text[: match.start()].strip() == "-" else 1.0
     try:
-        value, after = _product(text, tokens, first)
-    except (ZeroDivisionError, OverflowError, _FaultError):
+        for operator, factor in _OPERAND.findall(match[0]):
+            value = value / _factor(factor) if operator in ("/", ":") else value * _factor(factor)
+    except (ZeroDivisionError, OverflowError):
         return None
-    if value is None or not math.isfinite(value):
-        return None
-    if re.search(r"(?:\band\b|\bor\b|\bto\b|,|&)\s*-?[^\d]{0,6}\d", text[after:]):
-        return None
-    return sign * value
+    return value if math.isfinite(value) else None
 
 
-def _product(text: str, tokens: list[tuple[str, str, int, int]], i: int) -> tuple[float | None, int]:
-    """The value of the product or quotient that begins with token i, and where it ends."""
-    value, i = _factor(text, tokens, i)
-    while i < len(tokens):
-        kind, symbol, start, _ = tokens[i]
-        if text[tokens[i - 1][3] : start].strip():  # a word between: a unit
-            break
-        if kind == "sign" and symbol in "/:*×" and i + 1 < len(tokens) and tokens[i + 1][0] != "sign":
-            if text[tokens[i][3] : tokens[i + 1][2]].strip():
-                break
-            factor, i = _factor(text, tokens, i + 1)
-            value = value / factor if symbol in "/:" else value * factor
-        elif kind in ("pi", "root"):
-            factor, i = _factor(text, tokens, i)
-            value *= factor
-        else:
-            break
-    return value, tokens[i - 1][3]
-
-
-def _factor(text: str, tokens: list[tuple[str, str, int, int]], i: int) -> tuple[float, int]:
-    """The value of token i with what belongs to it, and the number of the next token."""
-
-    def adjacent(*kinds: str) -> bool:
-        """Whether tokens of these kinds or signs follow, with nothing but spaces between."""
-        following = tokens[i : i + 1 + len(kinds)]
-        return len(following) == 1 + len(kinds) and all(
-            (token[0] == kind or token[1] == kind) and not text[before[3] : token[2]].strip()
-            for before, token, kind in zip(following, following[1:], kinds, strict=False)
-        )
-
-    kind, symbol, *_ = tokens[i]
-    if kind == "pi":
-        return math.pi, i + 1
-    if kind == "root":
-        if not adjacent("number"):
-            raise _FaultError
-        return math.sqrt(float(tokens[i + 1][1])), i + 2
-    value = float(symbol)
-    if adjacent("number", "/", "number") and value.is_integer():  # 16 2 / 3
-        return value + float(tokens[i + 1][1]) / float(tokens[i + 3][1]), i + 4
-    if adjacent("^", "number"):
-        return value ** float(tokens[i + 2][1]), i + 3
-    if adjacent("^", "-", "number"):
-        return value ** -float(tokens[i + 3][1]), i + 4
-    return value, i + 1
+def _factor(text: str) -> float:
+    values = [float(number) for number in re.findall(_NUMBER, text, re.ASCII)]
+    if not values:
+        return math.pi
+    if "/" in text:
+        return values[0] + values[1] / values[2]
+    if "^" in text:
+        return values[0] ** (-values[1] if "-" in text else values[1])
+    return values[0] if text[0] in ".0123456789" else math.sqrt(values[0])
 
 
 def option_values(text: str | Sequence[str], *, convention: str = "mathqa") -> dict[str, float | None]:
