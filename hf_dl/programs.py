@@ -1066,9 +1066,10 @@ def split_options(text: str | Sequence[str]) -> dict[str, str]:
     for match in _MARK.finditer(text[:MAX_CHARACTERS]):
         if match[1].lower() == "abcde"[min(len(marks), 4)] and len(marks) < 5:
             marks.append(match)
-    for match, following in zip(marks, [*marks[1:], None], strict=True):
+    ends = [match.start() for match in marks[1:]] + [len(text)]
+    for match, end in zip(marks, ends, strict=False):
         letter = match[1].lower()
-        part = text[match.end() : following.start() if following else None].strip(" ,;'\"[]")
+        part = text[match.end() : end].strip(" ,;'\"[]")
         # some options repeat their letter: "a ) a ) 51", "b ) b - 9000"
         options[letter] = re.sub(rf"^{letter}\s*(?:\)|-|:|\.)\s*", "", part, flags=re.IGNORECASE)
     if not options:

@@ -352,7 +352,8 @@ def test_random_programs_have_a_finite_value_or_a_sentence_in_no_time(semantics)
 
 def test_random_text_never_crashes():
     rng = random.Random(0)
-    pieces = ["add", "(", ")", ",", "|", "n0", "#0", "const_1", " ", "n", "#", "é", "\n", "0" * 50, "factorial(n0)|"]
+    pieces = ["add", "(", ")", ",", "|", "n0", "#0", "const_1", " ", "n", "#", "é", "\n", "0" * 50]
+    pieces += ["add(n0,n1)|", "factorial(#0)|", "sqrt(const_1)"] * 3
     read = 0
     for _ in range(3000):
         text = "".join(rng.choice(pieces) for _ in range(rng.randrange(40)))

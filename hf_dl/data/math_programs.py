@@ -277,7 +277,9 @@ def _require(row: Mapping[str, Any], where: str, columns: Iterable[str]) -> None
 def _convert(row: Mapping[str, Any], where: str, mask_numbers: bool) -> dict[str, Any]:
     """A row in our columns."""
     course = "answer" in row
-    _require(row, where, ("Problem", "linear_formula") if course else ("Problem", "linear_formula", "options", "correct"))
+    _require(
+        row, where, ("Problem", "linear_formula") if course else ("Problem", "linear_formula", "options", "correct")
+    )
     convention = "course" if course else "mathqa"
     text, numbers = _masked(row["Problem"], mask_numbers, convention)
     try:

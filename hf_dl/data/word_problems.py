@@ -208,4 +208,6 @@ def _options(answer: float, rng: random.Random) -> tuple[list[float], str]:
     else:
         wrong = [round(answer * factor, 0 if answer == round(answer) else digits) for factor in factors]
     place = rng.randrange(5)
-    return [*wrong[:place], answer if answer == round(answer) else round(answer, digits), *wrong[place:]], "abcde"[place]
+    return [*wrong[:place], answer if answer == round(answer) else round(answer, digits), *wrong[place:]], "abcde"[
+        place
+    ]

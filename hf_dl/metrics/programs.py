@@ -119,7 +119,9 @@ def program_scores(
     mask = np.ones(len(predictions), dtype=bool) if seen is None else np.asarray(seen, dtype=bool)
     for suffix, chosen in {"": mask | ~mask, "_seen": mask, "_unseen": ~mask}.items():
         if chosen.any() and (seen is not None or not suffix):
-            scores |= {name + suffix: float(column[chosen].mean()) for name, column in zip(names, columns, strict=True)}
+            scores |= {
+                name + suffix: float(column[chosen].mean()) for name, column in zip(names, columns, strict=True)
+            }
             scores[f"problems{suffix}"] = float(chosen.sum())
     return scores
 
