@@ -709,6 +709,9 @@ def from_tokens(tokens: Iterable[str]) -> Program:
 def to_python(program: Program | str, *, semantics: str = "data", name: str = "solve") -> str:
     """The program as the source of a Python function.
 
+    The source has no bounds: where `execute` refuses large factorials and powers, or of "course" divides them without
+    computing them, it takes as long as Python does.
+
     Args:
         program: The program or its text.
         semantics: One of `SEMANTICS`.

@@ -5,7 +5,7 @@ MathQA is that of Amini et al., NAACL 2019, https://arxiv.org/abs/1905.13319. It
 (Problem, linear_formula, answer), which keeps the rows whose program reaches their option.
 
 Seven in ten of its test problems are a training problem with other numbers, so that a look-up passes for a solver.
-`leakage_report` counts them, the column `template` marks them, and `load(..., resplit="template")` splits without them.
+`leakage_report` counts them, the column `template` marks them, `load(..., resplit="template")` keeps them together.
 
 How a program becomes tokens: the operation and its arguments, step by step, and nothing else: `multiply(n0,n1)|
 divide(#0,const_100)` is `multiply n0 n1 divide #0 const_100`. The number of arguments of each operation is fixed, so
@@ -146,7 +146,7 @@ def filter_course(rows: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]
     """Keep the rows of MathQA that the course kept: those whose program reaches their option within 2 %.
 
     Programs and options are read as the course did, slips included. Of the published dev split 2967 rows are left,
-    among them all 2961 that the course handed out; of test 1952 and all 1925.
+    among them all 2961 that the course handed out; of test 1953 and all 1925.
 
     Args:
         rows: With the columns Problem, options, correct and linear_formula.
@@ -462,8 +462,8 @@ def _glove_lines(path: Path, dim: int | None) -> Iterator[tuple[str, list[float]
                 yield word, [float(value) for value in values]
             except ValueError:
                 raise ValueError(
-                    f"Line {number} of {str(path)!r} is not a word and {dim or length} numbers; expected the format of "
-                    "GloVe, and dim as in the file."
+                    f"Line {number} of {str(path)!r} is not a word and {dim or length} numbers; expected the format "
+                    "of GloVe, and dim as in the file."
                 ) from None
 
 

@@ -13,7 +13,6 @@ from hf_dl import programs
 from hf_dl.data import math_programs
 from hf_dl.data.math_programs import (
     COLUMNS,
-    NUMBER_TOKENS,
     add_number_tokens,
     filter_course,
     leakage_report,
@@ -260,9 +259,9 @@ def test_the_program_tokenizer_writes_symbols(tmp_path):
         assert str(programs.from_tokens(made.decode(ids, skip_special_tokens=True).split())) == row["program"]
 
 
-def test_bert_learns_the_number_tokens(tmp_path):
-    (tmp_path / "vocab.txt").write_text("\n".join("[PAD] [UNK] [CLS] [SEP] [MASK] a train of m < > n ##0 0".split()))
-    tokenizer = BertTokenizerFast(vocab_file=str(tmp_path / "vocab.txt"))
+def test_bert_learns_the_number_tokens():
+    words = "[PAD] [UNK] [CLS] [SEP] [MASK] a train of m < > n ##0 0".split()
+    tokenizer = BertTokenizerFast(vocab={word: i for i, word in enumerate(words)})
     before = len(tokenizer)
     assert tokenizer.tokenize("a train of <n0> m") == ["a", "train", "of", "<", "n", "##0", ">", "m"]
     assert add_number_tokens(tokenizer) == 26 and len(tokenizer) == before + 26
@@ -316,7 +315,7 @@ def test_without_a_file_they_are_random_and_it_is_said(caplog):
 
 def test_wrong_files_of_vectors_are_refused(tmp_path):
     tokenizer = problem_tokenizer(["the train"], min_count=1)
-    paths = dict((path.name, path) for path, _ in glove_files(tmp_path))
+    paths = {path.name: path for path, _ in glove_files(tmp_path)}
     (tmp_path / "short.txt").write_text("the 1 2 3\ntrain 1 2\n")
     (tmp_path / "words.txt").write_text("the 1 2 3\ntrain 1 2 three\n")
     for name, dim, message in (
