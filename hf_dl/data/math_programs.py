@@ -170,7 +170,7 @@ def filter_course(rows: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]
 
 
 def template(problem: str, *, convention: str = "mathqa") -> str:
-    """What is left of a problem without its numbers.
+    """What is left of a problem without its numbers, and without commas, some of which belong to numbers.
 
     Args:
         problem: The problem, raw or masked.
@@ -184,7 +184,7 @@ def template(problem: str, *, convention: str = "mathqa") -> str:
         'a train runs <n> km in <n> hours .'
     """
     masked, _ = programs.mask_numbers(re.sub(r"<n\d*>", "0", problem), convention=convention)
-    return re.sub(r"<n\d+>", "<n>", masked).lower()
+    return " ".join(re.sub(r"<n\d+>", "<n>", masked).lower().replace(",", " ").split())
 
 
 def leakage_report(train: datasets.Dataset, test: datasets.Dataset) -> dict[str, float]:

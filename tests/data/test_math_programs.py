@@ -137,6 +137,7 @@ def test_the_leak_is_reported(folder):
 
 def test_templates_are_texts_without_numbers():
     assert template("The 3 pens cost 1,200 .") == template("the <n0> pens cost <n1> .") == "the <n> pens cost <n> ."
+    assert template("if so , then 2,3 is 1,25,000") == template("if so then 5 is 2")
 
 
 def test_a_hub_id(monkeypatch):

@@ -138,5 +138,5 @@ def test_the_baselines_on_the_course_split():
         found = program_scores(programs, *given, seen=seen, semantics="course")
         return [round(100 * found[name], 1) for name in ("exact_match", "execution_accuracy")]
 
-    assert scores(lookup_baseline(train, test)) == pytest.approx([70.0, 71.9], abs=0.3)
+    assert scores(lookup_baseline(train, test)) == pytest.approx([70.0, 71.9], abs=0.11)
     assert scores(nearest_baseline(train, test)) == pytest.approx([76.7, 83.2], abs=0.5)
