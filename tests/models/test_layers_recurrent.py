@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_dl.models.layers_recurrent import BidirectionalLSTM, LSTMCell
+from hf_dl.models.layers_recurrent import LSTM, BidirectionalLSTM, LSTMCell
 
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-10}
 DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=["float32", "float64"])
@@ -116,3 +116,64 @@ def test_calls_that_do_not_fit_are_refused():
         lstm(torch.zeros(2, 5, 4), torch.ones(2, 4))
     with pytest.raises(ValueError, match="keeps no token of rows \\[1\\]; each needs at least one"):
         lstm(torch.zeros(2, 5, 4), torch.tensor([[1] * 5, [0] * 5]))
+
+
+# ------------------------------------------------------------------------------------------ from a state to a state
+
+
+@DTYPES
+@WAYS
+@pytest.mark.parametrize("layers", [1, 2])
+def test_pieces_of_a_sequence_give_what_torch_gives_on_the_whole(dtype, fused, layers):
+    torch.manual_seed(2)
+    ours = LSTM(4, 6, num_layers=layers, fused=fused).to(dtype)
+    theirs = nn.LSTM(4, 6, layers, batch_first=True).to(dtype)
+    ours.lstm.load_state_dict(theirs.state_dict())
+    x = torch.randn(3, 9, 4, dtype=dtype, requires_grad=True)
+    first, state = ours(x[:, :5])
+    second, (h, c) = ours(x[:, 5:], state)
+    outputs, (h_whole, c_whole) = theirs(x)
+    found, expected = torch.cat([first, second], dim=1), outputs
+    check_close(found, expected, dtype)
+    check_close(h, h_whole.transpose(0, 1), dtype)
+    check_close(c, c_whole.transpose(0, 1), dtype)
+    weight = torch.randn(found.shape, dtype=dtype)
+    for one, other in zip(
+        gradients((found * weight).sum() + c.sin().sum(), x, *ours.parameters()),
+        gradients((expected * weight).sum() + c_whole.sin().sum(), x, *theirs.parameters()),
+        strict=True,
+    ):
+        check_close(one, other, dtype)
+
+
+@WAYS
+def test_masked_tokens_leave_the_state_as_it_is(fused):
+    torch.manual_seed(3)
+    lstm = LSTM(4, 6, num_layers=2, fused=fused)
+    x, state = torch.randn(3, 7, 4), (torch.randn(3, 2, 6), torch.randn(3, 2, 6))
+    keep = torch.tensor([[1, 1, 1, 1, 0, 0, 0], [0, 0, 1, 1, 1, 1, 1], [1, 0, 0, 1, 0, 1, 0]])
+    outputs, after = lstm(x, state, keep)
+    assert (outputs[keep == 0] == 0).all()
+    for row in range(3):
+        kept = keep[row] == 1
+        alone, expected = lstm(x[row : row + 1, kept], tuple(values[row : row + 1] for values in state))
+        check_close(outputs[row, kept], alone[0], torch.float32)
+        for one, other in zip(after, expected, strict=True):
+            check_close(one[row], other[0], torch.float32)
+
+
+def test_dropout_between_layers_is_of_training_only():
+    for fused in (True, False):
+        lstm, x = LSTM(4, 6, num_layers=2, dropout=0.5, fused=fused), torch.randn(2, 5, 4)
+        assert not torch.equal(lstm(x)[0], lstm(x)[0])
+        assert torch.equal(lstm.eval()(x)[0], lstm(x)[0])
+
+
+def test_states_and_masks_that_do_not_fit_are_refused():
+    lstm, x = LSTM(4, 6, num_layers=2), torch.zeros(3, 5, 4)
+    with pytest.raises(ValueError, match=r"state has shape \(3, 1, 6\), expected \(3, 2, 6\)"):
+        lstm(x, (torch.zeros(3, 1, 6), torch.zeros(3, 1, 6)))
+    with pytest.raises(ValueError, match=r"attention_mask has shape \(3, 4\), expected \(3, 5\)"):
+        lstm(x, None, torch.ones(3, 4))
+    with pytest.raises(ValueError, match=r"attention_mask keeps no token of rows \[1\]"):
+        lstm(x, None, torch.tensor([[1] * 5, [0] * 5, [1] * 5]))
