@@ -133,7 +133,8 @@ def load(
         return _stream_hub(split, str(source), config, level, text_column, num_rows)
     else:
         found = _texts(datasets.load_dataset(str(source), config), str(source), text_column)
-    rows = _rows(_choose(found, split, str(source), holdout), level)[:num_rows]
+    found = {name: _rows(lines, level) for name, lines in found.items()}
+    rows = _choose(found, split, str(source), holdout)[:num_rows]
     if not rows:
         raise ValueError(f"split={split!r} of {str(source)!r} holds no text.")
     data = datasets.Dataset.from_dict({"text": rows}, split=datasets.NamedSplit(split))
@@ -336,8 +337,8 @@ def _read_local(root: Path, text_column: str | None) -> dict[str, Sequence[str]]
     files = sorted(path for path in root.iterdir() if path.is_file() and _is_text(path))
     if not files:
         raise ValueError(
-            f"source={str(root)!r} holds no text; expected files that end in {', '.join(_SUFFIXES)}, such with .gz, or "
-            "parquet files."
+            f"source={str(root)!r} holds no text; expected files that end in {', '.join(_SUFFIXES)}, or one of them "
+            "and .gz, or parquet files."
         )
     aliases = {alias: name for name, names in _SPLIT_NAMES.items() for alias in names}
     parts: dict[str, list[Path]] = {}
@@ -359,7 +360,7 @@ def _is_text(path: Path) -> bool:
 def _read_lines(path: Path) -> list[str]:
     try:
         with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8") as file:
-            return file.read().split("\n")  # not splitlines: it breaks lines at characters that stand inside them
+            return file.read().removesuffix("\n").split("\n")  # not splitlines: it breaks lines at characters that stand inside them
     except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
         raise ValueError(f"{path.name} is no text in UTF-8, or a damaged .gz ({error}).") from None
 
@@ -388,22 +389,21 @@ def _named(found: Mapping[str, Sequence[str]], split: str) -> Sequence[str] | No
     return next((found[name] for name in _SPLIT_NAMES[split] if name in found), None)
 
 
-def _choose(found: Mapping[str, Sequence[str]], split: str, source: str, holdout: float) -> Sequence[str]:
-    """The lines of a split; missing ones are the last of the training lines, validation before test."""
-    lines = _named(found, split)
-    if lines is not None and split != "train":
-        return lines
-    lines = _named(found, "train")
-    if lines is None:
+def _choose(found: Mapping[str, list[str]], split: str, source: str, holdout: float) -> list[str]:
+    """The rows of a split; missing ones are the last of the training rows, validation before test."""
+    rows = _named(found, split)
+    if rows is not None and split != "train":
+        return rows
+    rows = _named(found, "train")
+    if rows is None:
         raise ValueError(f"split={split!r} is not in {source!r}, nor is train; it has {', '.join(found)}.")
-    lines = list(lines)
-    end, size = len(lines), max(1, round(holdout * len(lines)))
+    end, size = len(rows), max(1, round(holdout * len(rows)))
     for name in ("test", "validation"):
         if _named(found, name) is None:
             if name == split:
-                return lines[max(0, end - size) : end]
+                return rows[max(0, end - size) : end]
             end = max(0, end - size)
-    return lines[:end]
+    return rows[:end]
 
 
 def _stream_hub(
@@ -476,6 +476,8 @@ def build_tokenizer(
     backend = Tokenizer(models.WordLevel({token: number for number, token in enumerate(tokens)}, unk_token="<unk>"))
     if level == "word":
         backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        # a space before each word, the first too: pipelines put what was decoded behind the prompt
+        backend.decoder = decoders.Sequence([decoders.Replace(Regex("^"), " "), decoders.Fuse()])
     else:
         backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
         backend.decoder = decoders.Fuse()

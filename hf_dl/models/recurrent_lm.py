@@ -47,7 +47,6 @@ class RecurrentLMConfig(PreTrainedConfig):
         use_cache: Whether the state is returned.
         bos_token_id: The token before the first one of a text.
         eos_token_id: The token after the last one, by default the same.
-        pad_token_id: What rows of a batch are filled with.
 
     Example:
         ```python
@@ -73,7 +72,6 @@ class RecurrentLMConfig(PreTrainedConfig):
     use_cache: bool = True
     bos_token_id: int | None = 1
     eos_token_id: int | list[int] | None = 1
-    pad_token_id: int | None = 1
 
     def __post_init__(self, **kwargs):
         """Make the fields what JSON gives back, so that a saved config equals the one it came from."""

@@ -36,8 +36,8 @@ class TestSoftmaxLM(ModelContract):
     auto_classes = ("AutoModelForCausalLM",)
     test_loads_in_a_fresh_process_without_the_package = None  # no other code than below
     head = "softmax"
-    overfit_steps = 120
-    overfit_learning_rate = 3e-2
+    overfit_steps = 200
+    overfit_learning_rate = 2e-2
 
     def config(self):
         return config_of(self.head, dropout=0.0)
@@ -130,6 +130,7 @@ def test_sparse_gradients_step_as_dense_ones_do_where_each_row_is_seen():
     )
     dense = build("hierarchical", dropout=0.0)
     dense.load_state_dict(sparse.state_dict())
+    before = {name: value.clone() for name, value in dense.state_dict().items()}
     ids = torch.arange(12)[None]
     for model in (sparse.train(), dense.train()):
         optimizers = make_optimizers(model, learning_rate=1e-2)
@@ -141,7 +142,8 @@ def test_sparse_gradients_step_as_dense_ones_do_where_each_row_is_seen():
                 optimizer.step()
                 optimizer.zero_grad()
     for (name, one), (_, other) in zip(sparse.named_parameters(), dense.named_parameters(), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6, msg=name)
+        assert (one - before[name]).abs().max() > 0.02, name
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-3, msg=name)  # the two add epsilon at different places
 
 
 def test_weights_that_a_checkpoint_lacks_are_drawn(tmp_path):
