@@ -99,8 +99,6 @@ class ModelFlags:
             raise ValueError(f"accumulation={self.accumulation} must be 1: the state goes on from batch to batch.")
         if self.optimizer != "adamw" and self.sparse:
             raise ValueError(f"optimizer={self.optimizer!r} does not go with sparse=True; choose adamw.")
-        if self.max_grad_norm and self.sparse:
-            raise ValueError(f"max_grad_norm={self.max_grad_norm} does not go with sparse=True; set it to 0.")
         if not 0 < self.temperature < math.inf:
             raise ValueError(f"temperature={self.temperature} must be above 0.")
         _config(self, vocab_size=100, class_counts=None)

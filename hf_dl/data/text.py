@@ -360,7 +360,9 @@ def _is_text(path: Path) -> bool:
 def _read_lines(path: Path) -> list[str]:
     try:
         with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8") as file:
-            return file.read().removesuffix("\n").split("\n")  # not splitlines: it breaks lines at characters that stand inside them
+            return (
+                file.read().removesuffix("\n").split("\n")
+            )  # not splitlines: it breaks lines at characters that stand inside them
     except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
         raise ValueError(f"{path.name} is no text in UTF-8, or a damaged .gz ({error}).") from None
 
