@@ -1,9 +1,17 @@
 """Everything that travels with a checkpoint, and the one list of it: importing this registers the Auto classes."""
 
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification, ViTImageProcessor
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    ViTImageProcessor,
+)
 
 from .conv_classifier import ConvClassifierConfig, ConvClassifierForImageClassification, ConvClassifierModel
 from .norm_resnet import NormResNetConfig, NormResNetForImageClassification, NormResNetModel
+from .recurrent_lm import RecurrentLMConfig, RecurrentLMForCausalLM, RecurrentLMModel
 from .slot_autoencoder import SlotAutoencoderConfig, SlotAutoencoderModel, SlotImageProcessor
 from .small_vit import SmallViTConfig, SmallViTForImageClassification, SmallViTImageProcessor, SmallViTModel
 
@@ -26,6 +34,10 @@ AutoModel.register(ConvClassifierConfig, ConvClassifierModel)
 AutoModelForImageClassification.register(ConvClassifierConfig, ConvClassifierForImageClassification)
 AutoImageProcessor.register(ConvClassifierConfig, image_processor_classes={"torchvision": ViTImageProcessor})
 
+AutoConfig.register("recurrent_lm", RecurrentLMConfig)
+AutoModel.register(RecurrentLMConfig, RecurrentLMModel)
+AutoModelForCausalLM.register(RecurrentLMConfig, RecurrentLMForCausalLM)
+
 # Checkpoints carry their own code, so that they load with trust_remote_code=True where hf_dl is not installed.
 SlotAutoencoderConfig.register_for_auto_class()
 SlotAutoencoderModel.register_for_auto_class("AutoModel")
@@ -40,6 +52,9 @@ NormResNetForImageClassification.register_for_auto_class("AutoModelForImageClass
 ConvClassifierConfig.register_for_auto_class()
 ConvClassifierModel.register_for_auto_class("AutoModel")
 ConvClassifierForImageClassification.register_for_auto_class("AutoModelForImageClassification")
+RecurrentLMConfig.register_for_auto_class()
+RecurrentLMModel.register_for_auto_class("AutoModel")
+RecurrentLMForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 
 __all__ = [
     "ConvClassifierConfig",
@@ -48,6 +63,9 @@ __all__ = [
     "NormResNetConfig",
     "NormResNetForImageClassification",
     "NormResNetModel",
+    "RecurrentLMConfig",
+    "RecurrentLMForCausalLM",
+    "RecurrentLMModel",
     "SlotAutoencoderConfig",
     "SlotAutoencoderModel",
     "SlotImageProcessor",

@@ -22,7 +22,7 @@ TEMPLATE = Path(__file__).with_name("card.md")
 LICENSE = "apache-2.0"
 LOCAL_ID = "."  # what the usage snippet of a local card loads from: the folder that the card lies in
 SPLITS = {"train": "training", "val": "validation", "test": "test"}
-COUNTS = ("images", "examples", "problems", "sentences")
+COUNTS = ("images", "examples", "problems", "sentences", "tokens")
 PICTURES = (".png", ".svg", ".jpg", ".jpeg", ".webp", ".gif")
 TASKS = {
     "ForImageClassification": "image-classification",

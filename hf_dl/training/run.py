@@ -32,7 +32,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,7 @@ from transformers.utils import logging as transformers_logging
 from . import checkpoint
 from .args import TrainingArgs, script_path
 from .batches import Share, batches, mix_seed, seed_everything
+from .joined import JoinedOptimizer
 
 
 class TrainingRun:
@@ -71,6 +72,9 @@ class TrainingRun:
         generator: A generator on the device, seeded anew for each batch; for noise that a script draws.
         device: The device of this process.
         is_main: Whether this process writes the files.
+        carried: Tensors that a script takes from one batch to the next, such as the state of a recurrent network, with
+            the examples of this process in the first dimension. They are in the checkpoints, and back after a resume;
+            the script sets them anew before its loop's body ends.
 
     Args:
         args: The flags.
@@ -78,6 +82,8 @@ class TrainingRun:
         train_data: A map-style dataset, or an iterable one (then `max_steps` counts, not `epochs`).
         collate: Makes a batch of a list of examples; default: torch's.
         processor: Image processor, tokenizer or the like, saved beside the weights.
+        make_optimizers: Makes the optimisers of the model, disjoint and of all that is to be trained, where those that
+            the flags name do not fit it, as with sparse gradients. The flags set the learning rate of all.
 
     Raises:
         ValueError: If the flags do not fit the data, the number of processes or the checkpoint.
@@ -97,6 +103,7 @@ class TrainingRun:
         *,
         collate: Callable[[list], Any] | None = None,
         processor: Any = None,
+        make_optimizers: Callable[[nn.Module], Sequence[torch.optim.Optimizer]] | None = None,
     ):
         self.args = args
         self.accelerator = Accelerator(
@@ -112,6 +119,8 @@ class TrainingRun:
         self.restarts = self.steps = 0
         self.generator = torch.Generator(device=self.device)
         self._data, self._collate, self._processor = train_data, collate or default_collate, processor
+        self._make_optimizers = make_optimizers
+        self.carried: dict[str, torch.Tensor] = {}
         self._share = Share(
             args.batch_size, args.accumulation, self.accelerator.num_processes, self.accelerator.process_index
         )
@@ -309,7 +318,7 @@ class TrainingRun:
         self._earlier_steps, self.steps, self._position = self._total_steps, 0, (0, 0)
         self.restarts, self._restarted = self.restarts + 1, True
         self._best, self._bad_evaluations, self._stopped = None, 0, False
-        self._pending, self._window = {}, {}
+        self._pending, self._window, self.carried = {}, {}, {}
         if self.is_main:
             shutil.rmtree(self.folder / "best", ignore_errors=True)
         self.accelerator.free_memory()
@@ -325,7 +334,9 @@ class TrainingRun:
             # prepared loaders would tell it the size of a piece; ours are not prepared
             config = self.accelerator.state.deepspeed_plugin.deepspeed_config
             config["train_micro_batch_size_per_gpu"] = self._share.pieces[0].stop - self._share.pieces[0].start
-        self.model, self.optimizer = self.accelerator.prepare(model, _optimizer(self.args, model))
+        make = self._make_optimizers
+        optimizer = JoinedOptimizer(make(model)) if make else _optimizer(self.args, model)
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self._average = {}
         if self.args.ema_decay:
             named = self.unwrapped.named_parameters()
@@ -504,6 +515,9 @@ class TrainingRun:
                 f"start over without --resume. ({str(error).splitlines()[-1].strip()})"
             ) from error
         self._average = {name: value.to(self.device) for name, value in tensors.get("average", {}).items()}
+        processes, mine = self.accelerator.num_processes, self.accelerator.process_index
+        carried = tensors.get("carried", {})
+        self.carried = {name: value.chunk(processes)[mine].to(self.device) for name, value in carried.items()}
         if self.accelerator.scaler is not None and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.steps, self.restarts, self._earlier_steps = state["step"], state["restarts"], state["earlier_steps"]
@@ -523,6 +537,7 @@ class TrainingRun:
 
     def _save(self) -> bool:
         """Write a checkpoint; a disk that refuses is reported and the run goes on."""
+        carried = {} if self._sharded else {name: self.accelerator.gather(v) for name, v in self.carried.items()}
         if self._sharded or not self.is_main:
             return not self._sharded
         optimizer, numbers = checkpoint.pack_optimizer(self.optimizer.state_dict())
@@ -545,6 +560,8 @@ class TrainingRun:
         tensors = {"model": self.unwrapped.state_dict(), "optimizer": optimizer}
         if self._average:
             tensors["average"] = self._average
+        if carried:
+            tensors["carried"] = carried
         root = self.folder / "checkpoints"
         try:
             checkpoint.save_checkpoint(root / f"step_{self._total_steps:08d}", tensors, state)

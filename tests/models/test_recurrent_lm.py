@@ -1,0 +1,273 @@
+import json
+import math
+
+import pytest
+import torch
+from transformers import AutoModel, pipeline
+
+from hf_dl.data.text import build_tokenizer, load
+from hf_dl.models import RecurrentLMConfig, RecurrentLMForCausalLM, RecurrentLMModel
+from hf_dl.models.layers_softmax import make_optimizers
+from tests.models.contract import ModelContract
+
+COUNTS = [0, 40, 20, 9, 5, 3, 1, 1, 1, 1, 1, 1]
+TINY = {"vocab_size": len(COUNTS), "embedding_size": 6, "hidden_size": 8, "num_hidden_layers": 2}
+HEADS = {
+    "softmax": {},
+    "gumbel": {},
+    "hierarchical": {"class_counts": COUNTS},
+    "two_level": {"tree": "two_level", "class_counts": COUNTS},
+    "adaptive": {"cutoffs": [3, 6], "class_counts": COUNTS, "div_value": 2, "min_rank": 1},
+}
+
+
+def config_of(head, **fields):
+    name = "hierarchical" if head == "two_level" else head
+    return RecurrentLMConfig(**{**TINY, **fields}, head=name, head_options=HEADS[head])
+
+
+def build(head="softmax", **fields):
+    torch.manual_seed(0)
+    return RecurrentLMForCausalLM(config_of(head, **fields)).eval()
+
+
+class TestSoftmaxLM(ModelContract):
+    model_class = RecurrentLMForCausalLM
+    auto_classes = ("AutoModelForCausalLM",)
+    test_loads_in_a_fresh_process_without_the_package = None  # no other code than below
+    head = "softmax"
+    overfit_steps = 200
+    overfit_learning_rate = 2e-2
+
+    def config(self):
+        return config_of(self.head, dropout=0.0)
+
+    def inputs(self, batch):
+        draw = torch.Generator().manual_seed(batch)
+        ids = torch.randint(12, (batch, 5), generator=draw)
+        ids[:, 0] = torch.arange(batch)  # or the second token could not be learned
+        return {"input_ids": ids, "labels": ids.clone()}
+
+    def test_every_parameter_gets_a_gradient(self, model):
+        model.train()
+        model(torch.arange(12)[None], shift_labels=torch.arange(12).roll(1)[None]).loss.backward()
+        for name, p in model.named_parameters():
+            assert p.grad is not None and p.grad.abs().sum() > 0, name
+
+
+class TestGumbelLM(TestSoftmaxLM):
+    head = "gumbel"
+    overfit_ratio = 0.4  # the noise is not learned
+
+
+class TestHierarchicalLM(TestSoftmaxLM):
+    test_loads_in_a_fresh_process_without_the_package = ModelContract.test_loads_in_a_fresh_process_without_the_package
+    head = "hierarchical"
+
+
+class TestAdaptiveLM(TestSoftmaxLM):
+    head = "adaptive"
+
+
+class TestTiedLM(TestSoftmaxLM):
+    def config(self):
+        return config_of("softmax", dropout=0.0, embedding_size=8, tie_word_embeddings=True)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_logits_are_log_probabilities_of_what_comes_next(head):
+    model, ids = build(head), torch.randint(12, (3, 7))
+    output = model(ids, labels=ids)
+    torch.testing.assert_close(output.logits.exp().sum(-1), torch.ones(3, 7))
+    expected = torch.nn.functional.cross_entropy(output.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    torch.testing.assert_close(output.loss, expected)
+    ahead = torch.cat([ids[:, 1:], torch.full((3, 1), -100)], dim=1)
+    torch.testing.assert_close(model(ids, shift_labels=ahead).loss, expected)
+    assert model(ids, shift_labels=ahead, skip_logits=True).logits is None
+    assert model(ids, logits_to_keep=2).logits.shape == (3, 2, 12)
+    model.train()
+    assert model(ids, labels=ids).logits is None and model(ids).logits is not None
+
+
+def test_a_text_read_in_pieces_is_the_text():
+    model, ids = build(), torch.randint(12, (2, 9))
+    whole = model(ids, output_hidden_states=True)
+    first = model(ids[:, :4])
+    second = model(ids[:, 4:], state=first.state)
+    torch.testing.assert_close(torch.cat([first.logits, second.logits], dim=1), whole.logits)
+    for one, other in zip(second.state, whole.state, strict=True):
+        torch.testing.assert_close(one, other)
+    assert model(ids, use_cache=False).state is None
+    assert [tuple(states.shape) for states in whole.hidden_states] == [(2, 9, 6), (2, 9, 8)]
+    embedded = model.get_input_embeddings()(ids)
+    torch.testing.assert_close(model(inputs_embeds=embedded).logits, whole.logits)
+
+
+def test_the_written_out_lstm_gives_the_same():
+    fused, ids = build(), torch.randint(12, (2, 9))
+    steps = build(fused=False)
+    steps.load_state_dict(fused.state_dict())
+    torch.testing.assert_close(fused(ids).logits, steps(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_tied_weights_are_one_and_travel_as_one(tmp_path):
+    fields = {"embedding_size": 8, "tie_word_embeddings": True}
+    model = build(**fields)
+    assert model.head.weight is model.recurrent_lm.embed_tokens.weight
+    assert build(embedding_size=8).num_parameters() - model.num_parameters() == 12 * 8
+    model.save_pretrained(tmp_path)
+    loaded = RecurrentLMForCausalLM.from_pretrained(tmp_path)
+    assert loaded.head.weight is loaded.recurrent_lm.embed_tokens.weight
+    assert torch.equal(loaded.head.weight, model.head.weight)
+    assert loaded.get_output_embeddings() is loaded.head and build("adaptive").get_output_embeddings() is None
+
+
+def test_sparse_gradients_step_as_dense_ones_do_where_each_row_is_seen():
+    """SparseAdam moves only rows with a gradient; where all rows have one it is Adam."""
+    options = {"class_counts": COUNTS, "sparse": True}
+    sparse = RecurrentLMForCausalLM(
+        RecurrentLMConfig(**TINY, head="hierarchical", head_options=options, sparse_embedding=True, dropout=0.0)
+    )
+    dense = build("hierarchical", dropout=0.0)
+    dense.load_state_dict(sparse.state_dict())
+    before = {name: value.clone() for name, value in dense.state_dict().items()}
+    ids = torch.arange(12)[None]
+    for model in (sparse.train(), dense.train()):
+        optimizers = make_optimizers(model, learning_rate=1e-2)
+        assert len(optimizers) == (2 if model is sparse else 1)
+        for _ in range(3):
+            model(ids, shift_labels=ids.roll(1)).loss.backward()
+            assert model.head.weight.grad.is_sparse == (model is sparse)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+    for (name, one), (_, other) in zip(sparse.named_parameters(), dense.named_parameters(), strict=True):
+        assert (one - before[name]).abs().max() > 0.02, name
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-3, msg=name)  # the two add epsilon at different places
+
+
+def test_weights_that_a_checkpoint_lacks_are_drawn(tmp_path):
+    body = build().recurrent_lm
+    body.save_pretrained(tmp_path)
+    for head in HEADS:
+        model = RecurrentLMForCausalLM.from_pretrained(tmp_path, config=config_of(head)).eval()
+        torch.testing.assert_close(model.recurrent_lm.embed_tokens.weight, body.embed_tokens.weight)
+        for (name, a), (_, b) in zip(model.named_buffers(), build(head).named_buffers(), strict=True):
+            assert torch.equal(a, b), name  # the tree, which the checkpoint lacks
+        torch.testing.assert_close(model(torch.tensor([[1, 2]])).logits.exp().sum(-1), torch.ones(1, 2))
+
+
+def test_the_folder_gives_the_body_too(tmp_path):
+    model, ids = build("hierarchical"), torch.randint(12, (2, 4))
+    model.save_pretrained(tmp_path)
+    body = AutoModel.from_pretrained(tmp_path)
+    assert type(body) is RecurrentLMModel
+    torch.testing.assert_close(model.head.log_prob(body(ids).last_hidden_state), model(ids).logits)
+    assert json.loads((tmp_path / "config.json").read_text())["auto_map"] == {
+        "AutoConfig": "recurrent_lm.RecurrentLMConfig",
+        "AutoModel": "recurrent_lm.RecurrentLMModel",
+        "AutoModelForCausalLM": "recurrent_lm.RecurrentLMForCausalLM",
+    }
+
+
+# --- generate --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sharp():
+    """A model whose next token depends on all that it has read."""
+    model = build("hierarchical")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(6)
+    return model
+
+
+def test_greedy_text_is_the_argmax_of_the_whole_text_each_time(sharp, monkeypatch):
+    prompt = torch.tensor([[1, 5, 2], [1, 3, 3]])
+    expected = prompt
+    for _ in range(6):
+        expected = torch.cat([expected, sharp(expected).logits[:, -1].argmax(-1, keepdim=True)], dim=1)
+    lengths, forward = [], sharp.forward
+    monkeypatch.setattr(sharp, "forward", lambda *a, **k: lengths.append(k["input_ids"].shape[1]) or forward(*a, **k))
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    assert torch.equal(sharp.generate(prompt, **options), expected)
+    assert lengths == [3, 1, 1, 1, 1, 1]  # the state stands for what was read
+    assert torch.equal(sharp.generate(prompt, use_cache=False, **options), expected)
+
+
+def test_a_padded_prompt_goes_on_as_it_does_alone(sharp):
+    options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
+    long, short = torch.tensor([[4, 5, 2, 7]]), torch.tensor([[3, 6]])
+    together = torch.cat([long, torch.tensor([[1, 1, 3, 6]])])
+    mask = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])
+    found = sharp.generate(together, attention_mask=mask, **options)
+    assert torch.equal(found[0], sharp.generate(long, **options)[0])
+    assert torch.equal(found[1, 2:], sharp.generate(short, **options)[0])
+
+
+def test_a_beam_wide_enough_finds_the_most_probable_text(sharp):
+    prompt = torch.tensor([[1, 5]])
+    beams = {"num_beams": 150, "length_penalty": 0.0, "do_sample": False, "eos_token_id": None}
+    found = sharp.generate(prompt, max_new_tokens=3, **beams)
+    texts = torch.cartesian_prod(*[torch.arange(12)] * 3)
+    logits = sharp(torch.cat([prompt.expand(len(texts), 2), texts], dim=1)).logits[:, 1:4]
+    scores = logits.gather(2, texts[..., None]).sum((1, 2))
+    assert torch.equal(found[0, 2:], texts[scores.argmax()])
+    assert torch.equal(found, sharp.generate(prompt, max_new_tokens=3, use_cache=False, **beams))
+
+
+def test_sampled_text_has_the_model_s_probabilities(sharp):
+    torch.manual_seed(0)
+    prompt = torch.tensor([[1, 5]]).expand(4000, 2)
+    drawn = sharp.generate(prompt, max_new_tokens=1, do_sample=True, top_k=0, eos_token_id=None)[:, 2]
+    shares = drawn.bincount(minlength=12) / 4000
+    assert (shares - sharp(prompt[:1]).logits[0, -1].exp()).abs().max() < 0.03
+
+
+@pytest.mark.filterwarnings("ignore:.*max_new_tokens.*max_length.*")
+def test_the_pipeline_writes_text(tmp_path):
+    tokenizer = build_tokenizer(load("validation", num_rows=5))
+    model = RecurrentLMForCausalLM(RecurrentLMConfig(vocab_size=len(tokenizer), hidden_size=8, embedding_size=8))
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    (found,) = pipeline("text-generation", model=str(tmp_path))("the a", max_new_tokens=4, do_sample=False)
+    assert found["generated_text"].startswith("the a ") and len(found["generated_text"].split()) <= 6
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"vocab_size": 0}, "vocab_size=0 must be at least 1"),
+        ({"dropout": 1.0}, "dropout=1.0 must be at least 0 and below 1"),
+        ({"head": "sofmax"}, "head='sofmax' is unknown"),
+        ({"head_options": {"tree": "huffman"}}, "head_options has 'tree', which head='softmax' lacks"),
+        ({"tie_word_embeddings": True, "head": "adaptive"}, "does not go with head='adaptive'"),
+        ({"tie_word_embeddings": True, "hidden_size": 16}, "needs embedding_size=128 to equal hidden_size=16"),
+        ({"tie_word_embeddings": True, "sparse_embedding": True}, "does not go with sparse_embedding=True"),
+    ],
+)
+def test_fields_that_do_not_fit_are_refused(fields, sentence):
+    with pytest.raises(Exception, match="validat") as caught:
+        RecurrentLMConfig(**fields)
+    assert sentence in str(caught.value.__cause__ or caught.value)
+
+
+def test_inputs_that_do_not_fit_are_refused():
+    model, ids = build(), torch.zeros(1, 3, dtype=torch.long)
+    with pytest.raises(ValueError, match="Give either labels or shift_labels"):
+        model(ids, labels=ids, shift_labels=ids)
+    with pytest.raises(ValueError, match="Give either input_ids or inputs_embeds"):
+        model(ids, inputs_embeds=torch.zeros(1, 3, 6))
+    with pytest.raises(ValueError, match="labels holds 12"):
+        model(ids, shift_labels=ids + 12)
+    with pytest.raises(ValueError, match="state has shape"):
+        model(ids, state=(torch.zeros(1, 1, 8), torch.zeros(1, 1, 8)))
+
+
+def test_a_new_model_is_about_as_sure_as_the_frequencies():
+    ids = torch.randint(12, (4, 9), generator=torch.Generator().manual_seed(0))
+    assert build()(ids, labels=ids).loss.item() == pytest.approx(math.log(12), abs=0.2)

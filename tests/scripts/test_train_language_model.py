@@ -1,0 +1,188 @@
+"""The language models' scripts: what a run leaves, its exactness, and the experiment file."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_dl.data.text import TokenStream, encode, load
+from hf_dl.reporting.card import read_card
+from hf_dl.reporting.experiment import read_experiment
+from scripts import evaluate_language_model, run_experiment, train_language_model
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = (
+    "--num_train=60 --num_test=20 --batch_size=8 --window=20 --embedding_size=16 --hidden_size=16 --cpu_threads=1 "
+    "--warmup_steps=0 --save_every=0 --eval_train=500 --eval_rows=4"
+).split()
+
+
+@pytest.fixture(autouse=True)
+def _fresh_state():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    reset()
+
+
+def reset():
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+
+
+def train(folder, *flags):
+    metrics = train_language_model.main([f"--output_dir={folder}", *SMALL, *flags])
+    reset()
+    return metrics
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("language") / "run"
+    return folder, train(folder)
+
+
+def test_a_run_leaves_scores_model_tokenizer_and_card(finished):
+    folder, metrics = finished
+    results = json.loads((folder / "results.json").read_text())
+    assert results["metrics"] == metrics and results["model_class"] == "RecurrentLMForCausalLM"
+    tokenizer, model = (kind.from_pretrained(folder) for kind in (AutoTokenizer, AutoModelForCausalLM))
+    data = load("test", num_rows=20)
+    ids = encode(data, tokenizer)
+    assert metrics["test_tokens"] == len(ids) == sum(len(row.split()) + 1 for row in data["text"])
+    assert metrics["train_tokens"] == 500
+    # in one piece, from the beginning of each track, it is the same number
+    total = 0.0
+    for track in TokenStream(ids, rows=4, length=10_000).batches():
+        for inputs, labels in zip(track["input_ids"], track["shift_labels"], strict=True):
+            loss = model(inputs[None], shift_labels=labels[None]).loss
+            total += loss.item() * int((labels >= 0).sum())
+    assert metrics["test_loss"] == pytest.approx(total / len(ids), rel=1e-5)
+    assert metrics["test_perplexity"] == pytest.approx(math.exp(metrics["test_loss"]))
+    assert metrics["words_per_second"] > 0 and metrics["words_per_cpu_second"] > 0
+    assert metrics["vocab_size"] == len(tokenizer) == model.config.vocab_size
+    card = read_card(folder / "README.md")
+    assert "AutoModelForCausalLM" in card.text and (folder / "curves.png").is_file()
+    assert card.data.pipeline_tag == "text-generation"
+
+
+def test_the_evaluation_script_finds_the_same_and_writes_text(finished, capsys):
+    folder, metrics = finished
+    found = evaluate_language_model.main(
+        [f"--model={folder}", "--num_test=20", "--eval_rows=4", "--prompt=the", "--max_new_tokens=5"]
+    )
+    assert found["test_loss"] == pytest.approx(metrics["test_loss"], rel=1e-5)
+    assert json.loads((folder / "evaluation.json").read_text())["metrics"] == found
+    assert len(capsys.readouterr().out.splitlines()[-1].split()) == 6
+
+
+def test_each_output_layer_trains_and_is_scored_on_the_same_tokens(tmp_path, finished):
+    tokens = {key: value for key, value in finished[1].items() if key.endswith("_tokens")}
+    for head, kind, flags in (
+        ("gumbel", "GumbelHead", ["--temperature=0.7"]),
+        ("adaptive", "AdaptiveHead", ["--cutoffs", "100", "--div_value=2"]),
+        ("hierarchical", "TreeHead", ["--sparse=true", "--max_grad_norm=1"]),
+        ("hierarchical:two_level", "TwoLevelHead", []),
+    ):
+        folder = tmp_path / kind
+        metrics = train(folder, f"--head={head}", *flags)
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        assert type(model.head).__name__ == kind
+        assert {key: metrics[key] for key in tokens} == tokens
+        logged = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        losses = [line["loss"] for line in logged if "loss" in line]
+        assert all(math.isfinite(loss) for loss in losses)
+        assert [line["val_perplexity"] for line in logged if "val_perplexity" in line]
+        if head == "hierarchical":
+            training = encode(load("train", num_rows=60), AutoTokenizer.from_pretrained(folder))
+            assert model.config.head_options["class_counts"] == training.bincount().tolist()
+
+
+def test_it_learns_from_a_state_that_it_carries_on(tmp_path, monkeypatch):
+    states, forward = [], train_language_model.lm.RecurrentLMForCausalLM.forward
+
+    def watched(model, *given, state=None, **options):
+        states.append(state if model.training else "evaluation")
+        return forward(model, *given, state=state, **options)
+
+    monkeypatch.setattr(train_language_model.lm.RecurrentLMForCausalLM, "forward", watched)
+    flags = ["--epochs=12", "--eval_epochs=4", "--learning_rate=2e-2", "--head=hierarchical", "--sparse=true"]
+    metrics = train(tmp_path, *flags, "--dropout=0", "--num_test=5")
+    assert metrics["train_perplexity"] < 0.3 * metrics["vocab_size"]
+    training = [state for state in states if state != "evaluation"]
+    fresh = [number for number, state in enumerate(training) if state is None]
+    windows = len(training) // 12
+    assert fresh == list(range(0, len(training), windows))  # at the beginning of each pass, and nowhere else
+    assert all(not s.requires_grad and s.abs().sum() > 0 for state in training if state is not None for s in state)
+
+
+class Killed(BaseException):
+    """A power cut."""
+
+
+@pytest.mark.parametrize("head", ["softmax", "hierarchical"])
+def test_killed_and_resumed_it_ends_with_the_same_weights(head, tmp_path, monkeypatch):
+    """The state of the network is in the checkpoint too."""
+    flags = ["--epochs=2", "--eval_epochs=0", "--monitor=", "--save_every=7", f"--head={head}"]
+    flags += ["--sparse=true"] * (head == "hierarchical")
+    train(tmp_path / "whole", *flags)
+    step = train_language_model.TrainingRun.step
+
+    def cut(run, *given, **logged):
+        step(run, *given, **logged)
+        if run.steps == 11:
+            raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(train_language_model.TrainingRun, "step", cut)
+        train(tmp_path / "cut", *flags)
+    reset()
+    train(tmp_path / "cut", *flags, "--resume=true")
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "cut"))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_characters(tmp_path):
+    text = tmp_path / "play.txt"
+    text.write_text("A: to be or not\n\nB: to be\n" * 60)
+    metrics = train(tmp_path / "run", "--level=char", f"--source={text}", "--num_train=0", "--num_test=0")
+    assert metrics["characters_per_second"] > 0 and "test_perplexity_floor" not in metrics
+    assert metrics["vocab_size"] == 2 + len(set("A: to be or notB"))
+    assert metrics["test_tokens"] == sum(len(row) + 1 for row in load("test", text, level="char")["text"])
+    found = evaluate_language_model.main([f"--model={tmp_path / 'run'}", f"--source={text}", "--eval_rows=4"])
+    assert found["test_loss"] == pytest.approx(metrics["test_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--head=sofmax"], "head='sofmax' is unknown; choose one of softmax, gumbel"),
+        (
+            ["--head=hierarchical:oak"],
+            "head='hierarchical:oak' is unknown; trees are hierarchical: and one of huffman",
+        ),
+        (["--head=softmax:huffman"], "head='softmax:huffman' is unknown"),
+        (["--accumulation=2"], "accumulation=2 must be 1: the state goes on from batch to batch"),
+        (["--sparse=true", "--optimizer=sgd"], "optimizer='sgd' does not go with sparse=True; choose adamw"),
+        (["--temperature=0"], "temperature=0.0 must be above 0"),
+        (["--window=0"], "window=0 must be at least 1"),
+        (["--tie_word_embeddings=true", "--head=adaptive"], "does not go with head='adaptive'"),
+    ],
+)
+def test_wrong_flags_are_refused_in_a_sentence(flags, sentence, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        train_language_model.main([f"--output_dir={tmp_path / 'run'}", *SMALL, *flags])
+    assert sentence in capsys.readouterr().err
+
+
+def test_the_experiment_file_names_flags_that_there_are():
+    path = ROOT / "scripts" / "experiments" / "word_lm.toml"
+    experiment = read_experiment(path)
+    run_experiment.check_flags(experiment, run_experiment.find_script(experiment, path))
+    heads = {str(cell.flags["head"]).partition(":")[0] for cell in experiment.cells("runs")}
+    assert heads == {"softmax", "gumbel", "adaptive", "hierarchical"}
