@@ -26,6 +26,8 @@ from hf_dl.data import images
 from hf_dl.data.collate import as_is
 from hf_dl.data.images import LabelledImages
 from hf_dl.metrics.classification import classification_scores, confusion_matrix, per_class_scores, top_k_hits
+from hf_dl.models.conv_classifier import ConvClassifierConfig, ConvClassifierForImageClassification
+from hf_dl.models.layers_softmax import cluster_classes
 from hf_dl.models.norm_resnet import NormResNetConfig, NormResNetForImageClassification
 from hf_dl.models.small_vit import SmallViTConfig, SmallViTForImageClassification
 from hf_dl.reporting.card import run_card
@@ -34,12 +36,24 @@ from hf_dl.reporting.plots import plot_run
 
 MODELS = {  # config, model, and which of the script's flags are fields of the config
     "norm_resnet": (NormResNetConfig, NormResNetForImageClassification, ("n", "norm", "widths", "shortcut")),
-    "small_vit": (SmallViTConfig, SmallViTForImageClassification, ("patch_size", "hidden_size", "num_hidden_layers")),
+    "small_vit": (
+        SmallViTConfig,
+        SmallViTForImageClassification,
+        ("patch_size", "hidden_size", "num_hidden_layers", "head"),
+    ),
+    "conv_classifier": (
+        ConvClassifierConfig,
+        ConvClassifierForImageClassification,
+        ("norm", "widths", "hidden_size", "dropout", "head"),
+    ),
 }
+TREES = ("huffman", "balanced", "superclass", "two_level")
 SUMMARIES = {
     "norm_resnet": "A residual network of 6n+2 layers (He et al. 2015) with a choice of normalisations: it names what "
     "an image shows.",
     "small_vit": "A small vision transformer (Dosovitskiy et al. 2020): it names what an image shows.",
+    "conv_classifier": "Three convolutions and two linear layers, with a choice of output layers (softmax, Gumbel, "
+    "hierarchical, adaptive): it names what an image shows.",
 }
 LIMITS = (
     "It gives every image one of its own classes, also one that shows none of them.",
@@ -73,14 +87,47 @@ class ImageData:
 class ModelFlags:
     """Flags that say which network; what is not given has the model's own default."""
 
-    model: Literal["norm_resnet", "small_vit"] = field(default="norm_resnet", metadata={"help": "Kind of network."})
+    model: Literal["norm_resnet", "small_vit", "conv_classifier"] = field(
+        default="norm_resnet", metadata={"help": "Kind of network."}
+    )
     n: int | None = field(default=None, metadata={"help": "norm_resnet: it has 6n+2 layers."})
-    norm: str | None = field(default=None, metadata={"help": "norm_resnet: normalisation, such as batch or group."})
-    widths: list[int] | None = field(default=None, metadata={"help": "norm_resnet: channels of the three stages."})
+    norm: str | None = field(
+        default=None, metadata={"help": "norm_resnet, conv_classifier: normalisation, such as batch or group."}
+    )
+    widths: list[int] | None = field(
+        default=None, metadata={"help": "norm_resnet, conv_classifier: channels of the three stages."}
+    )
     shortcut: str | None = field(default=None, metadata={"help": "norm_resnet: identity or projection."})
     patch_size: int | None = field(default=None, metadata={"help": "small_vit: side of a patch, in pixels."})
-    hidden_size: int | None = field(default=None, metadata={"help": "small_vit: width of the tokens."})
+    hidden_size: int | None = field(
+        default=None, metadata={"help": "small_vit, conv_classifier: width of the tokens, of the last hidden layer."}
+    )
     num_hidden_layers: int | None = field(default=None, metadata={"help": "small_vit: number of blocks."})
+    dropout: float | None = field(default=None, metadata={"help": "conv_classifier: of the last hidden layer."})
+    head: str | None = field(
+        default=None,
+        metadata={
+            "help": "small_vit, conv_classifier: output layer: softmax, gumbel, hierarchical or adaptive; "
+            "hierarchical:TREE sets the tree too."
+        },
+    )
+    tree: str = field(
+        default="huffman",
+        metadata={
+            "help": f"head=hierarchical: {', '.join(TREES)}, or the folder of a trained classifier of the same "
+            "classes, to learn it from its output layer."
+        },
+    )
+    cutoffs: list[int] | None = field(
+        default=None, metadata={"help": "head=adaptive: classes up to each cutoff; those that cost least by default."}
+    )
+    div_value: float = field(default=4.0, metadata={"help": "head=adaptive: how much smaller each tail is."})
+    temperature: float = field(
+        default=0.5, metadata={"help": "head=gumbel: what the temperature of the noise falls to, from 1."}
+    )
+    straight_through: bool = field(
+        default=False, metadata={"help": "head=gumbel: sample classes, with the gradient of the relaxed sample."}
+    )
 
 
 @dataclass
@@ -142,8 +189,45 @@ def config_fields(args: Any) -> dict[str, Any]:
             default = getattr(kind(), name)
             setattr(args, name, list(default) if isinstance(default, tuple) else default)
     fields = {name: getattr(args, name) for name in own} | {"image_size": args.image_size}
+    if "head" in own:
+        fields["head"] = args.head.partition(":")[0]
+        if fields["head"] == "hierarchical" and tree_of(args) not in TREES and not Path(tree_of(args)).is_dir():
+            raise ValueError(
+                f"tree={tree_of(args)!r} is unknown; choose one of {', '.join(TREES)}, or the folder of a classifier."
+            )
+    if not 0 < args.temperature < float("inf"):
+        raise ValueError(f"temperature={args.temperature} must be above 0.")
     checked(kind, **fields)
     return fields
+
+
+def tree_of(args: Any) -> str:
+    """The tree that the flags name, be it in `head` or in `tree`."""
+    return args.head.partition(":")[2] or args.tree
+
+
+def head_options(args: Any, names: Sequence[str], labels: torch.Tensor) -> dict[str, Any]:
+    """Pick the options of the output layer that the flags name; class counts are those of the training images."""
+    counts = labels.bincount(minlength=len(names)).tolist()
+    head = args.head.partition(":")[0]
+    if head == "gumbel":
+        return {"straight_through": args.straight_through}
+    if head == "adaptive":
+        return {"cutoffs": args.cutoffs, "div_value": args.div_value, "class_counts": counts}
+    if head != "hierarchical":
+        return {}
+    tree = tree_of(args)
+    if tree in ("huffman", "balanced"):
+        return {"tree": tree, "class_counts": counts}
+    if tree in ("superclass", "two_level"):
+        return {"tree": tree.replace("superclass", "given"), "groups": images.superclasses(names)}
+    trained = AutoModelForImageClassification.from_pretrained(tree)
+    if [trained.config.id2label[label] for label in range(trained.config.num_labels)] != list(names):
+        raise ValueError(f"tree={tree!r} is a classifier of other classes; train one on these.")
+    layer = trained.head if hasattr(trained, "head") else trained.classifier
+    if getattr(layer, "weight", None) is None or len(layer.weight) != len(names):
+        raise ValueError(f"tree={tree!r} has no weights for each class; train a classifier with a softmax.")
+    return {"tree": "given", "groups": cluster_classes(layer.weight)}
 
 
 def checked(make: Callable[..., Any], **fields: Any) -> Any:
@@ -154,11 +238,24 @@ def checked(make: Callable[..., Any], **fields: Any) -> Any:
         raise ValueError(str(error.__cause__ or error)) from error
 
 
-def make_model(args: Any, names: Sequence[str]) -> torch.nn.Module:
-    """Make the model that the flags name, for classes of these names."""
-    kind, model, _ = MODELS[args.model]
-    labels = {"id2label": dict(enumerate(names)), "label2id": {name: number for number, name in enumerate(names)}}
-    return model(checked(kind, **config_fields(args), **labels))
+def make_model(args: Any, train: LabelledImages) -> torch.nn.Module:
+    """Make the model that the flags name, for the classes of the training images."""
+    kind, model, own = MODELS[args.model]
+    names = train.names
+    fields = {"id2label": dict(enumerate(names)), "label2id": {name: number for number, name in enumerate(names)}}
+    if "head" in own:
+        fields["head_options"] = head_options(args, names, train.labels)
+    return model(checked(kind, **config_fields(args), **fields))
+
+
+def smoothed(output: Any, smoothing: float) -> torch.Tensor:
+    """Take a part of the loss from the mean of -log P over all classes (Szegedy et al. 2016, section 7).
+
+    With a softmax it is the cross-entropy with label smoothing; it is defined by log P alone, so all heads have it.
+    """
+    if not smoothing:
+        return output.loss
+    return (1 - smoothing) * output.loss - smoothing * output.logits.float().log_softmax(1).mean()
 
 
 def make_processor(train: LabelledImages) -> CLIPImageProcessor:

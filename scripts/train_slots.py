@@ -28,7 +28,7 @@ class Args(slots.SlotData, TrainingArgs):
     area_penalty: float = field(default=6e-3, metadata={"help": "Price that all masks but the largest rise to."})
     binding_step: int = field(default=800, metadata={"help": "Step at which slots must have bound; 0: no check."})
     max_restarts: int = field(default=3, metadata={"help": "Fresh starts after slots that did not bind."})
-    max_steps: int = 4500
+    max_steps: int = 5000
     batch_size: int = 16
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"
     learning_rate: float = 2e-3
@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         rest = 1 - output.masks.mean(dim=(2, 3)).amax(dim=1).mean()
         weight = args.area_penalty * min(1.0, max(0.0, (run.progress - 0.4) / 0.2))
         run.step(output.loss + weight * rest, mse=output.loss)
-        if run.due(args.eval_every) or run.due(args.binding_step):
+        if run.due(args.eval_every) or (run.due(args.binding_step) and run.steps == args.binding_step):
             with run.averaged():
                 scores, masks = slots.evaluate(run.model, validation_batches, gather=run.gather)
             run.log(**{f"val_{name}": scores[name] for name in slots.WATCHED})

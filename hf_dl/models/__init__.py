@@ -2,6 +2,7 @@
 
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification, ViTImageProcessor
 
+from .conv_classifier import ConvClassifierConfig, ConvClassifierForImageClassification, ConvClassifierModel
 from .norm_resnet import NormResNetConfig, NormResNetForImageClassification, NormResNetModel
 from .slot_autoencoder import SlotAutoencoderConfig, SlotAutoencoderModel, SlotImageProcessor
 from .small_vit import SmallViTConfig, SmallViTForImageClassification, SmallViTImageProcessor, SmallViTModel
@@ -20,6 +21,11 @@ AutoModel.register(NormResNetConfig, NormResNetModel)
 AutoModelForImageClassification.register(NormResNetConfig, NormResNetForImageClassification)
 AutoImageProcessor.register(NormResNetConfig, image_processor_classes={"torchvision": ViTImageProcessor})
 
+AutoConfig.register("conv_classifier", ConvClassifierConfig)
+AutoModel.register(ConvClassifierConfig, ConvClassifierModel)
+AutoModelForImageClassification.register(ConvClassifierConfig, ConvClassifierForImageClassification)
+AutoImageProcessor.register(ConvClassifierConfig, image_processor_classes={"torchvision": ViTImageProcessor})
+
 # Checkpoints carry their own code, so that they load with trust_remote_code=True where hf_dl is not installed.
 SlotAutoencoderConfig.register_for_auto_class()
 SlotAutoencoderModel.register_for_auto_class("AutoModel")
@@ -31,8 +37,14 @@ SmallViTImageProcessor.register_for_auto_class("AutoImageProcessor")
 NormResNetConfig.register_for_auto_class()
 NormResNetModel.register_for_auto_class("AutoModel")
 NormResNetForImageClassification.register_for_auto_class("AutoModelForImageClassification")
+ConvClassifierConfig.register_for_auto_class()
+ConvClassifierModel.register_for_auto_class("AutoModel")
+ConvClassifierForImageClassification.register_for_auto_class("AutoModelForImageClassification")
 
 __all__ = [
+    "ConvClassifierConfig",
+    "ConvClassifierForImageClassification",
+    "ConvClassifierModel",
     "NormResNetConfig",
     "NormResNetForImageClassification",
     "NormResNetModel",

@@ -11,8 +11,10 @@ What differs from the paper:
   `scaled_dot_product_attention`; the attention matrices are only built when they are asked for.
 - Images of another size than the config's are taken: the positions of the patches are interpolated to their grid.
 - No tanh layer between the CLS token and the head.
+- The head is any of `HEADS` in layers_softmax.py, with log-probabilities as logits; the default is the linear one.
 """
 
+import json
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -25,6 +27,8 @@ from transformers import initialization as init
 from transformers.image_utils import PILImageResampling
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.utils import can_return_tuple
+
+from .layers_softmax import OutputHead, check_options, make_head
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
 
@@ -46,6 +50,8 @@ class SmallViTConfig(PreTrainedConfig):
         attention_probs_dropout_prob: Dropout of the attention.
         initializer_range: Standard deviation of the normal that weights, positions and CLS token start from.
         layer_norm_eps: Epsilon of the layer normalisations.
+        head: The output layer, a key of `HEADS`: "softmax", "gumbel", "hierarchical" or "adaptive".
+        head_options: Its options, see `make_head`; what JSON can hold.
 
     Example:
         ```python
@@ -69,6 +75,13 @@ class SmallViTConfig(PreTrainedConfig):
     attention_probs_dropout_prob: float = 0.0
     initializer_range: float = 0.02
     layer_norm_eps: float = 1e-6
+    head: str = "softmax"
+    head_options: dict[str, Any] | None = None
+
+    def __post_init__(self, **kwargs):
+        """Make the fields what JSON gives back, so that a saved config equals the one it came from."""
+        self.head_options = json.loads(json.dumps(self.head_options))
+        super().__post_init__(**kwargs)
 
     def validate_architecture(self):
         """Refuse fields that do not fit together.
@@ -96,6 +109,7 @@ class SmallViTConfig(PreTrainedConfig):
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and below 1.")
+        check_options(self.head, self.head_options)
 
     @property
     def grid_size(self) -> int:
@@ -221,7 +235,13 @@ class SmallViTPreTrainedModel(PreTrainedModel):
         std = self.config.initializer_range
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             init.trunc_normal_(module.weight, std=std)
-            init.zeros_(module.bias)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, OutputHead):
+            for parameter in module.parameters(recurse=False):
+                init.trunc_normal_(parameter, std=std) if parameter.ndim > 1 else init.zeros_(parameter)
+            for name, values in module.make_buffers().items():
+                init.copy_(getattr(module, name), values)
         elif isinstance(module, nn.LayerNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)
@@ -314,7 +334,7 @@ class SmallViTModel(SmallViTPreTrainedModel):
 
 
 class SmallViTForImageClassification(SmallViTPreTrainedModel):
-    """Small vision transformer with a linear head on its CLS token.
+    """Small vision transformer with an output layer on its CLS token.
 
     Example:
         ```python
@@ -330,7 +350,8 @@ class SmallViTForImageClassification(SmallViTPreTrainedModel):
         # Saving enters the class that is saved; AutoModel must find the model without a head in the same folder.
         config.auto_map = {"AutoModel": "small_vit.SmallViTModel", **(getattr(config, "auto_map", None) or {})}
         self.small_vit = SmallViTModel(config)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        options = config.head_options or {}
+        self.classifier = make_head(config.head, config.hidden_size, config.num_labels, **options)
         self.post_init()
 
     @can_return_tuple
@@ -341,20 +362,25 @@ class SmallViTForImageClassification(SmallViTPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        temperature: float = 1.0,
+        generator: torch.Generator | None = None,
         **kwargs: Any,
     ) -> ImageClassifierOutput:
         """Classify images.
 
         Args:
             pixel_values: (batch, channels, height, width), in [-1, 1]; sides are multiples of `patch_size`.
-            labels: Classes, int (batch,); with them `loss` is the mean cross-entropy.
+            labels: Classes, int (batch,); with them `loss` is that of the head, the mean cross-entropy by default.
             attention_mask: As of `SmallViTModel`.
             output_attentions: As of `SmallViTModel`.
             output_hidden_states: As of `SmallViTModel`.
+            temperature: Of the noise of head="gumbel" in training, above 0.
+            generator: Source of that noise.
             **kwargs: `return_dict=False` gives a tuple.
 
         Returns:
-            `loss`, `logits` (batch, num_labels), and `hidden_states` and `attentions` when asked for.
+            `loss`, `logits` (batch, num_labels), which are log-probabilities, and `hidden_states` and `attentions`
+            when asked for.
         """
         output = self.small_vit(
             pixel_values,
@@ -363,10 +389,12 @@ class SmallViTForImageClassification(SmallViTPreTrainedModel):
             output_hidden_states=output_hidden_states,
             return_dict=True,
         )
-        logits = self.classifier(output.pooler_output)
+        hidden, loss = output.pooler_output, None
+        if labels is not None:
+            loss = self.classifier(hidden, labels.to(hidden.device), temperature=temperature, generator=generator)
         return ImageClassifierOutput(
-            loss=None if labels is None else F.cross_entropy(logits.float(), labels.to(logits.device)),
-            logits=logits,
+            loss=loss,
+            logits=self.classifier.log_prob(hidden),
             hidden_states=output.hidden_states,
             attentions=output.attentions,
         )

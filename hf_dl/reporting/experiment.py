@@ -42,7 +42,7 @@ class Table:
 
     Args:
         rows: One or two flags of the grid.
-        value: The metrics of results.json that are shown.
+        value: The metrics of results.json that are shown; also its "seconds" and "num_parameters".
         columns: A flag of the grid, or None for one column a metric.
         baseline: Chance level (or another known reference) of each metric, by metric.
     """

@@ -45,7 +45,7 @@ class Group:
         """Return the metric of each finished cell, in the order of the seeds.
 
         Args:
-            metric: A key of the cells' metrics.
+            metric: A key of the cells' metrics, or what every run tells of itself: "seconds" or "num_parameters".
 
         Returns:
             One number a finished cell.
@@ -53,13 +53,17 @@ class Group:
         Raises:
             ValueError: If a finished cell does not have the metric.
         """
+        found = []
         for cell in self.finished:
-            if metric not in cell["metrics"]:
+            own = {name: cell[name] for name in ("seconds", "num_parameters") if cell.get(name) is not None}
+            values = own | cell["metrics"]
+            if metric not in values:
                 raise ValueError(
                     f"value={metric!r} is not among the metrics of cell {cell['id']}; it has "
                     f"{', '.join(sorted(cell['metrics']))}. Correct table.value of the experiment."
                 )
-        return [float(cell["metrics"][metric]) for cell in self.finished]
+            found.append(float(values[metric]))
+        return found
 
 
 def groups(report: Mapping[str, Any]) -> list[Group]:

@@ -233,7 +233,7 @@ def paint(model: SlotAutoencoderModel, *chosen: tuple[Explanation, list[int]]) -
 
 def make_training(root: Path = ROOT) -> Training:
     """The training of the small default."""
-    scores = {"loss": "loss", "foreground ARI": "val_decoder_fg_ari"}
+    scores = {"loss": "loss", "foreground ARI": "val_posterior_fg_ari"}
     return Training("train_slots.py", "slot_explorer", scores=scores, minutes="about five minutes", root=root)
 
 

@@ -282,7 +282,12 @@ def make_training(root: Path = ROOT) -> Training:
     """The training of the small default."""
     scores = {"loss": "loss", "accuracy": "val_accuracy"}
     return Training(
-        "train_classifier.py", "vit_masking", flags=FLAGS, scores=scores, minutes="about ten minutes", root=root
+        "train_classifier.py",
+        "vit_masking",
+        flags=FLAGS,
+        scores=scores,
+        minutes="about a quarter of an hour",
+        root=root,
     )
 
 

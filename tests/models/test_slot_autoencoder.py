@@ -15,6 +15,7 @@ TINY = {
     "slot_dim": 12,
     "slot_mlp_dim": 16,
     "num_slots": 3,
+    "num_draws": 2,
 }
 
 
@@ -109,7 +110,7 @@ def test_evaluation_keeps_the_best_of_its_draws_image_by_image(gaussian_model):
     colours = torch.rand(12, 3, 1, 1, generator=torch.Generator().manual_seed(0))
     pixel_values = ((colours * 2 - 1) * 3).expand(-1, -1, 16, 16)
     start = gaussian_model.initial_slots(12, num_draws=gaussian_model.config.num_draws)
-    assert start.shape == (12, 24, 12)
+    assert start.shape == (12, 6, 12)
     tokens = gaussian_model.encoder(pixel_values)
     errors = []
     for draw in start.split(3, dim=1):

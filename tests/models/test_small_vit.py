@@ -41,6 +41,25 @@ class TestForImageClassification(ModelContract):
         }
 
 
+class TestWithGumbelSoftmax(TestForImageClassification):
+    test_loads_in_a_fresh_process_without_the_package = None  # no other code than above
+    overfit_learning_rate = 1e-2
+    overfit_steps = 80
+
+    def config(self):
+        return SmallViTConfig(**TINY, num_labels=3, head="gumbel")
+
+    def answer(self, model, inputs):
+        torch.manual_seed(0)
+        return model(**inputs, temperature=0.7).logits
+
+
+class TestWithHierarchicalSoftmax(TestWithGumbelSoftmax):
+    def config(self):
+        options = {"tree": "given", "groups": ((0, 2), 1)}
+        return SmallViTConfig(**TINY, num_labels=3, head="hierarchical", head_options=options)
+
+
 @pytest.fixture
 def model():
     torch.manual_seed(0)
@@ -131,7 +150,31 @@ def test_the_model_without_a_head_reads_a_classifier_s_folder(model, images, tmp
     model.save_pretrained(tmp_path)
     base = AutoModel.from_pretrained(tmp_path)
     assert type(base) is SmallViTModel
-    torch.testing.assert_close(model.classifier(base(images).pooler_output), model(images).logits)
+    torch.testing.assert_close(model.classifier.log_prob(base(images).pooler_output), model(images).logits)
+
+
+def test_the_softmax_head_is_the_linear_layer_that_it_was(model, images):
+    linear = nn.Linear(16, 3)
+    linear.load_state_dict({name: model.state_dict()[f"classifier.{name}"] for name in ("weight", "bias")})
+    scores, labels = linear(model.small_vit(images).pooler_output), torch.tensor([2, 0])
+    torch.testing.assert_close(model(images).logits, scores.log_softmax(1))
+    torch.testing.assert_close(model(images, labels=labels).loss, nn.functional.cross_entropy(scores, labels))
+
+
+def test_gumbel_noise_is_drawn_in_training_from_the_generator(images):
+    torch.manual_seed(0)
+    model = SmallViTForImageClassification(SmallViTConfig(**TINY, num_labels=3, head="gumbel"))
+    plain = SmallViTForImageClassification(SmallViTConfig(**TINY, num_labels=3))
+    plain.load_state_dict(model.state_dict())
+    labels = torch.tensor([2, 0])
+
+    def loss(seed, temperature=1.0):
+        draw = torch.Generator().manual_seed(seed)
+        return model.train()(images, labels=labels, temperature=temperature, generator=draw).loss.item()
+
+    assert loss(0) == loss(0) != loss(1)
+    assert loss(0, 0.5) != loss(0)
+    assert torch.equal(model.eval()(images, labels=labels).loss, plain.eval()(images, labels=labels).loss)
 
 
 def test_both_auto_classes_are_named_in_the_folder(model, tmp_path):
@@ -173,6 +216,8 @@ def test_dropout_is_of_training_only():
         ({"num_hidden_layers": 0}, "num_hidden_layers=0 must be at least 1"),
         ({"hidden_dropout_prob": 1.0}, "hidden_dropout_prob=1.0 must be at least 0 and below 1"),
         ({"hidden_act": "tanh"}, "hidden_act"),
+        ({"head": "gumble"}, "head='gumble' is unknown; choose one of softmax, gumbel"),
+        ({"head_options": {"tree": "huffman"}}, "head_options has 'tree', which head='softmax' lacks"),
     ],
 )
 def test_fields_that_do_not_fit_are_refused(fields, sentence):

@@ -73,6 +73,15 @@ def test_columns_and_several_values_make_one_table_a_metric(report):
     assert chance[0] == "chance" and float(chance[1]) == float(chance[2]) == 0.1
 
 
+def test_what_every_run_tells_of_itself_can_be_shown(report):
+    made = report()
+    for number, cell in enumerate(made["cells"]):
+        cell |= {"seconds": 10.0 + number, "num_parameters": 1234}
+    (group, *_) = groups(made)
+    assert group.values("num_parameters") == [1234.0] * 3
+    assert group.values("seconds") == [cell["seconds"] for cell in group.cells]
+
+
 def test_one_value_with_a_plain_baseline(report):
     text = TOML.replace('value = ["val_accuracy", "val_loss"]', 'value = "val_accuracy"')
     text = text.replace("baseline = { val_accuracy = 0.1 }", "baseline = 0.1")

@@ -136,3 +136,27 @@ def upload(browser, path, name="file"):
 
     wait_for(lambda: browser.find_elements(By.CSS_SELECTOR, f"#{name} input[type=file]"))  # no file lies there
     browser.find_element(By.CSS_SELECTOR, f"#{name} input[type=file]").send_keys(str(path))
+
+
+def check_hostile_files(browser, kind, folder, picture, name="file"):
+    """That a bad file gets a sentence, the picture stays, and the page goes on."""
+    before = shown(browser, picture)
+    write_hostile(kind, folder / "a.png")
+    upload(browser, folder / "a.png", name)
+    wait_for(lambda: HOSTILE[kind] in browser.page_source)
+    assert shown(browser, picture) == before
+    assert "Traceback" not in browser.page_source
+    make_image().save(folder / "good.png")
+    upload(browser, folder / "good.png", name)
+    wait_for(lambda: shown(browser, picture) != before)
+
+
+def check_unknown_model(browser):
+    """That the name of a model that is nowhere gets a sentence."""
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
+
+    box = browser.find_element(By.CSS_SELECTOR, "#name textarea, #name input")
+    box.send_keys("nobody/no-such-model", Keys.ENTER)
+    wait_for(lambda: "was not found: it is neither a folder" in browser.page_source)
+    assert "Traceback" not in browser.page_source

@@ -18,7 +18,9 @@ from .pages import (
     HOSTILE,
     ROOT,
     build_demo,
+    check_hostile_files,
     check_space,
+    check_unknown_model,
     load_app,
     make_image,
     serve,
@@ -298,21 +300,8 @@ class TestBrowser:
     @pytest.mark.parametrize("kind", HOSTILE)
     def test_hostile_files_get_a_sentence(self, browser, address, kind, tmp_path):
         self.open(browser, address)
-        before = shown(browser, "overlay")
-        write_hostile(kind, tmp_path / "a.png")
-        upload(browser, tmp_path / "a.png")
-        wait_for(lambda: HOSTILE[kind] in browser.page_source)
-        assert shown(browser, "overlay") == before
-        make_image().save(tmp_path / "good.png")
-        upload(browser, tmp_path / "good.png")  # and the page goes on
-        wait_for(lambda: shown(browser, "overlay") != before)
+        check_hostile_files(browser, kind, tmp_path, "overlay")
 
     def test_an_unknown_model_gets_a_sentence(self, browser, address):
-        from selenium.webdriver.common.by import By
-        from selenium.webdriver.common.keys import Keys
-
         self.open(browser, address)
-        box = browser.find_element(By.CSS_SELECTOR, "#name textarea, #name input")
-        box.send_keys("nobody/no-such-model", Keys.ENTER)
-        wait_for(lambda: "was not found: it is neither a folder" in browser.page_source)
-        assert "Traceback" not in browser.page_source
+        check_unknown_model(browser)

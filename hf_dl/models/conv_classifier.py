@@ -1,0 +1,260 @@
+"""A plain convolutional classifier: three convolutions and two linear layers, the second of which is any output layer.
+
+The base network on which output layers are compared. Each 3x3 convolution is followed by an optional normalisation,
+a ReLU and 2x2 max pooling; what is left of the image is flattened, a linear layer with ReLU and dropout makes hidden
+states of it, and an output layer of `HEADS` in layers_softmax.py names the class. With the default sizes and 100
+classes there are 0.64 million parameters, 82 % of them in the first linear layer.
+
+`logits` are log-probabilities, whichever the head, so `softmax`, `argmax`, top-k and cross-entropy take them as
+they do those of any classifier.
+"""
+
+import json
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub.dataclasses import strict
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPoolingAndNoAttention,
+    ImageClassifierOutputWithNoAttention,
+)
+from transformers.utils import can_return_tuple
+
+from .layers_norm import (
+    NORMS,
+    BatchInstanceNorm2d,
+    BatchNorm2d,
+    GroupNorm2d,
+    InstanceNorm2d,
+    LayerNorm2d,
+    make_norm,
+)
+from .layers_softmax import OutputHead, check_options, make_head
+
+NORM_LAYERS = (BatchNorm2d, InstanceNorm2d, LayerNorm2d, GroupNorm2d)  # BatchInstanceNorm2d is a BatchNorm2d
+
+
+@strict
+class ConvClassifierConfig(PreTrainedConfig):
+    """Configuration of a `ConvClassifierModel`; the number of classes comes with `num_labels` or `id2label`.
+
+    Args:
+        widths: Channels of the three convolutions.
+        hidden_size: Channels of the hidden states, which the output layer takes.
+        norm: What follows each convolution, a key of `NORMS` such as "batch" or "group"; "none" for a bias alone.
+        dropout: Part of the hidden states that is dropped in training, at least 0 and below 1.
+        image_size: Height and width of the images, in pixels; a multiple of 8.
+        num_channels: Channels of the images.
+        head: The output layer, a key of `HEADS`: "softmax", "gumbel", "hierarchical" or "adaptive".
+        head_options: Its options, see `make_head`; what JSON can hold.
+
+    Example:
+        ```python
+        >>> options = {"tree": "two_level", "groups": [[0, 3], [1, 2]]}
+        >>> ConvClassifierConfig(num_labels=4, head="hierarchical", head_options=options).flat_size
+        2048
+
+        ```
+    """
+
+    model_type = "conv_classifier"
+
+    widths: list[int] | tuple[int, ...] = (32, 64, 128)
+    hidden_size: int = 256
+    norm: str = "none"
+    dropout: float = 0.2
+    image_size: int = 32
+    num_channels: int = 3
+    head: str = "softmax"
+    head_options: dict[str, Any] | None = None
+
+    def __post_init__(self, **kwargs):
+        """Make the fields what JSON gives back, so that a saved config equals the one it came from."""
+        self.widths = list(self.widths)
+        self.head_options = json.loads(json.dumps(self.head_options))
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self):
+        """Refuse fields that do not fit together.
+
+        Raises:
+            ValueError: With the field, its value and what was expected.
+        """
+        for name in ("hidden_size", "image_size", "num_channels"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        if len(self.widths) != 3 or min(self.widths) < 1:
+            raise ValueError(f"widths={self.widths} must be the channels of the three convolutions, each at least 1.")
+        if self.image_size % 8:
+            raise ValueError(f"image_size={self.image_size} must be a multiple of 8: it is halved three times.")
+        if self.norm not in NORMS:
+            raise ValueError(f"norm={self.norm!r} is unknown; choose one of {', '.join(NORMS)}.")
+        if self.norm == "group" and any(width % min(8, width) for width in self.widths):
+            raise ValueError(f"widths={self.widths} must be multiples of the 8 groups of norm='group'.")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout} must be at least 0 and below 1.")
+        check_options(self.head, self.head_options)
+
+    @property
+    def flat_size(self) -> int:
+        """Values of an image that the first linear layer takes."""
+        return self.widths[-1] * (self.image_size // 8) ** 2
+
+
+class ConvClassifierPreTrainedModel(PreTrainedModel):
+    """Weight initialisation and loading of the network."""
+
+    config: ConvClassifierConfig
+    base_model_prefix = "conv_classifier"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        if isinstance(module, nn.Conv2d):
+            init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.Linear):
+            init.kaiming_uniform_(module.weight, a=5**0.5)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, OutputHead):
+            bound = module.in_features**-0.5
+            for parameter in module.parameters(recurse=False):
+                init.uniform_(parameter, -bound, bound)
+            for name, values in module.make_buffers().items():
+                init.copy_(getattr(module, name), values)
+        elif isinstance(module, (*NORM_LAYERS, nn.BatchNorm2d)):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+            if getattr(module, "running_mean", None) is not None:
+                init.zeros_(module.running_mean)
+                init.ones_(module.running_var)
+                init.zeros_(module.num_batches_tracked)
+            if isinstance(module, BatchInstanceNorm2d):
+                init.ones_(module.gate)
+
+
+class ConvClassifierModel(ConvClassifierPreTrainedModel):
+    """The network up to the hidden states, which any output layer takes.
+
+    Example:
+        ```python
+        >>> model = ConvClassifierModel(ConvClassifierConfig())
+        >>> output = model(torch.randn(2, 3, 32, 32))
+        >>> output.last_hidden_state.shape, output.pooler_output.shape
+        (torch.Size([2, 128, 4, 4]), torch.Size([2, 256]))
+
+        ```
+    """
+
+    def __init__(self, config: ConvClassifierConfig):
+        super().__init__(config)
+        self.stages = nn.ModuleList()
+        channels = config.num_channels
+        for width in config.widths:
+            convolution = nn.Conv2d(channels, width, 3, padding=1, bias=config.norm == "none")
+            self.stages.append(nn.Sequential(convolution, make_norm(config.norm, width), nn.ReLU(), nn.MaxPool2d(2)))
+            channels = width
+        self.hidden = nn.Linear(config.flat_size, config.hidden_size)
+        self.dropout = nn.Dropout(config.dropout)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self, pixel_values: torch.Tensor, output_hidden_states: bool | None = None, **kwargs: Any
+    ) -> BaseModelOutputWithPoolingAndNoAttention:
+        """Compute the hidden states of images.
+
+        Args:
+            pixel_values: (batch, channels, image_size, image_size), of mean 0 and deviation 1 or in [-1, 1].
+            output_hidden_states: Whether to give the feature maps after each stage.
+            **kwargs: `return_dict=False` gives a tuple.
+
+        Returns:
+            `last_hidden_state` (batch, channels, image_size / 8, image_size / 8), `pooler_output` (batch,
+            hidden_size), at least 0, and, on request, `hidden_states`.
+
+        Raises:
+            ValueError: If the images have another shape.
+        """
+        config = self.config
+        expected = (config.num_channels, config.image_size, config.image_size)
+        if pixel_values.ndim != 4 or pixel_values.shape[1:] != expected:
+            raise ValueError(
+                f"pixel_values has shape {tuple(pixel_values.shape)}, expected "
+                f"(batch, {', '.join(map(str, expected))}); the processor of the folder resizes."
+            )
+        if output_hidden_states is None:
+            output_hidden_states = config.output_hidden_states
+        states, maps = pixel_values, ()
+        for stage in self.stages:
+            states = stage(states)
+            maps += (states,)
+        return BaseModelOutputWithPoolingAndNoAttention(
+            last_hidden_state=states,
+            pooler_output=self.dropout(F.relu(self.hidden(states.flatten(1)))),
+            hidden_states=maps if output_hidden_states else None,
+        )
+
+
+class ConvClassifierForImageClassification(ConvClassifierPreTrainedModel):
+    """The network and its output layer.
+
+    Example:
+        ```python
+        >>> config = ConvClassifierConfig(num_labels=10, head="hierarchical")
+        >>> model = ConvClassifierForImageClassification(config).eval()
+        >>> output = model(torch.randn(2, 3, 32, 32), labels=torch.tensor([0, 9]))
+        >>> output.logits.shape, bool(output.loss.isclose(-output.logits[[0, 1], [0, 9]].mean()))
+        (torch.Size([2, 10]), True)
+
+        ```
+    """
+
+    def __init__(self, config: ConvClassifierConfig):
+        super().__init__(config)
+        # Saving enters the class that is saved; AutoModel is to load the part of it.
+        here = {"AutoModel": "conv_classifier.ConvClassifierModel"}
+        config.auto_map = {**here, **(getattr(config, "auto_map", None) or {})}
+        self.conv_classifier = ConvClassifierModel(config)
+        self.head = make_head(config.head, config.hidden_size, config.num_labels, **(config.head_options or {}))
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        temperature: float = 1.0,
+        generator: torch.Generator | None = None,
+        **kwargs: Any,
+    ) -> ImageClassifierOutputWithNoAttention:
+        """Classify images.
+
+        Args:
+            pixel_values: (batch, channels, image_size, image_size), as of `ConvClassifierModel`.
+            labels: Classes, int (batch,); with them `loss` is that of the head, the mean of -log P(label) by default.
+            output_hidden_states: Whether to give the feature maps after each stage.
+            temperature: Of the noise of head="gumbel" in training, above 0.
+            generator: Source of that noise.
+            **kwargs: `return_dict=False` gives a tuple.
+
+        Returns:
+            `loss`, `logits` (batch, num_labels), which are log-probabilities, and, on request, `hidden_states`.
+        """
+        outputs = self.conv_classifier(pixel_values, output_hidden_states=output_hidden_states, return_dict=True)
+        hidden, loss = outputs.pooler_output, None
+        if labels is not None:
+            loss = self.head(hidden, labels.to(hidden.device), temperature=temperature, generator=generator)
+        return ImageClassifierOutputWithNoAttention(
+            loss=loss,
+            logits=self.head.log_prob(hidden),
+            hidden_states=outputs.hidden_states,
+        )

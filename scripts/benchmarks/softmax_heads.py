@@ -1,0 +1,263 @@
+"""Output layers over 10^2 to 10^6 classes: time and memory of a step, and of finding the best class, in one run.
+
+    scripts/run python scripts/benchmarks/softmax_heads.py [--output json] [--figure svg]
+
+Forward and backward of a batch of 256 hidden states of 128 channels in float32, with targets drawn evenly and by
+Zipf's law (probability proportional to 1 / rank; the Huffman trees and the adaptive softmax know the law). Times are
+CPU milliseconds on one thread unless told otherwise, medians; megabytes are what a step raises the memory of the
+process by, gradients included. The full softmax of a million classes needs 5 GB and 5 seconds a step;
+`--classes 100 1000 10000` leaves it out.
+
+Expect: hierarchical with sparse gradients and Zipf targets at least 400 times as fast as the full softmax at 10^5
+classes and 4000 times at 10^6, ahead of it from some hundred classes on; with dense gradients some ten times, as a
+gradient of all rows is written; our adaptive softmax as fast as torch's. The figure marks where the lines cross.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from torch import nn
+
+from hf_dl.models.layers_softmax import AdaptiveHead, GumbelHead, SoftmaxHead, TreeHead, TwoLevelHead
+
+BATCH, DIM = 256, 128
+CLASSES = (100, 1000, 10_000, 100_000, 1_000_000)
+LAWS = ("zipf", "uniform")
+EXPECTED = {100_000: 400, 1_000_000: 4000}  # full softmax / hierarchical, sparse, Zipf
+EXPECTED_ADAPTIVE = 1.1  # ours / torch's, with room for the noise of the clock
+TIMES = "full softmax"  # what all are compared with
+
+
+class Linear(nn.Module):
+    """torch's own: a linear layer and a cross-entropy."""
+
+    def __init__(self, classes: int):
+        super().__init__()
+        self.linear = nn.Linear(DIM, classes)
+
+    def forward(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """The loss."""
+        return F.cross_entropy(self.linear(hidden), labels)
+
+    def predict(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The best class."""
+        return self.linear(hidden).argmax(1)
+
+
+class TorchAdaptive(nn.AdaptiveLogSoftmaxWithLoss):
+    """torch's own adaptive softmax; its loss alone."""
+
+    def forward(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """The loss."""
+        return super().forward(hidden, labels).loss
+
+
+def cutoffs_of(classes: int) -> dict:
+    """The same for both adaptive softmaxes; at a million classes div_value=4 would leave the last tail 2 channels."""
+    known = {100: [20, 50], 1000: [100, 400], 10_000: [1000, 4000], 100_000: [2000, 20_000]}
+    cutoffs = known.get(classes, [2000, 20_000, 200_000] if classes > 200_000 else [classes // 5, classes // 2])
+    return {"cutoffs": cutoffs, "div_value": 2.0 if len(cutoffs) > 2 else 4.0}
+
+
+def makers(classes: int, share: np.ndarray) -> dict[str, Callable[[], nn.Module]]:
+    """What is compared; `share` is how often each class occurs, falling."""
+    return {
+        TIMES: lambda: SoftmaxHead(DIM, classes),
+        "nn.Linear + cross_entropy": lambda: Linear(classes),
+        "Gumbel": lambda: GumbelHead(DIM, classes),
+        "adaptive": lambda: AdaptiveHead(DIM, classes, **cutoffs_of(classes)),
+        "nn.AdaptiveLogSoftmaxWithLoss": lambda: TorchAdaptive(DIM, classes, **cutoffs_of(classes)),
+        "two levels, dense": lambda: TwoLevelHead(DIM, classes),
+        "two levels, sparse": lambda: TwoLevelHead(DIM, classes, sparse=True),
+        "hierarchical, dense": lambda: TreeHead(DIM, classes, class_counts=share),
+        "hierarchical, sparse": lambda: TreeHead(DIM, classes, class_counts=share, sparse=True),
+    }
+
+
+SAME_FOR_ALL_LAWS = (TIMES, "nn.Linear + cross_entropy", "Gumbel")
+
+
+def clock() -> float:
+    """Seconds of the CPU on one thread, of the wall on several."""
+    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
+
+
+class Step:
+    """Forward and backward of a head."""
+
+    def __init__(self, head: nn.Module, labels: torch.Tensor):
+        self.head, self.labels = head, labels
+        self.hidden = torch.randn(BATCH, DIM, generator=torch.Generator().manual_seed(0)).requires_grad_()
+
+    def __call__(self) -> None:
+        """Take it; the gradients are in place afterwards."""
+        self.hidden.grad = None
+        for parameter in self.head.parameters():
+            parameter.grad = None
+        self.head(self.hidden, self.labels).backward()
+
+    def seconds(self) -> float:
+        """How long it took."""
+        start = clock()
+        self()
+        return clock() - start
+
+    @torch.no_grad()
+    def predict_seconds(self) -> float:
+        """How long the best class of each row takes, with weights as large as after training."""
+        for parameter in self.head.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.3)
+        times = []
+        for _ in range(2):
+            start = clock()
+            self.head.predict(self.hidden)
+            times.append(clock() - start)
+        return min(times)
+
+
+def resident(field: str) -> float:
+    """Memory of this process in megabytes: VmRSS, now, or VmHWM, the most so far (Linux)."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split(f"{field}:")[1].split()[0]) / 1024
+
+
+def peak_of(step: Step) -> float:
+    """Megabytes by which a step, gradients included, raises the memory of this process at its peak."""
+    for parameter in (step.hidden, *step.head.parameters()):
+        parameter.grad = None
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # what was freed goes back, or the step would reuse it unseen
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak
+    before = resident("VmRSS")
+    step()
+    return resident("VmHWM") - before
+
+
+def repetitions_for(seconds: float, most: int) -> int:
+    """Few repetitions of slow steps: about two seconds of each."""
+    return max(2, min(most, int(2 / max(seconds, 1e-9))))
+
+
+def compare(classes: int, law: str, most: int, known: dict[str, dict]) -> dict[str, dict]:
+    """Milliseconds, megabytes and milliseconds of finding the best class, of each head."""
+    share = 1 / np.arange(1, classes + 1) if law == "zipf" else np.ones(classes)
+    share /= share.sum()
+    labels = torch.from_numpy(np.random.default_rng(0).choice(classes, BATCH, p=share))
+    results, pairs = {}, {}
+    for name, make in makers(classes, share).items():
+        if law != LAWS[0] and name in SAME_FOR_ALL_LAWS:
+            results[name] = known[name]
+            continue
+        step = Step(make(), labels)
+        step()
+        count = repetitions_for(step.seconds(), most)
+        for _ in range(min(10, count - 2)):  # the allocator settles
+            step()
+        milliseconds = 1000 * statistics.median(step.seconds() for _ in range(count))
+        results[name] = {"ms": milliseconds, "peak_mb": peak_of(step)}
+        results[name]["predict_ms"] = 1000 * step.predict_seconds()
+        if "daptive" in name:
+            pairs[name] = step
+        del step
+    # The two adaptive ones once more, taking turns, as they are close.
+    turns = [
+        [step.seconds() for step in pairs.values()] for _ in range(repetitions_for(pairs["adaptive"].seconds(), most))
+    ]
+    for name, times in zip(pairs, zip(*turns, strict=True), strict=True):
+        results[name]["ms"] = 1000 * statistics.median(times)
+    return {name: {key: round(value, 4) for key, value in each.items()} for name, each in results.items()}
+
+
+def crossover(classes: list[int], full: list[float], other: list[float]) -> float | None:
+    """From how many classes on the other is faster; between the measured ones along straight lines of logarithms."""
+    gaps = [math.log(a / b) for a, b in zip(full, other, strict=True)]
+    for index in range(len(gaps) - 1, -1, -1):
+        if gaps[index] <= 0:
+            if index == len(gaps) - 1:
+                return None
+            part = -gaps[index] / (gaps[index + 1] - gaps[index])
+            low, high = math.log(classes[index]), math.log(classes[index + 1])
+            return math.exp(low + part * (high - low))
+    return float(classes[0])
+
+
+def draw(results: dict[str, dict[str, dict]], crossings: dict[str, float | None], path: Path) -> None:
+    """Draw milliseconds and megabytes over the classes, and mark where sparse hierarchical softmax overtakes."""
+    figure = Figure(figsize=(11, 4.4), layout="constrained")
+    for axes, law in zip(figure.subplots(1, 2, sharey=True), LAWS, strict=True):
+        of_law = {int(key.split()[0]): found for key, found in results.items() if key.endswith(law)}
+        classes = sorted(of_law)
+        for name in of_law[classes[0]]:
+            style = {"linestyle": "--" if name.startswith("nn.") else "-", "marker": "o", "markersize": 3}
+            axes.loglog(classes, [of_law[count][name]["ms"] for count in classes], label=name, **style)
+        crossing = crossings[law]
+        if crossing is not None:
+            axes.axvline(crossing, color="0.5", linewidth=0.8)
+            text = f"hierarchical, sparse\nahead from {crossing:.0f}"
+            axes.annotate(text, (crossing, 0.03), xycoords=("data", "axes fraction"), fontsize=8, ha="left")
+        axes.set_title({"zipf": "targets by Zipf's law", "uniform": "targets of equal frequency"}[law])
+        axes.set_xlabel("classes")
+        axes.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("forward and backward, ms")
+    figure.axes[0].legend(fontsize=7)
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+
+
+def main(argv: list[str] | None = None) -> dict[str, dict]:
+    """Run all, print a table, and write JSON and figure where asked."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--output", help="JSON file to write")
+    parser.add_argument("--figure", help="figure to write, .svg or .png")
+    parser.add_argument("--classes", type=int, nargs="+", default=list(CLASSES), help="numbers of classes")
+    parser.add_argument("--repetitions", type=int, default=200, help="most repetitions of a step")
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch; wall time where more than one")
+    args = parser.parse_args(argv)
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    results: dict[str, dict[str, dict]] = {}
+    for classes in sorted(args.classes):
+        for law in LAWS:
+            found = compare(classes, law, args.repetitions, results.get(f"{classes} {LAWS[0]}", {}))
+            results[f"{classes} {law}"] = found
+            for name, each in found.items():
+                each["times_faster"] = round(found[TIMES]["ms"] / each["ms"], 2)
+                print(f"{classes:8d} {law:8s} {name:30s}", each, flush=True)
+    torch.set_num_threads(before)
+
+    summary: dict[str, dict] = {"crossover": {}, "missed": []}
+    for law in LAWS:
+        counts = sorted(args.classes)
+        lines = [[results[f"{n} {law}"][name]["ms"] for n in counts] for name in (TIMES, "hierarchical, sparse")]
+        summary["crossover"][law] = crossover(counts, *lines)
+    for classes in args.classes:
+        found = results[f"{classes} zipf"]
+        ratio = found["hierarchical, sparse"]["times_faster"]
+        if ratio < EXPECTED.get(classes, 0):
+            summary["missed"].append(f"hierarchical at {classes}: {ratio} times, expected {EXPECTED[classes]}")
+        ratio = found["adaptive"]["ms"] / found["nn.AdaptiveLogSoftmaxWithLoss"]["ms"]
+        if ratio > EXPECTED_ADAPTIVE:
+            summary["missed"].append(f"adaptive at {classes}: {ratio:.2f} of torch's time")
+    print("hierarchical, sparse, is ahead from", summary["crossover"], "classes on; missed:", summary["missed"])
+    if args.figure:
+        draw(results, summary["crossover"], Path(args.figure))
+    if args.output:
+        Path(args.output).write_text(json.dumps({"results": results, **summary}, indent=2) + "\n")
+    return {"results": results, **summary}
+
+
+if __name__ == "__main__":
+    main()
