@@ -17,6 +17,20 @@ import torch
 from transformers import LogitsProcessor
 
 
+def indexed_tokens(tokens: Sequence[str], letter: str) -> list[int]:
+    """Where n0, n1, ... or #0, #1, ... are in a vocabulary, up to the first that is missing.
+
+    Args:
+        tokens: The vocabulary.
+        letter: "n" or "#".
+    """
+    ids = {token: index for index, token in enumerate(tokens)}
+    found: list[int] = []
+    while f"{letter}{len(found)}" in ids:
+        found.append(ids[f"{letter}{len(found)}"])
+    return found
+
+
 class ProgramGrammar:
     """What may follow in a program; a `Constraint` of `beam_search`.
 
@@ -87,6 +101,37 @@ class ProgramGrammar:
         self.result_rank = torch.full((vocabulary_size,), never)
         self.result_rank[list(results)] = torch.arange(len(results))
         self.num_numbers = num_numbers.reshape(-1, 1, 1)  # (batch or 1, hypotheses, vocabulary)
+
+    @classmethod
+    def from_vocabulary(
+        cls,
+        tokens: Sequence[str],
+        operations: Mapping[str, int],
+        *,
+        eos_token_id: int,
+        num_numbers: torch.Tensor | Sequence[int] | int | None = None,
+    ) -> "ProgramGrammar":
+        """Make the grammar of a vocabulary by the names of its tokens.
+
+        Args:
+            tokens: All tokens in the order of their ids. Of those that are no operation, `n<i>` is a number, `#<k>` a
+                result, and `const_...` a constant; what is left (padding, start, unknown) is in no program.
+            operations: Arity of each operation; those that are not among the tokens are left out.
+            eos_token_id: The end.
+            num_numbers: As of the class.
+
+        Raises:
+            ValueError: As of the class.
+        """
+        return cls(
+            len(tokens),
+            operations={index: operations[token] for index, token in enumerate(tokens) if token in operations},
+            constants=[index for index, token in enumerate(tokens) if token.startswith("const_")],
+            numbers=indexed_tokens(tokens, "n"),
+            results=indexed_tokens(tokens, "#"),
+            eos_token_id=eos_token_id,
+            num_numbers=num_numbers,
+        )
 
     def _to(self, device: torch.device) -> None:
         if self.arity.device != device:
