@@ -323,8 +323,13 @@ class ProgramEncoder(nn.Module):
             self.memory_size = self.summary_size = word_size = self.bert.config.hidden_size
         self.number_size = {"free": None, "tied": word_size, "pointer": self.memory_size}[config.number_embeddings]
         self.dropout = nn.Dropout(config.dropout)
-        if config.number_embeddings != "free":
-            self.register_buffer("number_token_ids", torch.tensor(config.number_token_ids))
+        self.numbers = config.number_token_ids if config.number_embeddings != "free" else None
+        for name, values in self.make_buffers().items():
+            self.register_buffer(name, values)
+
+    def make_buffers(self) -> dict[str, torch.Tensor]:
+        """What is not trained: the words that stand for numbers."""
+        return {} if self.numbers is None else {"number_token_ids": torch.tensor(self.numbers)}
 
     @property
     def word_embeddings(self) -> nn.Embedding:
@@ -401,11 +406,17 @@ class ProgramDecoder(nn.Module):
         if self.points:
             self.read_number = nn.Linear(encoder.number_size, embedded, bias=False)
             self.say_number = nn.Linear(encoder.number_size, hidden, bias=False)
-            tokens = indexed_tokens(config.program_tokens, "n")[: len(config.number_token_ids)]
-            numbers = torch.full((symbols,), len(tokens))
-            numbers[tokens] = torch.arange(len(tokens))
-            self.register_buffer("number_tokens", torch.tensor(tokens))
-            self.register_buffer("number_of_token", numbers)  # the count of numbers where a symbol is none
+            self.numbers = indexed_tokens(config.program_tokens, "n")[: len(config.number_token_ids)]
+        for name, values in self.make_buffers().items():
+            self.register_buffer(name, values)
+
+    def make_buffers(self) -> dict[str, torch.Tensor]:
+        """What is not trained: which symbol is which number."""
+        if not self.points:
+            return {}
+        number_of_token = torch.full((self.output.out_features,), len(self.numbers))  # the count: no number
+        number_of_token[self.numbers] = torch.arange(len(self.numbers))
+        return {"number_tokens": torch.tensor(self.numbers), "number_of_token": number_of_token}
 
     def start(
         self, encoded: ProgramEncoderOutput, attention_mask: torch.Tensor | None = None
@@ -542,6 +553,9 @@ class ProgramSeq2SeqForConditionalGeneration(PreTrainedModel, GenerationMixin):
             bound = module.hidden_size**-0.5
             for parameter in module.parameters():
                 init.uniform_(parameter, -bound, bound)
+        elif isinstance(module, (ProgramEncoder, ProgramDecoder)):
+            for name, values in module.make_buffers().items():
+                init.copy_(getattr(module, name), values)
 
     def train(self, mode: bool = True) -> "ProgramSeq2SeqForConditionalGeneration":
         """Set the mode; an encoder that is frozen stays in evaluation mode and untrained."""

@@ -1,4 +1,4 @@
-"""Against exhaustive search and by hand; against transformers it is tested in test_program_seq2seq.py."""
+"""Against exhaustive search and by hand; against transformers it is tested in test_program_search.py."""
 
 import itertools
 import math

@@ -17,13 +17,14 @@ TABLE = {
 }
 
 
-def is_program(sequence, num_numbers):
+def is_program(sequence, num_numbers, arities=None):
     """Parse a list of tokens, by recursion and not by the automaton: a step is an operation and its arguments."""
+    arities = TABLE["operations"] if arities is None else arities
     sequence, steps = list(sequence), 0
     while sequence and sequence[0] != 3:
-        if sequence[0] not in TABLE["operations"]:
+        arity = arities.get(sequence[0], 0)
+        if not arity:
             return False
-        arity = TABLE["operations"][sequence[0]]
         arguments, sequence = sequence[1 : 1 + arity], sequence[1 + arity :]
         usable = {7, 8, *TABLE["numbers"][:num_numbers], *TABLE["results"][:steps]}
         if len(arguments) < arity or not set(arguments) <= usable:
