@@ -792,9 +792,7 @@ def beam_generate(
     logits_processor: LogitsProcessorList,
     stopping_criteria: Sequence[Any],
     generation_config: Any,
-    encoder_outputs: ProgramEncoderOutput | None = None,
-    attention_mask: torch.Tensor | None = None,
-    **kwargs: Any,
+    **model_kwargs: Any,
 ) -> torch.Tensor | GenerateBeamEncoderDecoderOutput:
     """The search of `beam_search`, to be given to `generate`.
 
@@ -807,9 +805,8 @@ def beam_generate(
         logits_processor: Empty, or one `GrammarLogitsProcessor`.
         stopping_criteria: Those of the length and of the end token.
         generation_config: With `num_beams`, `max_length`, `length_penalty`, `early_stopping`, `num_return_sequences`.
-        encoder_outputs: What was read of the problems, each of them `num_beams` times.
-        attention_mask: Likewise.
-        **kwargs: Not used.
+        **model_kwargs: `encoder_outputs`, what was read of the problems, and `attention_mask`, each of the problems
+            `num_beams` times.
 
     Returns:
         What `generate` returns.
@@ -845,8 +842,9 @@ def beam_generate(
             f"{', '.join(others) or 'nothing else'}."
         )
     repeated = max(generation_config.num_beams, generation_config.num_return_sequences)
-    input_ids, encoded = input_ids[::repeated], {name: each[::repeated] for name, each in encoder_outputs.items()}
-    mask = None if attention_mask is None else attention_mask[::repeated]
+    input_ids, mask = input_ids[::repeated], model_kwargs.get("attention_mask")
+    mask = None if mask is None else mask[::repeated]
+    encoded = {name: each[::repeated] for name, each in model_kwargs["encoder_outputs"].items()}
     state, context = model.decoder.start(ProgramEncoderOutput(**encoded), mask)
     for position in range(input_ids.shape[1] - 1):
         _, state, _ = model.decoder.step(input_ids[:, position, None], state, context)
