@@ -17,7 +17,7 @@ OPTIONS = list(itertools.product(BEAMS, (0.0, 1.0), (True, False, "never")))
 
 
 def random_model(seed):
-    """A model of 48 symbols whose choices depend on all that it read, with the end biased in half of the seeds."""
+    """A model of 48 symbols whose choices depend on all that it read, some of which end early, some late or never."""
     torch.manual_seed(seed)
     tokens = program_vocabulary(["add", "negate"], ["const_1"], num_numbers=26, num_results=15)
     config = ProgramSeq2SeqConfig(
@@ -37,8 +37,7 @@ def random_model(seed):
         for p in model.parameters():
             p.mul_(3)
         model.decoder.embedding.weight.mul_(5)
-        if seed % 2:
-            model.decoder.output.bias[3] += 4
+        model.decoder.output.bias[3] += 6 * torch.rand(()) - 2
     return model
 
 
@@ -74,18 +73,15 @@ def check_against_transformers(seed, batch, k, penalty, early_stopping):
 
 
 def test_it_finds_what_transformers_finds():
-    # 30 settings, 36 problems each, of which each setting has its own: 1,080 cases
-    cases = hypotheses = 0
-    for seed, options in enumerate(OPTIONS):
-        hypotheses += check_against_transformers(seed, 36, *options)
-        cases += 36
-    assert cases >= 1000 and hypotheses == cases * sum(BEAMS) / len(BEAMS)
+    # 240 models, 8 for each of 30 settings, with 5 problems each: 1,200 cases
+    hypotheses = sum(check_against_transformers(seed, 5, *OPTIONS[seed % len(OPTIONS)]) for seed in range(240))
+    assert hypotheses == 1200 * sum(BEAMS) / len(BEAMS)
 
 
 @pytest.mark.slow
 def test_it_finds_what_transformers_finds_for_a_thousand_models():
     for seed in range(1020):
-        check_against_transformers(100 + seed, 3, *OPTIONS[seed % len(OPTIONS)])
+        check_against_transformers(1000 + seed, 3, *OPTIONS[seed % len(OPTIONS)])
 
 
 @pytest.mark.parametrize("seed", [1, 2, 5])
