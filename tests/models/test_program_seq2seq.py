@@ -79,6 +79,7 @@ class TestForConditionalGeneration(ModelContract):
 
 class TestWithoutAttention(TestForConditionalGeneration):
     test_loads_in_a_fresh_process_without_the_package = None  # no other code than above
+    test_compiles_to_the_same_numbers = None
     overfit_learning_rate = 2e-2
 
     def config(self):
@@ -91,9 +92,8 @@ class TestWithPointers(TestWithoutAttention):
 
 
 class TestWithBert(TestWithoutAttention):
-    test_loads_in_a_fresh_process_without_the_package = (
-        TestForConditionalGeneration.test_loads_in_a_fresh_process_without_the_package
-    )
+    test_loads_in_a_fresh_process_without_the_package = ModelContract.test_loads_in_a_fresh_process_without_the_package
+    test_compiles_to_the_same_numbers = ModelContract.test_compiles_to_the_same_numbers
 
     def config(self):
         return tiny(encoder="bert", teacher_forcing_ratio=1.0, number_embeddings="tied", number_token_ids=NUMBERS)
