@@ -579,6 +579,32 @@ class ProgramSeq2SeqForConditionalGeneration(PreTrainedModel, GenerationMixin):
         else:
             self.encoder.bert.set_input_embeddings(value)
 
+    def get_output_embeddings(self) -> nn.Linear:
+        """The output layer; `generate` of transformers 5.17 takes the number of symbols from it."""
+        return self.decoder.output
+
+    def set_output_embeddings(self, value: nn.Linear) -> None:
+        """Replace the output layer."""
+        self.decoder.output = value
+
+    @torch.no_grad()
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, **kwargs: Any) -> nn.Embedding:
+        """Change how many words problems are made of, after tokens were added; programs stay as they are.
+
+        Args:
+            new_num_tokens: Words; the first ones keep their embedding, new ones are drawn with the spread of these.
+            **kwargs: Not used; what PreTrainedModel has beside it.
+        """
+        old = self.get_input_embeddings()
+        if new_num_tokens is not None and new_num_tokens != old.num_embeddings:
+            new = nn.Embedding(new_num_tokens, old.embedding_dim, old.padding_idx).to(old.weight)
+            new.weight.normal_(std=old.weight.float().std().item())
+            kept = min(new_num_tokens, old.num_embeddings)
+            new.weight[:kept] = old.weight[:kept]
+            self.set_input_embeddings(new.requires_grad_(old.weight.requires_grad))
+            self.config.vocab_size = new_num_tokens
+        return self.get_input_embeddings()
+
     @torch.no_grad()
     def load_word_embeddings(self, matrix: torch.Tensor) -> None:
         """Start from word embeddings such as GloVe; they are trained along.

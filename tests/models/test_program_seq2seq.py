@@ -316,7 +316,7 @@ def test_bert_comes_from_a_checkpoint(tmp_path):
         ProgramSeq2SeqForConditionalGeneration.from_encoder_pretrained(tmp_path / "bert", vocab_size=10, **fields)
 
 
-def test_word_embeddings_can_be_given_and_widened():
+def test_word_embeddings_can_be_given_and_widened(tmp_path):
     model, matrix = make(), torch.randn(20, 6)
     model.load_word_embeddings(matrix)
     assert torch.equal(model.get_input_embeddings().weight, matrix)
@@ -325,10 +325,17 @@ def test_word_embeddings_can_be_given_and_widened():
         model.load_word_embeddings(matrix[1:])
     with pytest.raises(ValueError, match="matrix has entries that are not finite"):
         model.load_word_embeddings(matrix.masked_fill(matrix > 0, math.nan))
-    model.resize_token_embeddings(22, mean_resizing=False)
-    assert model.config.vocab_size == 22
-    assert torch.equal(model.encoder.embedding.weight[:20], matrix)
-    model(torch.tensor([[21]]), decoder_input_ids=torch.tensor([[2]]))
+
+    for encoder in ("bilstm", "bert"):
+        model = make(encoder=encoder)
+        before = model.get_input_embeddings().weight
+        assert model.resize_token_embeddings(22) is model.get_input_embeddings()
+        assert model.config.vocab_size == 22
+        assert torch.equal(model.get_input_embeddings().weight[:20], before)
+        model.save_pretrained(tmp_path / encoder)
+        loaded, words = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / encoder), torch.tensor([[21, 0]])
+        logits = [each(words, decoder_input_ids=torch.tensor([[2]])).logits for each in (model, loaded)]
+        assert torch.equal(*logits) and logits[0].shape == (1, 1, 14)
 
 
 def test_an_own_learning_rate_for_the_encoder_needs_nothing_but_its_parameters():
