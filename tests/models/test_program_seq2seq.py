@@ -364,7 +364,7 @@ def test_the_config_goes_through_the_views_of_it():
         ({"encoder_vocab_size": 0}, "encoder_vocab_size=0 must be at least 1"),
         (
             {"vocab_size": 20},
-            "vocab_size=20 must be the 14 of program_tokens; the words of problems are counted by enc",
+            "vocab_size=20 must be the 14 of program_tokens; the words of problems",
         ),
         ({"dropout": 1.0}, "dropout=1.0 must be at least 0 and below 1"),
         ({"teacher_forcing_ratio": 1.5}, "teacher_forcing_ratio=1.5 must be from 0 to 1"),
