@@ -6,11 +6,13 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
+    AutoModelForSeq2SeqLM,
     ViTImageProcessor,
 )
 
 from .conv_classifier import ConvClassifierConfig, ConvClassifierForImageClassification, ConvClassifierModel
 from .norm_resnet import NormResNetConfig, NormResNetForImageClassification, NormResNetModel
+from .program_seq2seq import ProgramSeq2SeqConfig, ProgramSeq2SeqForConditionalGeneration, beam_generate
 from .recurrent_lm import RecurrentLMConfig, RecurrentLMForCausalLM, RecurrentLMModel
 from .slot_autoencoder import SlotAutoencoderConfig, SlotAutoencoderModel, SlotImageProcessor
 from .small_vit import SmallViTConfig, SmallViTForImageClassification, SmallViTImageProcessor, SmallViTModel
@@ -34,6 +36,9 @@ AutoModel.register(ConvClassifierConfig, ConvClassifierModel)
 AutoModelForImageClassification.register(ConvClassifierConfig, ConvClassifierForImageClassification)
 AutoImageProcessor.register(ConvClassifierConfig, image_processor_classes={"torchvision": ViTImageProcessor})
 
+AutoConfig.register("program_seq2seq", ProgramSeq2SeqConfig)
+AutoModelForSeq2SeqLM.register(ProgramSeq2SeqConfig, ProgramSeq2SeqForConditionalGeneration)
+
 AutoConfig.register("recurrent_lm", RecurrentLMConfig)
 AutoModel.register(RecurrentLMConfig, RecurrentLMModel)
 AutoModelForCausalLM.register(RecurrentLMConfig, RecurrentLMForCausalLM)
@@ -52,6 +57,8 @@ NormResNetForImageClassification.register_for_auto_class("AutoModelForImageClass
 ConvClassifierConfig.register_for_auto_class()
 ConvClassifierModel.register_for_auto_class("AutoModel")
 ConvClassifierForImageClassification.register_for_auto_class("AutoModelForImageClassification")
+ProgramSeq2SeqConfig.register_for_auto_class()
+ProgramSeq2SeqForConditionalGeneration.register_for_auto_class("AutoModelForSeq2SeqLM")
 RecurrentLMConfig.register_for_auto_class()
 RecurrentLMModel.register_for_auto_class("AutoModel")
 RecurrentLMForCausalLM.register_for_auto_class("AutoModelForCausalLM")
@@ -63,6 +70,8 @@ __all__ = [
     "NormResNetConfig",
     "NormResNetForImageClassification",
     "NormResNetModel",
+    "ProgramSeq2SeqConfig",
+    "ProgramSeq2SeqForConditionalGeneration",
     "RecurrentLMConfig",
     "RecurrentLMForCausalLM",
     "RecurrentLMModel",
@@ -73,4 +82,5 @@ __all__ = [
     "SmallViTForImageClassification",
     "SmallViTImageProcessor",
     "SmallViTModel",
+    "beam_generate",
 ]

@@ -61,7 +61,8 @@ class AdditiveAttention(nn.Module):
         Returns:
             Scores before the softmax, (batch, queries, length), -inf where masked.
         """
-        hidden = torch.tanh(self.query(queries)[:, :, None] + keys[:, None])  # (batch, queries, length, attention_dim)
+        # (batch, queries, length, attention_dim), the largest tensor by far; in place, since the sum is not needed.
+        hidden = (self.query(queries)[:, :, None] + keys[:, None]).tanh_()
         scores = self.energy(hidden).squeeze(-1)
         return scores if keep is None else scores.masked_fill(~keep[:, None], float("-inf"))
 
