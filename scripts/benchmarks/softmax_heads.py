@@ -26,10 +26,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 from torch import nn
 
 from hf_dl.models.layers_softmax import AdaptiveHead, GumbelHead, SoftmaxHead, TreeHead, TwoLevelHead
+from hf_dl.reporting.plots import STYLE
 
 BATCH, DIM = 256, 128
 CLASSES = (100, 1000, 10_000, 100_000, 1_000_000)
@@ -195,6 +197,11 @@ def crossover(classes: list[int], full: list[float], other: list[float]) -> floa
 
 def draw(results: dict[str, dict[str, dict]], crossings: dict[str, float | None], path: Path) -> None:
     """Draw milliseconds and megabytes over the classes, and mark where sparse hierarchical softmax overtakes."""
+    with rc_context(STYLE):
+        _draw(results, crossings, path)
+
+
+def _draw(results: dict[str, dict[str, dict]], crossings: dict[str, float | None], path: Path) -> None:
     figure = Figure(figsize=(11, 4.4), layout="constrained")
     for axes, law in zip(figure.subplots(1, 2, sharey=True), LAWS, strict=True):
         of_law = {int(key.split()[0]): found for key, found in results.items() if key.endswith(law)}
@@ -206,12 +213,13 @@ def draw(results: dict[str, dict[str, dict]], crossings: dict[str, float | None]
         if crossing is not None:
             axes.axvline(crossing, color="0.5", linewidth=0.8)
             text = f"hierarchical, sparse\nahead from {crossing:.0f}"
-            axes.annotate(text, (crossing, 0.03), xycoords=("data", "axes fraction"), fontsize=8, ha="left")
+            place = {"xycoords": ("data", "axes fraction"), "xytext": (4, 0), "textcoords": "offset points"}
+            axes.annotate(text, (crossing, 0.02), fontsize=8, ha="left", **place)
         axes.set_title({"zipf": "targets by Zipf's law", "uniform": "targets of equal frequency"}[law])
         axes.set_xlabel("classes")
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("forward and backward, ms")
-    figure.axes[0].legend(fontsize=7)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
