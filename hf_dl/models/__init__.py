@@ -1,9 +1,17 @@
 """Everything that travels with a checkpoint, and the one list of it: importing this registers the Auto classes."""
 
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification, ViTImageProcessor
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoModelForSeq2SeqLM,
+    ViTImageProcessor,
+)
 
 from .conv_classifier import ConvClassifierConfig, ConvClassifierForImageClassification, ConvClassifierModel
 from .norm_resnet import NormResNetConfig, NormResNetForImageClassification, NormResNetModel
+from .program_seq2seq import ProgramSeq2SeqConfig, ProgramSeq2SeqForConditionalGeneration, beam_generate
 from .slot_autoencoder import SlotAutoencoderConfig, SlotAutoencoderModel, SlotImageProcessor
 from .small_vit import SmallViTConfig, SmallViTForImageClassification, SmallViTImageProcessor, SmallViTModel
 
@@ -26,6 +34,9 @@ AutoModel.register(ConvClassifierConfig, ConvClassifierModel)
 AutoModelForImageClassification.register(ConvClassifierConfig, ConvClassifierForImageClassification)
 AutoImageProcessor.register(ConvClassifierConfig, image_processor_classes={"torchvision": ViTImageProcessor})
 
+AutoConfig.register("program_seq2seq", ProgramSeq2SeqConfig)
+AutoModelForSeq2SeqLM.register(ProgramSeq2SeqConfig, ProgramSeq2SeqForConditionalGeneration)
+
 # Checkpoints carry their own code, so that they load with trust_remote_code=True where hf_dl is not installed.
 SlotAutoencoderConfig.register_for_auto_class()
 SlotAutoencoderModel.register_for_auto_class("AutoModel")
@@ -40,6 +51,8 @@ NormResNetForImageClassification.register_for_auto_class("AutoModelForImageClass
 ConvClassifierConfig.register_for_auto_class()
 ConvClassifierModel.register_for_auto_class("AutoModel")
 ConvClassifierForImageClassification.register_for_auto_class("AutoModelForImageClassification")
+ProgramSeq2SeqConfig.register_for_auto_class()
+ProgramSeq2SeqForConditionalGeneration.register_for_auto_class("AutoModelForSeq2SeqLM")
 
 __all__ = [
     "ConvClassifierConfig",
@@ -48,6 +61,8 @@ __all__ = [
     "NormResNetConfig",
     "NormResNetForImageClassification",
     "NormResNetModel",
+    "ProgramSeq2SeqConfig",
+    "ProgramSeq2SeqForConditionalGeneration",
     "SlotAutoencoderConfig",
     "SlotAutoencoderModel",
     "SlotImageProcessor",
@@ -55,4 +70,5 @@ __all__ = [
     "SmallViTForImageClassification",
     "SmallViTImageProcessor",
     "SmallViTModel",
+    "beam_generate",
 ]

@@ -1,7 +1,7 @@
-"""Slot attention: slots compete for the tokens of an image (Locatello et al. 2020, Algorithm 1).
+"""Attention: additive (Bahdanau et al. 2015), and slots that compete for tokens (Locatello et al. 2020, Algorithm 1).
 
-Follows the paper to the letter: three layer normalisations, softmax over the slots, weighted mean over the tokens,
-GRU, residual MLP. Two things are done differently, neither of which changes the numbers:
+Slot attention follows the paper to the letter: three layer normalisations, softmax over the slots, weighted mean over
+the tokens, GRU, residual MLP. Two things are done differently, neither of which changes the numbers:
 
 - The key and value projections are absorbed on the side of the slots where that costs less. With k = x W_k and
   v = x W_v the logits q k^T are (q W_k^T) x^T, and the weighted mean A v is (A x) W_v, so nothing of the size of the
@@ -15,6 +15,56 @@ import torch
 from torch import nn
 
 GRADIENTS = ("full", "implicit", "bilevel")
+
+
+class AdditiveAttention(nn.Module):
+    """Attention by a small network: softmax over the memory of v^T tanh(W q + U m).
+
+    Bahdanau et al. 2015, "Neural Machine Translation by Jointly Learning to Align and Translate", appendix A.1.2. U m
+    is computed once for a memory, by `project`; any number of queries then looks at the same memory.
+
+    Args:
+        query_dim: Channels of the queries.
+        memory_dim: Channels of the memory.
+        attention_dim: Channels of W q and U m.
+
+    Example:
+        ```python
+        >>> attention = AdditiveAttention(16, 32, attention_dim=8)
+        >>> memory, keep = torch.randn(2, 7, 32), torch.ones(2, 7, dtype=torch.bool)
+        >>> scores = attention(torch.randn(2, 3, 16), attention.project(memory), keep)
+        >>> context = scores.softmax(-1) @ memory
+        >>> scores.shape, context.shape
+        (torch.Size([2, 3, 7]), torch.Size([2, 3, 32]))
+
+        ```
+    """
+
+    def __init__(self, query_dim: int, memory_dim: int, *, attention_dim: int):
+        super().__init__()
+        self.query = nn.Linear(query_dim, attention_dim)
+        self.key = nn.Linear(memory_dim, attention_dim, bias=False)
+        self.energy = nn.Linear(attention_dim, 1, bias=False)
+
+    def project(self, memory: torch.Tensor) -> torch.Tensor:
+        """U m: memory (batch, length, memory_dim) to keys (batch, length, attention_dim)."""
+        return self.key(memory)
+
+    def forward(self, queries: torch.Tensor, keys: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
+        """Score the memory.
+
+        Args:
+            queries: (batch, queries, query_dim).
+            keys: What `project` made of the memory, (batch, length, attention_dim).
+            keep: Where there is memory, bool (batch, length), at least one in each row; None: all.
+
+        Returns:
+            Scores before the softmax, (batch, queries, length), -inf where masked.
+        """
+        # (batch, queries, length, attention_dim), the largest tensor by far; in place, since the sum is not needed.
+        hidden = (self.query(queries)[:, :, None] + keys[:, None]).tanh_()
+        scores = self.energy(hidden).squeeze(-1)
+        return scores if keep is None else scores.masked_fill(~keep[:, None], float("-inf"))
 
 
 class SlotAttention(nn.Module):

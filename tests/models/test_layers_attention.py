@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hf_dl.models.layers_attention import SlotAttention
+from hf_dl.models.layers_attention import AdditiveAttention, SlotAttention
 
 
 def textbook(module, inputs, slots, num_iterations):
@@ -139,3 +139,34 @@ def test_unknown_gradient_and_iterations_are_refused():
         module(torch.zeros(1, 3, 4), torch.zeros(1, 2, 4), gradient="implict")
     with pytest.raises(ValueError, match="num_iterations=0 must be at least 1"):
         module(torch.zeros(1, 3, 4), torch.zeros(1, 2, 4), num_iterations=0)
+
+
+def test_additive_attention_is_its_formula():
+    torch.manual_seed(0)
+    attention = AdditiveAttention(5, 6, attention_dim=4).double()
+    queries, memory = torch.randn(2, 3, 5).double(), torch.randn(2, 7, 6).double()
+    keep = torch.ones(2, 7, dtype=torch.bool)
+    keep[1, [0, 4, 6]] = False
+    scores = attention(queries, attention.project(memory), keep)
+    for row in range(2):
+        for query in range(3):
+            for position in range(7):
+                w_q = attention.query.weight @ queries[row, query] + attention.query.bias
+                u_m = attention.key.weight @ memory[row, position]
+                expected = attention.energy.weight[0] @ torch.tanh(w_q + u_m)
+                if not keep[row, position]:
+                    expected = torch.tensor(float("-inf"), dtype=torch.double)
+                torch.testing.assert_close(scores[row, query, position], expected, rtol=1e-12, atol=1e-12)
+    weights = scores.softmax(-1)
+    assert (weights[1, :, ~keep[1]] == 0).all()
+    shorter = attention(queries[1:], attention.project(memory[1:, keep[1]])).softmax(-1)
+    torch.testing.assert_close(weights[1:, :, keep[1]], shorter)
+
+
+def test_queries_do_not_see_each_other():
+    torch.manual_seed(0)
+    attention = AdditiveAttention(5, 6, attention_dim=4)
+    queries, keys = torch.randn(2, 3, 5), attention.project(torch.randn(2, 7, 6))
+    together = attention(queries, keys)
+    for query in range(3):
+        torch.testing.assert_close(attention(queries[:, query : query + 1], keys)[:, 0], together[:, query])

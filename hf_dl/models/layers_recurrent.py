@@ -1,0 +1,198 @@
+"""The LSTM from its definition: a step, a cell, and a bidirectional encoder of sequences of different lengths.
+
+Hochreiter & Schmidhuber 1997, "Long Short-Term Memory", with the forget gate of Gers et al. 2000; the gates in the
+order and with the two biases that torch has, so that weights go back and forth unchanged.
+
+Everything runs in one of two ways that agree to rounding: written out (`fused=False`), where every line of the
+definition is seen, or through the library's kernel (`fused=True`, the default), which is faster.
+"""
+
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+
+def lstm_step(
+    x: torch.Tensor,
+    state: tuple[torch.Tensor, torch.Tensor],
+    weight_ih: torch.Tensor,
+    weight_hh: torch.Tensor,
+    bias_ih: torch.Tensor,
+    bias_hh: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Take one step of an LSTM.
+
+    Args:
+        x: Inputs, (batch, inputs).
+        state: h and c, the hidden and the cell state, (batch, hidden) each.
+        weight_ih: W of x, (4 * hidden, inputs): the rows of the input, forget, cell and output gate.
+        weight_hh: U of h, (4 * hidden, hidden).
+        bias_ih: b of x, (4 * hidden).
+        bias_hh: b of h, (4 * hidden).
+
+    Returns:
+        The next h and c, (batch, hidden) each.
+    """
+    hidden, cell = state
+    gates = x @ weight_ih.T + bias_ih + hidden @ weight_hh.T + bias_hh
+    i, f, g, o = gates.chunk(4, dim=-1)
+    cell = f.sigmoid() * cell + i.sigmoid() * g.tanh()  # c' = f * c + i * g
+    hidden = o.sigmoid() * cell.tanh()  # h' = o * tanh(c')
+    return hidden, cell
+
+
+class LSTMCell(nn.Module):
+    """One step of an LSTM, with its weights; they are named as torch's `nn.LSTMCell` names them.
+
+    Args:
+        input_size: Channels of the inputs.
+        hidden_size: Channels of h and of c.
+        fused: Whether torch's kernel does the step, or `lstm_step`.
+
+    Example:
+        ```python
+        >>> cell = LSTMCell(8, 16)
+        >>> h, c = cell(torch.randn(2, 8), (torch.zeros(2, 16), torch.zeros(2, 16)))
+        >>> h.shape, c.shape
+        (torch.Size([2, 16]), torch.Size([2, 16]))
+
+        ```
+    """
+
+    def __init__(self, input_size: int, hidden_size: int, *, fused: bool = True):
+        super().__init__()
+        self.input_size, self.hidden_size, self.fused = input_size, hidden_size, fused
+        self.weight_ih = nn.Parameter(torch.empty(4 * hidden_size, input_size))
+        self.weight_hh = nn.Parameter(torch.empty(4 * hidden_size, hidden_size))
+        self.bias_ih = nn.Parameter(torch.empty(4 * hidden_size))
+        self.bias_hh = nn.Parameter(torch.empty(4 * hidden_size))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw all weights from U(-1 / sqrt(hidden), 1 / sqrt(hidden)), as torch does."""
+        bound = self.hidden_size**-0.5
+        for parameter in self.parameters():
+            nn.init.uniform_(parameter, -bound, bound)
+
+    def forward(self, x: torch.Tensor, state: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Take a step.
+
+        Args:
+            x: Inputs, (batch, input_size).
+            state: h and c, (batch, hidden_size) each.
+
+        Returns:
+            The next h and c.
+        """
+        step = torch.lstm_cell if self.fused else lstm_step
+        return step(x, state, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
+
+
+class BidirectionalLSTM(nn.Module):
+    """LSTMs that read a sequence forwards and backwards, over tokens that a mask keeps.
+
+    A token that the mask leaves out is as good as not there, wherever it stands: neither direction steps on it, and
+    its output is 0. `lstm` holds the weights, of torch's names and layout, for both ways of running.
+
+    Args:
+        input_size: Channels of the inputs.
+        hidden_size: Channels of a direction.
+        num_layers: Layers; each but the first reads the outputs of both directions of the one below.
+        dropout: Dropout between layers.
+        fused: Whether torch's kernel runs the layers, or `lstm_step`, step by step.
+
+    Example:
+        ```python
+        >>> lstm = BidirectionalLSTM(8, 16)
+        >>> keep = torch.tensor([[1, 1, 1], [1, 0, 0]])
+        >>> outputs, (h, c) = lstm(torch.randn(2, 3, 8), keep)
+        >>> outputs.shape, h.shape
+        (torch.Size([2, 3, 32]), torch.Size([2, 1, 32]))
+
+        ```
+    """
+
+    def __init__(
+        self, input_size: int, hidden_size: int, *, num_layers: int = 1, dropout: float = 0.0, fused: bool = True
+    ):
+        super().__init__()
+        self.fused = fused
+        self.lstm = nn.LSTM(
+            input_size,
+            hidden_size,
+            num_layers,
+            batch_first=True,
+            bidirectional=True,
+            dropout=dropout if num_layers > 1 else 0.0,
+        )
+
+    def forward(
+        self, x: torch.Tensor, attention_mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+        """Read sequences.
+
+        Args:
+            x: Inputs, (batch, length, input_size).
+            attention_mask: Tokens to read, 1 or True, (batch, length), at least one in each row; None: all.
+
+        Returns:
+            The outputs of the last layer, (batch, length, 2 * hidden_size), forward direction first, 0 where masked;
+            and h and c after each layer's last step, (batch, num_layers, 2 * hidden_size) each: the forward
+            direction's after the last kept token, the backward direction's after the first.
+
+        Raises:
+            ValueError: If the mask has another shape, or keeps no token of a row.
+        """
+        batch, length = x.shape[:2]
+        if attention_mask is None:
+            keep = torch.ones(batch, length, dtype=torch.bool, device=x.device)
+        elif attention_mask.shape != (batch, length):
+            raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}, expected {(batch, length)}.")
+        else:
+            keep = attention_mask.to(x.device).bool()
+        lengths = keep.sum(dim=1).cpu()
+        if length == 0 or bool((lengths == 0).any()):
+            rows = (lengths == 0).nonzero().flatten().tolist()
+            raise ValueError(f"attention_mask keeps no token of rows {rows}; each needs at least one.")
+        if self.fused:
+            return self._run_kernel(x, keep, lengths)
+        return self._run_steps(x, keep)
+
+    def _run_kernel(self, x, keep, lengths):
+        # The kernel wants what is kept at the front; stable, so that the order stays.
+        order = keep.logical_not().to(torch.uint8).argsort(dim=1, stable=True)
+        x = x.gather(1, order[..., None].expand_as(x))
+        packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        packed, states = self.lstm(packed)
+        outputs, _ = pad_packed_sequence(packed, batch_first=True, total_length=x.shape[1])
+        outputs = torch.zeros_like(outputs).scatter(1, order[..., None].expand_as(outputs), outputs)
+        h, c = (
+            s.unflatten(0, (self.lstm.num_layers, 2)).permute(2, 0, 1, 3).flatten(2) for s in states
+        )  # (layers * 2, batch, hidden) to (batch, layers, 2 * hidden)
+        return outputs, (h, c)
+
+    def _run_steps(self, x, keep):
+        hiddens, cells = [], []
+        for layer in range(self.lstm.num_layers):
+            if layer:
+                x = nn.functional.dropout(x, self.lstm.dropout, self.training)
+            directions = []
+            for suffix in (f"_l{layer}", f"_l{layer}_reverse"):
+                directions.append(self._run_direction(x, keep, suffix))
+            x = torch.cat([outputs for outputs, _, _ in directions], dim=-1)
+            hiddens.append(torch.cat([h for _, h, _ in directions], dim=-1))
+            cells.append(torch.cat([c for _, _, c in directions], dim=-1))
+        return x, (torch.stack(hiddens, dim=1), torch.stack(cells, dim=1))
+
+    def _run_direction(self, x, keep, suffix):
+        names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+        weights = [getattr(self.lstm, name + suffix) for name in names]
+        h = c = x.new_zeros(len(x), self.lstm.hidden_size)
+        outputs: list[torch.Tensor] = [h] * x.shape[1]
+        steps = range(x.shape[1])
+        for t in reversed(steps) if suffix.endswith("reverse") else steps:
+            kept = keep[:, t, None]
+            new_h, new_c = lstm_step(x[:, t], (h, c), *weights)
+            outputs[t] = torch.where(kept, new_h, 0.0)
+            h, c = torch.where(kept, new_h, h), torch.where(kept, new_c, c)  # a masked token is stepped over
+        return torch.stack(outputs, dim=1), h, c

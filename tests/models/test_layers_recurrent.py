@@ -1,0 +1,118 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from hf_dl.models.layers_recurrent import BidirectionalLSTM, LSTMCell
+
+TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-10}
+DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=["float32", "float64"])
+WAYS = pytest.mark.parametrize("fused", [True, False], ids=["fused", "steps"])
+
+
+def check_close(one, other, dtype):
+    torch.testing.assert_close(one, other, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+def gradients(loss, *tensors):
+    return torch.autograd.grad(loss, tensors)
+
+
+@DTYPES
+@WAYS
+def test_the_cell_is_torch_s(dtype, fused):
+    torch.manual_seed(0)
+    ours, theirs = LSTMCell(5, 7, fused=fused).to(dtype), nn.LSTMCell(5, 7).to(dtype)
+    ours.load_state_dict(theirs.state_dict())
+    x, h, c = (torch.randn(3, size, dtype=dtype, requires_grad=True) for size in (5, 7, 7))
+    found, expected = ours(x, (h, c)), theirs(x, (h, c))
+    weight = torch.randn(3, 7, dtype=dtype)
+    for one, other in zip(found, expected, strict=True):
+        check_close(one, other, dtype)
+    losses = [(h * weight).sum() + c.square().sum() for h, c in (found, expected)]
+    for one, other in zip(
+        gradients(losses[0], x, h, c, *ours.parameters()),
+        gradients(losses[1], x, h, c, *theirs.parameters()),
+        strict=True,
+    ):
+        check_close(one, other, dtype)
+
+
+def test_a_step_by_hand():
+    cell = LSTMCell(1, 1, fused=False)
+    with torch.no_grad():
+        for parameter, values in zip(
+            cell.parameters(), ([0.5, -1, 2, 1], [1, 0, 0, 0], [0, 0, 0, 0], [0, 1, 0, -1]), strict=True
+        ):
+            parameter.copy_(torch.tensor(values, dtype=torch.float32).reshape(parameter.shape))
+    h, c = cell(torch.tensor([[1.0]]), (torch.tensor([[0.5]]), torch.tensor([[2.0]])))
+    # i = sigmoid(0.5 + 0.5), f = sigmoid(-1 + 1), g = tanh(2), o = sigmoid(1 - 1)
+    expected = 0.5 * 2 + 1 / (1 + math.exp(-1)) * math.tanh(2)
+    assert c.item() == pytest.approx(expected, abs=1e-6)
+    assert h.item() == pytest.approx(0.5 * math.tanh(expected), abs=1e-6)
+
+
+@DTYPES
+@WAYS
+@pytest.mark.parametrize("layers", [1, 2])
+def test_the_encoder_is_torch_s_on_each_sequence_alone(dtype, fused, layers):
+    torch.manual_seed(1)
+    ours, theirs = (
+        BidirectionalLSTM(4, 6, num_layers=layers, fused=fused).to(dtype),
+        nn.LSTM(4, 6, layers, batch_first=True, bidirectional=True).to(dtype),
+    )
+    ours.lstm.load_state_dict(theirs.state_dict())
+    x = torch.randn(4, 9, 4, dtype=dtype, requires_grad=True)
+    keep = torch.zeros(4, 9, dtype=torch.bool)
+    keep[0] = True
+    keep[1, :4] = keep[2, 5:] = True  # padded right, padded left
+    keep[3, [0, 2, 3, 7]] = True  # holes
+    outputs, (h, c) = ours(x, keep)
+    assert (outputs[~keep] == 0).all()
+    weight = torch.randn(outputs.shape, dtype=dtype)
+    loss, expected_loss = (outputs * weight).sum() + h.square().sum() + c.sin().sum(), 0.0
+    for row in range(4):
+        alone, (h_alone, c_alone) = theirs(x[row : row + 1, keep[row]])
+        check_close(outputs[row, keep[row]], alone[0], dtype)
+        h_alone, c_alone = (s.view(layers, 2, 6).flatten(1) for s in (h_alone, c_alone))
+        check_close(h[row], h_alone, dtype)
+        check_close(c[row], c_alone, dtype)
+        expected_loss += (alone[0] * weight[row, keep[row]]).sum() + h_alone.square().sum() + c_alone.sin().sum()
+    found = gradients(loss, x, *ours.parameters())
+    for one, other in zip(found, gradients(expected_loss, x, *theirs.parameters()), strict=True):
+        torch.testing.assert_close(one, other, rtol=10 * TOLERANCE[dtype], atol=10 * TOLERANCE[dtype])
+    assert (found[0][~keep] == 0).all()  # no gradient reaches the padding
+
+
+@WAYS
+def test_what_is_masked_cannot_be_seen(fused):
+    torch.manual_seed(2)
+    lstm = BidirectionalLSTM(4, 6, num_layers=2, fused=fused)
+    x, keep = torch.randn(2, 5, 4), torch.tensor([[1, 1, 0, 1, 0], [0, 1, 1, 1, 1]])
+    expected = lstm(x, keep)
+    changed = torch.where(keep[..., None].bool(), x, 1e3)
+    changed = torch.cat([changed, torch.full((2, 3, 4), -7.0)], dim=1)
+    found = lstm(changed, torch.cat([keep, torch.zeros(2, 3, dtype=keep.dtype)], dim=1))
+    torch.testing.assert_close(found[0][:, :5], expected[0])
+    torch.testing.assert_close(found[1], expected[1])
+
+
+@WAYS
+def test_dropout_is_between_layers_and_of_training_only(fused):
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 4)
+    lstm = BidirectionalLSTM(4, 6, num_layers=2, dropout=0.5, fused=fused)
+    first, second = lstm(x)[1][0], lstm(x)[1][0]
+    torch.testing.assert_close(first[:, 0], second[:, 0])
+    assert not torch.allclose(first[:, 1], second[:, 1])
+    lstm.eval()
+    torch.testing.assert_close(lstm(x), lstm(x))
+
+
+def test_calls_that_do_not_fit_are_refused():
+    lstm = BidirectionalLSTM(4, 6)
+    with pytest.raises(ValueError, match="attention_mask has shape \\(2, 4\\), expected \\(2, 5\\)"):
+        lstm(torch.zeros(2, 5, 4), torch.ones(2, 4))
+    with pytest.raises(ValueError, match="keeps no token of rows \\[1\\]; each needs at least one"):
+        lstm(torch.zeros(2, 5, 4), torch.tensor([[1] * 5, [0] * 5]))

@@ -1,0 +1,402 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForSeq2SeqLM, BertConfig, BertModel
+
+from hf_dl.models import ProgramSeq2SeqConfig, ProgramSeq2SeqForConditionalGeneration
+from hf_dl.models.program_seq2seq import program_vocabulary
+from tests.models.contract import ModelContract
+
+OPERATIONS = {"add": 2, "negate": 1, "volume": 3}
+TOKENS = program_vocabulary(list(OPERATIONS), ["const_1", "const_pi"], num_numbers=3, num_results=2)  # 14 symbols
+BERT = {
+    "hidden_size": 12,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+    "max_position_embeddings": 32,
+    "type_vocab_size": 2,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
+NUMBERS = [17, 18, 19]  # words of the problems that stand for n0, n1, n2
+
+
+def tiny(**fields):
+    sizes = {
+        "vocab_size": 20,
+        "embedding_size": 6,
+        "encoder_hidden_size": 8,
+        "program_embedding_size": 5,
+        "decoder_hidden_size": 10,
+        "attention_size": 7,
+        "dropout": 0.0,
+        "max_program_length": 12,
+    }
+    bert = {"bert_config": BERT} if fields.get("encoder") == "bert" else {}
+    language = {"program_tokens": TOKENS, "operations": OPERATIONS}
+    return ProgramSeq2SeqConfig(**{**language, **sizes, **bert, **fields})
+
+
+def make(seed=0, scale=1.0, **fields):
+    torch.manual_seed(seed)
+    model = ProgramSeq2SeqForConditionalGeneration(tiny(**fields)).eval()
+    with torch.no_grad():
+        for p in model.parameters():  # biases start at zero, which would hide a wrong one
+            p.add_(0.1 * torch.randn_like(p)).mul_(scale)
+    return model
+
+
+def problems(batch, *, length=9, seed=0):
+    """Words with a ragged mask, what is masked drawn from all words too, and programs."""
+    draw = torch.Generator().manual_seed(1000 * seed + batch)
+    lengths = torch.randint(2, length + 1, (batch,), generator=draw)
+    labels = torch.randint(4, 14, (batch, 6), generator=draw)
+    labels[:, -1] = 3
+    for row, size in enumerate(torch.randint(2, 7, (batch,), generator=draw).tolist()):
+        labels[row, size - 1] = 3
+        labels[row, size:] = -100
+    return {
+        "input_ids": torch.randint(20, (batch, length), generator=draw),
+        "attention_mask": (torch.arange(length) < lengths[:, None]).long(),
+        "labels": labels,
+    }
+
+
+class TestForConditionalGeneration(ModelContract):
+    model_class = ProgramSeq2SeqForConditionalGeneration
+    auto_classes = ("AutoModelForSeq2SeqLM",)
+    overfit_learning_rate = 1e-2
+
+    def config(self):
+        return tiny(teacher_forcing_ratio=1.0)
+
+    def inputs(self, batch):
+        return problems(batch)
+
+
+class TestWithoutAttention(TestForConditionalGeneration):
+    test_loads_in_a_fresh_process_without_the_package = None  # no other code than above
+    test_compiles_to_the_same_numbers = None
+    overfit_learning_rate = 2e-2
+
+    def config(self):
+        return tiny(attention=False, encoder_layers=2)
+
+
+class TestWithPointers(TestWithoutAttention):
+    def config(self):
+        return tiny(number_embeddings="pointer", number_token_ids=NUMBERS, fused_lstm=False)
+
+
+class TestWithBert(TestWithoutAttention):
+    test_loads_in_a_fresh_process_without_the_package = ModelContract.test_loads_in_a_fresh_process_without_the_package
+    test_compiles_to_the_same_numbers = ModelContract.test_compiles_to_the_same_numbers
+
+    def config(self):
+        return tiny(encoder="bert", teacher_forcing_ratio=1.0, number_embeddings="tied", number_token_ids=NUMBERS)
+
+
+class TestWithFrozenBert(TestWithoutAttention):
+    frozen = [
+        f"encoder.{name}"
+        for name, _ in ProgramSeq2SeqForConditionalGeneration(tiny(encoder="bert")).encoder.named_parameters()
+    ]
+
+    def config(self):
+        return tiny(encoder="bert", freeze_encoder=True, teacher_forcing_ratio=1.0)
+
+
+VARIANTS = pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"attention": False},
+        {"encoder": "bert"},
+        {"number_embeddings": "pointer", "number_token_ids": NUMBERS},
+        {"number_embeddings": "tied", "number_token_ids": NUMBERS[:2], "encoder": "bert"},
+    ],
+    ids=["attention", "plain", "bert", "pointer", "bert tied"],
+)
+
+
+@VARIANTS
+def test_the_written_out_lstms_are_the_kernels(fields):
+    fields = {"encoder_layers": 2, **fields} if "encoder" not in fields else fields
+    fused, steps = (make(fused_lstm=way, **fields).train() for way in (True, False))
+    assert fused.state_dict().keys() == steps.state_dict().keys()
+    outputs = [model(**problems(5), generator=torch.Generator().manual_seed(0)) for model in (fused, steps)]
+    torch.testing.assert_close(outputs[0].logits, outputs[1].logits, rtol=1e-6, atol=1e-6)
+    for output in outputs:
+        output.loss.backward()
+    for (name, one), other in zip(fused.named_parameters(), steps.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def padded(batch, words, symbols):
+    """The same problems with other words where the mask is 0, and longer."""
+    size, length = batch["input_ids"].shape
+    other = torch.randint(20, (size, length + words), generator=torch.Generator().manual_seed(7))
+    mask = F.pad(batch["attention_mask"], (0, words))
+    other[:, :length] = torch.where(batch["attention_mask"].bool(), batch["input_ids"], other[:, :length])
+    return {"input_ids": other, "attention_mask": mask, "labels": F.pad(batch["labels"], (0, symbols), value=-100)}
+
+
+@VARIANTS
+@pytest.mark.parametrize("ratio", [1.0, 0.5])
+def test_padding_changes_nothing(fields, ratio):
+    model, batch = make(**fields).train(), problems(6)
+    expected, found = (
+        model(
+            **inputs, teacher_forcing_ratio=ratio, generator=torch.Generator().manual_seed(3), output_attentions=True
+        )
+        for inputs in (batch, padded(batch, words=4, symbols=3))
+    )
+    torch.testing.assert_close(found.logits[:, :6], expected.logits, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.loss, expected.loss, rtol=1e-5, atol=1e-6)
+    gradients = [torch.autograd.grad(output.loss, list(model.parameters())) for output in (expected, found)]
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+    if expected.cross_attentions is not None:
+        assert (found.cross_attentions[0][..., 9:] == 0).all()
+        masked = batch["attention_mask"][:, None, None].expand_as(expected.cross_attentions[0]) == 0
+        assert (expected.cross_attentions[0][masked] == 0).all()
+        torch.testing.assert_close(found.cross_attentions[0].sum(-1), torch.ones(6, 1, 9))
+
+
+@VARIANTS
+def test_the_decoder_is_its_formula(fields):
+    model, batch = make(**fields), problems(3)
+    logits = model(**batch).logits
+    decoder, encoded = model.decoder, model.encoder(batch["input_ids"], batch["attention_mask"])
+    for row in range(3):
+        keep = batch["attention_mask"][row].bool()
+        memory = encoded.last_hidden_state[row, keep]
+        h, c = decoder.bridge(encoded.summary[row]).tanh().chunk(2)
+        tokens = [2, *batch["labels"][row].tolist()]
+        for position in range(int((batch["labels"][row] != -100).sum())):
+            x, attended = decoder.embedding.weight[tokens[position]], []
+            numbers = None if encoded.number_states is None else encoded.number_states[row]
+            which = tokens[position] - TOKENS.index("n0")
+            if numbers is not None and 0 <= which < len(numbers):
+                x = x + decoder.read_number(numbers[which])
+            if decoder.attention is not None:
+                attention = decoder.attention
+                hidden = torch.tanh(attention.query(h) + attention.key(memory))
+                attended = [attention.energy(hidden)[:, 0].softmax(0) @ memory]
+            h, c = decoder.cell(torch.cat([x, *attended])[None], (h[None], c[None]))
+            h, c = h[0], c[0]
+            said = decoder.readout(torch.cat([h, *attended])).tanh()
+            expected = decoder.output(said)
+            if numbers is not None:
+                first = TOKENS.index("n0")
+                expected[first : first + len(numbers)] += decoder.say_number(numbers) @ said / math.sqrt(10)
+            torch.testing.assert_close(logits[row, position], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_pointers_are_the_outputs_where_the_numbers_are():
+    encoder = make(number_embeddings="pointer", number_token_ids=NUMBERS).encoder
+    words = torch.tensor([[3, 18, 5, 17, 18], [17, 4, 2, 19, 19]])
+    keep = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 1, 0]])
+    output = encoder(words, keep)
+    memory, zero = output.last_hidden_state, torch.zeros(16)
+    expected = [
+        [memory[0, 3], (memory[0, 1] + memory[0, 4]) / 2, zero],
+        [memory[1, 0], zero, memory[1, 3]],
+    ]
+    torch.testing.assert_close(output.number_states, torch.stack([torch.stack(row) for row in expected]))
+    tied = make(number_embeddings="tied", number_token_ids=NUMBERS).encoder
+    states = tied(words, keep).number_states
+    torch.testing.assert_close(states, tied.embedding.weight[17:20].expand(2, 3, 6))
+
+
+def read_tokens(model, batch, **options):
+    """What the decoder is given to read at each step."""
+    read, step = [], model.decoder.step
+    model.decoder.step = lambda tokens, *rest: (read.append(tokens), step(tokens, *rest))[1]
+    try:
+        output = model(**batch, **options)
+    finally:
+        model.decoder.step = step
+    return torch.cat(read, dim=1), output
+
+
+def test_teacher_forcing_tosses_a_coin_for_each_example_and_step():
+    model, batch = make(scale=2.0).train(), problems(200, seed=1)
+    truth = F.pad(batch["labels"][:, :-1].masked_fill(batch["labels"][:, :-1] == -100, 1), (1, 0), value=2)
+    for ratio in (0.3, 0.9):
+        read, output = read_tokens(
+            model, batch, teacher_forcing_ratio=ratio, generator=torch.Generator().manual_seed(0)
+        )
+        own = F.pad(output.logits.argmax(dim=-1)[:, :-1], (1, 0), value=2)
+        assert ((read == truth) | (read == own)).all()
+        assert (read[:, 0] == 2).all()
+        told = (truth != own)[:, 1:]
+        forced = (read == truth)[:, 1:]
+        assert told.sum() > 500
+        assert forced[told].float().mean().item() == pytest.approx(ratio, abs=0.06)
+        # neither a whole example nor a whole step shares its coin
+        assert all(0 < forced[told[:, step], step].float().mean() < 1 for step in range(5))
+        assert 0.05 < (forced & told).any(dim=1).logical_and((~forced & told).any(dim=1)).float().mean()
+
+
+def test_teacher_forcing_at_its_ends_and_by_default():
+    model, batch = make(scale=2.0, teacher_forcing_ratio=0.0), problems(8)
+    truth = F.pad(batch["labels"][:, :-1].masked_fill(batch["labels"][:, :-1] == -100, 1), (1, 0), value=2)
+    assert torch.equal(read_tokens(model, batch)[0], truth)  # evaluation
+    assert torch.equal(read_tokens(model.train(), batch, teacher_forcing_ratio=1.0)[0], truth)
+    read, output = read_tokens(model, batch)  # the config's
+    assert torch.equal(read[:, 1:], output.logits.argmax(dim=-1)[:, :-1])
+    assert not torch.equal(read, truth)
+    # left alone, it says what greedy search says
+    model.eval()
+    said = model.generate(batch["input_ids"], attention_mask=batch["attention_mask"], max_length=7)
+    for row, sequence in enumerate(said[:, 1:].tolist()):
+        until = sequence.index(3) + 1 if 3 in sequence else len(sequence)
+        assert sequence[:until] == output.logits.argmax(dim=-1)[row, :until].tolist()
+
+
+def test_draws_come_from_the_generator():
+    model, batch = make(scale=2.0).train(), problems(16)
+    seeds = (0, 0, 1)
+    losses = [model(**batch, generator=torch.Generator().manual_seed(seed)).loss.item() for seed in seeds]
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_no_gradient_passes_through_a_choice_and_all_of_them_through_states():
+    model, batch = make().train(), problems(4)
+    output = model(**batch, teacher_forcing_ratio=0.0)
+    output.loss.backward()
+    used = model.decoder.embedding.weight.grad.abs().sum(dim=1) > 0
+    read = {2, *output.logits.argmax(dim=-1)[:, :-1].flatten().tolist()}
+    assert set(used.nonzero().flatten().tolist()) <= read
+    assert model.encoder.embedding.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("encoder", ["bilstm", "bert"])
+def test_a_frozen_encoder_stays_as_it_is(encoder, tmp_path):
+    bert = {**BERT, "hidden_dropout_prob": 0.5}
+    model = make(encoder=encoder, freeze_encoder=True, dropout=0.5, bert_config=bert).train()
+    assert not model.encoder.training and model.decoder.training
+    assert not any(p.requires_grad for p in model.encoder.parameters())
+    batch = problems(4)
+    first, second = (model(**batch).encoder_last_hidden_state for _ in range(2))
+    assert torch.equal(first, second) and not first.requires_grad
+    model.save_pretrained(tmp_path)
+    for loaded in (AutoModelForSeq2SeqLM.from_pretrained(tmp_path), model):
+        loaded.train()
+        before = {name: p.clone() for name, p in loaded.named_parameters()}
+        optimizer = torch.optim.SGD([p for p in loaded.parameters() if p.requires_grad], lr=1.0)
+        loaded(**batch).loss.backward()
+        optimizer.step()
+        for name, p in loaded.named_parameters():
+            assert torch.equal(p, before[name]) == name.startswith("encoder."), name
+
+
+def test_bert_comes_from_a_checkpoint(tmp_path):
+    torch.manual_seed(0)
+    bert = BertModel(BertConfig(**BERT, vocab_size=15), add_pooling_layer=False).eval()
+    bert.save_pretrained(tmp_path / "bert")
+    fields = {"program_tokens": TOKENS, "operations": OPERATIONS, "decoder_hidden_size": 10}
+    model = ProgramSeq2SeqForConditionalGeneration.from_encoder_pretrained(
+        tmp_path / "bert", vocab_size=20, freeze_encoder=True, **fields
+    )
+    assert model.config.vocab_size == 20 and model.encoder.word_embeddings.weight.shape == (20, 12)
+    words, mask = torch.randint(15, (3, 7)), torch.tensor([[1] * 7, [1] * 4 + [0] * 3, [1] + [0] * 6])
+    expected = bert(words, attention_mask=mask).last_hidden_state
+    model.eval().save_pretrained(tmp_path / "model")
+    for each in (model, AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "model")):
+        output = each.encoder(words, mask)
+        torch.testing.assert_close(output.last_hidden_state, expected)
+        mean = torch.stack([expected[row, keep.bool()].mean(dim=0) for row, keep in enumerate(mask)])
+        torch.testing.assert_close(output.summary, mean)
+    with pytest.raises(ValueError, match="vocab_size=10 must be at least the 15 of"):
+        ProgramSeq2SeqForConditionalGeneration.from_encoder_pretrained(tmp_path / "bert", vocab_size=10, **fields)
+
+
+def test_word_embeddings_can_be_given_and_widened():
+    model, matrix = make(), torch.randn(20, 6)
+    model.load_word_embeddings(matrix)
+    assert torch.equal(model.get_input_embeddings().weight, matrix)
+    assert model.get_input_embeddings().weight.requires_grad
+    with pytest.raises(ValueError, match="matrix has shape \\(19, 6\\), expected \\(20, 6\\)"):
+        model.load_word_embeddings(matrix[1:])
+    with pytest.raises(ValueError, match="matrix has entries that are not finite"):
+        model.load_word_embeddings(matrix.masked_fill(matrix > 0, math.nan))
+    model.resize_token_embeddings(22, mean_resizing=False)
+    assert model.config.vocab_size == 22
+    assert torch.equal(model.encoder.embedding.weight[:20], matrix)
+    model(torch.tensor([[21]]), decoder_input_ids=torch.tensor([[2]]))
+
+
+def test_an_own_learning_rate_for_the_encoder_needs_nothing_but_its_parameters():
+    model = make(encoder="bert")
+    encoder, decoder = set(model.encoder.parameters()), set(model.decoder.parameters())
+    assert not encoder & decoder and encoder | decoder == set(model.parameters())
+
+
+def test_the_config_goes_through_the_views_of_it():
+    config = tiny(encoder="bert")
+    for view in (config.get_text_config(decoder=True), config.get_text_config(encoder=True), config.get_text_config()):
+        assert view.vocab_size == 20
+    assert ProgramSeq2SeqConfig.from_dict(config.to_dict()).to_dict() == config.to_dict()
+
+
+@pytest.mark.parametrize(
+    "fields, sentence",
+    [
+        ({"vocab_size": 0}, "vocab_size=0 must be at least 1"),
+        ({"dropout": 1.0}, "dropout=1.0 must be at least 0 and below 1"),
+        ({"teacher_forcing_ratio": 1.5}, "teacher_forcing_ratio=1.5 must be from 0 to 1"),
+        ({"eos_token_id": 14}, "eos_token_id=14 must be one of the 14 program_tokens"),
+        ({"pad_token_id": 3}, "pad_token_id=3 must differ from eos_token_id"),
+        ({"program_tokens": [*TOKENS, "n1"]}, "program_tokens has n1 more than once"),
+        ({"operations": {"log": 1}}, "operations names none of program_tokens"),
+        ({"operations": {"add": 2, "volume": 3}}, "operations lacks the arity of negate"),
+        ({"number_embeddings": "tied"}, "number_embeddings='tied' needs number_token_ids: 1 to 3 ids below"),
+        ({"number_embeddings": "pointer", "number_token_ids": [20]}, "below vocab_size=20, .*; got \\[20\\]"),
+    ],
+)
+def test_configs_that_contradict_themselves_are_refused(fields, sentence):
+    with pytest.raises(Exception, match=sentence):  # strict configs wrap the ValueError
+        tiny(**fields)
+
+
+@pytest.mark.parametrize("encoder", ["bilstm", "bert"])
+def test_calls_that_do_not_fit_are_refused(encoder):
+    model, words = make(encoder=encoder), torch.ones(2, 3, dtype=torch.long)
+    with pytest.raises(ValueError, match="Neither labels nor decoder_input_ids are given"):
+        model(words)
+    with pytest.raises(ValueError, match="Neither input_ids nor encoder_outputs are given"):
+        model(labels=words)
+    with pytest.raises(
+        ValueError, match="labels has shape \\(2, 3\\), expected that of decoder_input_ids, \\(2, 2\\)"
+    ):
+        model(words, decoder_input_ids=words[:, 1:], labels=words)
+    with pytest.raises(ValueError, match="teacher_forcing_ratio=-1 must be from 0 to 1"):
+        model(words, labels=words, teacher_forcing_ratio=-1)
+    with pytest.raises(ValueError, match="keeps no token of rows \\[1\\]; each needs at least one"):
+        model(words, torch.tensor([[1, 1, 0], [0, 0, 0]]), labels=words)
+    with pytest.raises(ValueError, match="attention_mask has shape \\(2, 2\\), expected \\(2, 3\\)"):
+        model(words, torch.ones(2, 2), labels=words)
+
+
+def test_names_of_the_vocabulary_come_in_the_order_that_the_grammar_takes():
+    assert TOKENS == [
+        *("<unk>", "<pad>", "<s>", "</s>", "add", "negate", "volume", "const_1", "const_pi"),
+        *("n0", "n1", "n2", "#0", "#1"),
+    ]
+    grammar = tiny().make_grammar(num_numbers=2)
+
+    def allowed(*said):
+        states = grammar.start(1, torch.device("cpu"))
+        for token in said:
+            states = grammar.advance(states, torch.tensor([[TOKENS.index(token)]]))
+        return {TOKENS[index] for index in grammar.allowed(states, 20)[0, 0].nonzero().flatten().tolist()}
+
+    assert allowed() == set(OPERATIONS)
+    assert allowed("add", "n0") == {"const_1", "const_pi", "n0", "n1"}
+    assert allowed("add", "n0", "n1") == {*OPERATIONS, "</s>"}
+    assert allowed("negate", "n0", "add") == {"const_1", "const_pi", "n0", "n1", "#0"}
