@@ -75,7 +75,8 @@ class ProgramSeq2SeqConfig(PreTrainedConfig):
     up with end tokens.
 
     Args:
-        vocab_size: Words that problems are made of; of BERT, its tokens.
+        encoder_vocab_size: Words that problems are made of; of BERT, its tokens.
+        vocab_size: How many symbols programs are made of, as many as `program_tokens`; needs not be given.
         program_tokens: Symbols that programs are made of, in the order of their ids. The default is that of
             `program_vocabulary` for the four basic operations and the constants 1, 2, 3, 4, 10, 60 and 100.
         operations: How many arguments each operation takes; of those among `program_tokens` only.
@@ -89,7 +90,7 @@ class ProgramSeq2SeqConfig(PreTrainedConfig):
         embedding_size: Channels of a word's embedding, of "bilstm".
         encoder_hidden_size: Channels of a direction of "bilstm".
         encoder_layers: Layers of "bilstm".
-        bert_config: Fields of the `BertConfig` of "bert"; its `vocab_size` is that above.
+        bert_config: Fields of the `BertConfig` of "bert"; its `vocab_size` is `encoder_vocab_size`.
         freeze_encoder: Whether the encoder stays as it is. It is then in evaluation mode, whatever the model is in.
         program_embedding_size: Channels of a program symbol's embedding.
         decoder_hidden_size: Channels of the decoder.
@@ -101,10 +102,10 @@ class ProgramSeq2SeqConfig(PreTrainedConfig):
 
     Example:
         ```python
-        >>> config = ProgramSeq2SeqConfig(vocab_size=50)
+        >>> config = ProgramSeq2SeqConfig(encoder_vocab_size=50)
         >>> config.program_tokens[:9]
         ['<unk>', '<pad>', '<s>', '</s>', 'add', 'subtract', 'multiply', 'divide', 'const_1']
-        >>> config.decoder_vocab_size
+        >>> config.vocab_size
         97
 
         ```
@@ -112,7 +113,8 @@ class ProgramSeq2SeqConfig(PreTrainedConfig):
 
     model_type = "program_seq2seq"
 
-    vocab_size: int = 10_000
+    encoder_vocab_size: int = 10_000
+    vocab_size: int | None = None
     program_tokens: list[str] | None = None
     operations: dict[str, int] | None = None
     encoder: Literal["bilstm", "bert"] = "bilstm"
@@ -145,13 +147,10 @@ class ProgramSeq2SeqConfig(PreTrainedConfig):
         if self.program_tokens is None:
             constants = [f"const_{value}" for value in (1, 2, 3, 4, 10, 60, 100)]
             self.program_tokens = program_vocabulary(list(self.operations), constants)
+        if self.vocab_size is None:
+            self.vocab_size = len(self.program_tokens)
         self.bert_config = json.loads(json.dumps(self.bert_config))
         super().__post_init__(**kwargs)
-
-    @property
-    def decoder_vocab_size(self) -> int:
-        """How many symbols programs are made of."""
-        return len(self.program_tokens)
 
     def validate_architecture(self):
         """Refuse fields that do not fit together.
@@ -160,7 +159,7 @@ class ProgramSeq2SeqConfig(PreTrainedConfig):
             ValueError: With the field, its value and what was expected.
         """
         for name in (
-            "vocab_size",
+            "encoder_vocab_size",
             "embedding_size",
             "encoder_hidden_size",
             "encoder_layers",
@@ -171,17 +170,22 @@ class ProgramSeq2SeqConfig(PreTrainedConfig):
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        if self.vocab_size != len(self.program_tokens):
+            raise ValueError(
+                f"vocab_size={self.vocab_size} must be the {len(self.program_tokens)} of program_tokens; the words of "
+                "problems are counted by encoder_vocab_size."
+            )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout} must be at least 0 and below 1.")
         if not 0 <= self.teacher_forcing_ratio <= 1:
             raise ValueError(f"teacher_forcing_ratio={self.teacher_forcing_ratio} must be from 0 to 1.")
         for name in ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"):
             value = getattr(self, name)
-            if value is None or not 0 <= value < self.decoder_vocab_size:
-                raise ValueError(f"{name}={value} must be one of the {self.decoder_vocab_size} program_tokens.")
+            if value is None or not 0 <= value < self.vocab_size:
+                raise ValueError(f"{name}={value} must be one of the {self.vocab_size} program_tokens.")
         if self.pad_token_id == self.eos_token_id:
             raise ValueError(f"pad_token_id={self.pad_token_id} must differ from eos_token_id.")
-        if len(set(self.program_tokens)) != self.decoder_vocab_size:
+        if len(set(self.program_tokens)) != self.vocab_size:
             twice = sorted({token for token in self.program_tokens if self.program_tokens.count(token) > 1})
             raise ValueError(f"program_tokens has {', '.join(twice)} more than once; each needs one id.")
         if not set(self.operations) & set(self.program_tokens):
@@ -201,10 +205,11 @@ class ProgramSeq2SeqConfig(PreTrainedConfig):
         if self.number_embeddings != "free":
             numbers = len(indexed_tokens(self.program_tokens, "n"))
             ids = self.number_token_ids
-            if not ids or len(ids) > numbers or not all(0 <= index < self.vocab_size for index in ids):
+            if not ids or len(ids) > numbers or not all(0 <= index < self.encoder_vocab_size for index in ids):
                 raise ValueError(
                     f"number_embeddings={self.number_embeddings!r} needs number_token_ids: 1 to {numbers} ids below "
-                    f"vocab_size={self.vocab_size}, of the words that stand for the numbers in problems; got {ids}."
+                    f"encoder_vocab_size={self.encoder_vocab_size}, of the words that stand for the numbers in "
+                    f"problems; got {ids}."
                 )
 
     def make_grammar(self, num_numbers: torch.Tensor | Sequence[int] | int | None = None) -> ProgramGrammar:
@@ -284,7 +289,7 @@ class ProgramSeq2SeqOutput(ModelOutput):
 
     Attributes:
         loss: Mean cross-entropy of the symbols.
-        logits: (batch, symbols, decoder_vocab_size).
+        logits: (batch, symbols, vocab_size).
         decoder_state: Where the decoder is afterwards, if `use_cache`.
         cross_attentions: One tensor (batch, 1, symbols, words), rows summing to 1; None without attention.
         encoder_last_hidden_state: (batch, words, channels).
@@ -306,7 +311,7 @@ class ProgramEncoder(nn.Module):
         super().__init__()
         self.kind, self.number_embeddings = config.encoder, config.number_embeddings
         if config.encoder == "bilstm":
-            self.embedding = nn.Embedding(config.vocab_size, config.embedding_size)
+            self.embedding = nn.Embedding(config.encoder_vocab_size, config.embedding_size)
             self.lstm = BidirectionalLSTM(
                 config.embedding_size,
                 config.encoder_hidden_size,
@@ -318,7 +323,7 @@ class ProgramEncoder(nn.Module):
             self.summary_size = 2 * self.memory_size
             word_size = config.embedding_size
         else:
-            fields = {**(config.bert_config or {}), "vocab_size": config.vocab_size}
+            fields = {**(config.bert_config or {}), "vocab_size": config.encoder_vocab_size}
             self.bert = BertModel(BertConfig.from_dict(fields), add_pooling_layer=False)
             self.memory_size = self.summary_size = word_size = self.bert.config.hidden_size
         self.number_size = {"free": None, "tied": word_size, "pointer": self.memory_size}[config.number_embeddings]
@@ -390,7 +395,7 @@ class ProgramDecoder(nn.Module):
         hidden, embedded, symbols = (
             config.decoder_hidden_size,
             config.program_embedding_size,
-            config.decoder_vocab_size,
+            config.vocab_size,
         )
         memory = encoder.memory_size if config.attention else 0
         self.bridge = nn.Linear(encoder.summary_size, 2 * hidden)
@@ -470,7 +475,7 @@ class ProgramDecoder(nn.Module):
         return features, (hidden, cell), weights
 
     def classify(self, features: torch.Tensor, context: DecoderContext) -> torch.Tensor:
-        """Logits of the next symbols, (batch, hypotheses, decoder_vocab_size), of what `step` gives."""
+        """Logits of the next symbols, (batch, hypotheses, vocab_size), of what `step` gives."""
         logits = self.output(features)
         if self.points:
             scores = features @ context.numbers_said.transpose(1, 2) * features.shape[-1] ** -0.5
@@ -487,7 +492,7 @@ class ProgramSeq2SeqForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     Example:
         ```python
-        >>> model = ProgramSeq2SeqForConditionalGeneration(ProgramSeq2SeqConfig(vocab_size=50)).eval()
+        >>> model = ProgramSeq2SeqForConditionalGeneration(ProgramSeq2SeqConfig(encoder_vocab_size=50)).eval()
         >>> words, programs = torch.randint(50, (2, 9)), torch.tensor([[4, 15, 16, 3], [7, 15, 8, 3]])
         >>> model(words, labels=programs).logits.shape
         torch.Size([2, 4, 97])
@@ -523,19 +528,23 @@ class ProgramSeq2SeqForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
         Args:
             name_or_path: Hub id or folder of any checkpoint that `BertModel` loads, as "bert-base-cased".
-            **fields: Of `ProgramSeq2SeqConfig`. With a `vocab_size` above that of the checkpoint its embedding is
-                widened, as tokens added to its tokenizer need it.
+            **fields: Of `ProgramSeq2SeqConfig`. With an `encoder_vocab_size` above that of the checkpoint its
+                embedding is widened, as tokens added to its tokenizer need it.
 
         Raises:
-            ValueError: If `vocab_size` is below that of the checkpoint.
+            ValueError: If `encoder_vocab_size` is below that of the checkpoint.
         """
         bert = BertModel.from_pretrained(name_or_path, add_pooling_layer=False)
         known = bert.config.vocab_size
-        vocab_size = fields.pop("vocab_size", known)
-        if vocab_size < known:
-            raise ValueError(f"vocab_size={vocab_size} must be at least the {known} of {name_or_path}.")
+        encoder_vocab_size = fields.pop("encoder_vocab_size", known)
+        if encoder_vocab_size < known:
+            raise ValueError(
+                f"encoder_vocab_size={encoder_vocab_size} must be at least the {known} of {name_or_path}."
+            )
         bert_fields = bert.config.to_diff_dict()
-        config = ProgramSeq2SeqConfig(encoder="bert", vocab_size=vocab_size, bert_config=bert_fields, **fields)
+        config = ProgramSeq2SeqConfig(
+            encoder="bert", encoder_vocab_size=encoder_vocab_size, bert_config=bert_fields, **fields
+        )
         model, weights = cls(config), bert.state_dict()
         name = "embeddings.word_embeddings.weight"
         added = model.encoder.bert.state_dict()[name][known:].to(weights[name].dtype)
@@ -580,11 +589,29 @@ class ProgramSeq2SeqForConditionalGeneration(PreTrainedModel, GenerationMixin):
             self.encoder.bert.set_input_embeddings(value)
 
     @torch.no_grad()
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, **kwargs: Any) -> nn.Embedding:
+        """Change how many words problems are made of, after tokens were added; programs stay as they are.
+
+        Args:
+            new_num_tokens: Words; the first ones keep their embedding, new ones are drawn with the spread of these.
+            **kwargs: Not used; what PreTrainedModel has beside it.
+        """
+        old = self.get_input_embeddings()
+        if new_num_tokens is not None and new_num_tokens != old.num_embeddings:
+            new = nn.Embedding(new_num_tokens, old.embedding_dim, old.padding_idx).to(old.weight)
+            new.weight.normal_(std=old.weight.float().std().item())
+            kept = min(new_num_tokens, old.num_embeddings)
+            new.weight[:kept] = old.weight[:kept]
+            self.set_input_embeddings(new.requires_grad_(old.weight.requires_grad))
+            self.config.encoder_vocab_size = new_num_tokens
+        return self.get_input_embeddings()
+
+    @torch.no_grad()
     def load_word_embeddings(self, matrix: torch.Tensor) -> None:
         """Start from word embeddings such as GloVe; they are trained along.
 
         Args:
-            matrix: (vocab_size, embedding_size), finite.
+            matrix: (encoder_vocab_size, embedding_size), finite.
 
         Raises:
             ValueError: If the matrix has another shape or is not finite.
@@ -816,7 +843,7 @@ def beam_generate(
 
     Example:
         ```python
-        >>> model = ProgramSeq2SeqForConditionalGeneration(ProgramSeq2SeqConfig(vocab_size=50)).eval()
+        >>> model = ProgramSeq2SeqForConditionalGeneration(ProgramSeq2SeqConfig(encoder_vocab_size=50)).eval()
         >>> model.generate(torch.randint(50, (2, 9)), num_beams=4, max_length=6, custom_generate=beam_generate).shape
         torch.Size([2, 6])
 

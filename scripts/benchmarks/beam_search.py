@@ -33,7 +33,7 @@ def make_model() -> ProgramSeq2SeqForConditionalGeneration:
     torch.manual_seed(0)
     arities = {f"operation_{i}": 1 + i % 3 for i in range(53)}
     tokens = program_vocabulary(list(arities), [f"const_{i}" for i in range(31)])
-    config = ProgramSeq2SeqConfig(vocab_size=8000, program_tokens=tokens, operations=arities)
+    config = ProgramSeq2SeqConfig(encoder_vocab_size=8000, program_tokens=tokens, operations=arities)
     model = ProgramSeq2SeqForConditionalGeneration(config).eval()
     with torch.no_grad():
         model.decoder.output.weight.mul_(3)
@@ -71,7 +71,7 @@ def make_calls(problems: int, k: int, steps: int) -> dict[str, Callable[[], list
     model = make_model()
     lengths = torch.randint(20, 41, (problems,))
     inputs = {
-        "input_ids": torch.randint(model.config.vocab_size, (problems, 40)),
+        "input_ids": torch.randint(model.config.encoder_vocab_size, (problems, 40)),
         "attention_mask": (torch.arange(40) < lengths[:, None]).long(),
     }
     options = {"num_beams": k, "length_penalty": 0.0, "early_stopping": "never"}

@@ -21,7 +21,7 @@ def random_model(seed):
     torch.manual_seed(seed)
     tokens = program_vocabulary(["add", "negate"], ["const_1"], num_numbers=26, num_results=15)
     config = ProgramSeq2SeqConfig(
-        vocab_size=WORDS,
+        encoder_vocab_size=WORDS,
         program_tokens=tokens,
         operations={"add": 2, "negate": 1},
         attention=seed % 5 > 0,

@@ -17,7 +17,7 @@ BERT = {
     "num_attention_heads": 2,
     "intermediate_size": 16,
     "max_position_embeddings": 32,
-    "type_vocab_size": 2,
+    "type_encoder_vocab_size": 2,
     "hidden_dropout_prob": 0.0,
     "attention_probs_dropout_prob": 0.0,
 }
@@ -26,7 +26,7 @@ NUMBERS = [17, 18, 19]  # words of the problems that stand for n0, n1, n2
 
 def tiny(**fields):
     sizes = {
-        "vocab_size": 20,
+        "encoder_vocab_size": 20,
         "embedding_size": 6,
         "encoder_hidden_size": 8,
         "program_embedding_size": 5,
@@ -301,9 +301,9 @@ def test_bert_comes_from_a_checkpoint(tmp_path):
     bert.save_pretrained(tmp_path / "bert")
     fields = {"program_tokens": TOKENS, "operations": OPERATIONS, "decoder_hidden_size": 10}
     model = ProgramSeq2SeqForConditionalGeneration.from_encoder_pretrained(
-        tmp_path / "bert", vocab_size=20, freeze_encoder=True, **fields
+        tmp_path / "bert", encoder_vocab_size=20, freeze_encoder=True, **fields
     )
-    assert model.config.vocab_size == 20 and model.encoder.word_embeddings.weight.shape == (20, 12)
+    assert model.config.encoder_vocab_size == 20 and model.encoder.word_embeddings.weight.shape == (20, 12)
     words, mask = torch.randint(15, (3, 7)), torch.tensor([[1] * 7, [1] * 4 + [0] * 3, [1] + [0] * 6])
     expected = bert(words, attention_mask=mask).last_hidden_state
     model.eval().save_pretrained(tmp_path / "model")
@@ -312,11 +312,13 @@ def test_bert_comes_from_a_checkpoint(tmp_path):
         torch.testing.assert_close(output.last_hidden_state, expected)
         mean = torch.stack([expected[row, keep.bool()].mean(dim=0) for row, keep in enumerate(mask)])
         torch.testing.assert_close(output.summary, mean)
-    with pytest.raises(ValueError, match="vocab_size=10 must be at least the 15 of"):
-        ProgramSeq2SeqForConditionalGeneration.from_encoder_pretrained(tmp_path / "bert", vocab_size=10, **fields)
+    with pytest.raises(ValueError, match="encoder_vocab_size=10 must be at least the 15 of"):
+        ProgramSeq2SeqForConditionalGeneration.from_encoder_pretrained(
+            tmp_path / "bert", encoder_vocab_size=10, **fields
+        )
 
 
-def test_word_embeddings_can_be_given_and_widened():
+def test_word_embeddings_can_be_given_and_widened(tmp_path):
     model, matrix = make(), torch.randn(20, 6)
     model.load_word_embeddings(matrix)
     assert torch.equal(model.get_input_embeddings().weight, matrix)
@@ -325,10 +327,17 @@ def test_word_embeddings_can_be_given_and_widened():
         model.load_word_embeddings(matrix[1:])
     with pytest.raises(ValueError, match="matrix has entries that are not finite"):
         model.load_word_embeddings(matrix.masked_fill(matrix > 0, math.nan))
-    model.resize_token_embeddings(22, mean_resizing=False)
-    assert model.config.vocab_size == 22
-    assert torch.equal(model.encoder.embedding.weight[:20], matrix)
-    model(torch.tensor([[21]]), decoder_input_ids=torch.tensor([[2]]))
+
+    for encoder in ("bilstm", "bert"):
+        model = make(encoder=encoder)
+        before = model.get_input_embeddings().weight
+        assert model.resize_token_embeddings(22) is model.get_input_embeddings()
+        assert model.config.encoder_vocab_size == 22
+        assert torch.equal(model.get_input_embeddings().weight[:20], before)
+        model.save_pretrained(tmp_path / encoder)
+        loaded, words = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / encoder), torch.tensor([[21, 0]])
+        logits = [each(words, decoder_input_ids=torch.tensor([[2]])).logits for each in (model, loaded)]
+        assert torch.equal(*logits) and logits[0].shape == (1, 1, 14)
 
 
 def test_an_own_learning_rate_for_the_encoder_needs_nothing_but_its_parameters():
@@ -339,15 +348,24 @@ def test_an_own_learning_rate_for_the_encoder_needs_nothing_but_its_parameters()
 
 def test_the_config_goes_through_the_views_of_it():
     config = tiny(encoder="bert")
-    for view in (config.get_text_config(decoder=True), config.get_text_config(encoder=True), config.get_text_config()):
-        assert view.vocab_size == 20
+    assert (
+        config.vocab_size
+        == config.get_text_config().vocab_size
+        == config.get_text_config(decoder=True).vocab_size
+        == 14
+    )
+    assert config.get_text_config(encoder=True).vocab_size == 20
     assert ProgramSeq2SeqConfig.from_dict(config.to_dict()).to_dict() == config.to_dict()
 
 
 @pytest.mark.parametrize(
     "fields, sentence",
     [
-        ({"vocab_size": 0}, "vocab_size=0 must be at least 1"),
+        ({"encoder_vocab_size": 0}, "encoder_vocab_size=0 must be at least 1"),
+        (
+            {"vocab_size": 20},
+            "vocab_size=20 must be the 14 of program_tokens; the words of problems",
+        ),
         ({"dropout": 1.0}, "dropout=1.0 must be at least 0 and below 1"),
         ({"teacher_forcing_ratio": 1.5}, "teacher_forcing_ratio=1.5 must be from 0 to 1"),
         ({"eos_token_id": 14}, "eos_token_id=14 must be one of the 14 program_tokens"),
@@ -356,7 +374,7 @@ def test_the_config_goes_through_the_views_of_it():
         ({"operations": {"log": 1}}, "operations names none of program_tokens"),
         ({"operations": {"add": 2, "volume": 3}}, "operations lacks the arity of negate"),
         ({"number_embeddings": "tied"}, "number_embeddings='tied' needs number_token_ids: 1 to 3 ids below"),
-        ({"number_embeddings": "pointer", "number_token_ids": [20]}, "below vocab_size=20, .*; got \\[20\\]"),
+        ({"number_embeddings": "pointer", "number_token_ids": [20]}, "below encoder_vocab_size=20, .*; got \\[20\\]"),
     ],
 )
 def test_configs_that_contradict_themselves_are_refused(fields, sentence):
