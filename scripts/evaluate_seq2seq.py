@@ -31,7 +31,7 @@ from hf_dl.models.program_seq2seq import ProgramSeq2SeqConfig, ProgramSeq2SeqFor
 from hf_dl.pipelines.math_program import MathProgramPipeline, choose
 from hf_dl.programs import is_close
 from hf_dl.reporting.card import run_card
-from hf_dl.reporting.experiment import portable
+from hf_dl.reporting.experiment import portable, read_results
 from hf_dl.reporting.plots import plot_run
 
 SUMMARY = (
@@ -58,6 +58,12 @@ CURVES = {
         "execution accuracy": "val_execution_accuracy",
     },
 }  # fmt: skip
+MODELS = {  # the four that are compared: encoder, attention, freeze_encoder
+    "bilstm": ("bilstm", False, False),
+    "bilstm_attention": ("bilstm", True, False),
+    "bert_frozen": ("bert", True, True),
+    "bert": ("bert", True, False),
+}
 SWITCHES = ("grammar", "rerank", "vote", "options")
 WATCHED = ("exact_match", "token_match", "execution_accuracy", "executes")  # while it trains
 BATCH = 64
@@ -108,6 +114,9 @@ class Decoding:
 class ModelFlags:
     """Flags that say which model; the defaults are those of `ProgramSeq2SeqConfig`."""
 
+    model: Literal["", "bilstm", "bilstm_attention", "bert_frozen", "bert"] = field(
+        default="", metadata={"help": "One of the four models, instead of encoder, attention and freeze_encoder."}
+    )
     encoder: Literal["bilstm", "bert"] = field(default="bilstm", metadata={"help": "What reads problems."})
     attention: bool = field(default=True, metadata={"help": "Whether the decoder attends to what was read."})
     bert: str = field(default="bert-base-cased", metadata={"help": "encoder=bert: its Hub id or folder."})
@@ -140,6 +149,8 @@ class ModelFlags:
 
     def __post_init__(self):
         super().__post_init__()
+        if self.model:
+            self.encoder, self.attention, self.freeze_encoder = MODELS[self.model]
         if self.teacher_forcing_end > 1:
             raise ValueError(f"teacher_forcing_end={self.teacher_forcing_end} must be at most 1.")
         if self.encoder_learning_rate < 0:
@@ -155,13 +166,15 @@ class ModelFlags:
 class Args(Decoding, ProblemData):
     """Flags of the evaluation."""
 
-    model: str = field(
-        default="runs/train_seq2seq", metadata={"help": "Folder or Hub id of the model; {seed} stands for the seed."}
+    model: str = field(default="runs/train_seq2seq", metadata={"help": "Folder or Hub id of the model."})
+    kind: Literal["", "bilstm", "bilstm_attention", "bert_frozen", "bert"] = field(
+        default="", metadata={"help": "Where --model is a folder of runs: take the one of this --model and --seed."}
     )
     split: str = field(default="test", metadata={"help": "validation or test; of synthetic problems also others."})
     baselines: bool = field(default=True, metadata={"help": "Score the two that retrieve from training as well."})
-    seed: int = field(default=0, metadata={"help": "Which of the models that --model names."})
+    seed: int = field(default=0, metadata={"help": "With --kind: that of the run."})
     output_dir: str = field(default="", metadata={"help": "Where to write; default: the model's folder."})
+    cpu_threads: int = field(default=1, metadata={"help": "CPU threads; the steps are too small for more to help."})
 
 
 def checked(make: Callable[..., Any], **fields: Any) -> Any:
@@ -499,11 +512,26 @@ def write_report(folder: Path) -> None:
     print(f"programs    {folder / 'predictions_test.jsonl'}")
 
 
+def find_model(args: Args) -> str:
+    """The model that the flags name: that of --model itself, or the run there that has the flags."""
+    if not args.kind:
+        return args.model
+    for path in sorted(Path(args.model).glob("*/results.json")):
+        flags = read_results(path.parent)["args"]
+        if (flags.get("model"), flags.get("seed")) == (args.kind, args.seed):
+            return str(path.parent)
+    raise ValueError(
+        f"model={args.model!r} holds no finished run of train_seq2seq.py with --model {args.kind} --seed {args.seed}; "
+        "train it first."
+    )
+
+
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Evaluate the model that the flags name, and write what was found beside it."""
     args = Args(**vars(HfArgumentParser(Args, allow_abbrev=False).parse_args(argv)))
+    torch.set_num_threads(args.cpu_threads)
     started = time.monotonic()
-    name = args.model.replace("{seed}", str(args.seed))
+    name = find_model(args)
     pipeline = MathProgramPipeline.from_pretrained(name)
     folder = Path(args.output_dir or name)
     folder.mkdir(parents=True, exist_ok=True)
@@ -524,9 +552,18 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     write_predictions(written, problems, seen, config.semantics, folder, args.split)
     found = {"args": portable(asdict(args)), "metrics": metrics}
     (folder / "evaluation.json").write_text(json.dumps(found, indent=2) + "\n")
+    if args.output_dir:  # a cell of an experiment; the model's own folder has the results of its training
+        found = {
+            "script": Path(__file__).name,
+            **found,
+            "seed": args.seed,
+            "model_class": type(pipeline.model).__name__,
+        }
+        found |= {"num_parameters": pipeline.model.num_parameters(), "seconds": round(time.monotonic() - started, 2)}
+        (folder / "results.json").write_text(json.dumps(found, indent=2) + "\n")
     for name, value in metrics.items():
         print(f"{name:45s} {value:.4f}")
-    print(f"predictions_{args.split}.jsonl and evaluation.json are in {folder}; {time.monotonic() - started:.0f} s.")
+    print(f"predictions_{args.split}.jsonl and evaluation.json are in {folder}.")
     return metrics
 
 

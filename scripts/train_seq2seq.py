@@ -1,8 +1,8 @@
 r"""Train a model that reads a word problem and writes the program that solves it.
 
 scripts/run accelerate launch scripts/train_seq2seq.py
-scripts/run accelerate launch scripts/train_seq2seq.py --source data/mathqa --subset course --epochs 30
-scripts/run accelerate launch scripts/train_seq2seq.py --source data/mathqa --subset course --encoder bert \
+scripts/run accelerate launch scripts/train_seq2seq.py --source data/mathqa --subset course --epochs 20
+scripts/run accelerate launch scripts/train_seq2seq.py --source data/mathqa --subset course --model bert \
     --encoder_learning_rate 3e-5 --epochs 10
 """
 

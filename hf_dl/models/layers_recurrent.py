@@ -4,9 +4,9 @@ Hochreiter & Schmidhuber 1997, "Long Short-Term Memory", with the forget gate of
 order and with the two biases that torch has, so that weights go back and forth unchanged.
 
 Everything runs in one of two ways that agree to rounding: written out (`fused=False`), where every line of the
-definition is seen, or through the library's kernel (`fused=True`, the default), which is faster. There is one exception:
-the gradient of torch's kernel for packed sequences takes time by the square of their length on a CPU, where the encoder
-is therefore trained by the steps.
+definition is seen, or through the library's kernel (`fused=True`, the default), which is faster. There is one
+exception: on a CPU the gradient of torch's kernel for packed sequences takes time by the square of their length, so
+there the encoder is trained by the steps.
 """
 
 import torch
