@@ -67,6 +67,7 @@ MODELS = {  # the four that are compared: encoder, attention, freeze_encoder
 SWITCHES = ("grammar", "rerank", "vote", "options")
 WATCHED = ("exact_match", "token_match", "execution_accuracy", "executes")  # while it trains
 BATCH = 64
+BERT_LEARNING_RATE = 3e-5  # the middle of the three that Devlin et al. 2019 fine-tune with
 
 
 @dataclass
@@ -122,7 +123,7 @@ class ModelFlags:
     bert: str = field(default="bert-base-cased", metadata={"help": "encoder=bert: its Hub id or folder."})
     freeze_encoder: bool = field(default=False, metadata={"help": "Leave the encoder as it is."})
     encoder_learning_rate: float = field(
-        default=0.0, metadata={"help": "Peak learning rate of the encoder, where it differs; 0: the same."}
+        default=0.0, metadata={"help": "Peak learning rate of the encoder; 0: that of all, or 3e-5 for BERT."}
     )
     mask_numbers: bool = field(default=True, metadata={"help": "Read <n0>, <n1>, ... instead of the numbers."})
     min_count: int = field(default=2, metadata={"help": "encoder=bilstm: rarer words are unknown."})
@@ -155,6 +156,10 @@ class ModelFlags:
             raise ValueError(f"teacher_forcing_end={self.teacher_forcing_end} must be at most 1.")
         if self.encoder_learning_rate < 0:
             raise ValueError(f"encoder_learning_rate={self.encoder_learning_rate} must be 0 or above.")
+        if self.freeze_encoder:
+            self.encoder_learning_rate = 0.0
+        elif self.encoder == "bert":
+            self.encoder_learning_rate = self.encoder_learning_rate or BERT_LEARNING_RATE
         if self.encoder == "bert" and self.glove:
             raise ValueError(f"glove={self.glove!r} is for encoder='bilstm'; leave it out.")
         if self.encoder == "bilstm" and self.freeze_encoder and not self.glove:

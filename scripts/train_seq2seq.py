@@ -2,8 +2,7 @@ r"""Train a model that reads a word problem and writes the program that solves i
 
 scripts/run accelerate launch scripts/train_seq2seq.py
 scripts/run accelerate launch scripts/train_seq2seq.py --source data/mathqa --subset course --epochs 20
-scripts/run accelerate launch scripts/train_seq2seq.py --source data/mathqa --subset course --model bert \
-    --encoder_learning_rate 3e-5 --epochs 10
+scripts/run accelerate launch scripts/train_seq2seq.py --source data/mathqa --subset course --model bert --epochs 10
 """
 
 import sys
