@@ -113,7 +113,7 @@ class Decoding:
 
 @dataclass
 class ModelFlags:
-    """Flags that say which model; the defaults are those of `ProgramSeq2SeqConfig`."""
+    """Flags that say which model; the defaults are for synthetic problems on two cores."""
 
     model: Literal["", "bilstm", "bilstm_attention", "bert_frozen", "bert"] = field(
         default="", metadata={"help": "One of the four models, instead of encoder, attention and freeze_encoder."}
@@ -131,13 +131,13 @@ class ModelFlags:
     number_embeddings: Literal["free", "tied", "pointer"] = field(
         default="free", metadata={"help": "What stands for n_i in the decoder; see the config of the model."}
     )
-    embedding_size: int = field(default=100, metadata={"help": "encoder=bilstm: channels of a word."})
-    encoder_hidden_size: int = field(default=128, metadata={"help": "encoder=bilstm: channels of a direction."})
+    embedding_size: int = field(default=64, metadata={"help": "encoder=bilstm: channels of a word."})
+    encoder_hidden_size: int = field(default=64, metadata={"help": "encoder=bilstm: channels of a direction."})
     encoder_layers: int = field(default=1, metadata={"help": "encoder=bilstm: layers."})
     program_embedding_size: int = field(default=64, metadata={"help": "Channels of a symbol of programs."})
-    decoder_hidden_size: int = field(default=256, metadata={"help": "Channels of the decoder."})
-    attention_size: int = field(default=128, metadata={"help": "Channels in which the attention compares."})
-    dropout: float = field(default=0.2, metadata={"help": "Dropout."})
+    decoder_hidden_size: int = field(default=128, metadata={"help": "Channels of the decoder."})
+    attention_size: int = field(default=64, metadata={"help": "Channels in which the attention compares."})
+    dropout: float = field(default=0.1, metadata={"help": "Dropout."})
     max_program_length: int = field(
         default=64, metadata={"help": "Symbols of a program, the end included; longer ones are not trained on."}
     )
@@ -472,7 +472,7 @@ def conclude(run: Any, pipeline: MathProgramPipeline, loaders: dict[str, DataLoa
     if run.args.monitor:
         run.load_best()
     metrics = watch(run, pipeline, loaders, data) | counts("val_", find_seen(data["train"], data["val"]))
-    for split in data.keys() - {"train", "val"}:
+    for split in [name for name in data if name not in ("train", "val")]:
         problems, seen = data[split], find_seen(data["train"], data[split])
         scores, written = decode_and_score(
             pipeline, loaders[split], problems, seen, run.args, f"{split}_", run.gather

@@ -191,17 +191,10 @@ class Solver:
             **chosen,
         )
 
-    def load(self, name: str | None, *settings) -> tuple[str, str, Solution]:
-        """Take another model, and solve the problem of the page by it."""
+    def load(self, name: str | None) -> tuple[str, str]:
+        """Take another model, or the default: its name, and a line about it."""
         name = (name or "").strip() or self.shelf.default
-        pipeline = self.shelf.get(name)
-        return name, describe(name, pipeline), self.solve(*settings, name)
-
-    def start(self) -> tuple[str, str, str, Solution]:
-        """Solve the first example by the default model."""
-        problem = draw_examples(0)[0]
-        name, line, solution = self.load(None, problem, "", 10, 1.0, ("grammar", "rerank"))
-        return name, line, problem, solution
+        return name, describe(name, self.shelf.get(name))
 
 
 def build_demo(*, root: Path = ROOT) -> gr.Blocks:
@@ -274,23 +267,20 @@ def build_demo(*, root: Path = ROOT) -> gr.Blocks:
                 "programs": [[each.program, each.value, each.score] for each in solution.candidates],
             }
 
-        def show_loaded(found: tuple) -> tuple:
-            *head, solution = found
-            return *head, *show(solution)
-
         def draw(seed: int) -> gr.Radio:
             return gr.Radio(list(draw_examples(seed)), value=None)
 
-        ready.change(event(solver.start, show_loaded), None, [model, line, problem, *views], **private | turn)
+        again = {"fn": show_live, "inputs": [*settings, model], "outputs": views}
+        begun = ready.change(event(lambda: solver.load(None)), None, [model, line], **private | turn)
+        begun.success(lambda: draw_examples(0)[0], None, problem, **private).then(**again, **private | turn)
         ready.change(draw, seed, examples, **private)
         others.click(lambda: secrets.randbelow(10_000), None, seed, **private).then(draw, seed, examples, **private)
-        examples.input(lambda chosen: chosen, examples, problem, **private).then(
-            show_live, [*settings, model], views, **latest
-        )
-        name.submit(event(solver.load, show_loaded), [name, *settings], [model, line, *views], **private | turn)
+        chosen = examples.input(lambda chosen: chosen, examples, problem, **private)
+        chosen.then(**again, **private | turn)
+        named = name.submit(event(solver.load), name, [model, line], **private | turn)
+        named.success(**again, **private | turn)
         changes = [problem.input, options.input, beams.input, penalty.input, switches.input]
-        gr.on(changes, show_live, [*settings, model], views, **latest)
-        gr.on([problem.submit, button.click], show_live, [*settings, model], views, **latest)
+        gr.on([*changes, problem.submit, button.click], **again, **latest)
         gr.api(solve_for_api, api_name="solve", concurrency_id="model", concurrency_limit=1)
     return demo
 

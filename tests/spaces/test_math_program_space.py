@@ -6,7 +6,7 @@ from transformers import HfArgumentParser
 
 from hf_dl.pipelines.math_program import MathProgramPipeline
 from scripts.publish import main as publish
-from tests.pipelines.tiny_solver import PENS, TRAIN, make_solver
+from tests.pipelines.tiny_solver import TRAIN, make_solver
 
 from .pages import ROOT, build_demo, check_space, check_unknown_model, load_app, serve, text_of, wait_for, write_script
 
@@ -60,17 +60,15 @@ class TestSolver:
 
     def test_another_model(self, solver, tmp_path):
         make_solver(steps=0, attention=False).save_pretrained(tmp_path / "other")
-        name, line, solution = solver.load(f" {tmp_path / 'other'} ", TRAIN, *USUAL)
+        name, line = solver.load(f" {tmp_path / 'other'} ")
         assert name == str(tmp_path / "other") and str(tmp_path) not in line and "without attention" in line
-        assert "has no attention" in app.show_map(solution)
+        assert "has no attention" in app.show_map(solver.solve(TRAIN, *USUAL, name))
         with pytest.raises(gr.Error, match="The model '/no/such/model'"):
-            app.event(solver.load)("/no/such/model", TRAIN, *USUAL)
+            app.event(solver.load)("/no/such/model")
 
-    def test_it_starts_with_an_example(self, tmp_path, monkeypatch, folder):
-        monkeypatch.setenv("HF_DL_MODEL", str(folder))
-        monkeypatch.setattr(app, "draw_examples", lambda seed: (PENS,))
-        _, line, problem, solution = app.Solver(tmp_path).start()
-        assert problem == PENS and solution.answer == 28 and "BiLSTM with attention" in line
+    def test_the_default_model(self, solver, folder):
+        name, line = solver.load(None)
+        assert name == str(folder) and line.startswith(f"Model `{folder.name}` · BiLSTM with attention")
 
 
 class TestShow:
