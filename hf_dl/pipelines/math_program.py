@@ -406,6 +406,7 @@ class MathProgramPipeline:
         """
         if not isinstance(problem, str):
             raise ValueError(f"A problem is a text; got {type(problem).__name__}.")
+        problem = problem.encode(errors="replace").decode()  # half a surrogate pair is nothing that tokenizers take
         words = len(problem.split())
         if not words:
             raise ValueError(f"The problem is empty; type one, such as {_EXAMPLE}.")
@@ -431,15 +432,19 @@ class MathProgramPipeline:
                 "problem at a time."
             )
         text = mask_numbers(problem, convention=convention)[0] if self.config.mask_numbers else problem
-        ids = self.tokenizer(text)["input_ids"]
+        read = self.tokenizer(text, return_offsets_mapping=True)
+        ids = read["input_ids"]
         if self.max_tokens is not None and len(ids) > self.max_tokens:
             raise ValueError(
                 f"The problem has {len(ids)} tokens; the model reads up to {self.max_tokens}. Make it shorter."
             )
-        tokens = self.tokenizer.convert_ids_to_tokens(ids)
-        special = set(self.tokenizer.all_special_tokens) - {self.tokenizer.unk_token}
-        spoken = [t for t in tokens if t not in special and any(c.isalpha() for c in t) and not t.startswith("<n")]
-        known = sum(token != self.tokenizer.unk_token for token in spoken)
+        pieces = [text[start:end] for start, end in read["offset_mapping"]]
+        spoken = [
+            token != self.tokenizer.unk_token_id
+            for token, piece in zip(ids, pieces, strict=True)
+            if any(letter.isalpha() for letter in piece) and not piece.startswith("<n")
+        ]
+        known = sum(spoken)
         if not known or 2 * known < len(spoken):
             raise ValueError(
                 f"The model knows {known} of the {len(spoken)} words of the problem, too few to make sense of it; it "

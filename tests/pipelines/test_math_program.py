@@ -112,7 +112,7 @@ class TestHostile:
             ("поезд проходит 120 км за 2 часа", "not in Latin letters"),
             ("一列火车2小时行驶120公里", "not in Latin letters"),
             ("٣ قطارات", "not in Latin letters"),
-            ("ein zug fährt 120 km weit , 2 stunden lang", "The model knows 2 of the 7 words|knows 1 of the"),
+            ("ein zug fährt 120 km weit , 2 stunden lang", "The model knows 1 of the 7 words"),
             ("<script>alert(1)</script>", "The model knows 0 of the 3 words"),
             ("__import__('os').system('rm -rf 1')", "too few to make sense of it"),
             ("5 7", "knows 0 of the 0 words"),
