@@ -318,6 +318,8 @@ def make_model(args: ModelFlags, tokenizers: Tokenizers) -> ProgramSeq2SeqForCon
         "number_token_ids": words.convert_tokens_to_ids(list(math_programs.NUMBER_TOKENS)),
     }
     if args.encoder == "bert":
+        checked(ProgramSeq2SeqConfig, **fields)  # `from_encoder_pretrained` knows the encoder
+        del fields["encoder"]
         return ProgramSeq2SeqForConditionalGeneration.from_encoder_pretrained(args.bert, **fields)
     model = ProgramSeq2SeqForConditionalGeneration(checked(ProgramSeq2SeqConfig, **fields))
     if args.glove:

@@ -108,25 +108,24 @@ def test_metrics(finished):
     scores = ("exact_match", "token_match", "execution_accuracy", "executes")
     for split in ("test", "situations"):
         for way in ("k1", "k4", "lookup", "nearest"):
-            for part in ("", "_seen", "_unseen"):
-                for score in scores:
-                    known = f"{split}_{way}_{score}{part}" in metrics
-                    assert known == (split == "test" or part != "_seen")
-    assert metrics["test_problems"] == 20 and metrics["test_problems_without_seen"] == 10
+            for part in ("", "_unseen"):
+                assert {f"{split}_{way}_{score}{part}" for score in scores} <= metrics.keys()
+    # of so few training problems, no test problem has a template
+    assert metrics["test_problems"] == metrics["test_problems_without_seen"] == 20
     assert metrics["situations_problems"] == metrics["situations_problems_without_seen"] == 10
     assert metrics["test_lookup_executes_unseen"] == 0 and metrics["test_k4_reachable"] >= 0
     assert all(math.isfinite(value) for value in metrics.values())
     assert json.loads((folder / "results.json").read_text())["metrics"] == metrics
     # of the card: how many problems each score is over
     table = read_card(folder / "README.md").text
-    assert "| `test_k1_exact_match` | test | 20 |" in table and "| `test_k1_exact_match_unseen` | test | 10 |" in table
+    assert "| `test_k1_exact_match` | test | 20 |" in table and "| `test_k1_exact_match_unseen` | test | 20 |" in table
     assert "`situations_k1_exact_match` | new situations | 10 |" in table
 
 
 def test_predictions_are_what_was_scored(finished):
     folder, metrics = finished
     rows = [json.loads(line) for line in (folder / "predictions_test.jsonl").read_text().splitlines()]
-    assert len(rows) == 20 and sum(row["seen"] for row in rows) == 10
+    assert len(rows) == 20 and not any(row["seen"] for row in rows)
     right = [row["right"] for row in rows]
     assert right == [is_close(row["value"], row["answer"]) for row in rows]
     assert sum(right) / 20 == metrics["test_k4_execution_accuracy"]
@@ -145,7 +144,7 @@ def test_evaluating_the_folder_gives_the_same_scores(finished, tmp_path, capsys)
     scores = evaluate_seq2seq.main([*flags, "--num_beams", "1", "4"])
     for name, value in scores.items():
         assert metrics[name] == pytest.approx(value), name
-    assert len(scores) > 40
+    assert len(scores) > 30
     assert json.loads((tmp_path / "evaluation.json").read_text())["metrics"] == scores
     assert (tmp_path / "predictions_test.jsonl").read_text() == (folder / "predictions_test.jsonl").read_text()
     alone = evaluate_seq2seq.main([*flags, "--num_beams=4", "--no_baselines", "--decoding=grammar+options"])
@@ -223,10 +222,14 @@ def test_it_stops_when_the_validation_does_not_improve(tmp_path):
 
 
 def test_a_small_model_learns_mathqa(mathqa, tmp_path):
-    flags = [f"--source={mathqa}", "--epochs=30", "--learning_rate=0.02", "--dropout=0", "--save_every=0"]
-    metrics = train(tmp_path, *flags, "--patience=0", "--eval_epochs=10", "--decoding=grammar+options")
-    assert metrics["test_execution_accuracy"] == 1 and metrics["test_exact_match_unseen"] == 1
+    flags = [f"--source={mathqa}", "--epochs=80", "--learning_rate=0.02", "--dropout=0", "--save_every=0"]
+    metrics = train(tmp_path, *flags, "--patience=0", "--eval_epochs=20", "--decoding=grammar+options")
+    assert metrics["test_execution_accuracy"] == metrics["test_exact_match_unseen"] == 1
     assert metrics["test_problems"] == 10 and metrics["test_nearest_execution_accuracy"] == 1
+    assert metrics["test_lookup_exact_match_seen"] == 1 and metrics["test_lookup_executes_unseen"] == 0
+    assert metrics["test_problems_without_seen"] == 7 and metrics["test_problems_without_unseen"] == 3
+    table = read_card(tmp_path / "README.md").text
+    assert "| `test_exact_match_seen` | test | 3 |" in table and "| `test_exact_match_unseen` | test | 7 |" in table
 
 
 @pytest.mark.parametrize("flags", [["--model=bilstm"], ["--no_mask_numbers"], ["--number_embeddings=pointer"]])
