@@ -222,8 +222,9 @@ def test_it_stops_when_the_validation_does_not_improve(tmp_path):
 
 
 def test_a_small_model_learns_mathqa(mathqa, tmp_path):
-    flags = [f"--source={mathqa}", "--epochs=80", "--learning_rate=0.02", "--dropout=0", "--save_every=0"]
-    metrics = train(tmp_path, *flags, "--patience=0", "--eval_epochs=20", "--decoding=grammar+options")
+    wide = ["--decoder_hidden_size=32", "--program_embedding_size=32", "--embedding_size=16", "--dropout=0"]
+    flags = [f"--source={mathqa}", "--epochs=80", "--learning_rate=0.02", "--schedule=constant", "--save_every=0"]
+    metrics = train(tmp_path, *flags, *wide, "--eval_epochs=20", "--decoding=grammar+options")
     assert metrics["test_execution_accuracy"] == metrics["test_exact_match_unseen"] == 1
     assert metrics["test_problems"] == 10 and metrics["test_nearest_execution_accuracy"] == 1
     assert metrics["test_lookup_exact_match_seen"] == 1 and metrics["test_lookup_executes_unseen"] == 0
