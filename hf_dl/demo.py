@@ -367,16 +367,23 @@ def _sentence(error: Exception) -> str:
 
 
 class Shelf:
-    """The classifiers of a page: the default one, and those that visitors name, of which the latest two are kept.
+    """The models of a page: the default one, and those that visitors name, of which the latest two are kept.
 
     Args:
         kinds: `model_type` of the runs that the default may be.
         training: Trains the default where there is none.
-        check: Raises a ValueError if a classifier does not fit the page.
+        check: Raises a ValueError if a model does not fit the page.
+        load: Makes a model of a folder or Hub id, or raises a ValueError.
     """
 
-    def __init__(self, kinds: Sequence[str], training: "Training", check: Callable[[Classifier], Any]):
-        self.training, self.check, self.problem = training, check, ""
+    def __init__(
+        self,
+        kinds: Sequence[str],
+        training: "Training",
+        check: Callable[[Any], Any],
+        load: Callable[[str], Any] = load_classifier,
+    ):
+        self.training, self.check, self.load, self.problem = training, check, load, ""
         self.default = os.environ.get("HF_DL_MODEL") or newest_run(training.root, kinds)
         self._lock, self._loaded = threading.Lock(), {}
         self._try_default()
@@ -388,8 +395,8 @@ class Shelf:
         except ValueError as error:
             self.problem = str(error)
 
-    def get(self, name: str | None = None) -> Classifier:
-        """The classifier of a name, a folder or a Hub id; the default when not given.
+    def get(self, name: str | None = None) -> Any:
+        """The model of a name, a folder or a Hub id; the default when not given.
 
         Raises:
             ValueError: If it is not there, or does not fit the page.
@@ -399,14 +406,14 @@ class Shelf:
             raise ValueError("There is no model yet; train one, or set HF_DL_MODEL.")
         with self._lock:
             if name not in self._loaded:
-                classifier = load_classifier(name)
+                model = self.load(name)
                 try:
-                    self.check(classifier)
+                    self.check(model)
                 except Exception as error:  # models of the Hub are of every kind
                     raise ValueError(f"The model {name!r} does not fit this page ({_sentence(error)}).") from error
                 for old in [key for key in self._loaded if key != self.default][:-1]:
                     del self._loaded[old]
-                self._loaded[name] = classifier
+                self._loaded[name] = model
             return self._loaded[name]
 
     @property
@@ -445,11 +452,21 @@ class Training:
         scores: For the names of the scores that are shown, their names in the log.
         minutes: About how long it takes, in words.
         root: Folder of the project, with the folder scripts/.
+        data: What is made to learn from, in words.
     """
 
     def __init__(
-        self, script: str, name: str, *, flags: Sequence[str] = (), scores: dict[str, str], minutes: str, root: Path
+        self,
+        script: str,
+        name: str,
+        *,
+        flags: Sequence[str] = (),
+        scores: dict[str, str],
+        minutes: str,
+        root: Path,
+        data: str = "scenes",
     ):
+        self.data = data
         self.root, self.folder = root, root / "runs" / name
         self.script, self.log = root / "scripts" / script, self.folder / "training.log"
         self.scores, self.minutes = scores, minutes
@@ -492,8 +509,8 @@ class Training:
                 ]
                 return step / total, " · ".join([f"Step {step:,} of {total:,}", *known])
             if found := re.match(r"Generating (\w+) split: (\d+)", line):
-                return 0.0, f"Drawing scenes: {int(found[2]):,} for {found[1]}"
-        return 0.0, "Starting; the first time, the scenes to learn from are drawn"
+                return 0.0, f"Drawing {self.data}: {int(found[2]):,} for {found[1]}"
+        return 0.0, f"Starting; the first time, the {self.data} to learn from are drawn"
 
     def failure(self) -> str:
         """A sentence on why the process ended without a model; empty where it did not."""
@@ -538,7 +555,7 @@ def offer_training(demo: gr.Blocks, shelf: Shelf, content: gr.Column, *, kind: s
 
     Args:
         demo: The page.
-        shelf: Its classifiers.
+        shelf: Its models.
         content: What is shown once there is a model; to be built invisible.
         kind: What the page shows, such as "an image classifier".
 

@@ -10,6 +10,7 @@ checkpoint; a cell that fails does not stop the others, is named at the end, and
 
 import argparse
 import contextlib
+import dataclasses
 import difflib
 import importlib.util
 import io
@@ -64,10 +65,13 @@ def check_flags(experiment: Experiment, script: Path) -> None:
         for value in vars(module).values()
         if isinstance(value, type) and issubclass(value, TrainingArgs) and value.__module__ == module.__name__
     ]
+    if not found and dataclasses.is_dataclass(getattr(module, "Args", None)):  # it evaluates, and trains nothing
+        found = [module.Args]
     if len(found) != 1:
         raise ValueError(
             f"{script.name} declares {len(found)} subclasses of TrainingArgs; its flags must be one class."
         )
+    trains = issubclass(found[0], TrainingArgs)
     known = flag_names(found[0])
     for name in (*experiment.fixed, *experiment.grid):
         if name not in known:
@@ -79,10 +83,16 @@ def check_flags(experiment: Experiment, script: Path) -> None:
         errors = io.StringIO()
         try:
             with contextlib.redirect_stderr(errors):
-                parse_args(found[0], to_argv(flags))
-        except SystemExit:
-            reason = errors.getvalue().strip().rpartition("error: ")[2]
+                parse_args(found[0], to_argv(flags)) if trains else _parse(found[0], to_argv(flags))
+        except (SystemExit, ValueError) as error:
+            reason = errors.getvalue().strip().rpartition("error: ")[2] or str(error)
             raise ValueError(f"{experiment.name}.toml: {script.name} refuses {_words(flags)}: {reason}") from None
+
+
+def _parse(cls: type, argv: list[str]) -> None:
+    from transformers import HfArgumentParser
+
+    cls(**vars(HfArgumentParser(cls, allow_abbrev=False).parse_args(argv)))
 
 
 def _words(flags: dict[str, Any]) -> str:

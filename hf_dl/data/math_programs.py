@@ -97,8 +97,8 @@ def load(
         * `numbers`: n0, n1, ...,
         * `program`: without spaces and without a `|` behind the last step,
         * `answer`: the value of the right option; None where it is not a number,
-        * `options`: the values of the options a, b, ...; None for those that are no numbers; empty in the course's
-          schema,
+        * `options`: the values of the options a, b, ...; None for those that are no numbers. The course's files have
+          none: they are empty there, unless the folder has the files of MathQA too,
         * `correct`: the letter of the right option, or None,
         * `template`: problems that only differ in their numbers have the same.
 
@@ -229,6 +229,8 @@ def _read(source: str | os.PathLike, split: str | None, subset: str) -> Iterator
             names = "|".join(_SPLIT_NAMES[wanted[0]])
             raise FileNotFoundError(f"{str(root)!r} has no {wanted[0]} split; expected a file ({names}).json[.gz].")
         parts = {path.name: _read_json(path) for path in files}
+        if subset == "course":
+            parts = {name: _with_options(rows, root) for name, rows in parts.items()}
     elif root.is_absolute() or str(source).startswith((".", "~")) or len(root.parts) > 2:
         raise FileNotFoundError(f"source={str(source)!r} does not exist; expected a folder or a file of MathQA.")
     else:
@@ -252,6 +254,17 @@ def _find(root: Path, split: str, subset: str) -> Path | None:
             for path in sorted(root.glob(pattern.format(alias))):
                 return path
     return None
+
+
+def _with_options(rows: list[Any], root: Path) -> list[Any]:
+    """Give rows of the course's files, which have no options, those of the same problems in files of MathQA there."""
+    known: dict[str, dict[str, Any]] = {}
+    if any(isinstance(row, Mapping) and "options" not in row for row in rows):
+        for path in filter(None, (_find(root, split, "all") for split in _SPLIT_NAMES)):
+            for row in _read_json(path):
+                if all(isinstance(row.get(key), str) for key in ("Problem", "options", "correct")):
+                    known[row["Problem"]] = {"options": row["options"], "correct": row["correct"]}
+    return [known.get(row.get("Problem"), {}) | row if isinstance(row, Mapping) else row for row in rows]
 
 
 def _read_json(path: Path) -> list[Any]:

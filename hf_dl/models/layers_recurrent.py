@@ -4,7 +4,9 @@ Hochreiter & Schmidhuber 1997, "Long Short-Term Memory", with the forget gate of
 order and with the two biases that torch has, so that weights go back and forth unchanged.
 
 Everything runs in one of two ways that agree to rounding: written out (`fused=False`), where every line of the
-definition is seen, or through the library's kernel (`fused=True`, the default), which is faster.
+definition is seen, or through the library's kernel (`fused=True`, the default), which is faster. There is one
+exception: on a CPU the gradient of torch's kernel for packed sequences takes time by the square of their length, so
+there the encoder is trained by the steps.
 """
 
 import torch
@@ -34,7 +36,11 @@ def lstm_step(
         The next h and c, (batch, hidden) each.
     """
     hidden, cell = state
-    gates = x @ weight_ih.T + bias_ih + hidden @ weight_hh.T + bias_hh
+    return lstm_update(x @ weight_ih.T + bias_ih + hidden @ weight_hh.T + bias_hh, cell)
+
+
+def lstm_update(gates: torch.Tensor, cell: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The next h and c, (..., hidden), of the four gates before their functions, (..., 4 * hidden), and the last c."""
     i, f, g, o = gates.chunk(4, dim=-1)
     cell = f.sigmoid() * cell + i.sigmoid() * g.tanh()  # c' = f * c + i * g
     hidden = o.sigmoid() * cell.tanh()  # h' = o * tanh(c')
@@ -144,7 +150,7 @@ class BidirectionalLSTM(nn.Module):
             ValueError: If the mask has another shape, or keeps no token of a row.
         """
         keep, lengths = _kept(x, attention_mask)
-        if self.fused:
+        if self.fused and not (x.device.type == "cpu" and torch.is_grad_enabled()):
             return self._run_kernel(x, keep, lengths)
         return self._run_steps(x, keep)
 
@@ -156,16 +162,29 @@ class BidirectionalLSTM(nn.Module):
         return outputs, (h, c)
 
     def _run_steps(self, x, keep):
+        # Both directions at once, (2, batch, length, channels): the backward one reads what is flipped.
+        kept = torch.stack([keep, keep.flip(1)])[..., None]
         hiddens, cells = [], []
         for layer in range(self.lstm.num_layers):
             if layer:
                 x = nn.functional.dropout(x, self.lstm.dropout, self.training)
-            directions = []
-            for suffix in (f"_l{layer}", f"_l{layer}_reverse"):
-                directions.append(_read_steps(self.lstm, x, keep, suffix))
-            x = torch.cat([outputs for outputs, _, _ in directions], dim=-1)
-            hiddens.append(torch.cat([h for _, h, _ in directions], dim=-1))
-            cells.append(torch.cat([c for _, _, c in directions], dim=-1))
+            weight_ih, weight_hh, bias_ih, bias_hh = (
+                torch.stack([getattr(self.lstm, f"{name}_l{layer}{suffix}") for suffix in ("", "_reverse")])
+                for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+            )
+            both = torch.stack([x, x.flip(1)])
+            bias = (bias_ih + bias_hh)[:, None]
+            inputs = (both.flatten(1, 2) @ weight_ih.transpose(1, 2) + bias).unflatten(1, x.shape[:2])
+            h = c = x.new_zeros(2, len(x), self.lstm.hidden_size)
+            outputs = []
+            for step, here in zip(inputs.unbind(2), kept.unbind(2), strict=True):
+                new_h, new_c = lstm_update(torch.baddbmm(step, h, weight_hh.transpose(1, 2)), c)
+                outputs.append(torch.where(here, new_h, 0.0))
+                h, c = torch.where(here, new_h, h), torch.where(here, new_c, c)  # a masked token is stepped over
+            forward, backward = torch.stack(outputs, dim=2)
+            x = torch.cat([forward, backward.flip(1)], dim=-1)
+            hiddens.append(torch.cat([*h], dim=-1))
+            cells.append(torch.cat([*c], dim=-1))
         return x, (torch.stack(hiddens, dim=1), torch.stack(cells, dim=1))
 
 

@@ -99,6 +99,10 @@ class ProgramSeq2SeqConfig(PreTrainedConfig):
         fused_lstm: Whether torch's LSTM kernels run, or the written-out steps; the weights are the same.
         teacher_forcing_ratio: Probability with which the decoder reads the true symbol in training, from 0 to 1.
         max_program_length: Symbols of a program that is searched for, the end included.
+        mask_numbers: Whether problems have `<n0>`, `<n1>`, ... in the place of their numbers. This and what follows
+            is not used by the model itself; it says how a problem becomes `input_ids`, and a program an answer.
+        number_convention: How the numbers of a problem are found: "mathqa", or "course" as in its files.
+        semantics: What the operations compute: "data", "textbook" or "course".
 
     Example:
         ```python
@@ -133,6 +137,9 @@ class ProgramSeq2SeqConfig(PreTrainedConfig):
     fused_lstm: bool = True
     teacher_forcing_ratio: float = 0.6
     max_program_length: int = 64
+    mask_numbers: bool = True
+    number_convention: Literal["mathqa", "course"] = "mathqa"
+    semantics: Literal["data", "textbook", "course"] = "data"
     is_encoder_decoder: bool = True
     use_cache: bool = True
     pad_token_id: int | None = 1

@@ -21,7 +21,7 @@ from .tables import claims_table, groups, label, results_table, shown_flags, val
 TEMPLATE = Path(__file__).with_name("card.md")
 LICENSE = "apache-2.0"
 LOCAL_ID = "."  # what the usage snippet of a local card loads from: the folder that the card lies in
-SPLITS = {"train": "training", "val": "validation", "test": "test"}
+SPLITS = {"train": "training", "val": "validation", "test": "test", "situations": "new situations"}
 COUNTS = ("images", "examples", "problems", "sentences", "tokens")
 PICTURES = (".png", ".svg", ".jpg", ".jpeg", ".webp", ".gif")
 TASKS = {

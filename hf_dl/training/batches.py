@@ -6,19 +6,24 @@ is dropped, none is seen twice in an epoch, a batch may span two epochs, and the
 process takes its own contiguous part of each batch, so one process, several processes and accumulation compute the
 same step.
 
+With the lengths of the examples given, a batch holds examples of about one length: each 50 batches of the permutation
+are sorted by length and cut into batches, and these are put in random order. All of the above stays as it is.
+
 Everything random in the data (augmentation, collation) draws from generators seeded by (seed, step, piece, process),
 so it repeats exactly after a resume, with any number of workers.
 """
 
 import hashlib
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+
+POOL = 50  # batches that are sorted together where lengths are given
 
 
 @dataclass(frozen=True)
@@ -77,8 +82,8 @@ def seed_everything(seed: int, device: torch.device | None = None) -> None:
 class _MapBatches(Dataset):
     """Batches of a map-style dataset, addressed by (step, position of the first example)."""
 
-    def __init__(self, data: Any, share: Share, seed: int, collate: Callable):
-        self.data, self.share, self.seed, self.collate = data, share, seed, collate
+    def __init__(self, data: Any, share: Share, seed: int, collate: Callable, lengths: Sequence[Any] | None):
+        self.data, self.share, self.seed, self.collate, self.lengths = data, share, seed, collate, lengths
         self._epoch, self._order = -1, []
 
     def __getitem__(self, key: tuple[int, int, int]) -> tuple[tuple[int, int], Any]:
@@ -95,7 +100,23 @@ class _MapBatches(Dataset):
         if epoch != self._epoch:
             generator = torch.Generator().manual_seed(mix_seed(self.seed, "order", epoch))
             self._epoch, self._order = epoch, torch.randperm(len(self.data), generator=generator).tolist()
+            if self.lengths is not None:
+                begun = -epoch * len(self.data) % self.share.batch_size  # goes to the last batch of the former epoch
+                self._order = self._order[:begun] + self._bucket(self._order[begun:], generator)
         return self._order[place]
+
+    def _bucket(self, order: list[int], generator: torch.Generator) -> list[int]:
+        """Bring examples of about one length together, batch by batch; what fills no batch comes last."""
+        size, groups, rest = self.share.batch_size, [], []
+        for first in range(0, len(order), POOL * size):
+            pool = sorted(order[first : first + POOL * size], key=self.lengths.__getitem__)
+            for start in range(0, len(pool), size):
+                group = pool[start : start + size]
+                # shuffled, so that the parts that processes and pieces get are alike
+                mixed = [group[i] for i in torch.randperm(len(group), generator=generator).tolist()]
+                groups.append(mixed) if len(group) == size else rest.extend(mixed)
+        turns = torch.randperm(len(groups), generator=generator).tolist()
+        return [example for turn in turns for example in groups[turn]] + rest
 
 
 class _Steps(Sampler):
@@ -153,6 +174,7 @@ def batches(
     *,
     seed: int,
     collate: Callable[[list], Any],
+    lengths: Sequence[Any] | None = None,
     step: int = 0,
     position: tuple[int, int] = (0, 0),
     max_steps: int,
@@ -167,6 +189,7 @@ def batches(
         share: What this process computes of each batch.
         seed: Seed of order and augmentation.
         collate: Makes a batch of a list of examples.
+        lengths: Of the examples, whatever can be sorted: batches are then of about one length.
         step: First optimiser step, from 0.
         position: (epoch, examples of it already used) at that step.
         max_steps: The step at which a map-style loader ends; a stream never ends.
@@ -177,7 +200,7 @@ def batches(
         A loader of ((epoch, examples used of it after this step), batch), `accumulation` of them for each step.
 
     Raises:
-        ValueError: If the dataset is empty.
+        ValueError: If the dataset is empty, or there are not as many lengths as examples.
     """
     options = {
         "batch_size": None,
@@ -187,6 +210,9 @@ def batches(
         # an iterator draws its workers' base seed; from the global generator it would shift dropout
         "generator": torch.Generator().manual_seed(mix_seed(seed, "workers")),
     }
+    if lengths is not None and len(lengths) != (len(data) if hasattr(data, "__len__") else -1):
+        count = f"{len(data)} examples" if hasattr(data, "__len__") else "a stream"
+        raise ValueError(f"lengths has {len(lengths)} entries for {count}; give one for each example of a dataset.")
     if not hasattr(data, "__len__"):
         options["num_workers"] = min(num_workers, 1)
         return DataLoader(_StreamBatches(data, share, seed, collate, step=step, position=position), **options)
@@ -194,5 +220,5 @@ def batches(
         raise ValueError("train_data has no examples; a run needs at least one.")
     start = position[0] * len(data) + position[1]
     return DataLoader(
-        _MapBatches(data, share, seed, collate), sampler=_Steps(step, start, max_steps, share), **options
+        _MapBatches(data, share, seed, collate, lengths), sampler=_Steps(step, start, max_steps, share), **options
     )

@@ -32,7 +32,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -84,6 +84,9 @@ class TrainingRun:
         processor: Image processor, tokenizer or the like, saved beside the weights.
         make_optimizers: Makes the optimisers of the model, disjoint and of all that is to be trained, where those that
             the flags name do not fit it, as with sparse gradients. The flags set the learning rate of all.
+        lengths: Of the examples of a map-style dataset, whatever can be sorted: batches are then of about one length.
+        learning_rates: Peak learning rates of the parameters whose names begin with the keys, where these differ from
+            `args.learning_rate`; all follow one schedule.
 
     Raises:
         ValueError: If the flags do not fit the data, the number of processes or the checkpoint.
@@ -104,6 +107,8 @@ class TrainingRun:
         collate: Callable[[list], Any] | None = None,
         processor: Any = None,
         make_optimizers: Callable[[nn.Module], Sequence[torch.optim.Optimizer]] | None = None,
+        lengths: Sequence[Any] | None = None,
+        learning_rates: Mapping[str, float] | None = None,
     ):
         self.args = args
         self.accelerator = Accelerator(
@@ -121,6 +126,7 @@ class TrainingRun:
         self._data, self._collate, self._processor = train_data, collate or default_collate, processor
         self._make_optimizers = make_optimizers
         self.carried: dict[str, torch.Tensor] = {}
+        self._lengths, self._learning_rates = lengths, learning_rates or {}
         self._share = Share(
             args.batch_size, args.accumulation, self.accelerator.num_processes, self.accelerator.process_index
         )
@@ -160,6 +166,7 @@ class TrainingRun:
             self._share,
             seed=self._seed,
             collate=self._collate,
+            lengths=self._lengths,
             step=self.steps,
             position=self._position,
             max_steps=self.max_steps,
@@ -221,7 +228,7 @@ class TrainingRun:
         # a scheduler that Accelerate prepares steps once per process; DeepSpeed takes its step within backward
         learning_rate = self.args.learning_rate * learning_rate_factor(self.args, self.steps, self.max_steps)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group.get("factor", 1.0)
         self.accelerator.backward(loss)
         for name, value in {"loss": loss, **logged}.items():
             value = value.detach() if isinstance(value, torch.Tensor) else torch.tensor(float(value))
@@ -335,8 +342,8 @@ class TrainingRun:
             config = self.accelerator.state.deepspeed_plugin.deepspeed_config
             config["train_micro_batch_size_per_gpu"] = self._share.pieces[0].stop - self._share.pieces[0].start
         make = self._make_optimizers
-        optimizer = JoinedOptimizer(make(model)) if make else _optimizer(self.args, model)
-        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        own = JoinedOptimizer(make(model)) if make else _optimizer(self.args, model, self._learning_rates)
+        self.model, self.optimizer = self.accelerator.prepare(model, own)
         self._average = {}
         if self.args.ema_decay:
             named = self.unwrapped.named_parameters()
@@ -746,12 +753,22 @@ def learning_rate_factor(args: TrainingArgs, step: int, max_steps: int) -> float
     return factor
 
 
-def _optimizer(args: TrainingArgs, model: nn.Module) -> torch.optim.Optimizer:
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": args.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
+def _optimizer(args: TrainingArgs, model: nn.Module, learning_rates: Mapping[str, float]) -> torch.optim.Optimizer:
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    groups = []
+    for prefix, rate in learning_rates.items():
+        if not rate > 0 or not any(name.startswith(prefix) for name, _ in model.named_parameters()):
+            raise ValueError(
+                f"learning_rates={{{prefix!r}: {rate}}} must name parameters of {type(model).__name__} and be above 0."
+            )
+    for prefix in (*learning_rates, ""):  # the empty one is that of all others
+        taken = [p for name, p in named if name.startswith(prefix)]
+        named = [(name, p) for name, p in named if not name.startswith(prefix)]
+        factor = {"factor": learning_rates[prefix] / args.learning_rate} if prefix else {}
+        groups += [
+            {"params": [p for p in taken if p.ndim > 1], "weight_decay": args.weight_decay, **factor},
+            {"params": [p for p in taken if p.ndim <= 1], "weight_decay": 0.0, **factor},
+        ]
     groups = [group for group in groups if group["params"]]
     if not groups:
         raise ValueError(f"{type(model).__name__} has no parameter that requires a gradient; nothing to train.")

@@ -85,6 +85,18 @@ def test_the_encoder_is_torch_s_on_each_sequence_alone(dtype, fused, layers):
     assert (found[0][~keep] == 0).all()  # no gradient reaches the padding
 
 
+def test_the_kernel_has_the_gradient_of_the_steps():
+    # on a CPU it is not run where there is one, and a GPU may not be there
+    torch.manual_seed(3)
+    lstm, x = BidirectionalLSTM(4, 6, num_layers=2), torch.randn(3, 5, 4)
+    keep = torch.tensor([[1, 1, 0, 1, 0], [0, 1, 1, 1, 1], [1, 1, 1, 1, 1]]).bool()
+    found = []
+    for outputs, (h, c) in (lstm._run_kernel(x, keep, keep.sum(1)), lstm._run_steps(x, keep)):
+        found.append((outputs, h, c, *gradients(outputs.sin().sum() + h.sum() + c.square().sum(), *lstm.parameters())))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
 @WAYS
 def test_what_is_masked_cannot_be_seen(fused):
     torch.manual_seed(2)

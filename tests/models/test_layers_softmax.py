@@ -552,7 +552,7 @@ def test_a_sparse_step_does_not_grow_with_the_classes():
             start = time.process_time()
             head(hidden, labels).backward()
             times.append(time.process_time() - start)
-        return float(np.median(times))
+        return min(times)  # what else the machine does only adds
 
     def zipf(classes):
         return LAWS["zipf"](classes) / LAWS["zipf"](classes).sum()
