@@ -3,9 +3,8 @@ r"""Train a model that reads a word problem and writes the program that solves i
 scripts/run accelerate launch scripts/train_seq2seq.py
 scripts/run accelerate launch scripts/train_seq2seq.py --source data/mathqa --subset course --model bert --epochs 10
 
-The first takes four minutes on two cores: the answer is right for 0.998 of the problems whose template is new, and for
-0.10 of those of a kind that is new (seed 0). The models of the experiment on MathQA are in
-experiments/seq2seq_architectures.toml.
+The first takes minutes on two cores, and scores problems whose template is new apart from those of a kind that is new.
+The models of the experiment on MathQA are in experiments/seq2seq_architectures.toml.
 """
 
 import sys
@@ -26,7 +25,7 @@ from hf_dl.training.run import TrainingRun
 
 @dataclass
 class Args(seq2seq.ModelFlags, seq2seq.Decoding, seq2seq.ProblemData, TrainingArgs):
-    """Flags of this script; the defaults are a run of four minutes on two CPU cores."""
+    """Flags of this script; the defaults are a run of minutes on two CPU cores."""
 
     eval_train: int = field(default=1000, metadata={"help": "Training problems that the loss is also taken of."})
     epochs: float = 5.0

@@ -161,7 +161,7 @@ def make_training(root: Path = ROOT) -> Training:
     """The training of the small default."""
     scores = {"loss": "loss", "right answers": "val_execution_accuracy"}
     return Training(
-        "train_seq2seq.py", "math_program", scores=scores, minutes="about four minutes", root=root, data="problems"
+        "train_seq2seq.py", "math_program", scores=scores, minutes="some minutes", root=root, data="problems"
     )
 
 
