@@ -31,8 +31,9 @@ from hf_dl.models.program_seq2seq import ProgramSeq2SeqConfig, ProgramSeq2SeqFor
 from hf_dl.pipelines.math_program import MathProgramPipeline, choose
 from hf_dl.programs import is_close
 from hf_dl.reporting.card import run_card
-from hf_dl.reporting.experiment import portable, read_results
+from hf_dl.reporting.experiment import find_run, portable
 from hf_dl.reporting.plots import plot_run
+from hf_dl.training.provenance import provenance
 
 SUMMARY = (
     "It reads a word problem in English and writes the program that solves it, in the language of MathQA (Amini et "
@@ -523,14 +524,7 @@ def find_model(args: Args) -> str:
     """The model that the flags name: that of --model itself, or the run there that has the flags."""
     if not args.kind:
         return args.model
-    for path in sorted(Path(args.model).glob("*/results.json")):
-        flags = read_results(path.parent)["args"]
-        if (flags.get("model"), flags.get("seed")) == (args.kind, args.seed):
-            return str(path.parent)
-    raise ValueError(
-        f"model={args.model!r} holds no finished run of train_seq2seq.py with --model {args.kind} --seed {args.seed}; "
-        "train it first."
-    )
+    return str(find_run(args.model, {"model": args.kind, "seed": args.seed}))
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
@@ -565,8 +559,10 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             **found,
             "seed": args.seed,
             "model_class": type(pipeline.model).__name__,
+            "num_parameters": pipeline.model.num_parameters(),
+            "seconds": round(time.monotonic() - started, 2),
+            **provenance(__file__, pipeline.model.device),
         }
-        found |= {"num_parameters": pipeline.model.num_parameters(), "seconds": round(time.monotonic() - started, 2)}
         (folder / "results.json").write_text(json.dumps(found, indent=2) + "\n")
     for name, value in metrics.items():
         print(f"{name:45s} {value:.4f}")

@@ -7,11 +7,13 @@ With images (files or folders) each gets a figure of the original, the map, the 
 with numbers of patches to take away, it is shown what becomes of the label. Without images, the model is studied on
 validation images: for some classes five that it gets right and five that it gets wrong, and, where the data have masks
 of the objects as the synthetic ones do, how much of the maps lies on the object and how often their peak does. Figures
-and explanations.json are written; a minute on two cores.
+and explanations.json are written; a minute on two cores. With an `output_dir` the study also leaves results.json, and
+can be the script of an experiment; `--run norm=batch --seed 0` then finds the model among the runs of another one.
 """
 
 import json
 import re
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -26,7 +28,8 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Hf
 
 from hf_dl import explain
 from hf_dl.data import images as labelled_images
-from hf_dl.reporting.experiment import portable
+from hf_dl.reporting.experiment import find_run, portable
+from hf_dl.training.provenance import provenance
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 TOP_K = 5
@@ -37,6 +40,11 @@ class Args:
     """Flags of this script."""
 
     model: str = field(default="runs/train_classifier", metadata={"help": "Folder or Hub id of the classifier."})
+    run: str = field(
+        default="", metadata={"help": "Where --model is a folder of runs: a flag of the one to take, as norm=batch."}
+    )
+    seed: int = field(default=0, metadata={"help": "With --run: that of the run."})
+    cpu_threads: int = field(default=0, metadata={"help": "Threads of the processor; 0: as many as torch takes."})
     images: list[str] = field(default_factory=list, metadata={"help": "Images or folders of images; none: a study."})
     method: Literal["grad_cam", "cls", "rollout", "gradient_rollout"] = field(
         default="grad_cam", metadata={"help": "What the map is; all but grad_cam are for vision transformers."}
@@ -66,14 +74,29 @@ class Args:
     output_dir: str = field(default="", metadata={"help": "Where to write; default: explanations/<model>."})
 
 
+def find_model(args: Args) -> str:
+    """The model that the flags name: that of --model itself, or the run there that has the flags.
+
+    Raises:
+        ValueError: If `run` is no flag with a value, or there is no such run.
+    """
+    if not args.run:
+        return args.model
+    name, equals, value = args.run.partition("=")
+    if not name or not equals:
+        raise ValueError(f"run={args.run!r} is no flag with its value; write it as norm=batch.")
+    return str(find_run(args.model, {name: value, "seed": args.seed}))
+
+
 class Explainer:
     """A classifier with its processor, and the method that the flags name."""
 
     def __init__(self, args: Args):
         self.args = args
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.model = AutoModelForImageClassification.from_pretrained(args.model).eval().to(device)
-        self.processor = AutoImageProcessor.from_pretrained(args.model)
+        folder = find_model(args)
+        self.model = AutoModelForImageClassification.from_pretrained(folder).eval().to(device)
+        self.processor = AutoImageProcessor.from_pretrained(folder)
         self.names = [str(self.model.config.id2label[i]) for i in range(self.model.config.num_labels)]
         normalised = getattr(self.processor, "do_normalize", False)
         self.mean = self.processor.image_mean if normalised else 0.0
@@ -377,12 +400,27 @@ def study(explainer: Explainer, folder: Path) -> tuple[dict[str, float], list[di
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Explain what the flags name, and write figures and explanations.json."""
     args = Args(**vars(HfArgumentParser(Args, allow_abbrev=False).parse_args(argv)))
+    started = time.monotonic()
+    if args.cpu_threads:
+        torch.set_num_threads(args.cpu_threads)
     explainer = Explainer(args)
     folder = Path(args.output_dir or Path("explanations") / Path(args.model).name)
     folder.mkdir(parents=True, exist_ok=True)
     metrics, entries = (explain_files if args.images else study)(explainer, folder)
     found = {"args": portable(asdict(args)), "layers": explainer.layers, "metrics": metrics, "images": entries}
     (folder / "explanations.json").write_text(json.dumps(found, indent=2) + "\n")
+    if args.output_dir and not args.images:  # a study may be a cell of an experiment
+        results = {
+            "script": Path(__file__).name,
+            "args": found["args"],
+            "metrics": metrics,
+            "seed": args.seed,
+            "model_class": type(explainer.model).__name__,
+            "num_parameters": explainer.model.num_parameters(),
+            "seconds": round(time.monotonic() - started, 2),
+            **provenance(__file__, explainer.model.device),
+        }
+        (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     for name, value in metrics.items():
         print(f"{name:40s} {value:.4f}")
     print(f"Figures and explanations.json are in {folder}.")

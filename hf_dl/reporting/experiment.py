@@ -361,6 +361,27 @@ def read_results(folder: str | Path) -> dict[str, Any]:
     return results
 
 
+def find_run(root: str | Path, flags: Mapping[str, Any]) -> Path:
+    """Find the finished run that was started with some flags, among the runs of a folder.
+
+    Args:
+        root: A folder of runs, such as `runs/norms`, which an experiment filled.
+        flags: The flags to look for and their values, "seed" among them; texts stand for what they spell.
+
+    Returns:
+        The folder of the run, the first by name where several agree.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    for path in sorted(Path(root).glob("*/results.json")):
+        args = read_results(path.parent)["args"]
+        if all(name in args and str(args[name]) == str(value) for name, value in flags.items()):
+            return path.parent
+    words = " ".join(f"--{name} {value}" for name, value in flags.items())
+    raise ValueError(f"{str(root)!r} holds no finished run with {words}; run its experiment first.")
+
+
 def read_curves(
     folder: str | Path, keys: Sequence[str] | None = None, *, points: int = 120
 ) -> dict[str, tuple[list[int], list[float]]]:

@@ -20,20 +20,16 @@ FSDP and DeepSpeed train, and save best and final weights; they write no checkpo
 
 import contextlib
 import dataclasses
-import importlib.metadata
 import inspect
 import json
 import math
 import os
-import platform
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +54,7 @@ from . import checkpoint
 from .args import TrainingArgs, script_path
 from .batches import Share, batches, mix_seed, seed_everything
 from .joined import JoinedOptimizer
+from .provenance import provenance
 
 
 class TrainingRun:
@@ -647,7 +644,6 @@ class TrainingRun:
 
     def _results(self, metrics: dict[str, float]) -> dict[str, Any]:
         script = script_path(type(self.args))
-        commit, dirty = _git_state(script.parent)
         return {
             "script": script.name,
             "args": _plain(self.args),
@@ -658,13 +654,9 @@ class TrainingRun:
             "seconds": round(self._seconds, 2),
             "num_parameters": sum(p.numel() for p in self.unwrapped.parameters()),
             "model_class": type(self.unwrapped).__name__,
-            "device": _device_name(self.device),
             "num_processes": self.accelerator.num_processes,
             "mixed_precision": self.accelerator.mixed_precision,
-            "commit": commit,
-            "dirty": dirty,
-            "versions": _versions(),
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            **provenance(script, self.device),
         }
 
     @contextlib.contextmanager
@@ -807,39 +799,3 @@ def _trackers(report_to: str) -> list[str] | None:
 
 def _plain(args: TrainingArgs) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(args), default=str))
-
-
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for name in ("hf_dl", "torch", "transformers", "accelerate", "datasets"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
-    return versions
-
-
-def _git_state(folder: Path) -> tuple[str | None, bool | None]:
-    """The commit that a folder is at and whether tracked files differ from it; None where there is no git."""
-
-    def git(*words: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(folder), *words], capture_output=True, text=True, check=True, timeout=10
-        ).stdout.strip()
-
-    try:
-        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no"))
-    except (OSError, subprocess.SubprocessError):
-        return None, None
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    if device.type != "cpu":
-        return device.type
-    name = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                name = line.split(":", 1)[1].strip()
-                break
-    return f"{name}, {torch.get_num_threads()} threads"

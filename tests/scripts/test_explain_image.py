@@ -1,4 +1,6 @@
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +11,8 @@ from transformers import ResNetConfig, ResNetForImageClassification, ViTImagePro
 from hf_dl.data import images as labelled_images
 from hf_dl.explain import attention_maps, grad_cam, normalise, pointing_game, share_inside, upsample
 from hf_dl.models import SmallViTConfig, SmallViTForImageClassification, SmallViTImageProcessor
-from scripts import explain_image
+from hf_dl.reporting.experiment import read_results
+from scripts import explain_image, run_experiment
 
 SIZE = {"height": 32, "width": 32}
 
@@ -152,3 +155,28 @@ def test_what_cannot_be_is_said(vit, resnet, pictures, tmp_path):
         run(resnet[0], tmp_path, "--images", str(pictures), "--method", "rollout")
     with pytest.raises(ValueError, match="num_classes=3 is unknown"):
         run(resnet[0], tmp_path)
+
+
+def test_an_experiment_can_study_a_run_of_another(vit, tmp_path):
+    runs = tmp_path / "runs"
+    for seed, norm in ((0, "batch"), (3, "batch"), (3, "none")):
+        folder = runs / f"{norm}{seed}"
+        shutil.copytree(vit[0], folder)
+        results = {"script": "train_classifier.py", "args": {"norm": norm, "seed": seed}, "metrics": {}}
+        (folder / "results.json").write_text(json.dumps(results))
+    flags = ["--model", str(runs), "--num_images", "25", "--run", "norm=batch"]
+    metrics, _ = run(runs, tmp_path, *flags[2:], "--seed", "3", "--cpu_threads", "1")
+    results = read_results(tmp_path / "out")
+    assert results["metrics"] == metrics and results["seed"] == 3 and results["script"] == "explain_image.py"
+    assert {"commit", "versions", "device", "seconds", "num_parameters"} <= results.keys()
+    with pytest.raises(ValueError, match="holds no finished run with --norm batch --seed 4; run its experiment"):
+        explain_image.main([*flags, "--seed", "4"])
+    with pytest.raises(ValueError, match="run='batch' is no flag with its value; write it as norm=batch"):
+        explain_image.main([*flags[:-1], "batch"])
+
+
+@pytest.mark.parametrize("name", ["explain_resnet", "explain_vit"])
+def test_the_flags_of_the_experiments(name, capsys):
+    path = Path(__file__).parents[2] / "scripts" / "experiments" / f"{name}.toml"
+    assert run_experiment.main([str(path), "--dry_run"]) == 0, capsys.readouterr().err
+    assert " to run now." in capsys.readouterr().out

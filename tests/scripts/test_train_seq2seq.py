@@ -166,7 +166,7 @@ def test_an_experiment_can_evaluate_a_run_of_another(finished, tmp_path):
     results = read_results(tmp_path / "cell")
     assert results["metrics"] == metrics and results["seed"] == 3 and results["seconds"] > 0
     assert results["script"] == "evaluate_seq2seq.py" and results["num_parameters"] > 0
-    with pytest.raises(ValueError, match="holds no finished run .* with --model bilstm_attention --seed 4; train it"):
+    with pytest.raises(ValueError, match="holds no finished run with --model bilstm_attention --seed 4; run its"):
         evaluate_seq2seq.main([*flags, "--seed=4"])
 
 

@@ -1,0 +1,73 @@
+"""Where a result comes from: the commit, the versions, the machine and the day, as results.json records them."""
+
+import contextlib
+import importlib.metadata
+import platform
+import subprocess
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def provenance(script: str | Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Say what a result was made by and on.
+
+    Args:
+        script: The file of the script; the state of its git checkout is told where it has one.
+        device: The device that computed.
+
+    Returns:
+        `device` in words, `commit` and `dirty` (whether tracked files differ from it; both None without git),
+        `versions` of Python and the libraries, and `date`, in UTC.
+
+    Example:
+        >>> from hf_dl.training.provenance import provenance
+        >>> sorted(provenance("scripts/train_slots.py"))
+        ['commit', 'date', 'device', 'dirty', 'versions']
+    """
+    commit, dirty = _git_state(Path(script).resolve().parent)
+    return {
+        "device": _device_name(torch.device(device)),
+        "commit": commit,
+        "dirty": dirty,
+        "versions": _versions(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for name in ("hf_dl", "torch", "transformers", "accelerate", "datasets"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions
+
+
+def _git_state(folder: Path) -> tuple[str | None, bool | None]:
+    """The commit that a folder is at and whether tracked files differ from it; None where there is no git."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(folder), *words], capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no"))
+    except (OSError, subprocess.SubprocessError):
+        return None, None
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return device.type
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                name = line.split(":", 1)[1].strip()
+                break
+    return f"{name}, {torch.get_num_threads()} threads"
