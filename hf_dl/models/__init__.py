@@ -1,4 +1,11 @@
-"""Everything that travels with a checkpoint, and the one list of it: importing this registers the Auto classes."""
+"""Everything that travels with a checkpoint, and the one list of it: importing this registers the Auto classes.
+
+What is built on diffusers is imported when it is first asked for: this file is part of importing transformers, which
+diffusers imports in its turn.
+"""
+
+import importlib
+from typing import Any
 
 from transformers import (
     AutoConfig,
@@ -14,8 +21,23 @@ from .conv_classifier import ConvClassifierConfig, ConvClassifierForImageClassif
 from .norm_resnet import NormResNetConfig, NormResNetForImageClassification, NormResNetModel
 from .program_seq2seq import ProgramSeq2SeqConfig, ProgramSeq2SeqForConditionalGeneration, beam_generate
 from .recurrent_lm import RecurrentLMConfig, RecurrentLMForCausalLM, RecurrentLMModel
-from .slot_autoencoder import SlotAutoencoderConfig, SlotAutoencoderModel, SlotImageProcessor
+from .slot_autoencoder import SlotAutoencoderConfig, SlotAutoencoderModel, SlotEncoderModel, SlotImageProcessor
 from .small_vit import SmallViTConfig, SmallViTForImageClassification, SmallViTImageProcessor, SmallViTModel
+
+_WITH_DIFFUSERS = {
+    "SlotUNetModel": "slot_unet",
+    "decode_latents": "latent_autoencoder",
+    "encode_latents": "latent_autoencoder",
+    "make_autoencoder": "latent_autoencoder",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import what needs diffusers."""
+    if name in _WITH_DIFFUSERS:
+        return getattr(importlib.import_module(f".{_WITH_DIFFUSERS[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 AutoConfig.register("slot_autoencoder", SlotAutoencoderConfig)
 AutoModel.register(SlotAutoencoderConfig, SlotAutoencoderModel)
@@ -46,6 +68,7 @@ AutoModelForCausalLM.register(RecurrentLMConfig, RecurrentLMForCausalLM)
 # Checkpoints carry their own code, so that they load with trust_remote_code=True where hf_dl is not installed.
 SlotAutoencoderConfig.register_for_auto_class()
 SlotAutoencoderModel.register_for_auto_class("AutoModel")
+SlotEncoderModel.register_for_auto_class("AutoModel")
 SlotImageProcessor.register_for_auto_class("AutoImageProcessor")
 SmallViTConfig.register_for_auto_class()
 SmallViTModel.register_for_auto_class("AutoModel")
@@ -77,10 +100,15 @@ __all__ = [
     "RecurrentLMModel",
     "SlotAutoencoderConfig",
     "SlotAutoencoderModel",
+    "SlotEncoderModel",
     "SlotImageProcessor",
+    "SlotUNetModel",
     "SmallViTConfig",
     "SmallViTForImageClassification",
     "SmallViTImageProcessor",
     "SmallViTModel",
     "beam_generate",
+    "decode_latents",
+    "encode_latents",
+    "make_autoencoder",
 ]

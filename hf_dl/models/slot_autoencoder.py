@@ -388,7 +388,7 @@ class SlotAutoencoderPreTrainedModel(PreTrainedModel):
             init.orthogonal_(module.weight_hh)
             init.zeros_(module.bias_ih)
             init.zeros_(module.bias_hh)
-        elif isinstance(module, SlotAutoencoderModel):
+        elif isinstance(module, SlotAutoencoderPreTrainedModel):
             if module.config.slot_init == "learned":
                 init.normal_(module.slot_vectors, std=1.0)
             else:
@@ -397,26 +397,7 @@ class SlotAutoencoderPreTrainedModel(PreTrainedModel):
                 # One scale for all channels: with the spread of a Glorot draw around it, fewer runs bind.
                 init.constant_(module.slot_log_std, math.log(scale))
 
-
-class SlotAutoencoderModel(SlotAutoencoderPreTrainedModel):
-    """Slot attention autoencoder: finds the objects of an image without labels.
-
-    In training, slots of `slot_init="gaussian"` are drawn anew for every image. In evaluation without a `generator`
-    they are the same draws for every image and every call: results are repeatable and rows of a batch independent.
-    Evaluation tries `num_draws` draws for each image and keeps the one with the smallest reconstruction error.
-
-    Example:
-        ```python
-        >>> model = SlotAutoencoderModel(SlotAutoencoderConfig())
-        >>> output = model(torch.randn(2, 3, 64, 64))
-        >>> output.masks.shape, output.slots.shape
-        (torch.Size([2, 5, 64, 64]), torch.Size([2, 5, 64]))
-
-        ```
-    """
-
-    def __init__(self, config: SlotAutoencoderConfig):
-        super().__init__(config)
+    def _add_encoder(self, config: SlotAutoencoderConfig) -> None:
         self.encoder = SlotEncoder(config)
         if config.slot_init == "learned":
             self.slot_vectors = nn.Parameter(torch.empty(config.num_slots, config.slot_dim))
@@ -434,8 +415,27 @@ class SlotAutoencoderModel(SlotAutoencoderPreTrainedModel):
             epsilon=config.epsilon,
             qkv_bias=config.qkv_bias,
         )
-        self.decoder = DECODERS[config.decoder](config)
-        self.post_init()
+
+    def prepare_images(self, images: ImageInput) -> torch.Tensor:
+        """What the model takes of images of any size.
+
+        Args:
+            images: PIL images, or arrays or tensors (channels, height, width) of uint8; a list of them.
+
+        Returns:
+            pixel_values, (batch, channels, image_size, image_size), in [-1, 1], on the model's device.
+        """
+        size = {"height": self.config.image_size, "width": self.config.image_size}
+        inputs = SlotImageProcessor(size=size)(images=list(images), return_tensors="pt")
+        return inputs["pixel_values"].to(self.device, self.dtype)
+
+    def _check_images(self, pixel_values: torch.Tensor) -> None:
+        expected = (self.config.num_channels, self.config.image_size, self.config.image_size)
+        if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != expected:
+            raise ValueError(
+                f"pixel_values has shape {tuple(pixel_values.shape)}, expected (batch, "
+                f"{', '.join(map(str, expected))}); prepare images with the model's SlotImageProcessor."
+            )
 
     def initial_slots(
         self,
@@ -480,6 +480,30 @@ class SlotAutoencoderModel(SlotAutoencoderPreTrainedModel):
         slots = self.slot_mean + self.slot_log_std.exp() * noise.to(self.slot_mean)
         return slots.expand(batch, -1, -1)
 
+
+class SlotAutoencoderModel(SlotAutoencoderPreTrainedModel):
+    """Slot attention autoencoder: finds the objects of an image without labels.
+
+    In training, slots of `slot_init="gaussian"` are drawn anew for every image. In evaluation without a `generator`
+    they are the same draws for every image and every call: results are repeatable and rows of a batch independent.
+    Evaluation tries `num_draws` draws for each image and keeps the one with the smallest reconstruction error.
+
+    Example:
+        ```python
+        >>> model = SlotAutoencoderModel(SlotAutoencoderConfig())
+        >>> output = model(torch.randn(2, 3, 64, 64))
+        >>> output.masks.shape, output.slots.shape
+        (torch.Size([2, 5, 64, 64]), torch.Size([2, 5, 64]))
+
+        ```
+    """
+
+    def __init__(self, config: SlotAutoencoderConfig):
+        super().__init__(config)
+        self._add_encoder(config)
+        self.decoder = DECODERS[config.decoder](config)
+        self.post_init()
+
     @can_return_tuple
     def forward(
         self,
@@ -506,12 +530,7 @@ class SlotAutoencoderModel(SlotAutoencoderPreTrainedModel):
         Raises:
             ValueError: If the images have another shape than the config says, or K or T cannot be had.
         """
-        expected = (self.config.num_channels, self.config.image_size, self.config.image_size)
-        if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != expected:
-            raise ValueError(
-                f"pixel_values has shape {tuple(pixel_values.shape)}, expected (batch, "
-                f"{', '.join(map(str, expected))}); prepare images with the model's SlotImageProcessor."
-            )
+        self._check_images(pixel_values)
         num_iterations = self.config.num_iterations if num_iterations is None else num_iterations
         if self.config.slot_init == "learned" or (num_draws is None and self.training):
             num_draws = 1
@@ -691,12 +710,81 @@ class SlotAutoencoderModel(SlotAutoencoderPreTrainedModel):
         """
         if not isinstance(images, (list, tuple)):
             return self.segment([images], num_slots=num_slots, num_iterations=num_iterations)[0]
-        size = {"height": self.config.image_size, "width": self.config.image_size}
-        inputs = SlotImageProcessor(size=size)(images=list(images), return_tensors="pt")
-        pixel_values = inputs["pixel_values"].to(self.device, self.dtype)
+        pixel_values = self.prepare_images(images)
         masks = self.posterior(pixel_values, self(pixel_values, num_slots=num_slots, num_iterations=num_iterations))
         sizes = [image.size[::-1] if isinstance(image, Image.Image) else tuple(image.shape[-2:]) for image in images]
         return [
             F.interpolate(mask[None], size=size, mode="bilinear", align_corners=False)[0].argmax(dim=0)
             for mask, size in zip(masks, sizes, strict=True)
         ]
+
+
+@dataclass
+class SlotEncoderOutput(ModelOutput):
+    """Output of `SlotEncoderModel`.
+
+    Args:
+        slots: (batch, slots, slot_dim).
+        attentions: One (batch, slots, tokens) for each iteration, summing to 1 over the slots; the tokens are the
+            cells of a square grid over the image, row by row.
+    """
+
+    slots: torch.Tensor | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+
+
+class SlotEncoderModel(SlotAutoencoderPreTrainedModel):
+    """The encoder of a slot autoencoder without its decoder, to train with another one, such as slot diffusion.
+
+    It has the same config, of which the decoder's fields are not used, and loads the encoder from the checkpoint of a
+    `SlotAutoencoderModel` too. Slots are drawn as there, but only once for each image: the several draws of evaluation
+    are told apart by the reconstruction, which is not known here.
+
+    Example:
+        ```python
+        >>> encoder = SlotEncoderModel(SlotAutoencoderConfig())
+        >>> encoder(torch.randn(2, 3, 64, 64)).slots.shape
+        torch.Size([2, 5, 64])
+
+        ```
+    """
+
+    _keys_to_ignore_on_load_unexpected = [r"^decoder\."]
+
+    def __init__(self, config: SlotAutoencoderConfig):
+        super().__init__(config)
+        self._add_encoder(config)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        num_slots: int | None = None,
+        num_iterations: int | None = None,
+        generator: torch.Generator | None = None,
+        **kwargs,
+    ) -> SlotEncoderOutput:
+        """Encode images into slots.
+
+        Args:
+            pixel_values: (batch, channels, image_size, image_size), in [-1, 1].
+            num_slots: K; the config's when not given.
+            num_iterations: T; the config's when not given.
+            generator: Source of the draws of `slot_init="gaussian"`.
+            **kwargs: `return_dict=False` gives a tuple.
+
+        Returns:
+            See `SlotEncoderOutput`.
+
+        Raises:
+            ValueError: If the images have another shape than the config says, or K or T cannot be had.
+        """
+        self._check_images(pixel_values)
+        slots, attentions = self.slot_attention(
+            self.encoder(pixel_values),
+            self.initial_slots(len(pixel_values), num_slots, generator=generator),
+            num_iterations=self.config.num_iterations if num_iterations is None else num_iterations,
+            gradient=self.config.gradient,
+        )
+        return SlotEncoderOutput(slots=slots, attentions=attentions)

@@ -39,7 +39,7 @@ def provenance(script: str | Path, device: torch.device | str = "cpu") -> dict[s
 
 def _versions() -> dict[str, str]:
     versions = {"python": platform.python_version()}
-    for name in ("hf_dl", "torch", "transformers", "accelerate", "datasets"):
+    for name in ("hf_dl", "torch", "transformers", "diffusers", "accelerate", "datasets"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
     return versions

@@ -1,0 +1,95 @@
+"""The autoencoder under latent diffusion: diffusers' own `AutoencoderKL` or `VQModel`, in sizes of ours.
+
+Images in [-1, 1] become latents a quarter as high and wide, of three channels: 3x128x128 <-> 3x32x32 and 3x64x64 <->
+3x16x16 (Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Models", section 3.1). Any other
+checkpoint of either class does as well: `diffusers.AutoModel.from_pretrained(path)` loads it.
+"""
+
+from typing import Literal
+
+import torch
+from diffusers import AutoencoderKL, VQModel
+
+ARCHITECTURES = {
+    # 3x64x64 <-> 3x16x16, for a CPU.
+    "small": {
+        "sample_size": 64,
+        "block_out_channels": (32, 64, 64),
+        "layers_per_block": 1,
+        "norm_num_groups": 16,
+    },
+    # 3x128x128 <-> 3x32x32, the one of SlotDiffusion on CLEVRTex (Wu et al. 2023), which is a VQModel.
+    "clevrtex": {
+        "sample_size": 128,
+        "block_out_channels": (64, 128, 256),
+        "layers_per_block": 2,
+        "norm_num_groups": 32,
+    },
+}
+
+
+def make_autoencoder(
+    architecture: str = "small", *, kind: Literal["kl", "vq"] = "kl", **fields: object
+) -> AutoencoderKL | VQModel:
+    """Make a new autoencoder.
+
+    Args:
+        architecture: A key of `ARCHITECTURES`.
+        kind: "kl" (Gaussian latents, `AutoencoderKL`) or "vq" (a codebook of 4096 latents, `VQModel`).
+        **fields: Fields of the class's config that shall be different; `scaling_factor` is 1 until the spread of the
+            latents is known.
+
+    Returns:
+        The autoencoder, in training mode.
+
+    Raises:
+        ValueError: If architecture or kind are unknown.
+
+    Example:
+        ```python
+        >>> encode_latents(make_autoencoder("small"), torch.zeros(2, 3, 64, 64)).shape
+        torch.Size([2, 3, 16, 16])
+
+        ```
+    """
+    if architecture not in ARCHITECTURES:
+        raise ValueError(f"architecture={architecture!r} is unknown; choose one of {', '.join(ARCHITECTURES)}.")
+    if kind not in ("kl", "vq"):
+        raise ValueError(f"kind={kind!r} is unknown; choose kl or vq.")
+    merged = {"scaling_factor": 1.0, "mid_block_add_attention": False, "latent_channels": 3}
+    merged |= {"num_vq_embeddings": 4096} if kind == "vq" else {}
+    merged |= ARCHITECTURES[architecture] | fields
+    levels = len(merged["block_out_channels"])
+    merged.setdefault("down_block_types", ("DownEncoderBlock2D",) * levels)
+    merged.setdefault("up_block_types", ("UpDecoderBlock2D",) * levels)
+    return (AutoencoderKL if kind == "kl" else VQModel)(**merged)
+
+
+def encode_latents(autoencoder: AutoencoderKL | VQModel, pixel_values: torch.Tensor) -> torch.Tensor:
+    """Encode images as the diffusion model takes them.
+
+    Args:
+        autoencoder: The autoencoder. Of `AutoencoderKL` the mean of the latents is taken, of `VQModel` the latents
+            before they are quantised.
+        pixel_values: (batch, 3, height, width), in [-1, 1].
+
+    Returns:
+        Latents, (batch, channels, height / 4, width / 4), shifted and scaled as the config says.
+    """
+    encoded = autoencoder.encode(pixel_values)
+    latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
+    return (latents - (autoencoder.config.get("shift_factor") or 0.0)) * autoencoder.config.scaling_factor
+
+
+def decode_latents(autoencoder: AutoencoderKL | VQModel, latents: torch.Tensor) -> torch.Tensor:
+    """The inverse of `encode_latents`, up to the autoencoder's error; `VQModel` quantises on the way.
+
+    Args:
+        autoencoder: The autoencoder.
+        latents: (batch, channels, height, width).
+
+    Returns:
+        Images, (batch, 3, 4 * height, 4 * width), in [-1, 1] up to the autoencoder's error.
+    """
+    latents = latents / autoencoder.config.scaling_factor + (autoencoder.config.get("shift_factor") or 0.0)
+    return autoencoder.decode(latents).sample

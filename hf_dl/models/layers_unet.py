@@ -1,0 +1,257 @@
+"""The parts of a denoising U-Net that looks at slots: time embedding, residual block, attention, transformer.
+
+Time embedding and residual block are those of Ho et al. 2020, "Denoising Diffusion Probabilistic Models", appendix B;
+the transformer over the cells of a feature map, with cross-attention to a condition, is that of Rombach et al. 2022,
+"High-Resolution Image Synthesis with Latent Diffusion Models", section 3.3 and appendix E.2.1.
+
+What differs from the blocks of diffusers, whose numbers these give with the same weights:
+
+- A residual block that resamples has no first convolution: average pooling or interpolation stands in its place, and
+  is applied to the skip connection too. Dhariwal & Nichol 2021 and diffusers' `ResnetBlock2D(down=True)` resample and
+  then convolve as well; theirs with that convolution set to the identity is ours, which costs half as much.
+- The time embedding goes through SiLU once, where it is made, instead of in every residual block.
+- Keys and values come from one projection.
+- The last layer of each residual branch starts at zero (Dhariwal & Nichol 2021; not so in diffusers), so that a new
+  network passes its input on and the loss begins at the variance of the noise.
+- Memory format: what comes in as channels_last goes out as channels_last, and the cells of a feature map are then the
+  tokens without a copy.
+"""
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+def sinusoids(timesteps: torch.Tensor, channels: int) -> torch.Tensor:
+    """Cosines and sines of the time at frequencies from 1 down to almost 1 / 10000 (Vaswani et al. 2017, section 3.5).
+
+    Args:
+        timesteps: (batch,).
+        channels: An even number.
+
+    Returns:
+        float32 (batch, channels), cosines first.
+    """
+    half = channels // 2
+    exponents = -math.log(10000) * torch.arange(half, dtype=torch.float32, device=timesteps.device) / half
+    angles = timesteps.float()[:, None] * exponents.exp()
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class TimeEmbedding(nn.Module):
+    """SiLU of an MLP of the time's sinusoids.
+
+    Args:
+        channels: Sinusoids, an even number.
+        time_dim: Channels of the embedding.
+
+    Example:
+        ```python
+        >>> TimeEmbedding(32, 128)(torch.tensor([0, 999])).shape
+        torch.Size([2, 128])
+
+        ```
+    """
+
+    def __init__(self, channels: int, time_dim: int):
+        super().__init__()
+        self.channels = channels
+        self.linear_1 = nn.Linear(channels, time_dim)
+        self.linear_2 = nn.Linear(time_dim, time_dim)
+
+    def forward(self, timesteps: torch.Tensor) -> torch.Tensor:
+        """Embed timesteps (batch,) to (batch, time_dim)."""
+        embedding = sinusoids(timesteps, self.channels).to(self.linear_1.weight.dtype)
+        return F.silu(self.linear_2(F.silu(self.linear_1(embedding))))
+
+
+class ResidualBlock(nn.Module):
+    """GroupNorm, SiLU, convolution, plus the time; GroupNorm, SiLU, dropout, convolution; plus the input.
+
+    With R the first 3x3 convolution, or with `resample` what stands in its place:
+
+        h = R(silu(norm1(x))) + W time
+        y = conv2(dropout(silu(norm2(h)))) + S(x)
+
+    S is the identity, or a 1x1 convolution where the channels change, after the same resampling.
+
+    Args:
+        in_channels: Channels of the input; a multiple of `groups`.
+        out_channels: Channels of the output; a multiple of `groups`.
+        time_dim: Channels of the time embedding.
+        groups: Groups of the normalisations.
+        dropout: Probability of dropout before the second convolution.
+        resample: "down" (average over 2x2 cells), "up" (each cell becomes 2x2) or None.
+
+    Example:
+        ```python
+        >>> block = ResidualBlock(32, 64, time_dim=128, resample="down")
+        >>> block(torch.randn(2, 32, 16, 16), torch.randn(2, 128)).shape
+        torch.Size([2, 64, 8, 8])
+
+        ```
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        time_dim: int,
+        groups: int = 32,
+        dropout: float = 0.0,
+        resample: Literal["down", "up"] | None = None,
+    ):
+        super().__init__()
+        if resample not in (None, "down", "up"):
+            raise ValueError(f"resample={resample!r} is unknown; choose down, up or None.")
+        self.resample = resample
+        self.norm1 = nn.GroupNorm(groups, in_channels)
+        # Pooling and interpolation keep the channels: where there is no first convolution, the second changes them.
+        channels = out_channels if resample is None else in_channels
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, padding=1) if resample is None else None
+        self.time = nn.Linear(time_dim, channels)
+        self.norm2 = nn.GroupNorm(groups, channels)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = nn.Conv2d(channels, out_channels, 3, padding=1)
+        self.skip = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
+        nn.init.zeros_(self.conv2.weight)
+        nn.init.zeros_(self.conv2.bias)
+
+    def _resample(self, x: torch.Tensor) -> torch.Tensor:
+        if self.resample == "down":
+            return F.avg_pool2d(x, 2)
+        return F.interpolate(x, scale_factor=2.0, mode="nearest")
+
+    def forward(self, x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+        """Transform a feature map.
+
+        Args:
+            x: (batch, in_channels, height, width); both even with `resample="down"`.
+            time: What `TimeEmbedding` gives, (batch, time_dim).
+
+        Returns:
+            (batch, out_channels, height, width), half or twice as high and wide with `resample`.
+        """
+        hidden = F.silu(self.norm1(x))
+        if self.resample is None:
+            hidden = self.conv1(hidden)
+        else:
+            hidden, x = self._resample(hidden), self._resample(x)
+        hidden = hidden + self.time(time)[:, :, None, None]
+        hidden = self.conv2(self.dropout(F.silu(self.norm2(hidden))))
+        return self.skip(x) + hidden
+
+
+class Attention(nn.Module):
+    """Multi-head attention, softmax(q k^T / sqrt(head_dim)) v a head, of tokens to themselves or to a context.
+
+    Args:
+        channels: Channels of the tokens; a multiple of `head_dim`.
+        head_dim: Channels of a head.
+        context_dim: Channels of the context; when not given, the tokens attend to themselves.
+    """
+
+    def __init__(self, channels: int, *, head_dim: int, context_dim: int | None = None):
+        super().__init__()
+        self.head_dim = head_dim
+        self.to_q = nn.Linear(channels, channels, bias=False)
+        self.to_kv = nn.Linear(channels if context_dim is None else context_dim, 2 * channels, bias=False)
+        self.to_out = nn.Linear(channels, channels)
+
+    def forward(
+        self, tokens: torch.Tensor, context: torch.Tensor | None = None, keep: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Attend.
+
+        Args:
+            tokens: (batch, tokens, channels).
+            context: (batch, length, context_dim).
+            keep: What of the context may be attended to, bool (batch, length), at least one in each row; None: all.
+
+        Returns:
+            (batch, tokens, channels).
+        """
+        query = self.to_q(tokens).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (batch, heads, tokens, head)
+        pair = self.to_kv(tokens if context is None else context).unflatten(-1, (2, -1, self.head_dim))
+        key, value = pair.permute(2, 0, 3, 1, 4).unbind(0)
+        mask = None if keep is None else keep[:, None, None, :]
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        return self.to_out(mixed.transpose(1, 2).flatten(2))
+
+
+class SlotTransformerBlock(nn.Module):
+    """Self-attention, cross-attention to the slots and a gated feed-forward, each x + f(layer_norm(x)).
+
+    The feed-forward is GEGLU (Shazeer 2020) with four times the channels inside.
+
+    Args:
+        channels: Channels of the tokens; a multiple of `head_dim`.
+        slot_dim: Channels of a slot.
+        head_dim: Channels of an attention head.
+    """
+
+    def __init__(self, channels: int, slot_dim: int, *, head_dim: int):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(channels)
+        self.self_attention = Attention(channels, head_dim=head_dim)
+        self.norm2 = nn.LayerNorm(channels)
+        self.cross_attention = Attention(channels, head_dim=head_dim, context_dim=slot_dim)
+        self.norm3 = nn.LayerNorm(channels)
+        self.feed_in = nn.Linear(channels, 8 * channels)
+        self.feed_out = nn.Linear(4 * channels, channels)
+
+    def forward(self, tokens: torch.Tensor, slots: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
+        """Update tokens (batch, tokens, channels); `slots` and `keep` as of `SlotTransformer`."""
+        tokens = tokens + self.self_attention(self.norm1(tokens))
+        tokens = tokens + self.cross_attention(self.norm2(tokens), slots, keep)
+        hidden, gate = self.feed_in(self.norm3(tokens)).chunk(2, dim=-1)
+        return tokens + self.feed_out(hidden * F.gelu(gate))
+
+
+class SlotTransformer(nn.Module):
+    """Transformer blocks over the cells of a feature map, which look at the slots; added to the feature map.
+
+    Args:
+        channels: Channels of the feature map; a multiple of `head_dim` and of `groups`.
+        slot_dim: Channels of a slot.
+        head_dim: Channels of an attention head.
+        depth: Transformer blocks.
+        groups: Groups of the normalisation.
+
+    Example:
+        ```python
+        >>> transformer = SlotTransformer(64, 48, head_dim=32)
+        >>> transformer(torch.randn(2, 64, 8, 8), torch.randn(2, 5, 48)).shape
+        torch.Size([2, 64, 8, 8])
+
+        ```
+    """
+
+    def __init__(self, channels: int, slot_dim: int, *, head_dim: int, depth: int = 1, groups: int = 32):
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.project_in = nn.Linear(channels, channels)
+        self.blocks = nn.ModuleList(SlotTransformerBlock(channels, slot_dim, head_dim=head_dim) for _ in range(depth))
+        self.project_out = nn.Linear(channels, channels)
+        nn.init.zeros_(self.project_out.weight)
+        nn.init.zeros_(self.project_out.bias)
+
+    def forward(self, x: torch.Tensor, slots: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
+        """Let the cells look at each other and at the slots.
+
+        Args:
+            x: (batch, channels, height, width).
+            slots: (batch, slots, slot_dim).
+            keep: Slots that may be looked at, bool (batch, slots), at least one in each row; None: all.
+
+        Returns:
+            (batch, channels, height, width).
+        """
+        tokens = self.project_in(self.norm(x).permute(0, 2, 3, 1).flatten(1, 2))  # (batch, height * width, channels)
+        for block in self.blocks:
+            tokens = block(tokens, slots, keep)
+        return x + self.project_out(tokens).unflatten(1, x.shape[-2:]).permute(0, 3, 1, 2)

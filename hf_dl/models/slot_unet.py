@@ -1,0 +1,311 @@
+"""Slot U-Net: predicts the noise in the latents of an image, given the slots of what is in it.
+
+The denoiser of slot-conditioned latent diffusion: Wu et al. 2023, "SlotDiffusion: Object-Centric Generative Modeling
+with Diffusion Models", section 3.2, and Jiang et al. 2023, "Object-Centric Slot Diffusion". It is called as any
+denoiser of diffusers, `unet(sample, timestep, encoder_hidden_states).sample`, and `UNet2DConditionModel` with
+`cross_attention_dim` the channels of a slot takes its place.
+
+What differs from SlotDiffusion:
+
+- Resampling happens inside residual blocks, by average pooling and nearest interpolation in place of their first
+  convolution (see `ResidualBlock`); theirs has strided convolutions, and a convolution after the interpolation.
+- One middle block: residual, transformer, residual. It always looks at the slots.
+- Only images of the size in the config are taken: at another size the network has never been trained.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.utils import BaseOutput
+from torch import nn
+
+from .layers_unet import ResidualBlock, SlotTransformer, TimeEmbedding
+
+# Named networks: SlotUNetModel(**ARCHITECTURES["clevrtex"]).
+ARCHITECTURES = {
+    # For latents 3x16x16 of 64x64 images and slots of 64 channels, on a CPU.
+    "small": {
+        "sample_size": 16,
+        "block_out_channels": (64, 128),
+        "layers_per_block": 1,
+        "attention_resolutions": (8,),
+        "cross_attention_dim": 64,
+    },
+    # SlotDiffusion on CLEVRTex, for latents 3x32x32 of 128x128 images and slots of 192 channels.
+    "clevrtex": {
+        "sample_size": 32,
+        "block_out_channels": (128, 256, 384, 512),
+        "layers_per_block": 2,
+        "attention_resolutions": (16, 8, 4),
+        "cross_attention_dim": 192,
+        "dropout": 0.1,
+    },
+}
+
+
+@dataclass
+class SlotUNetOutput(BaseOutput):
+    """Output of `SlotUNetModel`.
+
+    Args:
+        sample: The predicted noise, (batch, in_channels, sample_size, sample_size).
+    """
+
+    sample: torch.Tensor
+
+
+class SlotUNetLayer(nn.Module):
+    """A residual block, and a transformer behind it where the layer looks at the slots."""
+
+    def __init__(self, residual: ResidualBlock, transformer: SlotTransformer | None = None):
+        super().__init__()
+        self.residual = residual
+        self.transformer = transformer
+
+    def forward(
+        self, x: torch.Tensor, time: torch.Tensor, slots: torch.Tensor, keep: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Transform a feature map; arguments as of `ResidualBlock` and `SlotTransformer`."""
+        x = self.residual(x, time)
+        return x if self.transformer is None else self.transformer(x, slots, keep)
+
+
+class SlotUNetModel(ModelMixin, ConfigMixin):
+    """U-Net with cross-attention to slots.
+
+    Down: at each level `layers_per_block` layers, and between levels one that halves the feature map. One middle
+    block. Up: at each level one layer more than down, each of which takes the output of its counterpart beside its
+    input, and between levels one that doubles the feature map.
+
+    Args:
+        sample_size: Height and width of the latents; a multiple of 2 to the power of the levels but one.
+        in_channels: Channels of the latents.
+        block_out_channels: Channels of each level, from the finest; multiples of `norm_num_groups`, and of
+            `attention_head_dim` where there are transformers.
+        layers_per_block: Layers of each level on the way down.
+        attention_resolutions: Heights of the feature maps whose layers have a transformer: `sample_size` is the
+            finest, and each further level has half. The middle block always has one.
+        transformer_layers_per_block: Transformer blocks of each of these.
+        attention_head_dim: Channels of an attention head.
+        cross_attention_dim: Channels of a slot.
+        dropout: Probability of dropout in the residual blocks.
+        norm_num_groups: Groups of the normalisations.
+        num_train_timesteps: Timesteps of the noise schedule: they run from 0 to one less.
+
+    Raises:
+        ValueError: If the sizes do not fit together.
+
+    Example:
+        ```python
+        >>> unet = SlotUNetModel(**ARCHITECTURES["small"])
+        >>> unet(torch.randn(2, 3, 16, 16), torch.tensor([0, 999]), torch.randn(2, 5, 64)).sample.shape
+        torch.Size([2, 3, 16, 16])
+
+        ```
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["SlotUNetLayer"]
+    _repeated_blocks = ["SlotTransformerBlock"]
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int = 32,
+        in_channels: int = 3,
+        block_out_channels: tuple[int, ...] = (128, 256, 384, 512),
+        layers_per_block: int = 2,
+        attention_resolutions: tuple[int, ...] = (16, 8, 4),
+        transformer_layers_per_block: int = 1,
+        attention_head_dim: int = 32,
+        cross_attention_dim: int = 192,
+        dropout: float = 0.0,
+        norm_num_groups: int = 32,
+        num_train_timesteps: int = 1000,
+    ):
+        super().__init__()
+        self._check_config()
+        self.gradient_checkpointing = False
+        time_dim = 4 * block_out_channels[0]
+        sizes = [sample_size >> level for level in range(len(block_out_channels))]
+
+        def layer(width: int, out: int, attend: bool = False, resample: str | None = None) -> SlotUNetLayer:
+            residual = ResidualBlock(
+                width, out, time_dim=time_dim, groups=norm_num_groups, dropout=dropout, resample=resample
+            )
+            if not attend:
+                return SlotUNetLayer(residual)
+            transformer = SlotTransformer(
+                out,
+                cross_attention_dim,
+                head_dim=attention_head_dim,
+                depth=transformer_layers_per_block,
+                groups=norm_num_groups,
+            )
+            return SlotUNetLayer(residual, transformer)
+
+        self.time_embedding = TimeEmbedding(block_out_channels[0], time_dim)
+        self.conv_in = nn.Conv2d(in_channels, block_out_channels[0], 3, padding=1)
+
+        width = block_out_channels[0]
+        widths = [width]  # of what the way up takes along
+        self.down_layers = nn.ModuleList()
+        for level, out in enumerate(block_out_channels):
+            for _ in range(layers_per_block):
+                self.down_layers.append(layer(width, out, sizes[level] in attention_resolutions))
+                width = out
+                widths.append(width)
+            if level + 1 < len(block_out_channels):
+                self.down_layers.append(layer(width, width, resample="down"))
+                widths.append(width)
+
+        self.middle_layers = nn.ModuleList([layer(width, width, True), layer(width, width)])
+
+        self.up_layers = nn.ModuleList()
+        for level, out in reversed(list(enumerate(block_out_channels))):
+            for _ in range(layers_per_block + 1):
+                self.up_layers.append(layer(width + widths.pop(), out, sizes[level] in attention_resolutions))
+                width = out
+            if level:
+                self.up_layers.append(layer(width, width, resample="up"))
+
+        self.norm_out = nn.GroupNorm(norm_num_groups, width)
+        self.conv_out = nn.Conv2d(width, in_channels, 3, padding=1)
+        nn.init.zeros_(self.conv_out.weight)
+        nn.init.zeros_(self.conv_out.bias)
+
+    def _check_config(self) -> None:
+        config = self.config
+        for name in (
+            "sample_size",
+            "in_channels",
+            "layers_per_block",
+            "transformer_layers_per_block",
+            "attention_head_dim",
+            "cross_attention_dim",
+            "norm_num_groups",
+            "num_train_timesteps",
+        ):
+            if config[name] < 1:
+                raise ValueError(f"{name}={config[name]} must be at least 1.")
+        channels, groups, head_dim = config.block_out_channels, config.norm_num_groups, config.attention_head_dim
+        if not channels:
+            raise ValueError("block_out_channels=() must have at least one level.")
+        if not 0 <= config.dropout < 1:
+            raise ValueError(f"dropout={config.dropout} must be at least 0 and below 1.")
+        coarsest = 2 ** (len(channels) - 1)
+        if config.sample_size % coarsest:
+            raise ValueError(
+                f"sample_size={config.sample_size} must be a multiple of {coarsest}, which is 2 for each of the "
+                f"{len(channels)} levels of block_out_channels but one."
+            )
+        sizes = [config.sample_size >> level for level in range(len(channels))]
+        for size in config.attention_resolutions:
+            if size not in sizes:
+                raise ValueError(
+                    f"attention_resolutions={tuple(config.attention_resolutions)} has {size}, the height of no level; "
+                    f"choose from {', '.join(map(str, sizes))}."
+                )
+        if channels[0] % 2:
+            raise ValueError(
+                f"block_out_channels={tuple(channels)} must begin with an even number: half of it cosines of the time."
+            )
+        for width, size in zip(channels, sizes, strict=True):
+            if width < 1 or width % groups:
+                raise ValueError(
+                    f"block_out_channels={tuple(channels)} must be multiples of norm_num_groups={groups}."
+                )
+            if (size in config.attention_resolutions or size == sizes[-1]) and width % head_dim:
+                raise ValueError(
+                    f"block_out_channels={tuple(channels)} must be multiples of attention_head_dim={head_dim} where "
+                    "there are transformers: at attention_resolutions, and at the last level for the middle block."
+                )
+
+    def _check_inputs(
+        self, sample: torch.Tensor, slots: torch.Tensor, keep: torch.Tensor | None, timestep: torch.Tensor
+    ) -> None:
+        config = self.config
+        expected = (config.in_channels, config.sample_size, config.sample_size)
+        if sample.ndim != 4 or tuple(sample.shape[1:]) != expected:
+            raise ValueError(
+                f"sample has shape {tuple(sample.shape)}, expected (batch, {', '.join(map(str, expected))}): the "
+                "latents of images of the size that this U-Net was made for, not the images."
+            )
+        if slots.ndim != 3 or slots.shape[0] != sample.shape[0] or slots.shape[2] != config.cross_attention_dim:
+            raise ValueError(
+                f"encoder_hidden_states has shape {tuple(slots.shape)}, expected ({len(sample)}, slots, "
+                f"{config.cross_attention_dim}): the slots of each image of the batch."
+            )
+        if not slots.shape[1]:
+            raise ValueError("encoder_hidden_states has no slot; expected at least one for each image.")
+        if keep is not None and (keep.shape != slots.shape[:2] or keep.dtype != torch.bool):
+            raise ValueError(
+                f"encoder_attention_mask is {keep.dtype} of shape {tuple(keep.shape)}, expected torch.bool of shape "
+                f"{tuple(slots.shape[:2])}: which slots there are."
+            )
+        if timestep.shape not in ((), (1,), (len(sample),)):
+            raise ValueError(
+                f"timestep has shape {tuple(timestep.shape)}, expected one number, or one for each of the "
+                f"{len(sample)} images."
+            )
+        # On an accelerator, to look at the values would be to wait for everything that is still being computed.
+        if timestep.device.type == "cpu" and not torch.compiler.is_compiling():
+            first, last = timestep.min().item(), timestep.max().item()
+            if not (first >= 0 and last <= config.num_train_timesteps - 1):  # NaN compares false
+                raise ValueError(
+                    f"timestep has values from {first} to {last}, expected 0 to {config.num_train_timesteps - 1}: "
+                    f"the U-Net knows num_train_timesteps={config.num_train_timesteps}."
+                )
+
+    def _run(self, layer: nn.Module, *args: torch.Tensor | None) -> torch.Tensor:
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return self._gradient_checkpointing_func(layer, *args)
+        return layer(*args)
+
+    def forward(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor | float,
+        encoder_hidden_states: torch.Tensor,
+        encoder_attention_mask: torch.Tensor | None = None,
+        return_dict: bool = True,
+    ) -> SlotUNetOutput | tuple[torch.Tensor]:
+        """Predict the noise.
+
+        Args:
+            sample: Noisy latents, (batch, in_channels, sample_size, sample_size).
+            timestep: 0 (almost no noise) to `num_train_timesteps` - 1 (almost nothing else), one for all or (batch,).
+                The range is checked where looking is free: for numbers and tensors on the CPU.
+            encoder_hidden_states: Slots, (batch, slots, cross_attention_dim); any number of them, in any order.
+            encoder_attention_mask: Which slots there are, bool (batch, slots), at least one in each row; all when not
+                given.
+            return_dict: Whether to return a `SlotUNetOutput` instead of a tuple.
+
+        Returns:
+            The noise, as `.sample` or the first element.
+
+        Raises:
+            ValueError: If a shape is not what the config says, or a timestep is out of range.
+        """
+        # A number stays on the CPU until it has been checked.
+        timestep = torch.as_tensor(timestep)
+        self._check_inputs(sample, encoder_hidden_states, encoder_attention_mask, timestep)
+        slots, keep = encoder_hidden_states, encoder_attention_mask
+        time = self.time_embedding(timestep.to(sample.device).reshape(-1).expand(len(sample)))
+
+        hidden = self.conv_in(sample)
+        skips = [hidden]
+        for layer in self.down_layers:
+            hidden = self._run(layer, hidden, time, slots, keep)
+            skips.append(hidden)
+        for layer in self.middle_layers:
+            hidden = self._run(layer, hidden, time, slots, keep)
+        for layer in self.up_layers:
+            if layer.residual.resample is None:
+                hidden = torch.cat([hidden, skips.pop()], dim=1)
+            hidden = self._run(layer, hidden, time, slots, keep)
+        noise = self.conv_out(F.silu(self.norm_out(hidden)))
+        return SlotUNetOutput(sample=noise) if return_dict else (noise,)
