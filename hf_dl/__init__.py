@@ -6,7 +6,8 @@ Where things are; each layer imports only what is named behind it:
 - `hf_dl.data`: `load(split, source, ...)` for each kind of data, synthetic or real (`programs`)
 - `hf_dl.metrics`: pure functions and `evaluate` metrics (`programs`)
 - `hf_dl.explain`: what an image classifier looked at, and what it says without it (nothing)
-- `hf_dl.pipelines`: from what a person has to what a person wants: a word problem to its answer (`models`, `programs`)
+- `hf_dl.pipelines`: from what a person has to what a person wants: a word problem to its answer, an image to an edited
+  one (`models`, `programs`)
 - `hf_dl.training`: the flags and the loop's surroundings that all training scripts share (nothing)
 - `hf_dl.reporting`: tables, plots and model cards from the files that runs leave (nothing)
 - `hf_dl.demo`: what the pages under spaces/ have in common (`data`)

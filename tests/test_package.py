@@ -78,6 +78,17 @@ def test_auto_classes_know_the_models(saved, order, tmp_path):
     assert vector == pytest.approx(model.slot_vectors[0].tolist())
 
 
+def test_diffusers_is_imported_when_it_is_asked_for(tmp_path):
+    code = """
+import hf_dl, transformers, hf_dl.models
+print(json.dumps("diffusers" in sys.modules))
+from hf_dl.models import SlotUNetModel
+print(json.dumps(SlotUNetModel.__module__))
+print(json.dumps(hasattr(hf_dl.models, "NoSuchModel")))
+"""
+    assert run_python(code, cwd=tmp_path) == [False, "hf_dl.models.slot_unet", False]
+
+
 def test_without_transformers_the_import_still_works(tmp_path):
     code = """
 import hf_dl, importlib.util

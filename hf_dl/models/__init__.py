@@ -68,7 +68,6 @@ AutoModelForCausalLM.register(RecurrentLMConfig, RecurrentLMForCausalLM)
 # Checkpoints carry their own code, so that they load with trust_remote_code=True where hf_dl is not installed.
 SlotAutoencoderConfig.register_for_auto_class()
 SlotAutoencoderModel.register_for_auto_class("AutoModel")
-SlotEncoderModel.register_for_auto_class("AutoModel")
 SlotImageProcessor.register_for_auto_class("AutoImageProcessor")
 SmallViTConfig.register_for_auto_class()
 SmallViTModel.register_for_auto_class("AutoModel")

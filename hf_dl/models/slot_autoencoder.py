@@ -738,7 +738,8 @@ class SlotEncoderModel(SlotAutoencoderPreTrainedModel):
 
     It has the same config, of which the decoder's fields are not used, and loads the encoder from the checkpoint of a
     `SlotAutoencoderModel` too. Slots are drawn as there, but only once for each image: the several draws of evaluation
-    are told apart by the reconstruction, which is not known here.
+    are told apart by the reconstruction, which is not known here. Load it by its class: the Auto classes take the
+    config for that of a `SlotAutoencoderModel`.
 
     Example:
         ```python

@@ -1,0 +1,63 @@
+"""The encoder of the slot autoencoder on its own."""
+
+import pytest
+import torch
+
+from hf_dl.models import SlotAutoencoderConfig, SlotAutoencoderModel, SlotEncoderModel
+
+TINY = {
+    "image_size": 16,
+    "decoder_size": 8,
+    "encoder_channels": (8, 12),
+    "token_dim": 12,
+    "slot_dim": 12,
+    "slot_mlp_dim": 16,
+    "num_slots": 3,
+    "decoder_channels": (8,),
+}
+
+
+def make_encoder(**fields):
+    torch.manual_seed(0)
+    return SlotEncoderModel(SlotAutoencoderConfig(**TINY, **fields)).eval()
+
+
+@pytest.mark.parametrize("slot_init", ["gaussian", "learned"])
+def test_it_is_the_encoder_of_the_autoencoder(slot_init, tmp_path):
+    torch.manual_seed(0)
+    autoencoder = SlotAutoencoderModel(SlotAutoencoderConfig(**TINY, slot_init=slot_init)).eval()
+    with torch.no_grad():
+        for parameter in autoencoder.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    autoencoder.save_pretrained(tmp_path / "autoencoder")
+    encoder, report = SlotEncoderModel.from_pretrained(tmp_path / "autoencoder", output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"] and not encoder.training
+    pixel_values = torch.rand(2, 3, 16, 16) * 2 - 1
+    expected, found = autoencoder(pixel_values, num_draws=1), encoder(pixel_values)
+    assert torch.equal(found.slots, expected.slots)
+    assert len(found.attentions) == 3 and all(map(torch.equal, found.attentions, expected.attentions))
+    assert set(encoder.state_dict()) == {name for name in autoencoder.state_dict() if not name.startswith("decoder.")}
+    encoder.save_pretrained(tmp_path / "encoder")
+    again = SlotEncoderModel.from_pretrained(tmp_path / "encoder")
+    assert torch.equal(again(pixel_values, return_dict=False)[0], found.slots)
+
+
+def test_every_parameter_that_trains_gets_a_gradient():
+    encoder = make_encoder(gradient="full").train()
+    encoder(torch.randn(4, 3, 16, 16)).slots.square().sum().backward()
+    for name, parameter in encoder.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+
+
+def test_slots_repeat_in_evaluation_and_vary_in_training():
+    encoder, pixel_values = make_encoder(), torch.zeros(2, 3, 16, 16)
+    assert torch.equal(encoder(pixel_values).slots, encoder(pixel_values).slots)
+    output = encoder(pixel_values, num_slots=7, num_iterations=5)
+    assert output.slots.shape == (2, 7, 12) and [tuple(a.shape) for a in output.attentions] == [(2, 7, 16)] * 5
+    encoder.train()
+    assert not torch.equal(encoder(pixel_values).slots, encoder(pixel_values).slots)
+
+
+def test_wrong_images_are_refused():
+    with pytest.raises(ValueError, match=r"pixel_values has shape \(1, 3, 8, 8\), expected \(batch, 3, 16, 16\)"):
+        make_encoder()(torch.zeros(1, 3, 8, 8))
