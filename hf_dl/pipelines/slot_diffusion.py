@@ -168,6 +168,16 @@ class SlotDiffusionPipeline(DiffusionPipeline):
         self.register_modules(slot_encoder=slot_encoder, unet=unet, autoencoder=autoencoder, scheduler=scheduler)
         self.image_processor = VaeImageProcessor(vae_scale_factor=1)
 
+    def to(self, *args: Any, **kwargs: Any) -> "SlotDiffusionPipeline":
+        """As of `DiffusionPipeline`, but the slot encoder is left in float32, which slot attention needs."""
+        weights = [(parameter, parameter.data) for parameter in self.slot_encoder.parameters()]
+        super().to(*args, **kwargs)
+        if self.slot_encoder.dtype in (torch.float16, torch.bfloat16):
+            self.slot_encoder.float()
+            for parameter, data in weights:  # as they were, without the rounding
+                parameter.data = data.to(parameter.device)
+        return self
+
     # ------------------------------------------------------------------------------------------ images and slots
 
     def _prepare(self, image: ImageLike | Sequence[ImageLike]) -> tuple[torch.Tensor, list[tuple[int, int]]]:
@@ -361,8 +371,8 @@ class SlotDiffusionPipeline(DiffusionPipeline):
                 for step, timestep in enumerate(scheduler.timesteps):
                     scaled = scheduler.scale_model_input(latents, timestep)
                     epsilon = self.unet(
-                        scaled, timestep, encoder_hidden_states=slots, encoder_attention_mask=mask
-                    ).sample
+                        scaled.to(self.unet.dtype), timestep, encoder_hidden_states=slots, encoder_attention_mask=mask
+                    ).sample.to(latents.dtype)
                     if ancestral:
                         alpha = alphas[times[step]]
                         earlier = alphas[times[step + 1]] if step + 1 < len(times) else torch.ones_like(alpha)
@@ -411,13 +421,15 @@ class SlotDiffusionPipeline(DiffusionPipeline):
     ) -> torch.Tensor:
         size = self.unet.config.sample_size
         shape = (batch, self.unet.config.in_channels, size, size)
+        # Not in half precision: over a thousand steps the rounding would add up to more than the noise of some.
+        dtype = torch.promote_types(self.unet.dtype, torch.float32)
         if isinstance(generator, list) and len(generator) != batch:
             raise ValueError(f"generator is a list of {len(generator)}, expected one for each of the {batch} images.")
         if latents is None:
-            return randn_tensor(shape, generator, self._execution_device, self.unet.dtype)
+            return randn_tensor(shape, generator, self._execution_device, dtype)
         if tuple(latents.shape) != shape:
             raise ValueError(f"latents has shape {tuple(latents.shape)}, expected {shape}.")
-        return latents.to(self._execution_device, self.unet.dtype)
+        return latents.to(self._execution_device, dtype)
 
     # ------------------------------------------------------------------------------------------ editing
 
@@ -596,7 +608,7 @@ class SlotDiffusionPipeline(DiffusionPipeline):
 
         Args:
             pretrained_model_name_or_path: A folder that `save_pretrained` wrote, or a Hub id.
-            **kwargs: `dtype` (or `torch_dtype`) of the weights; `revision`, `cache_dir`, `token`, `force_download` and
+            **kwargs: `dtype` (or `torch_dtype`), as of `to`; `revision`, `cache_dir`, `token`, `force_download` and
                 `local_files_only` of the Hub; and parts that are not to be loaded, such as `scheduler`.
 
         Raises:

@@ -237,6 +237,18 @@ def test_what_trains_goes_on_training(pipe):
     assert pipe.unet.training and not pipe.unet.norm_out.training and pipe.slot_encoder.training
 
 
+def test_half_precision(pipe):
+    expected = {name: tensor.clone() for name, tensor in pipe.slot_encoder.state_dict().items()}
+    assert pipe.to(torch.bfloat16) is pipe
+    assert pipe.unet.dtype == pipe.autoencoder.dtype == torch.bfloat16
+    found = pipe.slot_encoder.state_dict()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)  # slot attention is float32 within
+    output = pipe(make_image(), generator=seeded(), num_inference_steps=2, output_type="pt")
+    assert output.images.isfinite().all() and pipe.segment(make_image()).shape == (14, 20)
+    latents = pipe(make_image(), generator=seeded(), **FAST).images
+    assert latents.dtype == torch.float32 and latents.isfinite().all()
+
+
 @pytest.mark.parametrize("kind", ["kl", "vq"])
 def test_both_kinds_of_autoencoder(kind):
     assert make_pipe(kind=kind)(make_image(), num_inference_steps=1, output_type="pt").images.shape == (1, 3, 16, 16)
