@@ -341,6 +341,13 @@ class SlotDiffusionPipeline(DiffusionPipeline):
                 f"callback_on_step_end_tensor_inputs has {', '.join(unknown)}; choose from "
                 f"{', '.join(self._callback_tensor_inputs)}."
             )
+        alphas = getattr(self.scheduler, "alphas_cumprod", None)
+        if "denoised" in callback_on_step_end_tensor_inputs:
+            if alphas is None or self.scheduler.config.get("prediction_type") != "epsilon":
+                raise ValueError(
+                    f"callback_on_step_end_tensor_inputs has denoised, which {type(self.scheduler).__name__} with "
+                    f"prediction_type={self.scheduler.config.get('prediction_type')!r} does not tell; leave it out."
+                )
         if self.scheduler.config.get("clip_sample") or self.scheduler.config.get("thresholding"):
             raise ValueError(
                 "scheduler clips what it predicts to [-1, 1], which is for images and not for latents; make it with "
@@ -363,7 +370,7 @@ class SlotDiffusionPipeline(DiffusionPipeline):
             scheduler.set_timesteps(steps, device=device)
             latents = self._begin(len(slots), generator, latents) * scheduler.init_noise_sigma
             times = scheduler.timesteps.tolist()
-            ancestral, alphas = self._is_ancestral(), getattr(scheduler, "alphas_cumprod", None)
+            ancestral = self._is_ancestral()
             takes = inspect.signature(scheduler.step).parameters
             extra = {"generator": generator} if "generator" in takes else {}
 

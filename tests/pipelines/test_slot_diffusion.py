@@ -405,6 +405,12 @@ def test_parts_that_do_not_fit_are_refused(parts, message):
         make_pipe(**parts)
 
 
+def test_what_a_scheduler_cannot_tell_is_refused():
+    pipe = make_pipe(scheduler=noise_schedule(prediction_type="sample"))
+    with pytest.raises(ValueError, match="has denoised, which DDPMScheduler with prediction_type='sample' does not"):
+        pipe(make_image(), callback_on_step_end_tensor_inputs=["denoised"])
+
+
 @pytest.mark.parametrize("fields", [{"clip_sample": True}, {"thresholding": True}])
 def test_clipped_latents_are_refused(fields):
     with pytest.raises(ValueError, match="scheduler clips what it predicts to"):
