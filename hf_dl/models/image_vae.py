@@ -98,8 +98,8 @@ class ImageVaeConfig(PreTrainedConfig):
             raise ValueError(f"beta={self.beta} must be at least 0.")
         if self.architecture == "conv" and self.image_size % 2 ** len(self.widths):
             raise ValueError(
-                f"image_size={self.image_size} must be a multiple of {2 ** len(self.widths)}: it is halved for each of "
-                f"widths={self.widths}."
+                f"image_size={self.image_size} must be a multiple of {2 ** len(self.widths)}: it is halved for each "
+                f"of widths={self.widths}."
             )
 
     @property
@@ -424,7 +424,7 @@ class ImageVaeModel(ImageVaePreTrainedModel):
         return error.flatten(1).sum(dim=1)
 
     def log_likelihood(self, pixel_values: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """log p(x|z) in nats, the Gaussian's constant included.
+        """Compute log p(x|z) in nats, the Gaussian's constant included.
 
         Args:
             pixel_values: Images x, (batch, channels, image_size, image_size), in [0, 1].
