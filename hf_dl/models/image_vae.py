@@ -229,7 +229,7 @@ class ImageVaePreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module):
         if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):  # torch's own, which the reference has
             init.kaiming_uniform_(module.weight, a=5**0.5)
-            bound = torch.nn.init._calculate_fan_in_and_fan_out(module.weight)[0] ** -0.5
+            bound = module.weight[0].numel() ** -0.5
             init.uniform_(module.bias, -bound, bound)
 
 
