@@ -314,8 +314,8 @@ def draw_map(model: ImageVaeModel, data: LabelledImages, path: Path, *, side: in
         axes = torch.cat([axes, torch.zeros_like(axes)])
         spread = torch.cat([spread, torch.zeros_like(spread)])
     shares, places = spread.square() / spread.square().sum().clamp(min=1e-12), (means - centre) @ axes[:2].T
-    low, high = (torch.quantile(places, part, dim=0) for part in (0.01, 0.99))
-    steps = [torch.linspace(float(low[axis]), float(high[axis]), side, dtype=torch.float64) for axis in (0, 1)]
+    low, high = (torch.quantile(places, part, dim=0).tolist() for part in (0.01, 0.99))
+    steps = [torch.linspace(low[axis], high[axis], side, dtype=torch.float64) for axis in (0, 1)]
     y, x = torch.meshgrid(steps[1].flip(0), steps[0], indexing="ij")
     codes = centre + x.reshape(-1, 1) * axes[0] + y.reshape(-1, 1) * axes[1]
     tiles = to_uint8(model.decode(codes.float().to(model.device)))
@@ -328,8 +328,12 @@ def draw_map(model: ImageVaeModel, data: LabelledImages, path: Path, *, side: in
     colours = colormaps["tab10" if len(names) <= 10 else "tab20"]
     for number, name in enumerate(names):
         mine = groups == number
-        left.scatter(*places[mine].T, s=4, linewidths=0, alpha=0.6, color=colours(number % colours.N), label=name)
-    left.set(xlim=(low[0], high[0]), ylim=(low[1], high[1])) if (high > low).all() else None
+        left.scatter(
+            *places[mine].T.numpy(), s=4, linewidths=0, alpha=0.6, color=colours(number % colours.N), label=name
+        )
+    for limit, axis in ((left.set_xlim, 0), (left.set_ylim, 1)):
+        if high[axis] > low[axis]:
+            limit(low[axis], high[axis])
     left.set_xlabel(f"first principal component ({shares[0]:.0%} of the variance)")
     left.set_ylabel(f"second ({shares[1]:.0%})")
     left.set_title("posterior means of test images", fontsize=10)

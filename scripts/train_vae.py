@@ -4,7 +4,7 @@ scripts/run accelerate launch scripts/train_vae.py
 scripts/run accelerate launch scripts/train_vae.py --source data/fashion_mnist --image_size 28 --likelihood gaussian \
     --architecture mlp
 
-The first takes MINUTES on one CPU core. The second wants the four idx files of Fashion-MNIST in data/fashion_mnist, or
+The first takes some minutes on one CPU core. The second wants the four idx files of Fashion-MNIST in data/fashion_mnist, or
 the Hub id zalando-datasets/fashion_mnist as its source; model_cards/vae.md says what both networks reach on it.
 """
 

@@ -415,8 +415,10 @@ def _read_idx(path: Path, kind: str) -> np.ndarray:
                     f"{path.name} begins with {head.hex() or 'nothing'}, expected {magic.hex()}: it holds no {kind}."
                 )
             sizes = file.read(4 * magic[3])
+            if len(sizes) < 4 * magic[3]:
+                raise EOFError("Its header is not whole")
             shape = tuple(int.from_bytes(sizes[start : start + 4], "big") for start in range(0, len(sizes), 4))
-            count = math.prod(shape) if len(sizes) == 4 * magic[3] else -1
+            count = math.prod(shape)
             if not 0 < count < 2**32:
                 raise ValueError(f"{path.name} says that its shape is {shape}, which cannot be; download it again.")
             content = file.read(count + 1)  # no more than it says, whatever is packed in it

@@ -333,7 +333,7 @@ IMAGES, LABELS = "train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"
         (IMAGES, lambda raw: raw, f"{IMAGES} is cut short or damaged (Not a gzipped file"),
         (IMAGES, lambda raw: gzip.compress(raw[:-5]), f"{IMAGES} has 5755 bytes of images, expected 5760; download"),
         (IMAGES, lambda raw: gzip.compress(raw + b"."), f"{IMAGES} has more bytes of images, expected 5760; download"),
-        (IMAGES, lambda raw: gzip.compress(raw[:10]), f"{IMAGES} says that its shape is (40,), which cannot be"),
+        (IMAGES, lambda raw: gzip.compress(raw[:10]), f"{IMAGES} is cut short or damaged (Its header is not"),
         (IMAGES, lambda raw: gzip.compress(raw[:4] + b"\xff" * 12), "(4294967295, 4294967295, 4294967295), which"),
         (IMAGES, lambda raw: gzip.compress(raw[:4] + bytes(12)), f"{IMAGES} says that its shape is (0, 0, 0), which"),
         (IMAGES, lambda raw: gzip.compress(idx(np.zeros(40, np.uint8))), "begins with 00000801, expected 00000803"),
@@ -346,7 +346,9 @@ def test_damaged_idx_files_are_a_sentence(tmp_path, name, damage, sentence):
     write_idx(tmp_path, {"train": 40})
     raw = gzip.decompress((tmp_path / name).read_bytes())
     (tmp_path / name).write_bytes(damage(raw))
-    assert sentence in failure(lambda: load("train", tmp_path, size=12))
+    with pytest.raises(ValueError) as caught:
+        load("train", tmp_path, size=12)
+    assert sentence in str(caught.value)
 
 
 @pytest.mark.parametrize("name, kind", [(IMAGES, "images"), (LABELS, "labels")])
