@@ -4,8 +4,8 @@ scripts/run accelerate launch scripts/train_vae.py
 scripts/run accelerate launch scripts/train_vae.py --source data/fashion_mnist --image_size 28 --likelihood gaussian \
     --architecture mlp
 
-The first takes some minutes on one CPU core. The second wants the four idx files of Fashion-MNIST in data/fashion_mnist, or
-the Hub id zalando-datasets/fashion_mnist as its source; model_cards/vae.md says what both networks reach on it.
+The first takes some minutes on one CPU core. The second wants the four idx files of Fashion-MNIST in a folder, or the
+Hub id zalando-datasets/fashion_mnist as its source; model_cards/vae.md says what both networks reach on it.
 """
 
 import sys
@@ -30,12 +30,13 @@ class Args(vae.ModelFlags, vae.ImageData, TrainingArgs):
     epochs: float = 10.0
     batch_size: int = 128
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"
-    learning_rate: float = 1e-3
-    schedule: Schedule = "cosine"
+    learning_rate: float = field(default=0.0, metadata={"help": "Peak rate; by default 1e-3 for mlp, 2e-3 for conv."})
+    schedule: Schedule | None = field(default=None, metadata={"help": "By default constant for mlp, cosine for conv."})
     eval_epochs: float = 1.0
     log_every: int = 10
 
     def __post_init__(self):
+        vae.fill(self)  # what was not given is that of the architecture, and results.json tells it
         super().__post_init__()
         vae.check(self)
 

@@ -190,6 +190,14 @@ def test_many_classes_are_grouped_by_their_last_word():
     assert names == list(images.FASHION) and labels.tolist() == [3, 1]
 
 
+def test_each_architecture_has_its_recipe_and_flags_go_before_it():
+    recipes = {kind: train_vae.Args(architecture=kind) for kind in ("mlp", "conv")}
+    assert (recipes["mlp"].learning_rate, recipes["mlp"].schedule) == (1e-3, "constant")
+    assert (recipes["conv"].learning_rate, recipes["conv"].schedule) == (2e-3, "cosine")
+    args = train_vae.Args(learning_rate=0.1, schedule="linear")
+    assert (args.learning_rate, args.schedule) == (0.1, "linear")
+
+
 @pytest.mark.parametrize(
     "flags, sentence",
     [
