@@ -62,9 +62,9 @@ CONVENTIONS = {  # what stands in the card's table
     "bits per dimension": "bits_per_dim",
     "active units": "active_units",
 }
-RECIPES = {  # plain Adam as in courses, and what serves the deeper network
-    "mlp": {"learning_rate": 1e-3, "schedule": "constant"},
-    "conv": {"learning_rate": 2e-3, "schedule": "cosine"},
+RECIPES = {  # plain Adam as in courses; the deeper network loses latents for good where it starts at full speed
+    "mlp": {"learning_rate": 1e-3, "schedule": "constant", "warmup_steps": 0},
+    "conv": {"learning_rate": 2e-3, "schedule": "cosine", "warmup_steps": 200},
 }
 BOUND_IMAGES = 1000  # of which the importance-weighted bound is taken: it costs K passes of the decoder
 MAP_IMAGES = 4000
@@ -122,7 +122,7 @@ def make_config(args: Any, num_channels: int) -> ImageVaeConfig:
 def fill(args: Any) -> None:
     """Put the recipe of the architecture where the flags of the training script say nothing."""
     for name, value in RECIPES.get(args.architecture, {}).items():
-        if not getattr(args, name):
+        if getattr(args, name) is None:
             setattr(args, name, value)
 
 

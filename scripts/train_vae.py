@@ -30,8 +30,9 @@ class Args(vae.ModelFlags, vae.ImageData, TrainingArgs):
     epochs: float = 10.0
     batch_size: int = 128
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"
-    learning_rate: float = field(default=0.0, metadata={"help": "Peak rate; by default 1e-3 for mlp, 2e-3 for conv."})
-    schedule: Schedule | None = field(default=None, metadata={"help": "By default constant for mlp, cosine for conv."})
+    learning_rate: float | None = field(default=None, metadata={"help": "Peak rate; mlp: 1e-3, conv: 2e-3."})
+    schedule: Schedule | None = field(default=None, metadata={"help": "After warm-up; mlp: constant, conv: cosine."})
+    warmup_steps: int | None = field(default=None, metadata={"help": "Of the rate; mlp: 0, conv: 200."})
     eval_epochs: float = 1.0
     log_every: int = 10
 

@@ -16,7 +16,8 @@ from hf_dl.models import ImageVaeConfig, ImageVaeModel
 from hf_dl.reporting.card import read_card
 from scripts import evaluate_vae, train_vae
 
-SMALL = "--num_train=64 --num_test=16 --batch_size=16 --cpu_threads=1 --widths 4 8 --hidden_size=16".split()
+SMALL = "--num_train=64 --num_test=16 --batch_size=16 --warmup_steps=0 --cpu_threads=1".split()
+SMALL += "--widths 4 8 --hidden_size=16".split()
 STEPS = "--epochs=3 --save_every=5 --log_every=2 --importance_samples=3".split()
 
 
@@ -191,11 +192,12 @@ def test_many_classes_are_grouped_by_their_last_word():
 
 
 def test_each_architecture_has_its_recipe_and_flags_go_before_it():
-    recipes = {kind: train_vae.Args(architecture=kind) for kind in ("mlp", "conv")}
-    assert (recipes["mlp"].learning_rate, recipes["mlp"].schedule) == (1e-3, "constant")
-    assert (recipes["conv"].learning_rate, recipes["conv"].schedule) == (2e-3, "cosine")
-    args = train_vae.Args(learning_rate=0.1, schedule="linear")
-    assert (args.learning_rate, args.schedule) == (0.1, "linear")
+    names = ("learning_rate", "schedule", "warmup_steps")
+    for kind, expected in (("mlp", [1e-3, "constant", 0]), ("conv", [2e-3, "cosine", 200])):
+        args = train_vae.Args(architecture=kind)
+        assert [getattr(args, name) for name in names] == expected
+    args = train_vae.Args(learning_rate=0.1, schedule="linear", warmup_steps=0)
+    assert [getattr(args, name) for name in names] == [0.1, "linear", 0]
 
 
 @pytest.mark.parametrize(
