@@ -19,7 +19,8 @@ def provenance(script: str | Path, device: torch.device | str = "cpu") -> dict[s
         device: The device that computed.
 
     Returns:
-        `device` in words, `commit` and `dirty` (whether tracked files differ from it; both None without git),
+        `device` in words, `commit` and `dirty` (whether tracked files but reports differ from it; both None
+        without git),
         `versions` of Python and the libraries, and `date`, in UTC.
 
     Example:
@@ -46,7 +47,10 @@ def _versions() -> dict[str, str]:
 
 
 def _git_state(folder: Path) -> tuple[str | None, bool | None]:
-    """The commit that a folder is at and whether tracked files differ from it; None where there is no git."""
+    """The commit that a folder is at and whether tracked files differ from it; None where there is no git.
+
+    The reports in model_cards/ aside, which an experiment writes while the next one runs.
+    """
 
     def git(*words: str) -> str:
         return subprocess.run(
@@ -54,7 +58,8 @@ def _git_state(folder: Path) -> tuple[str | None, bool | None]:
         ).stdout.strip()
 
     try:
-        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no"))
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)model_cards")
+        return git("rev-parse", "HEAD"), bool(changed)
     except (OSError, subprocess.SubprocessError):
         return None, None
 
