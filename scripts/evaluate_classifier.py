@@ -108,7 +108,7 @@ class ModelFlags:
         default=None,
         metadata={
             "help": "small_vit, conv_classifier: output layer: softmax, gumbel, hierarchical or adaptive; "
-            "hierarchical:TREE sets the tree too."
+            "hierarchical:TREE sets the tree too; adaptive:superclass keeps superclasses together."
         },
     )
     tree: str = field(
@@ -195,6 +195,8 @@ def config_fields(args: Any) -> dict[str, Any]:
             raise ValueError(
                 f"tree={tree_of(args)!r} is unknown; choose one of {', '.join(TREES)}, or the folder of a classifier."
             )
+        if fields["head"] == "adaptive" and args.head not in ("adaptive", "adaptive:superclass"):
+            raise ValueError(f"head={args.head!r} is unknown; write adaptive or adaptive:superclass.")
     if not 0 < args.temperature < float("inf"):
         raise ValueError(f"temperature={args.temperature} must be above 0.")
     checked(kind, **fields)
@@ -213,7 +215,8 @@ def head_options(args: Any, names: Sequence[str], labels: torch.Tensor) -> dict[
     if head == "gumbel":
         return {"straight_through": args.straight_through}
     if head == "adaptive":
-        return {"cutoffs": args.cutoffs, "div_value": args.div_value, "class_counts": counts}
+        options = {"cutoffs": args.cutoffs, "div_value": args.div_value, "class_counts": counts}
+        return options | ({"groups": images.superclasses(names)} if args.head == "adaptive:superclass" else {})
     if head != "hierarchical":
         return {}
     tree = tree_of(args)

@@ -33,7 +33,7 @@ from hf_dl.programs import is_close
 from hf_dl.reporting.card import run_card
 from hf_dl.reporting.experiment import find_run, portable
 from hf_dl.reporting.plots import plot_run
-from hf_dl.training.provenance import provenance
+from hf_dl.training.provenance import write_results
 
 SUMMARY = (
     "It reads a word problem in English and writes the program that solves it, in the language of MathQA (Amini et "
@@ -173,12 +173,13 @@ class Args(Decoding, ProblemData):
     """Flags of the evaluation."""
 
     model: str = field(default="runs/train_seq2seq", metadata={"help": "Folder or Hub id of the model."})
-    kind: Literal["", "bilstm", "bilstm_attention", "bert_frozen", "bert"] = field(
-        default="", metadata={"help": "Where --model is a folder of runs: take the one of this --model and --seed."}
+    run: str = field(
+        default="",
+        metadata={"help": "Where --model is a folder of runs: a flag of the one to take, as model=bilstm_attention."},
     )
     split: str = field(default="test", metadata={"help": "validation or test; of synthetic problems also others."})
     baselines: bool = field(default=True, metadata={"help": "Score the two that retrieve from training as well."})
-    seed: int = field(default=0, metadata={"help": "With --kind: that of the run."})
+    seed: int = field(default=0, metadata={"help": "With --run: that of the run."})
     output_dir: str = field(default="", metadata={"help": "Where to write; default: the model's folder."})
     cpu_threads: int = field(default=1, metadata={"help": "CPU threads; the steps are too small for more to help."})
 
@@ -520,19 +521,12 @@ def write_report(folder: Path) -> None:
     print(f"programs    {folder / 'predictions_test.jsonl'}")
 
 
-def find_model(args: Args) -> str:
-    """The model that the flags name: that of --model itself, or the run there that has the flags."""
-    if not args.kind:
-        return args.model
-    return str(find_run(args.model, {"model": args.kind, "seed": args.seed}))
-
-
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Evaluate the model that the flags name, and write what was found beside it."""
     args = Args(**vars(HfArgumentParser(Args, allow_abbrev=False).parse_args(argv)))
     torch.set_num_threads(args.cpu_threads)
     started = time.monotonic()
-    name = find_model(args)
+    name = str(find_run(args.model, args.run, args.seed)) if args.run else args.model
     pipeline = MathProgramPipeline.from_pretrained(name)
     folder = Path(args.output_dir or name)
     folder.mkdir(parents=True, exist_ok=True)
@@ -554,16 +548,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     found = {"args": portable(asdict(args)), "metrics": metrics}
     (folder / "evaluation.json").write_text(json.dumps(found, indent=2) + "\n")
     if args.output_dir:  # a cell of an experiment; the model's own folder has the results of its training
-        found = {
-            "script": Path(__file__).name,
-            **found,
-            "seed": args.seed,
-            "model_class": type(pipeline.model).__name__,
-            "num_parameters": pipeline.model.num_parameters(),
-            "seconds": round(time.monotonic() - started, 2),
-            **provenance(__file__, pipeline.model.device),
-        }
-        (folder / "results.json").write_text(json.dumps(found, indent=2) + "\n")
+        seconds = time.monotonic() - started
+        write_results(folder, __file__, found["args"], metrics, pipeline.model, seconds=seconds)
     for name, value in metrics.items():
         print(f"{name:45s} {value:.4f}")
     print(f"predictions_{args.split}.jsonl and evaluation.json are in {folder}.")

@@ -29,7 +29,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Hf
 from hf_dl import explain
 from hf_dl.data import images as labelled_images
 from hf_dl.reporting.experiment import find_run, portable
-from hf_dl.training.provenance import provenance
+from hf_dl.training.provenance import write_results
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 TOP_K = 5
@@ -74,27 +74,13 @@ class Args:
     output_dir: str = field(default="", metadata={"help": "Where to write; default: explanations/<model>."})
 
 
-def find_model(args: Args) -> str:
-    """The model that the flags name: that of --model itself, or the run there that has the flags.
-
-    Raises:
-        ValueError: If `run` is no flag with a value, or there is no such run.
-    """
-    if not args.run:
-        return args.model
-    name, equals, value = args.run.partition("=")
-    if not name or not equals:
-        raise ValueError(f"run={args.run!r} is no flag with its value; write it as norm=batch.")
-    return str(find_run(args.model, {name: value, "seed": args.seed}))
-
-
 class Explainer:
     """A classifier with its processor, and the method that the flags name."""
 
     def __init__(self, args: Args):
         self.args = args
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        folder = find_model(args)
+        folder = find_run(args.model, args.run, args.seed) if args.run else args.model
         self.model = AutoModelForImageClassification.from_pretrained(folder).eval().to(device)
         self.processor = AutoImageProcessor.from_pretrained(folder)
         self.names = [str(self.model.config.id2label[i]) for i in range(self.model.config.num_labels)]
@@ -410,17 +396,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     found = {"args": portable(asdict(args)), "layers": explainer.layers, "metrics": metrics, "images": entries}
     (folder / "explanations.json").write_text(json.dumps(found, indent=2) + "\n")
     if args.output_dir and not args.images:  # a study may be a cell of an experiment
-        results = {
-            "script": Path(__file__).name,
-            "args": found["args"],
-            "metrics": metrics,
-            "seed": args.seed,
-            "model_class": type(explainer.model).__name__,
-            "num_parameters": explainer.model.num_parameters(),
-            "seconds": round(time.monotonic() - started, 2),
-            **provenance(__file__, explainer.model.device),
-        }
-        (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+        seconds = time.monotonic() - started
+        write_results(folder, __file__, found["args"], metrics, explainer.model, seconds=seconds)
     for name, value in metrics.items():
         print(f"{name:40s} {value:.4f}")
     print(f"Figures and explanations.json are in {folder}.")

@@ -1,4 +1,4 @@
-"""Keep tests away from the caches of the user."""
+"""Keep tests away from the caches of the user, and their workers from each other's cores."""
 
 import os
 import tempfile
@@ -8,3 +8,5 @@ _HOME = tempfile.TemporaryDirectory(prefix="hf_dl_tests_")
 os.environ["HF_HOME"] = _HOME.name
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["MPLCONFIGDIR"] = _HOME.name
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -12,16 +12,21 @@ ground looks like:
 * 25 classes: 5 shapes x 5 materials, "striped cone". The fifth shape, a disc, is a flat cylinder.
 * 100 classes: these x 4 colours, "red striped cone"; class c of the 100 belongs to class c // 4 of the 25.
 
-By Hub id, for example: `uoft-cs/cifar10`, `uoft-cs/cifar100`, `zalando-datasets/fashion_mnist`, `tanganke/stl10`.
+By Hub id, for example: `uoft-cs/cifar10`, `uoft-cs/cifar100`, `zalando-datasets/fashion_mnist`, `tanganke/stl10`. The
+four idx files in which MNIST and Fashion-MNIST are published are read from a local folder.
 """
 
 from __future__ import annotations
 
+import gzip
 import io
+import math
 import os
 import random
+import re
 import tempfile
 import warnings
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -66,6 +71,10 @@ SUPERCLASSES = {  # of CIFAR-100, as it is published: its 20 coarse labels
     "vehicles 2": "lawn_mower rocket streetcar tank tractor",
 }
 
+FASHION = (  # the classes of Fashion-MNIST, as its Hub copy writes them; idx files have no names
+    "T - shirt / top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
+)  # fmt: skip
+
 _VERSION = 1  # bump with any change of the pixels or columns: `datasets` caches by arguments, not by this code
 _GROUNDS = tuple(name for name in TEXTURES if name not in MATERIALS)
 _SPLIT_NAMES = {
@@ -74,6 +83,9 @@ _SPLIT_NAMES = {
     "test": ("test", "testing", "eval"),
 }
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+_IDX_NAME = re.compile(r"(train|t10k|test)-(images|labels)[.-]idx[13]-ubyte(\.gz)?")
+_IDX_MAGIC = {"images": b"\0\0\x08\x03", "labels": b"\0\0\x08\x01"}  # unsigned bytes, in 3 dimensions or 1
+_FASHION_LABELS = (0x2ED6E46A, 0x242BC73F)  # CRC-32 of the labels of its splits
 _SHARD = 512  # rows that are decoded together
 _NAMED = 10  # corrupt files that a message names
 
@@ -96,7 +108,7 @@ def load(
 
     `source` is recognised by what it holds: "synthetic"; a folder with a folder of images for each class, or one for
     each split with such folders inside; a folder of parquet files or one such file; a dataset saved by `save_to_disk`;
-    else a Hub id. Images of any size are cut to a centred square and resized.
+    a folder with idx files; else a Hub id. Images of any size are cut to a centred square and resized.
 
     A split that the source lacks is cut from its training images, `holdout` of each class, the same ones each time.
 
@@ -316,7 +328,7 @@ def _read_folder(root: Path, image_column: str | None, label_column: str | None)
     elif any(root.rglob("*.parquet")):
         found = datasets.load_dataset(str(root))
     else:
-        return _read_image_folder(root)
+        return _read_idx_folder(root) or _read_image_folder(root)
     return _labelled(found, str(root), image_column, label_column)
 
 
@@ -354,6 +366,68 @@ def _read_image_folder(root: Path) -> dict[str, datasets.Dataset]:
             "<class>/<image> or <split>/<class>/<image>."
         )
     return found
+
+
+def _read_idx_folder(root: Path) -> dict[str, datasets.Dataset]:
+    """The splits of the idx files in a folder, or in its `raw` or `FashionMNIST/raw`; nothing where there are none."""
+    files: dict[str, dict[str, Path]] = {}
+    for folder in (root, root / "raw", root / "FashionMNIST" / "raw"):
+        for path in sorted(folder.iterdir()) if folder.is_dir() and not files else ():
+            if match := _IDX_NAME.fullmatch(path.name):
+                files.setdefault(match[1], {}).setdefault(match[2], path)
+    found = {}
+    for split, parts in files.items():
+        for kind in _IDX_MAGIC:
+            if kind not in parts:
+                there = next(iter(parts.values()))
+                raise FileNotFoundError(
+                    f"source={str(root)!r} has {there.name}, but not the {kind} that belong to it."
+                )
+        images, labels = _read_idx(parts["images"], "images"), _read_idx(parts["labels"], "labels")
+        if len(images) != len(labels):
+            raise ValueError(
+                f"{parts['images'].name} has {len(images)} images, but {parts['labels'].name} {len(labels)} labels; "
+                "expected as many."
+            )
+        if labels.max(initial=0) > 9:
+            row = int(np.argmax(labels > 9))
+            raise ValueError(f"{parts['labels'].name}: label {row} is {labels[row]}; expected 0 to 9.")
+        names = FASHION if zlib.crc32(labels) in _FASHION_LABELS else [str(label) for label in range(10)]
+        # With a header of one line, the raw pixels are a file that Pillow reads (PGM).
+        header = b"P5 %d %d 255\n" % images.shape[:0:-1]
+        columns = {
+            "image": [{"bytes": header + image.tobytes(), "path": None} for image in images],
+            "label": labels.tolist(),
+        }
+        features = datasets.Features(image=datasets.Image(decode=False), label=datasets.ClassLabel(names=list(names)))
+        found[split.replace("t10k", "test")] = datasets.Dataset.from_dict(columns, features)
+    return found
+
+
+def _read_idx(path: Path, kind: str) -> np.ndarray:
+    """The bytes of an idx file: images (count, height, width) or labels (count,)."""
+    magic = _IDX_MAGIC[kind]
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+            head = file.read(4)
+            if head != magic:
+                raise ValueError(
+                    f"{path.name} begins with {head.hex() or 'nothing'}, expected {magic.hex()}: it holds no {kind}."
+                )
+            sizes = file.read(4 * magic[3])
+            if len(sizes) < 4 * magic[3]:
+                raise EOFError("Its header is not whole")
+            shape = tuple(int.from_bytes(sizes[start : start + 4], "big") for start in range(0, len(sizes), 4))
+            count = math.prod(shape)
+            if not 0 < count < 2**32:
+                raise ValueError(f"{path.name} says that its shape is {shape}, which cannot be; download it again.")
+            content = file.read(count + 1)  # no more than it says, whatever is packed in it
+    except (EOFError, OSError, zlib.error) as error:
+        raise ValueError(f"{path.name} is cut short or damaged ({error}); download it again.") from error
+    if len(content) != count:
+        more = "more" if len(content) > count else f"{len(content)}"
+        raise ValueError(f"{path.name} has {more} bytes of {kind}, expected {count}; download it again.")
+    return np.frombuffer(content, np.uint8).reshape(shape)
 
 
 def _subfolders(folder: Path) -> list[Path]:
@@ -560,15 +634,16 @@ class LabelledImages(torch.utils.data.Dataset):
     nothing. Rows are read from it by the operating system as they are needed, so it may be larger than the memory.
 
     Attributes:
-        pixels: uint8 (rows, 3, height, width), read-only.
+        pixels: uint8 (rows, channels, height, width), read-only.
         labels: int64 (rows,).
         names: The names of the classes.
 
     Args:
         dataset: What `load` returned.
+        channels: 3, or 1 for the luma: of grey images that is what they are.
 
     Raises:
-        ValueError: If a column is missing, or images differ in size.
+        ValueError: If a column is missing, images differ in size, or there are other channels.
 
     Example:
         ```python
@@ -579,7 +654,9 @@ class LabelledImages(torch.utils.data.Dataset):
         ```
     """
 
-    def __init__(self, dataset: datasets.Dataset):
+    def __init__(self, dataset: datasets.Dataset, *, channels: int = 3):
+        if channels not in (1, 3):
+            raise ValueError(f"channels={channels} is unknown; choose 1 (grey) or 3 (RGB).")
         missing = {"image", "label"} - set(dataset.column_names)
         if missing:
             raise ValueError(
@@ -589,36 +666,37 @@ class LabelledImages(torch.utils.data.Dataset):
         self.labels = torch.as_tensor(dataset.with_format("numpy")["label"][:]).long()
         self.names = list(dataset.features["label"].names)
         # the fingerprint names the rows: it follows from the arguments of the generator and from what came after it
-        path = Path(datasets.config.HF_DATASETS_CACHE) / "hf_dl_images" / f"{dataset._fingerprint}.npy"
+        name = dataset._fingerprint + ("_grey" if channels == 1 else "")
+        path = Path(datasets.config.HF_DATASETS_CACHE) / "hf_dl_images" / f"{name}.npy"
         if not path.is_file():
-            _write_pixels(dataset, path)
+            _write_pixels(dataset, path, channels=channels)
         self.pixels = np.load(path, mmap_mode="r")
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitems__(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
-        """Several rows at once: image uint8 (rows, 3, height, width) and labels int64 (rows,)."""
+        """Several rows at once: image uint8 (rows, channels, height, width) and labels int64 (rows,)."""
         index = np.asarray(indices)
         return {"image": torch.from_numpy(np.asarray(self.pixels[index])), "labels": self.labels[index]}
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """One row: image (3, height, width) and labels ()."""
+        """One row: image (channels, height, width) and labels ()."""
         return {name: tensor[0] for name, tensor in self.__getitems__([index]).items()}
 
     def channel_statistics(self, max_images: int = 5000) -> tuple[list[float], list[float]]:
-        """Mean and standard deviation of red, green and blue, in [0, 1], over the first images."""
+        """Mean and standard deviation of each channel, in [0, 1], over the first images."""
         pixels = torch.from_numpy(np.array(self.pixels[:max_images]))
-        channels = [pixels[:, channel].double() / 255 for channel in range(3)]
+        channels = [pixels[:, channel].double() / 255 for channel in range(pixels.shape[1])]
         # a channel without contrast would be divided by 0
         return [round(c.mean().item(), 4) for c in channels], [max(round(c.std().item(), 4), 0.01) for c in channels]
 
 
-def _write_pixels(dataset: datasets.Dataset, path: Path) -> None:
+def _write_pixels(dataset: datasets.Dataset, path: Path, *, channels: int = 3) -> None:
     """Write the images as a .npy file, aside and then renamed, so that a half-written one is never read."""
     path.parent.mkdir(parents=True, exist_ok=True)
     size = dataset[0]["image"].size
-    shape = (len(dataset), 3, size[1], size[0])
+    shape, mode = (len(dataset), channels, size[1], size[0]), "RGB" if channels == 3 else "L"
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.stem, delete=False) as file:
         try:
             np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
@@ -628,7 +706,8 @@ def _write_pixels(dataset: datasets.Dataset, path: Path) -> None:
                         raise ValueError(
                             f"The images have several sizes ({size}, {image.size}); load them with one size."
                         )
-                    file.write(np.ascontiguousarray(np.asarray(image.convert("RGB")).transpose(2, 0, 1)).data)
+                    pixels = np.atleast_3d(np.asarray(image.convert(mode))).transpose(2, 0, 1)
+                    file.write(np.ascontiguousarray(pixels).data)
             file.close()
             os.replace(file.name, path)
         except BaseException:

@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from .conv_classifier import ConvClassifierConfig, ConvClassifierForImageClassification, ConvClassifierModel
+from .image_vae import ImageVaeConfig, ImageVaeModel, ImageVaeProcessor
 from .norm_resnet import NormResNetConfig, NormResNetForImageClassification, NormResNetModel
 from .program_seq2seq import ProgramSeq2SeqConfig, ProgramSeq2SeqForConditionalGeneration, beam_generate
 from .recurrent_lm import RecurrentLMConfig, RecurrentLMForCausalLM, RecurrentLMModel
@@ -42,6 +43,10 @@ def __getattr__(name: str) -> Any:
 AutoConfig.register("slot_autoencoder", SlotAutoencoderConfig)
 AutoModel.register(SlotAutoencoderConfig, SlotAutoencoderModel)
 AutoImageProcessor.register(SlotAutoencoderConfig, image_processor_classes={"torchvision": SlotImageProcessor})
+
+AutoConfig.register("image_vae", ImageVaeConfig)
+AutoModel.register(ImageVaeConfig, ImageVaeModel)
+AutoImageProcessor.register(ImageVaeConfig, image_processor_classes={"torchvision": ImageVaeProcessor})
 
 AutoConfig.register("small_vit", SmallViTConfig)
 AutoModel.register(SmallViTConfig, SmallViTModel)
@@ -69,6 +74,9 @@ AutoModelForCausalLM.register(RecurrentLMConfig, RecurrentLMForCausalLM)
 SlotAutoencoderConfig.register_for_auto_class()
 SlotAutoencoderModel.register_for_auto_class("AutoModel")
 SlotImageProcessor.register_for_auto_class("AutoImageProcessor")
+ImageVaeConfig.register_for_auto_class()
+ImageVaeModel.register_for_auto_class("AutoModel")
+ImageVaeProcessor.register_for_auto_class("AutoImageProcessor")
 SmallViTConfig.register_for_auto_class()
 SmallViTModel.register_for_auto_class("AutoModel")
 SmallViTForImageClassification.register_for_auto_class("AutoModelForImageClassification")
@@ -89,6 +97,9 @@ __all__ = [
     "ConvClassifierConfig",
     "ConvClassifierForImageClassification",
     "ConvClassifierModel",
+    "ImageVaeConfig",
+    "ImageVaeModel",
+    "ImageVaeProcessor",
     "NormResNetConfig",
     "NormResNetForImageClassification",
     "NormResNetModel",

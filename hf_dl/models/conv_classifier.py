@@ -1,9 +1,10 @@
 """A plain convolutional classifier: three convolutions and two linear layers, the second of which is any output layer.
 
 The base network on which output layers are compared. Each 3x3 convolution is followed by an optional normalisation,
-a ReLU and 2x2 max pooling; what is left of the image is flattened, a linear layer with ReLU and dropout makes hidden
-states of it, and an output layer of `HEADS` in layers_softmax.py names the class. With the default sizes and 100
-classes there are 0.64 million parameters, 82 % of them in the first linear layer.
+2x2 max pooling and a ReLU (in the usual order, ReLU first, the numbers are the same and the work is more); what is
+left of the image is flattened, a linear layer with ReLU and dropout makes hidden states of it, and an output layer of
+`HEADS` in layers_softmax.py names the class. With the default sizes and 100 classes there are 0.64 million parameters,
+82 % of them in the first linear layer.
 
 `logits` are log-probabilities, whichever the head, so `softmax`, `argmax`, top-k and cross-entropy take them as
 they do those of any classifier.
@@ -159,7 +160,7 @@ class ConvClassifierModel(ConvClassifierPreTrainedModel):
         channels = config.num_channels
         for width in config.widths:
             convolution = nn.Conv2d(channels, width, 3, padding=1, bias=config.norm == "none")
-            self.stages.append(nn.Sequential(convolution, make_norm(config.norm, width), nn.ReLU(), nn.MaxPool2d(2)))
+            self.stages.append(nn.Sequential(convolution, make_norm(config.norm, width), nn.MaxPool2d(2), nn.ReLU()))
             channels = width
         self.hidden = nn.Linear(config.flat_size, config.hidden_size)
         self.dropout = nn.Dropout(config.dropout)

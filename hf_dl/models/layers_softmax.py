@@ -1209,7 +1209,8 @@ class AdaptiveHead(OutputHead):
     `nn.AdaptiveLogSoftmaxWithLoss`, so state dicts fit; what torch leaves to the caller, that labels are numbered by
     frequency, is done inside: labels and log-probabilities are in the caller's order.
 
-    With equal frequencies there is nothing to gain; keep the cutoffs few and `div_value=1`.
+    With equal frequencies there is nothing to gain; keep the cutoffs few, `div_value=1`, and give `groups`: the entry
+    of a tail stands for all of its classes, and is easier to tell where they are alike.
 
     Args:
         in_features: d, channels of the hidden states.
@@ -1218,6 +1219,8 @@ class AdaptiveHead(OutputHead):
             None, `choose_cutoffs` takes those that cost least.
         class_counts: How often each class occurs in the training split, (classes,), in the order of the labels. Where
             None labels count as numbered by falling frequency.
+        groups: Related classes, as lists that may be nested and hold each class once: of classes that are equally
+            frequent those of a group are numbered in a row. Where None the lower label comes first.
         div_value: By how much each tail has fewer channels than the one before; at least 1.
         head_bias: Whether the head has a bias.
         min_rank: Fewest channels of a tail. Where None log2 of its classes, 8 at most: with fewer its classes cannot
@@ -1242,6 +1245,7 @@ class AdaptiveHead(OutputHead):
         *,
         cutoffs: Sequence[int] | None = None,
         class_counts: Sequence[float] | None = None,
+        groups: Sequence[Any] | None = None,
         div_value: float = 4.0,
         head_bias: bool = False,
         min_rank: int | None = None,
@@ -1263,7 +1267,10 @@ class AdaptiveHead(OutputHead):
             )
         self.cutoffs, self.div_value = cutoffs, div_value
         edges = [*cutoffs, num_classes]
-        self._counts = counts
+        self._counts, self._places = counts, np.arange(num_classes)
+        if groups is not None:
+            _check_groups(groups, num_classes)
+            self._places = np.argsort(list(_members(groups))[::-1])
         for name, buffer in self.make_buffers().items():
             self.register_buffer(name, buffer)
         self.head = nn.Linear(in_features, edges[0] + len(cutoffs), bias=head_bias)
@@ -1283,7 +1290,7 @@ class AdaptiveHead(OutputHead):
 
     def make_buffers(self) -> dict[str, torch.Tensor]:
         """Compute `order`, the class of each rank, and `rank`, the rank of each class, int64 (classes,)."""
-        order = np.argsort(-self._counts, kind="stable")
+        order = np.lexsort((self._places, -self._counts))
         return {"order": torch.from_numpy(order), "rank": torch.from_numpy(np.argsort(order, kind="stable"))}
 
     def reset_parameters(self) -> None:
@@ -1390,7 +1397,7 @@ def make_head(head: str, in_features: int, num_classes: int, **options: Any) -> 
         in_features: d, channels of the hidden states.
         num_classes: V.
         **options: Of that head: `straight_through` of gumbel; `tree`, `class_counts`, `groups`, `sparse` of
-            hierarchical; `cutoffs`, `class_counts`, `div_value`, `min_rank`, `head_bias` of adaptive.
+            hierarchical; `cutoffs`, `class_counts`, `groups`, `div_value`, `min_rank`, `head_bias` of adaptive.
 
     Returns:
         A layer with `forward(hidden, labels)`, `log_prob(hidden)` and `predict(hidden, k)`.

@@ -14,6 +14,7 @@ curves = ["loss", "val_loss"]                # optional: the curves; by default 
 labels = { test_accuracy = "test accuracy" } # optional: how keys and texts are written in tables and figures
 notes = { batch = "torch's default" }        # optional: what to know of a value of the table's first flag
 figures = ["speed.svg"]                      # optional: further figures that lie beside the card
+confusion = false                            # optional: leave the confusion matrices out, as they are large
 
 [[claims]]                                   # optional: what `expect` says, in a form that the card can check:
 says = "group is level with batch or ahead at batch size 8"
@@ -44,7 +45,7 @@ REPORTED_KEYS = (
     "num_processes", "mixed_precision", "commit", "dirty", "versions", "date",
 )  # fmt: skip
 RESERVED_FLAGS = ("seed", "output_dir")
-OPTIONAL_KEYS = ("fixed", "grid", "curves", "labels", "notes", "figures", "claims")
+OPTIONAL_KEYS = ("fixed", "grid", "curves", "labels", "notes", "figures", "confusion", "claims")
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,7 @@ class Experiment:
     labels: dict[str, str] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
     figures: tuple[str, ...] = ()
+    confusion: bool = True
     claims: tuple[Claim, ...] = ()
 
     def cells(self, root: str | Path = "runs") -> list[Cell]:
@@ -282,6 +284,8 @@ def read_experiment(path: str | Path) -> Experiment:
             raise ValueError(f"{where}: grid.{name}={values!r} has a value twice; remove one.")
         if name in fixed:
             raise ValueError(f"{where}: {name!r} is both fixed and in the grid; keep one of them.")
+    if not isinstance(given.get("confusion", True), bool):
+        raise ValueError(f"{where}: confusion={given['confusion']!r} is neither true nor false.")
     labels, notes = given.get("labels", {}), given.get("notes", {})
     for key, texts in (("labels", labels), ("notes", notes)):
         if not isinstance(texts, dict) or not all(isinstance(text, str) for text in texts.values()):
@@ -301,6 +305,7 @@ def read_experiment(path: str | Path) -> Experiment:
         name=path.stem, script=given["script"], question=given["question"], expect=given["expect"],
         seeds=tuple(seeds), table=table, fixed=fixed, grid=grid, curves=tuple(dict.fromkeys(curves)), labels=labels,
         notes=notes, figures=_names(given["figures"], f"{where}: figures") if "figures" in given else (),
+        confusion=given.get("confusion", True),
         claims=_read_claims(given.get("claims", []), grid, shown, where),
     )  # fmt: skip
 
@@ -361,25 +366,30 @@ def read_results(folder: str | Path) -> dict[str, Any]:
     return results
 
 
-def find_run(root: str | Path, flags: Mapping[str, Any]) -> Path:
-    """Find the finished run that was started with some flags, among the runs of a folder.
+def find_run(root: str | Path, flag: str, seed: int) -> Path:
+    """Find the finished run that was started with a flag and a seed, among the runs of a folder.
 
     Args:
         root: A folder of runs, such as `runs/norms`, which an experiment filled.
-        flags: The flags to look for and their values, "seed" among them; texts stand for what they spell.
+        flag: The flag and its value, such as "norm=batch".
+        seed: The seed.
 
     Returns:
         The folder of the run, the first by name where several agree.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If `flag` is no flag with a value, or there is no such run.
     """
+    name, equals, value = flag.partition("=")
+    if not name or not equals:
+        raise ValueError(f"run={flag!r} is no flag with its value; write it as norm=batch.")
     for path in sorted(Path(root).glob("*/results.json")):
         args = read_results(path.parent)["args"]
-        if all(name in args and str(args[name]) == str(value) for name, value in flags.items()):
+        if name in args and str(args[name]) == value and args.get("seed") == seed:
             return path.parent
-    words = " ".join(f"--{name} {value}" for name, value in flags.items())
-    raise ValueError(f"{str(root)!r} holds no finished run with {words}; run its experiment first.")
+    raise ValueError(
+        f"model={str(root)!r} holds no finished run with --{name} {value} --seed {seed}; run its experiment first."
+    )
 
 
 def read_curves(
@@ -464,6 +474,8 @@ def collect(
             entry |= {"status": "failed", **json.loads(cell.failure_file.read_text(encoding="utf-8"))}
         else:
             entry["status"] = "missing"
+        if not experiment.confusion:
+            entry.pop(MATRICES, None)
         cells.append(portable(entry))
     return json.loads(json.dumps({**asdict(experiment), "cells": cells}))
 

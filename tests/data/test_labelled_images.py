@@ -1,4 +1,6 @@
+import gzip
 import io
+import struct
 
 import datasets
 import numpy as np
@@ -270,6 +272,94 @@ def test_folders_that_are_none_are_refused(tmp_path):
     assert "split='train' is not in" in failure(lambda: load("train", tmp_path / "c", size=16))
 
 
+# --- idx files -------------------------------------------------------------------------------------------------------
+
+
+def idx(values):
+    return bytes([0, 0, 8, values.ndim]) + struct.pack(f">{values.ndim}I", *values.shape) + values.tobytes()
+
+
+def write_idx(folder, counts, pack=True, name="{}-{}-idx{}-ubyte"):
+    """Splits of grey noise; returns their pixels and labels by the names of their files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng, written = np.random.default_rng(0), {}
+    for split, count in counts.items():
+        pixels = rng.integers(0, 256, (count, 12, 12), dtype=np.uint8)
+        labels = np.arange(count, dtype=np.uint8) % 10
+        written[split] = pixels, labels
+        for kind, values in (("images", pixels), ("labels", labels)):
+            path = folder / (name.format(split, kind, values.ndim) + (".gz" if pack else ""))
+            path.write_bytes(gzip.compress(idx(values)) if pack else idx(values))
+    return written
+
+
+@pytest.mark.parametrize(
+    "below, pack, name",
+    [
+        ("", True, "{}-{}-idx{}-ubyte"),
+        ("", False, "{}-{}.idx{}-ubyte"),
+        ("FashionMNIST/raw", False, "{}-{}-idx{}-ubyte"),
+    ],
+)
+def test_idx_files_keep_every_grey(tmp_path, below, pack, name):
+    written = write_idx(tmp_path / below, {"train": 40, "t10k": 20}, pack, name)
+    data = {split: load(split, tmp_path, size=12, holdout=0.25) for split in images.SPLITS}
+    assert {split: len(part) for split, part in data.items()} == {"train": 30, "validation": 10, "test": 20}
+    assert data["test"].features["label"].names == [str(label) for label in range(10)]
+    for split, part in data.items():
+        pixels, labels = written["t10k" if split == "test" else "train"]
+        known = {image.tobytes(): label for image, label in zip(pixels, labels, strict=True)}
+        grey, rgb = LabelledImages(part, channels=1), LabelledImages(part)
+        assert grey.pixels.shape == (len(part), 1, 12, 12) and rgb.pixels.shape == (len(part), 3, 12, 12)
+        assert (grey.pixels == rgb.pixels).all()
+        assert [known[image.tobytes()] for image in grey.pixels] == grey.labels.tolist()
+        assert len(grey.channel_statistics()[0]) == 1
+
+
+def test_fashion_mnist_is_known_by_its_labels(tmp_path, monkeypatch):
+    _, labels = write_idx(tmp_path, {"train": 40})["train"]
+    monkeypatch.setattr(images, "_FASHION_LABELS", (images.zlib.crc32(labels),))
+    names = load("train", tmp_path, size=12).features["label"].names
+    assert names == list(images.FASHION) and names[9] == "Ankle boot" and len(names) == 10
+
+
+IMAGES, LABELS = "train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"
+
+
+@pytest.mark.parametrize(
+    "name, damage, sentence",
+    [
+        (IMAGES, lambda raw: gzip.compress(raw)[:-30], f"{IMAGES} is cut short or damaged (Compressed file ended"),
+        (IMAGES, lambda raw: raw, f"{IMAGES} is cut short or damaged (Not a gzipped file"),
+        (IMAGES, lambda raw: gzip.compress(raw[:-5]), f"{IMAGES} has 5755 bytes of images, expected 5760; download"),
+        (IMAGES, lambda raw: gzip.compress(raw + b"."), f"{IMAGES} has more bytes of images, expected 5760; download"),
+        (IMAGES, lambda raw: gzip.compress(raw[:10]), f"{IMAGES} is cut short or damaged (Its header is not"),
+        (IMAGES, lambda raw: gzip.compress(raw[:4] + b"\xff" * 12), "(4294967295, 4294967295, 4294967295), which"),
+        (IMAGES, lambda raw: gzip.compress(raw[:4] + bytes(12)), f"{IMAGES} says that its shape is (0, 0, 0), which"),
+        (IMAGES, lambda raw: gzip.compress(idx(np.zeros(40, np.uint8))), "begins with 00000801, expected 00000803"),
+        (LABELS, lambda raw: gzip.compress(b""), f"{LABELS} begins with nothing, expected 00000801: it holds no lab"),
+        (LABELS, lambda raw: gzip.compress(idx(np.zeros(9, np.uint8))), f"has 40 images, but {LABELS} 9 labels"),
+        (LABELS, lambda raw: gzip.compress(raw[:-1] + b"\x0a"), f"{LABELS}: label 39 is 10; expected 0 to 9"),
+    ],
+)
+def test_damaged_idx_files_are_a_sentence(tmp_path, name, damage, sentence):
+    write_idx(tmp_path, {"train": 40})
+    raw = gzip.decompress((tmp_path / name).read_bytes())
+    (tmp_path / name).write_bytes(damage(raw))
+    with pytest.raises(ValueError) as caught:
+        load("train", tmp_path, size=12)
+    assert sentence in str(caught.value)
+
+
+@pytest.mark.parametrize("name, kind", [(IMAGES, "images"), (LABELS, "labels")])
+def test_half_a_split_of_idx_files_is_a_sentence(tmp_path, name, kind):
+    write_idx(tmp_path, {"train": 40})
+    (tmp_path / name).unlink()
+    other = {IMAGES, LABELS} - {name}
+    sentence = f"has {other.pop()}, but not the {kind} that belong to it"
+    assert sentence in failure(lambda: load("train", tmp_path, size=12))
+
+
 # --- parquet, saved data sets, the Hub -------------------------------------------------------------------------------
 
 
@@ -380,6 +470,15 @@ def test_labelled_images_hold_the_pixels(tmp_path):
     assert one["image"].shape == (3, 32, 32) and one["labels"].shape == ()
     batch["image"].zero_()  # it is a copy
     assert data.pixels.max() > 0
+
+
+def test_one_channel_is_the_luma(tmp_path):
+    dataset = load("validation", num_images=5, size=32)
+    grey = LabelledImages(dataset, channels=1)
+    for row, pixels in zip(dataset, grey.pixels, strict=True):
+        assert np.array_equal(array(row["image"].convert("L")), pixels[0])
+    with pytest.raises(ValueError, match="channels=2 is unknown; choose 1"):
+        LabelledImages(dataset, channels=2)
 
 
 def test_the_pixels_are_written_once(monkeypatch):

@@ -603,6 +603,19 @@ def test_adaptive_sorts_the_classes_itself():
     torch.testing.assert_close(ours.log_prob(hidden)[:, order], theirs.log_prob(hidden))
 
 
+def test_adaptive_keeps_groups_together_where_classes_are_equally_frequent():
+    counts, groups = [5, 1, 1, 9, 1, 1], [[4, [1]], [5, 2, 0], 3]
+    head = AdaptiveHead(8, 6, cutoffs=[2, 4], div_value=1.0, class_counts=counts, groups=groups)
+    assert head.order.tolist() == [3, 0, 4, 1, 5, 2]
+    assert head.rank[head.order].tolist() == list(range(6))
+    hidden, labels = draw(6, dim=8)
+    log_prob = head.double().log_prob(hidden)
+    torch.testing.assert_close(log_prob.exp().sum(1), torch.ones(len(hidden)).double())
+    torch.testing.assert_close(head(hidden, labels), -log_prob.gather(1, labels[:, None]).mean())
+    with pytest.raises(ValueError, match="groups holds class 4 0 times, expected each class once"):
+        AdaptiveHead(8, 6, cutoffs=[2], groups=[[0, 1], [2, 3, 5]])
+
+
 def test_every_tail_gets_a_gradient_though_no_label_is_in_it():
     head = AdaptiveHead(32, 60, cutoffs=[10, 30], div_value=2.0)
     head(torch.randn(4, 32), torch.zeros(4, dtype=torch.long)).backward()

@@ -4,6 +4,7 @@ import pytest
 
 from hf_dl.reporting.experiment import (
     collect,
+    find_run,
     portable,
     read_curves,
     read_experiment,
@@ -104,6 +105,32 @@ def test_the_report_has_the_confusion_of_the_first_seed_alone(toml, tmp_path):
     write_runs(experiment, tmp_path / "runs", confusion=CONFUSION)
     for cell in collect(experiment, tmp_path / "runs")["cells"]:
         assert cell.get("confusion") == (CONFUSION if cell["flags"]["seed"] == 0 else None)
+
+
+def test_the_report_has_no_confusion_where_the_file_leaves_it_out(toml, tmp_path):
+    before = read_experiment(toml(TOML))
+    write_runs(before, tmp_path / "runs", confusion=CONFUSION)
+    previous = collect(before, tmp_path / "runs")
+    experiment = read_experiment(toml("confusion = false\n" + TOML))
+    for runs in ("runs", "elsewhere"):  # from the runs, and from the report alone
+        cells = collect(experiment, tmp_path / runs, previous=previous)["cells"]
+        assert [cell["status"] for cell in cells] == [cell["status"] for cell in previous["cells"]]
+        assert not any("confusion" in cell for cell in cells)
+    with pytest.raises(ValueError, match="confusion='no' is neither true nor false"):
+        read_experiment(toml('confusion = "no"\n' + TOML))
+
+
+def test_a_run_is_found_by_its_flags(toml, tmp_path):
+    experiment = read_experiment(toml(TOML))
+    write_runs(experiment, tmp_path)
+    root = next(tmp_path.glob("*/*/results.json")).parents[1]
+    for seed in experiment.seeds[:2]:
+        args = read_results(find_run(root, "width=8", seed))["args"]
+        assert args["width"] == 8 and args["seed"] == seed
+    with pytest.raises(ValueError, match="holds no finished run with --width 5 --seed 0; run its experiment first"):
+        find_run(root, "width=5", 0)
+    with pytest.raises(ValueError, match="run='width' is no flag with its value; write it as norm=batch"):
+        find_run(root, "width", 0)
 
 
 def test_missing_file(tmp_path):

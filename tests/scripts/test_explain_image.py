@@ -175,7 +175,7 @@ def test_an_experiment_can_study_a_run_of_another(vit, tmp_path):
         explain_image.main([*flags[:-1], "batch"])
 
 
-@pytest.mark.parametrize("name", ["explain_resnet", "explain_vit"])
+@pytest.mark.parametrize("name", ["explain_resnet", "explain_vit", "mask_vit"])
 def test_the_flags_of_the_experiments(name, capsys):
     path = Path(__file__).parents[2] / "scripts" / "experiments" / f"{name}.toml"
     assert run_experiment.main([str(path), "--dry_run"]) == 0, capsys.readouterr().err

@@ -49,11 +49,16 @@ def test_each_output_layer_trains_and_is_saved(tmp_path):
         ("softmax", "SoftmaxHead", {}),
         ("gumbel", "GumbelHead", {"straight_through": False}),
         ("adaptive", "AdaptiveHead", {"cutoffs": [5], "div_value": 2.0, "class_counts": [2] * 25}),
+        (
+            "adaptive:superclass",
+            "AdaptiveHead",
+            {"cutoffs": [5], "div_value": 2.0, "class_counts": [2] * 25, "groups": superclasses(CLASSES[25])},
+        ),
         ("hierarchical", "TreeHead", {"tree": "huffman", "class_counts": [2] * 25}),
         ("hierarchical:two_level", "TwoLevelHead", {"tree": "two_level", "groups": superclasses(CLASSES[25])}),
         (f"hierarchical:{trained}", "TreeHead", None),
     ):
-        folder = trained if head == "softmax" else tmp_path / f"run{kind}"
+        folder = trained if head == "softmax" else tmp_path / f"run_{kind}_{len(options or ())}"
         metrics = train(folder, *flags, f"--head={head}", "--label_smoothing=0.1")
         model = AutoModelForImageClassification.from_pretrained(folder)
         assert type(model.head).__name__ == kind
@@ -77,6 +82,7 @@ def test_the_vision_transformer_takes_a_head_too(tmp_path):
     [
         (["--model=conv_classifier", "--head=sofmax"], "head='sofmax' is unknown; choose one of softmax, gumbel"),
         (["--model=conv_classifier", "--head=hierarchical:oak"], "tree='oak' is unknown; choose one of huffman"),
+        (["--model=conv_classifier", "--head=adaptive:oak"], "head='adaptive:oak' is unknown; write adaptive or ad"),
         (["--model=conv_classifier", "--temperature=0"], "temperature=0.0 must be above 0"),
         (["--model=conv_classifier", "--n=2"], "n=2 is no part of model='conv_classifier'"),
         (["--head=gumbel"], "head=gumbel is no part of model='norm_resnet'"),

@@ -161,7 +161,7 @@ def test_an_experiment_can_evaluate_a_run_of_another(finished, tmp_path):
     results = json.loads((folder / "results.json").read_text())
     results["args"] |= {"model": "bilstm_attention", "seed": 3}
     (tmp_path / "run3" / "results.json").write_text(json.dumps(results))
-    flags = ["--num_train=48", "--num_test=4", "--no_baselines", f"--model={tmp_path}", "--kind=bilstm_attention"]
+    flags = ["--num_train=48", "--num_test=4", "--no_baselines", f"--model={tmp_path}", "--run=model=bilstm_attention"]
     metrics = evaluate_seq2seq.main([*flags, "--seed=3", f"--output_dir={tmp_path / 'cell'}"])
     results = read_results(tmp_path / "cell")
     assert results["metrics"] == metrics and results["seed"] == 3 and results["seconds"] > 0
