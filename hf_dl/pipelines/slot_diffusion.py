@@ -50,7 +50,10 @@ COMPONENTS = ("slot_encoder", "unet", "autoencoder", "scheduler")
 def noise_schedule(**fields: Any) -> DDPMScheduler:
     """The noise schedule of SlotDiffusion: 1000 steps, beta linear from 0.0015 to 0.0195, epsilon predicted.
 
-    `clip_sample` is off: diffusers would clip the predicted latents to [-1, 1], which are not images.
+    `clip_sample` is off: diffusers would clip the predicted latents to [-1, 1], which are not images. And
+    `timestep_spacing` is "trailing", so that a few steps begin at the last one too, where the latents are noise (Lin
+    et al. 2023, section 3.3). It is said here because schedulers that are made of the config of this one would take
+    their own default as long as it has not been saved, and this one's afterwards.
 
     Args:
         **fields: Fields of the config that shall be different.
@@ -65,6 +68,7 @@ def noise_schedule(**fields: Any) -> DDPMScheduler:
         "beta_end": 0.0195,
         "beta_schedule": "linear",
         "clip_sample": False,
+        "timestep_spacing": "trailing",
     }
     return DDPMScheduler(**(published | fields))
 

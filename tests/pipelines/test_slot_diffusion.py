@@ -200,6 +200,16 @@ def test_kinds_of_output(pipe):
     assert len(images) == 1 and slots.shape == (1, 3, 12) and keep.all()
 
 
+def test_a_scheduler_made_of_the_schedule_is_the_same_before_and_after_saving(tmp_path):
+    schedule = noise_schedule()
+    schedule.save_pretrained(tmp_path)
+    made = []
+    for each in (schedule, DDPMScheduler.from_pretrained(tmp_path)):
+        made.append(DDIMScheduler.from_config(each.config))
+        made[-1].set_timesteps(4)
+    assert made[0].timesteps.tolist() == made[1].timesteps.tolist() == [999, 749, 499, 249]
+
+
 def test_callback_sees_and_replaces(oracle):
     seen = []
     slots = torch.randn(1, 3, 12, generator=seeded())
@@ -215,7 +225,7 @@ def test_callback_sees_and_replaces(oracle):
         callback_on_step_end=watch,
         callback_on_step_end_tensor_inputs=["latents", "denoised"],
     )
-    assert [step[:2] for step in seen] == [(0, 750), (1, 500), (2, 250), (3, 0)]
+    assert [step[:2] for step in seen] == [(0, 999), (1, 749), (2, 499), (3, 249)]
     for _, _, denoised in seen:
         torch.testing.assert_close(denoised, Oracle.answer(slots), rtol=0, atol=1e-2)
     assert (output.images == 7).all()

@@ -1,0 +1,381 @@
+"""Evaluate slot diffusion: segmentation scores, images drawn from their slots, edits, and scenes of known slots.
+
+    scripts/run python scripts/evaluate_slot_diffusion.py --model runs/train_slot_diffusion
+
+Draws with DPM-Solver++ in `num_inference_steps` steps. Writes reconstructions.png, edits.png, compositions.png,
+slot_library/ and evaluation.json into the pipeline's folder.
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import (
+    AutoencoderKL,
+    DPMSolverMultistepScheduler,
+    ModelMixin,
+    SchedulerMixin,
+    UNet2DConditionModel,
+    VQModel,
+)
+from evaluate_autoencoder import load_autoencoder
+from evaluate_slots import SlotData, checked, load_images, to_pixel_values, to_uint8
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from transformers import HfArgumentParser
+
+from hf_dl.data.collate import ImageTensors, as_is
+from hf_dl.metrics.images import default_features, fid
+from hf_dl.metrics.segmentation import segmentation_scores
+from hf_dl.models.latent_autoencoder import encode_latents
+from hf_dl.models.slot_autoencoder import SlotEncoderModel
+from hf_dl.models.slot_library import SlotLibrary
+from hf_dl.models.slot_unet import SlotUNetModel
+from hf_dl.pipelines.slot_diffusion import SlotDiffusionPipeline
+from hf_dl.reporting.card import run_card
+from hf_dl.reporting.experiment import portable
+from hf_dl.reporting.grids import colour_segments, image_grid
+from hf_dl.reporting.plots import plot_run
+
+__all__ = ["SlotData", "checked", "load_autoencoder", "load_images", "to_pixel_values"]
+
+SUMMARY = (
+    "Slot diffusion (Wu et al. 2023; Jiang et al. 2023): it finds the objects of an image without labels, as slots, "
+    "and draws images from slots by latent diffusion: the image again, without one of its objects, or with others."
+)
+USAGE = """\
+from hf_dl.pipelines.slot_diffusion import SlotDiffusionPipeline
+
+pipe = SlotDiffusionPipeline.from_pretrained("{folder}")
+segments = pipe.segment(image)                 # which slot has which pixel
+redrawn = pipe(image).images[0]                # the image, drawn from its slots
+edited = pipe.edit(image, remove=[2]).images[0]"""
+LIMITS = (
+    "Slots are not named: which of them is the background, and which object a slot holds, changes between images.",
+    "What it draws is like the image in what the slots tell; the rest is made up, anew with each noise.",
+)
+TAGS = ("diffusers", "slot-attention", "object-centric-learning", "latent-diffusion")
+CURVES = {
+    "loss of the noise": {"training": "loss", "validation": "val_loss"},
+    "of the attention's masks": {"foreground ARI": "val_attention_fg_ari", "ARI": "val_attention_ari"},
+}
+LIBRARY_IMAGES = 2000  # training images whose slots fill the library
+
+
+@dataclass
+class Args(SlotData):
+    """Flags of the evaluation."""
+
+    model: str = field(default="runs/train_slot_diffusion", metadata={"help": "Folder or Hub id of the pipeline."})
+    num_drawn: int = field(default=200, metadata={"help": "Test images that are drawn again, and scenes composed."})
+    num_inference_steps: int = field(default=20, metadata={"help": "Steps of DPM-Solver++."})
+    output_dir: str = field(default="", metadata={"help": "Where to write; default: the model's folder."})
+
+
+class SlotDenoiser(nn.Module):
+    """Slot encoder and U-Net, which are trained together; the autoencoder is only passed through.
+
+    Args:
+        slot_encoder: Images to slots.
+        unet: Noisy latents, time and slots to noise.
+        autoencoder: Frozen; neither a part of this module nor of its checkpoints, but of the pipeline that is saved.
+        scheduler: The noise schedule.
+    """
+
+    def __init__(
+        self,
+        slot_encoder: SlotEncoderModel,
+        unet: ModelMixin,
+        autoencoder: AutoencoderKL | VQModel,
+        scheduler: SchedulerMixin,
+    ):
+        super().__init__()
+        self.slot_encoder, self.unet = slot_encoder, unet
+        self._others = autoencoder, scheduler  # in a tuple, so that torch does not see a part of the module
+        self.pipeline()  # refuses parts that do not fit
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        noisy: torch.Tensor,
+        timesteps: torch.Tensor,
+        generator: torch.Generator | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Predict the noise in latents, given the slots of their images.
+
+        Args:
+            pixel_values: (batch, 3, height, width), in [-1, 1].
+            noisy: Latents with noise, (batch, channels, height / 4, width / 4).
+            timesteps: (batch,).
+            generator: Source of the draws of the slots.
+
+        Returns:
+            The noise, of the shape of `noisy`, and the attention of the last iteration, (batch, slots, tokens).
+        """
+        output = self.slot_encoder(pixel_values, generator=generator)
+        return self.unet(noisy, timesteps, output.slots).sample, output.attentions[-1]
+
+    def pipeline(self) -> SlotDiffusionPipeline:
+        """The pipeline of the parts."""
+        autoencoder, scheduler = self._others
+        pipe = SlotDiffusionPipeline(self.slot_encoder, self.unet, autoencoder, scheduler)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Save the pipeline."""
+        self.pipeline().save_pretrained(folder)
+
+
+class SceneLatents(Dataset):
+    """Scenes with the latents that the frozen autoencoder makes of them, which `compute` fills in.
+
+    Args:
+        scenes: The images and masks.
+
+    Attributes:
+        latents: float32 (images, channels, height / 4, width / 4).
+    """
+
+    def __init__(self, scenes: ImageTensors):
+        self.scenes, self.latents = scenes, torch.empty(0)
+
+    def compute(self, autoencoder: AutoencoderKL | VQModel) -> float:
+        """Compute the latents of all images, on the autoencoder's device; returns how many seconds it took."""
+        start, parts = time.monotonic(), []
+        for first in range(0, len(self.scenes), 64):
+            images = self.scenes.__getitems__(range(first, min(first + 64, len(self.scenes))))["image"]
+            with torch.no_grad():
+                latents = encode_latents(autoencoder, to_pixel_values(images, autoencoder.device))
+            parts.append(latents.float().cpu())
+        self.latents = torch.cat(parts)
+        return time.monotonic() - start
+
+    def __len__(self) -> int:
+        return len(self.scenes)
+
+    def __getitems__(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
+        """Several rows at once: image and mask, uint8, and latents, float32."""
+        return {**self.scenes.__getitems__(indices), "latents": self.latents[torch.as_tensor(indices)]}
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        """One row: image, mask, latents."""
+        return {name: tensor[0] for name, tensor in self.__getitems__([index]).items()}
+
+
+def make_unet(kind: str, fields: dict[str, Any]) -> ModelMixin:
+    """Make our denoiser, or that of diffusers with the same widths, layers and attention.
+
+    Args:
+        kind: "slot_unet" or "unet2d".
+        fields: Of the config of `SlotUNetModel`.
+
+    Raises:
+        ValueError: If the sizes do not fit together.
+    """
+    unet = SlotUNetModel(**fields)
+    if kind == "slot_unet":
+        return unet
+    config, levels = unet.config, range(len(unet.config.block_out_channels))
+    attends = [config.sample_size >> level in config.attention_resolutions for level in levels]
+    down = ["CrossAttnDownBlock2D" if attend else "DownBlock2D" for attend in attends]
+    up = ["CrossAttnUpBlock2D" if attend else "UpBlock2D" for attend in reversed(attends)]
+    return UNet2DConditionModel(
+        sample_size=config.sample_size,
+        in_channels=config.in_channels,
+        out_channels=config.in_channels,
+        block_out_channels=config.block_out_channels,
+        layers_per_block=config.layers_per_block,
+        down_block_types=down,
+        up_block_types=up,
+        transformer_layers_per_block=config.transformer_layers_per_block,
+        # what diffusers calls attention_head_dim is the number of heads
+        attention_head_dim=[width // config.attention_head_dim for width in config.block_out_channels],
+        cross_attention_dim=config.cross_attention_dim,
+        dropout=config.dropout,
+        norm_num_groups=config.norm_num_groups,
+    )
+
+
+def to_masks(attention: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    """Attention (batch, slots, tokens) as masks (batch, slots, *size), interpolated bilinearly."""
+    side = round(attention.shape[-1] ** 0.5)
+    maps = attention.float().unflatten(-1, (side, side))
+    return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=False)
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[dict],
+    scheduler: SchedulerMixin,
+    *,
+    gather: Callable[[Any], Any] = lambda values: values,
+) -> dict[str, float]:
+    """Score the noise that is predicted and the masks of the attention.
+
+    Args:
+        model: The `SlotDenoiser`, wrapped or not.
+        batches: With `image` and `mask`, uint8, and `latents`.
+        scheduler: The noise schedule.
+        gather: Joins what several processes computed.
+
+    Returns:
+        `loss`, the mean squared error of the noise at times spread evenly over the schedule, and `attention_ari`,
+        `attention_fg_ari`, `attention_miou`, `attention_mbo`, image counts.
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    generator = torch.Generator(device=device).manual_seed(0)
+    columns, count = [], scheduler.config.num_train_timesteps
+    for batch in batches:
+        latents = batch["latents"].to(device)
+        noise = torch.randn(latents.shape, generator=generator, device=device)
+        places = torch.rand(1, generator=generator, device=device) + torch.arange(len(latents), device=device)
+        timesteps = (places / len(latents) % 1 * count).long().clamp(max=count - 1)
+        pixel_values = to_pixel_values(batch["image"], device)
+        made, attention = model(pixel_values, scheduler.add_noise(latents, noise, timesteps), timesteps)
+        segments = to_masks(attention, batch["mask"].shape[1:]).argmax(1)
+        error = (made.float() - noise).square().mean((1, 2, 3))
+        columns.append(gather((error, segments, batch["mask"].to(device))))
+    error, segments, truth = map(torch.cat, zip(*columns, strict=True))
+    return {"loss": error.mean().item(), **segmentation_scores(segments, truth.long(), mask="attention")}
+
+
+def _uint8(images: torch.Tensor) -> torch.Tensor:
+    return (images.clamp(0, 1) * 255).round().byte().cpu()
+
+
+@torch.no_grad()
+def draw_and_measure(
+    pipe: SlotDiffusionPipeline,
+    train: ImageTensors,
+    test: ImageTensors,
+    folder: Path,
+    *,
+    num_drawn: int,
+    num_inference_steps: int,
+) -> dict[str, float]:
+    """Draw test images from their slots, edit some, compose scenes of training images' slots, and measure.
+
+    Args:
+        pipe: The pipeline.
+        train: Images whose slots fill the library.
+        test: Images to draw again.
+        folder: Gets reconstructions.png, edits.png, compositions.png and slot_library/.
+        num_drawn: How many test images are drawn again and how many scenes composed.
+        num_inference_steps: Steps of DPM-Solver++.
+
+    Returns:
+        `reconstruction_mse` (pixels in [-1, 1]), `reconstruction_fid_...` and, for the recipes of `SlotLibrary`,
+        `per_cluster_fid_...` and `background_aware_fid_...`; `drawn_images`, as FID depends on how many there are.
+    """
+    original = pipe.scheduler
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(original.config, solver_order=2)
+    options = {"num_inference_steps": num_inference_steps, "output_type": "pt"}
+    images = test.__getitems__(range(min(num_drawn, len(test))))["image"]
+    generator = torch.Generator().manual_seed(0)
+    made = {"reconstruction": []}
+    for batch in images.split(50):
+        pixel_values = to_pixel_values(batch, pipe.device)
+        made["reconstruction"].append(_uint8(pipe(image=pixel_values, generator=generator, **options).images))
+    redrawn = torch.cat(made["reconstruction"])
+    metrics = {"reconstruction_mse": (to_pixel_values(redrawn) - to_pixel_values(images)).square().mean().item()}
+    segments = pipe.segment(to_pixel_values(images[:8], pipe.device))
+    rows = [
+        [to_uint8(image / 255), colour_segments(segment.cpu().numpy()), to_uint8(again / 255)]
+        for image, segment, again in zip(images[:8], segments, redrawn, strict=False)
+    ]
+    columns = [list(column) for column in zip(*rows, strict=True)]
+    image_grid(columns, folder / "reconstructions.png", labels=["test images", "segments", "drawn from slots"])
+    _draw_edits(pipe, images, folder / "edits.png", num_inference_steps)
+
+    slots, masks = [], []
+    for first in range(0, min(LIBRARY_IMAGES, len(train)), 64):
+        rows_of = range(first, min(first + 64, LIBRARY_IMAGES, len(train)))
+        output = pipe.encode(to_pixel_values(train.__getitems__(rows_of)["image"], pipe.device))
+        slots.append(output.slots.cpu())
+        masks.append(to_masks(output.attentions[-1], (16, 16)).cpu())
+    library = SlotLibrary().fit(torch.cat(slots), torch.cat(masks), num_clusters=slots[0].shape[1], seed=0)
+    library.save_pretrained(folder / "slot_library")
+    for mode in ("per_cluster", "background_aware"):
+        extra = {"max_iou": 0.1} if mode == "background_aware" else {}
+        counts = [min(50, len(images) - first) for first in range(0, len(images), 50)]
+        made[mode] = [
+            _uint8(pipe.compose(library, n, mode=mode, generator=generator, **extra, **options).images) for n in counts
+        ]
+    features, pictures = default_features(), [list(to_uint8(images[:8] / 255))]
+    for mode, batches in made.items():
+        scores = fid(images, torch.cat(batches), features=features)
+        metrics |= {f"{mode}_{name}": value for name, value in scores.items() if name.startswith("fid")}
+        pictures.append(list(to_uint8(torch.cat(batches)[:8] / 255)))
+    labels = ["test images", "drawn from slots", *(mode.replace("_", " ") for mode in list(made)[1:])]
+    image_grid(pictures, folder / "compositions.png", labels=labels)
+    pipe.scheduler = original
+    return {**metrics, "drawn_images": float(len(images))}
+
+
+def _draw_edits(pipe: SlotDiffusionPipeline, images: torch.Tensor, path: Path, num_inference_steps: int) -> None:
+    """Draw a few images without each of their slots, always from the same noise."""
+    rows, size = [], pipe.unet.config.sample_size
+    options = {"num_inference_steps": num_inference_steps, "output_type": "pt"}
+    for number in range(min(4, len(images))):
+        pixel_values = to_pixel_values(images[number : number + 1], pipe.device)
+        slots = pipe.encode(pixel_values).slots
+        count = slots.shape[1]
+        keep = torch.cat([torch.ones(1, count), 1 - torch.eye(count)]).bool()
+        if count == 1:
+            keep = keep[:1]
+        noise = torch.randn(1, pipe.unet.config.in_channels, size, size, generator=torch.Generator().manual_seed(0))
+        drawn = pipe(
+            slots=slots.expand(len(keep), -1, -1), keep=keep, latents=noise.expand(len(keep), -1, -1, -1), **options
+        ).images
+        segments = colour_segments(pipe.segment(pixel_values)[0].cpu().numpy())
+        rows.append([to_uint8(images[number] / 255), segments, *to_uint8(_uint8(drawn) / 255)])
+    titles = ["input", "segments", "drawn", *(f"without {slot + 1}" for slot in range(len(rows[0]) - 3))]
+    image_grid(rows, path, titles=titles)
+
+
+def write_report(folder: Path) -> None:
+    """Write the learning curves and the model card of a finished run into its folder, and say where everything is."""
+    plot_run(folder, folder / "curves.png", CURVES)
+    usage = USAGE.format(folder=folder.name)
+    card = run_card(folder, summary=SUMMARY, usage=usage, limits=LIMITS, pipeline_tag="image-to-image", tags=TAGS)
+    card.save(folder / "README.md")
+    print(f"pipeline    {folder}  (SlotDiffusionPipeline.from_pretrained)")
+    print(f"report      {folder / 'README.md'}")
+    print(f"pictures    {folder / 'reconstructions.png'}, edits.png, compositions.png")
+
+
+def main(argv: list[str] | None = None) -> dict[str, float]:
+    """Evaluate the pipeline that the flags name, and write what was found beside it."""
+    args = Args(**vars(HfArgumentParser(Args, allow_abbrev=False).parse_args(argv)))
+    pipe = SlotDiffusionPipeline.from_pretrained(args.model)
+    pipe.set_progress_bar_config(disable=True)
+    folder = Path(args.output_dir or args.model)
+    folder.mkdir(parents=True, exist_ok=True)
+    args.image_size = pipe.slot_encoder.config.image_size
+    train, test = load_images(args, "train"), load_images(args, "test")
+    model = SlotDenoiser(pipe.slot_encoder, pipe.unet, pipe.autoencoder, pipe.scheduler)
+    data = SceneLatents(test)
+    data.compute(pipe.autoencoder)
+    loader = DataLoader(data, 50, collate_fn=as_is)
+    metrics = {f"test_{name}": value for name, value in evaluate(model, loader, pipe.scheduler).items()}
+    metrics |= draw_and_measure(
+        pipe, train, test, folder, num_drawn=args.num_drawn, num_inference_steps=args.num_inference_steps
+    )
+    found = {"args": portable(asdict(args)), "metrics": metrics}
+    (folder / "evaluation.json").write_text(json.dumps(found, indent=2) + "\n")
+    for name, value in metrics.items():
+        print(f"{name:40s} {value:.4f}")
+    print(f"Pictures, slot library and evaluation.json are in {folder}.")
+    return metrics
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,275 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file
+
+from hf_dl.models import SlotAutoencoderConfig, SlotAutoencoderModel, SlotUNetModel, encode_latents, make_autoencoder
+from hf_dl.models.slot_library import SlotLibrary
+from hf_dl.pipelines.slot_diffusion import SlotDiffusionPipeline, noise_schedule
+from hf_dl.reporting.card import read_card
+from scripts import train_slot_diffusion
+
+diffusion = train_slot_diffusion.diffusion
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = (
+    "--image_size=32 --num_train=32 --num_test=8 --batch_size=8 --cpu_threads=1 --log_every=2 --num_drawn=4 "
+    "--num_inference_steps=2 --num_slots=3"
+).split()
+STEPS = "--max_steps=6 --eval_every=3 --save_every=4".split()
+
+# DPMSolverMultistepScheduler makes arrays of tensors: pytorch/pytorch#136264
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"
+)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_state():
+    yield
+    reset()
+
+
+def reset():
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+
+
+@pytest.fixture(scope="module")
+def autoencoder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("autoencoder")
+    torch.manual_seed(0)
+    make_autoencoder("small", sample_size=32).save_pretrained(folder)
+    return str(folder)
+
+
+def train(folder, autoencoder, *flags):
+    return train_slot_diffusion.main([f"--output_dir={folder}", f"--autoencoder={autoencoder}", *SMALL, *flags])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, autoencoder):
+    threads = torch.get_num_threads()
+    folder = tmp_path_factory.mktemp("train") / "run"
+    metrics = train(folder, autoencoder, *STEPS)
+    reset()
+    yield folder, metrics
+    torch.set_num_threads(threads)
+
+
+def read_log(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_the_folder_is_a_pipeline(finished, autoencoder):
+    folder, metrics = finished
+    pipe = SlotDiffusionPipeline.from_pretrained(folder)
+    assert type(pipe.unet) is SlotUNetModel
+    assert pipe.scheduler.config.beta_end == 0.0195
+    before = load_file(Path(autoencoder) / "diffusion_pytorch_model.safetensors")
+    after = load_file(folder / "autoencoder" / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(before[name], value) for name, value in after.items())  # frozen
+    for name in ("reconstructions.png", "edits.png", "compositions.png", "curves.png", "results.json"):
+        assert (folder / name).is_file()
+    assert len(SlotLibrary.from_pretrained(folder / "slot_library")) > 0
+    assert "SlotDiffusionPipeline.from_pretrained" in read_card(folder / "README.md").text
+    expected = {
+        "test_loss",
+        "test_attention_ari",
+        "test_attention_fg_ari",
+        "test_attention_miou",
+        "test_attention_mbo",
+    }
+    expected |= {"reconstruction_mse", "drawn_images"}
+    assert expected <= set(metrics)
+    assert sum("fid" in name for name in metrics) == 3
+    assert metrics["drawn_images"] == 4
+
+
+def test_the_autoencoder_is_in_no_checkpoint_and_not_trained(finished):
+    folder, _ = finished
+    newest = max((folder / "checkpoints").glob("step_*"))
+    names = {name.split(".")[0] for name in load_file(newest / "model.safetensors")}
+    assert names == {"slot_encoder", "unet"}
+    results = json.loads((folder / "results.json").read_text())
+    pipe = SlotDiffusionPipeline.from_pretrained(folder)
+    trained = sum(p.numel() for part in (pipe.slot_encoder, pipe.unet) for p in part.parameters())
+    assert results["num_parameters"] == trained
+
+
+def test_both_rates_follow_one_schedule(autoencoder, tmp_path, monkeypatch):
+    seen = []
+    step = train_slot_diffusion.TrainingRun.step
+
+    def watched(run, *args, **kwargs):
+        step(run, *args, **kwargs)
+        names = {id(p): name.split(".")[0] for name, p in run.unwrapped.named_parameters()}
+        rates = {names[id(p)]: group["lr"] for group in run.optimizer.param_groups for p in group["params"]}
+        seen.append(rates)
+
+    monkeypatch.setattr(train_slot_diffusion.TrainingRun, "step", watched)
+    train(tmp_path, autoencoder, "--max_steps=3", "--warmup_steps=4", "--save_every=0")
+    for number, rates in enumerate(seen, start=1):
+        assert rates == pytest.approx({"slot_encoder": 1e-4 * number / 4, "unet": 2e-4 * number / 4})
+
+
+def test_cached_latents_change_nothing(finished, autoencoder, tmp_path, capfd):
+    metrics = train(tmp_path, autoencoder, *STEPS, "--cache_latents=false")
+    assert metrics == pytest.approx(finished[1], rel=1e-3)
+    assert "computed once" not in capfd.readouterr().err
+    reset()
+    train(tmp_path, autoencoder, "--max_steps=1", "--save_every=0")
+    captured = capfd.readouterr()
+    assert "The latents of 32 images were computed once" in captured.err + captured.out
+
+
+def test_killed_and_resumed_it_ends_the_same(finished, autoencoder, tmp_path, monkeypatch):
+    class KilledError(Exception):
+        pass
+
+    step = train_slot_diffusion.TrainingRun.step
+
+    def killed(run, *args, **kwargs):
+        step(run, *args, **kwargs)
+        if run.steps == 5:
+            raise KilledError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_slot_diffusion.TrainingRun, "step", killed)
+        with pytest.raises(KilledError):
+            train(tmp_path, autoencoder, *STEPS)
+    reset()
+    assert train(tmp_path, autoencoder, *STEPS, "--resume") == finished[1]
+    for part in ("slot_encoder/model.safetensors", "unet/diffusion_pytorch_model.safetensors"):
+        expected = load_file(finished[0] / part)
+        for name, value in load_file(tmp_path / part).items():
+            assert torch.equal(value, expected[name]), name
+
+
+def test_the_saved_pipeline_reproduces_the_test_scores(finished, tmp_path, capsys):
+    folder, metrics = finished
+    flags = [f"--model={folder}", f"--output_dir={tmp_path}", "--num_train=32", "--num_test=8", "--num_drawn=4"]
+    found = diffusion.main([*flags, "--num_inference_steps=2"])
+    for name in ("test_attention_ari", "test_attention_fg_ari", "test_loss", "reconstruction_mse"):
+        assert found[name] == pytest.approx(metrics[name], rel=2e-2, abs=1e-6), name
+    assert json.loads((tmp_path / "evaluation.json").read_text())["metrics"] == found
+    assert "reconstruction_mse" in capsys.readouterr().out
+
+
+def test_diffusers_own_unet_takes_its_place(autoencoder, tmp_path):
+    train(tmp_path, autoencoder, "--denoiser=unet2d", "--max_steps=2", "--save_every=0", "--slot_init=learned")
+    pipe = SlotDiffusionPipeline.from_pretrained(tmp_path)
+    assert type(pipe.unet) is UNet2DConditionModel
+    fields = train_slot_diffusion.slot_unet.ARCHITECTURES["small"] | {"sample_size": 8, "attention_resolutions": (4,)}
+    ours = SlotUNetModel(**fields)
+    assert list(pipe.unet.config.block_out_channels) == list(ours.config.block_out_channels)
+    heads = [width // ours.config.attention_head_dim for width in ours.config.block_out_channels]
+    assert [pipe.unet.down_blocks[1].attentions[0].transformer_blocks[0].attn1.heads] == heads[1:]
+
+
+def test_it_starts_from_the_encoder_of_a_slot_autoencoder(autoencoder, tmp_path):
+    torch.manual_seed(3)
+    SlotAutoencoderModel(SlotAutoencoderConfig(image_size=32, num_slots=3)).save_pretrained(tmp_path / "slots")
+    flags = [f"--slot_encoder={tmp_path / 'slots'}", "--max_steps=1", "--save_every=0", "--warmup_steps=0"]
+    train(tmp_path / "run", autoencoder, *flags, "--encoder_learning_rate=1e-12")
+    expected = SlotAutoencoderModel.from_pretrained(tmp_path / "slots")
+    pipe = SlotDiffusionPipeline.from_pretrained(tmp_path / "run")
+    torch.testing.assert_close(pipe.slot_encoder.slot_mean, expected.slot_mean)
+    reset()
+    with pytest.raises(ValueError, match="is for images of 32 pixels, and image_size=64; give both alike"):
+        train(tmp_path / "other", autoencoder, *flags, "--image_size=64")
+
+
+def test_the_loss_is_that_of_the_noise_added(autoencoder):
+    torch.manual_seed(0)
+    args = train_slot_diffusion.Args(image_size=32, num_slots=3, autoencoder=autoencoder)
+    model = train_slot_diffusion.make_model(args, diffusion.load_autoencoder(autoencoder))
+    schedule, latents, noise = noise_schedule(), torch.randn(3, 3, 8, 8), torch.randn(3, 3, 8, 8)
+    times = torch.tensor([0, 500, 999])
+    alpha = torch.linspace(0.0015, 0.0195, 1000).double().neg().add(1).cumprod(0)[times].view(-1, 1, 1, 1)
+    expected = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
+    torch.testing.assert_close(schedule.add_noise(latents, noise, times).double(), expected, rtol=1e-4, atol=1e-5)
+    epsilon, attention = model(torch.rand(3, 3, 32, 32) * 2 - 1, latents, times)
+    assert epsilon.shape == latents.shape
+    torch.testing.assert_close(attention.sum(1), torch.ones(3, attention.shape[-1]))
+
+
+def test_latents_that_are_kept_are_those_of_the_images(autoencoder):
+    args = diffusion.Args(image_size=32, num_train=70)
+    scenes = diffusion.load_images(args, "train")
+    frozen = diffusion.load_autoencoder(autoencoder)
+    data = diffusion.SceneLatents(scenes)
+    assert data.compute(frozen) > 0
+    batch = data.__getitems__([3, 69])
+    with torch.no_grad():
+        expected = encode_latents(frozen, diffusion.to_pixel_values(batch["image"]))
+    torch.testing.assert_close(batch["latents"], expected, rtol=1e-4, atol=1e-5)
+    assert data[69]["latents"].equal(batch["latents"][1])
+    assert len(data) == 70
+
+
+def test_without_an_autoencoder_one_is_trained_first(tmp_path, monkeypatch, capfd):
+    import train_autoencoder
+
+    monkeypatch.chdir(tmp_path)
+    parse = train_autoencoder.parse_args
+    quick = ["--max_steps=2", "--save_every=0"]
+    monkeypatch.setattr(train_autoencoder, "parse_args", lambda cls, argv: parse(cls, [*argv, *quick]))
+    flags = [*SMALL, "--max_steps=1", "--save_every=0", "--num_objects", "2", "2"]
+    train_slot_diffusion.main(flags)
+    assert "training one first" in capfd.readouterr().err
+    results = json.loads(Path("runs/train_autoencoder/results.json").read_text())
+    assert results["args"]["num_objects"] == [2, 2] and results["args"]["image_size"] == 32
+    assert Path("runs/train_slot_diffusion/model_index.json").is_file()
+    reset()
+    train_slot_diffusion.main(flags)
+    assert "training one first" not in capfd.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    Path("runs/train_autoencoder/config.json").unlink()
+    with pytest.raises(ValueError, match="with several processes, train it first"):
+        train_slot_diffusion.find_autoencoder(train_slot_diffusion.Args(image_size=32))
+
+
+@pytest.mark.parametrize(
+    "flags, sentence",
+    [
+        (["--beta_end=0.001"], "beta_start=0.0015 and beta_end=0.001 must rise within 0 to 1"),
+        (["--encoder_learning_rate=0"], "encoder_learning_rate=0.0 must be above 0"),
+        (["--num_drawn=1"], "num_drawn=1 must be at least 2"),
+        (["--num_slots=0"], "num_slots=0"),
+        (["--denoiser=unet3d"], "invalid choice: 'unet3d'"),
+        (["--image_size=33"], "image_size=33"),
+    ],
+)
+def test_wrong_flags_are_refused_in_a_sentence(flags, sentence, tmp_path, capsys, autoencoder):
+    with pytest.raises(SystemExit):
+        train(tmp_path / "run", autoencoder, *flags)
+    assert sentence in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_autoencoder_is_a_sentence(tmp_path):
+    with pytest.raises(ValueError, match="is no autoencoder of diffusers"):
+        train(tmp_path / "run", tmp_path / "nothing")
+
+
+def test_two_processes_give_the_metrics_of_one(finished, autoencoder, tmp_path):
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    command += [str(ROOT / "scripts" / "train_slot_diffusion.py"), f"--output_dir={tmp_path}"]
+    command += [f"--autoencoder={autoencoder}", *SMALL, *STEPS]
+    env = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["num_processes"] == 2
+    losses = [[line["loss"] for line in read_log(folder) if "loss" in line] for folder in (finished[0], tmp_path)]
+    assert len(losses[0]) == len(losses[1]) == 3
+    # what is drawn differs between one process and two: noise, times and slots
+    assert losses[1] == pytest.approx(losses[0], rel=0.2)
