@@ -14,7 +14,9 @@ from hf_dl.models import SlotAutoencoderConfig, SlotAutoencoderModel, SlotUNetMo
 from hf_dl.models.slot_library import SlotLibrary
 from hf_dl.pipelines.slot_diffusion import SlotDiffusionPipeline, noise_schedule
 from hf_dl.reporting.card import read_card
-from scripts import train_slot_diffusion
+from hf_dl.reporting.experiment import read_experiment
+from scripts import run_experiment, train_slot_diffusion
+from scripts.benchmarks import slot_diffusion as benchmark
 
 diffusion = train_slot_diffusion.diffusion
 ROOT = Path(__file__).resolve().parents[2]
@@ -273,3 +275,33 @@ def test_two_processes_give_the_metrics_of_one(finished, autoencoder, tmp_path):
     assert len(losses[0]) == len(losses[1]) == 3
     # what is drawn differs between one process and two: noise, times and slots
     assert losses[1] == pytest.approx(losses[0], rel=0.2)
+
+
+def test_the_published_configuration_is_one_that_can_be():
+    path = ROOT / "scripts" / "experiments" / "slot_diffusion_clevrtex.toml"
+    experiment = read_experiment(path)
+    run_experiment.check_flags(experiment, run_experiment.find_script(experiment, path))
+    fixed = {name: value for name, value in experiment.fixed.items() if name != "mixed_precision"}
+    args = train_slot_diffusion.Args(**fixed, cpu_threads=1)
+    with torch.device("meta"):
+        model = train_slot_diffusion.make_model(args, make_autoencoder("clevrtex", kind="vq"))
+    assert model.unet.config.sample_size == 32
+    assert list(model.unet.config.attention_resolutions) == [16, 8, 4]
+    assert model.slot_encoder.config.slot_dim == model.unet.config.cross_attention_dim == 192
+
+
+def test_the_benchmark_measures_both_networks(tmp_path, monkeypatch):
+    megabytes = benchmark.memory_of("ours", "sampling", "small", 1)
+    assert megabytes > 0
+    monkeypatch.setattr(benchmark, "memory_of", lambda *args: megabytes)
+    threads = torch.get_num_threads()
+    try:
+        found = benchmark.main(["--batch=1", "--repetitions=1", f"--output={tmp_path / 'found.json'}"])
+    finally:
+        torch.set_num_threads(threads)
+    assert json.loads((tmp_path / "found.json").read_text()) == found
+    for what in ("training", "sampling"):
+        assert found[what].keys() == benchmark.NETWORKS.keys()
+        assert found[what]["diffusers"]["speed"] == 1
+        assert all(values["cpu_ms"] > 0 for values in found[what].values())
+    assert 0 < found["latents"]["ratio"] < 2

@@ -1,0 +1,165 @@
+"""The slot U-Net beside diffusers' `UNet2DConditionModel`, and what kept latents save, in one run.
+
+    scripts/run python scripts/benchmarks/slot_diffusion.py [--architecture small] [--output json]
+
+Both have the same widths, layers a level and attention resolutions. On one thread: CPU milliseconds of interleaved
+training steps (forward, backward, Adam) and sampling steps (forward alone), and the peak memory of each in a process
+of its own; both again as channels_last. Expect ours to be at least as fast, with no more memory. Then a step of
+train_slot_diffusion.py with kept latents beside one that encodes each image anew: expect at most 0.8 of its time.
+"""
+
+import argparse
+import json
+import multiprocessing
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import evaluate_slot_diffusion as diffusion
+import segmentation
+
+from hf_dl.models.latent_autoencoder import encode_latents, make_autoencoder
+from hf_dl.models.slot_autoencoder import SlotAutoencoderConfig, SlotEncoderModel
+from hf_dl.models.slot_unet import ARCHITECTURES
+from hf_dl.pipelines.slot_diffusion import noise_schedule
+
+SLOTS = 5
+NETWORKS = {  # name: kind of the network, memory format
+    "diffusers": ("unet2d", torch.contiguous_format),
+    "diffusers, channels last": ("unet2d", torch.channels_last),
+    "ours": ("slot_unet", torch.contiguous_format),
+    "ours, channels last": ("slot_unet", torch.channels_last),
+}
+Steps = dict[str, Callable[[], object]]
+
+
+def make_network(name: str, architecture: str) -> torch.nn.Module:
+    """One of `NETWORKS`, with weights of a fixed seed."""
+    torch.manual_seed(0)
+    kind, memory_format = NETWORKS[name]
+    return diffusion.make_unet(kind, ARCHITECTURES[architecture]).to(memory_format=memory_format)
+
+
+def make_steps(name: str, architecture: str, batch: int) -> Steps:
+    """A training step and a sampling step of a network, on random inputs."""
+    network, fields = make_network(name, architecture), ARCHITECTURES[architecture]
+    size, generator = fields["sample_size"], torch.Generator().manual_seed(1)
+    noisy = torch.randn(batch, 3, size, size, generator=generator).to(memory_format=NETWORKS[name][1])
+    slots = torch.randn(batch, SLOTS, fields["cross_attention_dim"], generator=generator)
+    times = torch.randint(1000, (batch,), generator=generator)
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-4)
+
+    def train() -> None:
+        network.train()
+        optimizer.zero_grad()
+        F.mse_loss(network(noisy, times, slots).sample, noisy).backward()
+        optimizer.step()
+
+    @torch.no_grad()
+    def sample() -> None:
+        network.eval()
+        network(noisy, torch.tensor(500), slots)
+
+    return {"training": train, "sampling": sample}
+
+
+def time_steps(steps: Steps, repetitions: int) -> dict[str, float]:
+    """Median CPU milliseconds of each, interleaved so that all feel the same machine."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for repetition in range(repetitions + 2):
+        for name, step in steps.items():
+            start = time.process_time()
+            step()
+            if repetition >= 2:
+                seconds[name].append(time.process_time() - start)
+    return {name: 1000 * statistics.median(values) for name, values in seconds.items()}
+
+
+def put_memory(name: str, what: str, architecture: str, batch: int, queue: multiprocessing.Queue) -> None:
+    """Put how many megabytes two steps raise the peak memory of this process: the second has Adam's state already."""
+    torch.set_num_threads(1)
+    step = make_steps(name, architecture, batch)[what]
+    before = segmentation.peak()
+    step()
+    step()
+    queue.put(segmentation.peak() - before)
+
+
+def memory_of(name: str, what: str, architecture: str, batch: int) -> float:
+    """`put_memory` in a fresh process, where nothing else has raised the peak."""
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=put_memory, args=(name, what, architecture, batch, queue))
+    process.start()
+    megabytes = queue.get()
+    process.join()
+    return megabytes
+
+
+def make_latent_steps(batch: int) -> Steps:
+    """The step of train_slot_diffusion.py in its default sizes, with latents that are kept and computed each time."""
+    torch.manual_seed(0)
+    schedule, autoencoder = noise_schedule(), make_autoencoder("small").eval().requires_grad_(False)
+    unet = diffusion.make_unet("slot_unet", ARCHITECTURES["small"])
+    model = diffusion.SlotDenoiser(SlotEncoderModel(SlotAutoencoderConfig()), unet, autoencoder, schedule)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
+    pixel_values = torch.rand(batch, 3, 64, 64) * 2 - 1
+    with torch.no_grad():
+        kept = encode_latents(autoencoder, pixel_values)
+
+    def step(latents: torch.Tensor) -> None:
+        optimizer.zero_grad()
+        noise, times = torch.randn_like(latents), torch.randint(1000, (batch,))
+        epsilon, _ = model(pixel_values, schedule.add_noise(latents, noise, times), times)
+        F.mse_loss(epsilon, noise).backward()
+        optimizer.step()
+
+    def encode_and_step() -> None:
+        with torch.no_grad():
+            latents = encode_latents(autoencoder, pixel_values)
+        step(latents)
+
+    return {"kept": lambda: step(kept), "encoded each time": encode_and_step}
+
+
+def main(argv: list[str] | None = None) -> dict[str, dict]:
+    """Run all, print a table, and write it as JSON where asked."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--architecture", choices=sorted(ARCHITECTURES), default="small", help="sizes of the U-Nets")
+    parser.add_argument("--batch", type=int, default=16, help="examples of a step")
+    parser.add_argument("--repetitions", type=int, default=15, help="repetitions of each step")
+    parser.add_argument("--output", help="JSON file to write")
+    args = parser.parse_args(argv)
+
+    torch.set_num_threads(1)
+    results: dict[str, dict] = {"sizes": {"architecture": args.architecture, "batch": args.batch}}
+    for what in ("training", "sampling"):
+        steps = {name: make_steps(name, args.architecture, args.batch)[what] for name in NETWORKS}
+        milliseconds, results[what] = time_steps(steps, args.repetitions), {}
+        for name in NETWORKS:
+            results[what][name] = {
+                "cpu_ms": round(milliseconds[name], 1),
+                "speed": round(milliseconds["diffusers"] / milliseconds[name], 2),
+                "peak_mb": round(memory_of(name, what, args.architecture, args.batch), 1),
+                "parameters": sum(p.numel() for p in make_network(name, args.architecture).parameters()),
+            }
+            print(f"{what:9s} {name:26s}", results[what][name], flush=True)
+        del steps
+    milliseconds = time_steps(make_latent_steps(args.batch), args.repetitions)
+    results["latents"] = {name: round(value, 1) for name, value in milliseconds.items()}
+    results["latents"]["ratio"] = round(milliseconds["kept"] / milliseconds["encoded each time"], 3)
+    print("latents  ", results["latents"], flush=True)
+    if args.output:
+        Path(args.output).write_text(json.dumps(results, indent=2) + "\n")
+    return results
+
+
+if __name__ == "__main__":
+    main()
