@@ -308,6 +308,8 @@ def plot_confusion(report: Mapping[str, Any], path: str | Path) -> Path | None:
         return None
     columns = min(len(panels), 4)
     rows = math.ceil(len(panels) / columns)
+    # Bold letters are about two thirds as wide as high; a title must not run into the next one.
+    fitting = 0.86 * WIDTH * 72 / columns / (0.66 * max(map(len, panels)))
     with rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 0.4 + rows * (WIDTH / columns + 0.15)), layout="constrained")
         grid = figure.subplots(rows, columns, squeeze=False).ravel()
@@ -318,7 +320,7 @@ def plot_confusion(report: Mapping[str, Any], path: str | Path) -> Path | None:
             for edge in np.cumsum(matrix.get("groups", []))[:-1] - 0.5:
                 axes.axhline(edge, color="#cccccc", linewidth=0.3)
                 axes.axvline(edge, color="#cccccc", linewidth=0.3)
-            axes.set_title(title)
+            axes.set_title(title, fontsize=min(STYLE["axes.titlesize"], fitting))
             axes.grid(visible=False)
             axes.set_xticks([])
             axes.set_yticks([])
