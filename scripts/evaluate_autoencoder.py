@@ -25,7 +25,7 @@ from hf_dl.data.collate import ImageTensors, as_is
 from hf_dl.metrics.images import default_features, fid
 from hf_dl.metrics.perceptual import PerceptualDistance
 from hf_dl.models.latent_autoencoder import decode_latents, encode_latents
-from hf_dl.reporting.card import run_card
+from hf_dl.reporting.card import LOCAL_ID, run_card
 from hf_dl.reporting.experiment import portable
 from hf_dl.reporting.grids import image_grid
 from hf_dl.reporting.plots import plot_run
@@ -37,10 +37,10 @@ SUMMARY = (
 USAGE = """\
 import diffusers
 
-autoencoder = diffusers.AutoModel.from_pretrained("{folder}")
+autoencoder = diffusers.AutoModel.from_pretrained("{local}")
 latents = autoencoder.encode(pixel_values)  # images (batch, 3, height, width) in [-1, 1]"""
 LIMITS = ("It gives back what is like its training images; on photographs it blurs.",)
-TAGS = ("diffusers", "autoencoder", "latent-diffusion")
+TAGS = ("autoencoder", "latent-diffusion")
 CURVES = {
     "absolute error": {"training": "l1", "validation": "val_l1"},
     "perceptual distance": {"training": "perceptual", "validation": "val_perceptual"},
@@ -198,8 +198,9 @@ def draw_and_measure(autoencoder: AutoencoderKL | VQModel, test: ImageTensors, f
 def write_report(folder: Path) -> None:
     """Write the learning curves and the model card of a finished run into its folder, and say where everything is."""
     plot_run(folder, folder / "curves.png", CURVES)
-    usage = USAGE.format(folder=folder.name)
-    card = run_card(folder, summary=SUMMARY, usage=usage, limits=LIMITS, pipeline_tag="image-to-image", tags=TAGS)
+    usage = USAGE.format(local=LOCAL_ID)
+    about = {"summary": SUMMARY, "usage": usage, "limits": LIMITS, "tags": TAGS}
+    card = run_card(folder, **about, pipeline_tag="image-to-image", library="diffusers")
     card.save(folder / "README.md")
     print(f"checkpoint  {folder}  (diffusers.AutoModel.from_pretrained)")
     print(f"report      {folder / 'README.md'}")

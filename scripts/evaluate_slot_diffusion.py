@@ -37,7 +37,7 @@ from hf_dl.models.slot_autoencoder import SlotEncoderModel
 from hf_dl.models.slot_library import SlotLibrary
 from hf_dl.models.slot_unet import SlotUNetModel
 from hf_dl.pipelines.slot_diffusion import SlotDiffusionPipeline
-from hf_dl.reporting.card import run_card
+from hf_dl.reporting.card import LOCAL_ID, run_card
 from hf_dl.reporting.experiment import portable
 from hf_dl.reporting.grids import colour_segments, image_grid
 from hf_dl.reporting.plots import plot_run
@@ -51,7 +51,7 @@ SUMMARY = (
 USAGE = """\
 from hf_dl.pipelines.slot_diffusion import SlotDiffusionPipeline
 
-pipe = SlotDiffusionPipeline.from_pretrained("{folder}")
+pipe = SlotDiffusionPipeline.from_pretrained("{local}")
 segments = pipe.segment(image)                 # which slot has which pixel
 redrawn = pipe(image).images[0]                # the image, drawn from its slots
 edited = pipe.edit(image, remove=[2]).images[0]"""
@@ -59,7 +59,7 @@ LIMITS = (
     "Slots are not named: which of them is the background, and which object a slot holds, changes between images.",
     "What it draws is like the image in what the slots tell; the rest is made up, anew with each noise.",
 )
-TAGS = ("diffusers", "slot-attention", "object-centric-learning", "latent-diffusion")
+TAGS = ("slot-attention", "object-centric-learning", "latent-diffusion")
 CURVES = {
     "loss of the noise": {"training": "loss", "validation": "val_loss"},
     "of the attention's masks": {"foreground ARI": "val_attention_fg_ari", "ARI": "val_attention_ari"},
@@ -344,8 +344,9 @@ def _draw_edits(pipe: SlotDiffusionPipeline, images: torch.Tensor, path: Path, n
 def write_report(folder: Path) -> None:
     """Write the learning curves and the model card of a finished run into its folder, and say where everything is."""
     plot_run(folder, folder / "curves.png", CURVES)
-    usage = USAGE.format(folder=folder.name)
-    card = run_card(folder, summary=SUMMARY, usage=usage, limits=LIMITS, pipeline_tag="image-to-image", tags=TAGS)
+    usage = USAGE.format(local=LOCAL_ID)
+    about = {"summary": SUMMARY, "usage": usage, "limits": LIMITS, "tags": TAGS}
+    card = run_card(folder, **about, pipeline_tag="image-to-image", library="diffusers")
     card.save(folder / "README.md")
     print(f"pipeline    {folder}  (SlotDiffusionPipeline.from_pretrained)")
     print(f"report      {folder / 'README.md'}")

@@ -138,6 +138,40 @@ def load_model(folder: Path) -> tuple[type, list[str]]:
     return kind, problems
 
 
+def of_diffusers(folder: Path) -> bool:
+    """Whether a folder holds a pipeline or a model of diffusers."""
+    if (folder / "model_index.json").is_file():
+        return True
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and "_diffusers_version" in config
+
+
+def parts_with_weights(folder: Path) -> list[Path]:
+    """The folders in which a pipeline or a model of diffusers has its weights."""
+    if not (folder / "model_index.json").is_file():
+        return [folder]
+    try:
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    except ValueError:
+        return []  # loading it says what is wrong
+    parts = [name for name, kind in index.items() if isinstance(kind, list) and not name.startswith("_")]
+    return [folder / name for name in parts if "scheduler" not in name]
+
+
+def load_of_diffusers(folder: Path) -> type:
+    """Load a pipeline or a model of diffusers as its users will; returns its class."""
+    import diffusers
+
+    from hf_dl.pipelines.slot_diffusion import SlotDiffusionPipeline
+
+    if (folder / "model_index.json").is_file():
+        return type(SlotDiffusionPipeline.from_pretrained(folder))
+    return type(diffusers.AutoModel.from_pretrained(str(folder), use_safetensors=True))
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Keep progress bars and reports of transformers out of the way: what they say is checked here."""
@@ -165,6 +199,18 @@ def check_model(folder: Path, repo_id: str, files: Files) -> Iterator[str]:
     except (OSError, ValueError) as error:
         yield str(error)
     kind = object
+    if of_diffusers(folder):
+        damaged = [each for part in parts_with_weights(folder) for each in check_weights(part)]
+        yield from damaged
+        if not damaged:
+            try:
+                with quiet():
+                    kind = load_of_diffusers(folder)
+            except (OSError, ValueError, RuntimeError, ImportError, KeyError, TypeError) as error:
+                yield f"from_pretrained cannot load {folder}: {_one_line(error)}"
+        if results is not None:
+            yield from check_card(folder, repo_id, files, results["metrics"], kind)
+        return
     if not (folder / "config.json").is_file():
         yield f"{folder} has no config.json, so it holds no saved model; name a run such as runs/train_slots."
     else:

@@ -9,8 +9,16 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
-from hf_dl.models import SlotAutoencoderConfig, SlotAutoencoderModel, SlotImageProcessor
-from hf_dl.reporting.card import run_card
+from hf_dl.models import (
+    SlotAutoencoderConfig,
+    SlotAutoencoderModel,
+    SlotEncoderModel,
+    SlotImageProcessor,
+    SlotUNetModel,
+    make_autoencoder,
+)
+from hf_dl.pipelines.slot_diffusion import SlotDiffusionPipeline, noise_schedule
+from hf_dl.reporting.card import LOCAL_ID, read_card, run_card
 from scripts.publish import main
 from tests.loopback_hub import TOKEN, LoopbackHub
 from tests.reporting.fake_runs import write_run
@@ -317,6 +325,48 @@ def damage_results(folder):
 
 def damage_card(folder):
     (folder / "README.md").write_text("---\nlicense: [a\n---\n")
+
+
+def _write_pipeline(folder):
+    encoder = {"image_size": 32, "num_slots": 3, "slot_dim": 8, "slot_mlp_dim": 8, "token_dim": 8}
+    torch.manual_seed(0)
+    SlotDiffusionPipeline(
+        SlotEncoderModel(SlotAutoencoderConfig(**encoder, encoder_channels=[8, 8])),
+        SlotUNetModel(
+            sample_size=8, block_out_channels=(8,), attention_resolutions=(), attention_head_dim=4,
+            cross_attention_dim=8, norm_num_groups=4, layers_per_block=1,
+        ),
+        make_autoencoder("small", sample_size=32, block_out_channels=(8, 8, 8), norm_num_groups=4),
+        noise_schedule(),
+    ).save_pretrained(folder)  # fmt: skip
+    write_run(folder, {"seed": 0}, {"test_loss": 0.9}, model_class="SlotDenoiser", script="train_slot_diffusion.py")
+    usage = f'pipe = SlotDiffusionPipeline.from_pretrained("{LOCAL_ID}")'
+    run_card(folder, usage=usage, library="diffusers").save(folder / "README.md")
+
+
+def test_a_pipeline_and_a_model_of_diffusers(tmp_path, capsys):
+    folder = tmp_path / "pipeline"
+    _write_pipeline(folder)
+    assert main([str(folder), "me/pipeline", "--dry_run"]) == 0
+    shown = capsys.readouterr().out
+    for name in ("model_index.json", "unet/diffusion_pytorch_model.safetensors", "slot_encoder/model.safetensors"):
+        assert name in shown
+    assert read_card(folder / "README.md").data.library_name == "diffusers"
+
+    alone = folder / "autoencoder"
+    write_run(alone, {"seed": 0}, {"test_loss": 0.9}, model_class="AutoencoderKL", script="train_autoencoder.py")
+    assert main([str(alone), "me/autoencoder", "--dry_run"]) == 0
+
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:1000])
+    assert main([str(folder), "me/pipeline", "--dry_run"]) == 1
+    assert "diffusion_pytorch_model.safetensors is cut short or damaged" in capsys.readouterr().err
+    weights.write_bytes(whole)
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": "StableDiffusionPipeline"}))
+    assert main([str(folder), "me/pipeline", "--dry_run"]) == 1
+    assert "has no model_index.json of a SlotDiffusionPipeline" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -235,6 +235,7 @@ def run_card(
     data: str | None = None,
     pipeline_tag: str | None = None,
     license: str = LICENSE,
+    library: str = "transformers",
     tags: Sequence[str] = (),
     limits: Sequence[str] = (),
 ) -> ModelCard:
@@ -248,6 +249,7 @@ def run_card(
         data: What the model was trained on, and its licence; by default a sentence about `args["source"]`.
         pipeline_tag: The task as the Hub names it, such as "image-segmentation"; by default from the class name.
         license: The licence of the weights as the Hub names it.
+        library: The library that loads the model, as the Hub names it.
         tags: Tags beside "hf_dl".
         limits: What the model cannot do, one sentence each, before those that follow from results.json.
 
@@ -284,7 +286,7 @@ def run_card(
     ]
     card_data = ModelCardData(
         license=license,
-        library_name="transformers",
+        library_name=library,
         pipeline_tag=task if task != "other" else None,
         tags=["hf_dl", *tags],
         model_name=name if evaluations else None,
