@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import diffusers
 import torch
@@ -24,7 +24,7 @@ from transformers import HfArgumentParser
 from hf_dl.data.collate import ImageTensors, as_is
 from hf_dl.metrics.images import default_features, fid
 from hf_dl.metrics.perceptual import PerceptualDistance
-from hf_dl.models.latent_autoencoder import decode_latents, encode_latents
+from hf_dl.models.latent_autoencoder import ARCHITECTURES, decode_latents, encode_latents
 from hf_dl.reporting.card import LOCAL_ID, run_card
 from hf_dl.reporting.experiment import portable
 from hf_dl.reporting.grids import image_grid
@@ -55,6 +55,27 @@ class Args(SlotData):
 
     model: str = field(default="runs/train_autoencoder", metadata={"help": "Folder or Hub id of the autoencoder."})
     output_dir: str = field(default="", metadata={"help": "Where to write; default: the model's folder."})
+
+
+@dataclass
+class ModelFlags:
+    """Flags of the training script that say which network, and what its loss is."""
+
+    architecture: Literal["small", "clevrtex"] = field(default="small", metadata={"help": "Kind of network."})
+    kind: Literal["kl", "vq"] = field(default="kl", metadata={"help": "Gaussian latents, or a codebook of 4096."})
+    kl_weight: float = field(default=1e-4, metadata={"help": "kl: weight of the divergence, a number of the latents."})
+    perceptual: str = field(default="random", metadata={"help": "random, lpips, or an image classifier; none."})
+    perceptual_weight: float = field(default=0.1, metadata={"help": "Weight of the perceptual distance."})
+
+
+def check(args: Any) -> None:
+    """Refuse flags of the training script that cannot be, before any image is loaded."""
+    factor = 2 ** (len(ARCHITECTURES[args.architecture]["block_out_channels"]) - 1)
+    if args.image_size < factor or args.image_size % factor:
+        raise ValueError(f"image_size={args.image_size} must be a multiple of {factor}: latents are that coarse.")
+    for name in ("kl_weight", "perceptual_weight"):
+        if not getattr(args, name) >= 0:
+            raise ValueError(f"{name}={getattr(args, name)} must be at least 0.")
 
 
 class LatentAutoencoder(nn.Module):

@@ -7,11 +7,13 @@ slot_library/ and evaluation.json into the pipeline's folder.
 """
 
 import json
+import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -33,10 +35,11 @@ from hf_dl.data.collate import ImageTensors, as_is
 from hf_dl.metrics.images import default_features, fid
 from hf_dl.metrics.segmentation import segmentation_scores
 from hf_dl.models.latent_autoencoder import encode_latents
-from hf_dl.models.slot_autoencoder import SlotEncoderModel
+from hf_dl.models.slot_autoencoder import ARCHITECTURES, SlotEncoderModel
 from hf_dl.models.slot_library import SlotLibrary
+from hf_dl.models.slot_unet import ARCHITECTURES as UNETS
 from hf_dl.models.slot_unet import SlotUNetModel
-from hf_dl.pipelines.slot_diffusion import SlotDiffusionPipeline
+from hf_dl.pipelines.slot_diffusion import SlotDiffusionPipeline, noise_schedule
 from hf_dl.reporting.card import LOCAL_ID, run_card
 from hf_dl.reporting.experiment import portable
 from hf_dl.reporting.grids import colour_segments, image_grid
@@ -75,6 +78,40 @@ class Args(SlotData):
     num_drawn: int = field(default=200, metadata={"help": "Test images that are drawn again, and scenes composed."})
     num_inference_steps: int = field(default=20, metadata={"help": "Steps of DPM-Solver++."})
     output_dir: str = field(default="", metadata={"help": "Where to write; default: the model's folder."})
+
+
+@dataclass
+class ModelFlags:
+    """Flags of the training script that say which parts, and how they are tried in the end."""
+
+    autoencoder: str = field(default="", metadata={"help": "Folder or Hub id; empty: runs/train_autoencoder."})
+    cache_latents: bool = field(default=True, metadata={"help": "Compute the latents once, and keep them in memory."})
+    architecture: Literal["small", "paper", "resnet18"] = field(default="small", metadata={"help": "Slot encoder."})
+    slot_encoder: str = field(default="", metadata={"help": "Trained slot encoder or autoencoder to start from."})
+    slot_init: Literal["gaussian", "learned"] = field(default="gaussian", metadata={"help": "Slots to begin with."})
+    num_slots: int = field(default=5, metadata={"help": "Slots K: most objects, and one for the background."})
+    num_iterations: int = field(default=3, metadata={"help": "Iterations T of slot attention."})
+    unet: Literal["small", "clevrtex"] = field(default="small", metadata={"help": "Sizes of the U-Net."})
+    denoiser: Literal["slot_unet", "unet2d"] = field(default="slot_unet", metadata={"help": "Ours, or diffusers'."})
+    encoder_learning_rate: float = field(default=1e-4, metadata={"help": "Peak rate of the slot encoder."})
+    beta_start: float = field(default=0.0015, metadata={"help": "Noise of the first step."})
+    beta_end: float = field(default=0.0195, metadata={"help": "Noise of the last step; linear between."})
+    num_timesteps: int = field(default=1000, metadata={"help": "Steps T of the noise schedule."})
+    num_drawn: int = field(default=200, metadata={"help": "Test images that are drawn again in the end."})
+    num_inference_steps: int = field(default=20, metadata={"help": "Steps of DPM-Solver++, with which they are."})
+
+
+def check(args: Any) -> None:
+    """Refuse flags of the training script that cannot be, and put the slot encoder's config beside them."""
+    sizes = {"image_size": args.image_size, "num_slots": args.num_slots, "num_iterations": args.num_iterations}
+    args.config = checked(ARCHITECTURES[args.architecture], **sizes, slot_init=args.slot_init)
+    if not 0 < args.beta_start <= args.beta_end < 1:
+        raise ValueError(f"beta_start={args.beta_start} and beta_end={args.beta_end} must rise within 0 to 1.")
+    for name in ("encoder_learning_rate", "num_timesteps", "num_drawn", "num_inference_steps"):
+        if not getattr(args, name) > 0:
+            raise ValueError(f"{name}={getattr(args, name)} must be above 0.")
+    if args.num_drawn < 2:
+        raise ValueError(f"num_drawn={args.num_drawn} must be at least 2: FID compares sets of images.")
 
 
 class SlotDenoiser(nn.Module):
@@ -137,13 +174,16 @@ class SceneLatents(Dataset):
 
     Args:
         scenes: The images and masks.
+        autoencoder: Where it is given, `compute` is called at once.
 
     Attributes:
         latents: float32 (images, channels, height / 4, width / 4).
     """
 
-    def __init__(self, scenes: ImageTensors):
+    def __init__(self, scenes: ImageTensors, autoencoder: AutoencoderKL | VQModel | None = None):
         self.scenes, self.latents = scenes, torch.empty(0)
+        if autoencoder is not None:
+            self.compute(autoencoder)
 
     def compute(self, autoencoder: AutoencoderKL | VQModel) -> float:
         """Compute the latents of all images, on the autoencoder's device; returns how many seconds it took."""
@@ -166,6 +206,14 @@ class SceneLatents(Dataset):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         """One row: image, mask, latents."""
         return {name: tensor[0] for name, tensor in self.__getitems__([index]).items()}
+
+
+def latents_of(batch: dict[str, torch.Tensor], pixel_values: torch.Tensor, autoencoder: ModelMixin) -> torch.Tensor:
+    """The latents of a batch: those that were kept, or else what the autoencoder makes of its images now."""
+    if "latents" in batch:
+        return batch["latents"]
+    with torch.no_grad():
+        return encode_latents(autoencoder, pixel_values)
 
 
 def make_unet(kind: str, fields: dict[str, Any]) -> ModelMixin:
@@ -200,6 +248,54 @@ def make_unet(kind: str, fields: dict[str, Any]) -> ModelMixin:
         dropout=config.dropout,
         norm_num_groups=config.norm_num_groups,
     )
+
+
+def find_autoencoder(args: Any) -> str:
+    """The folder of the autoencoder; where none is named and none is there, one is trained."""
+    folder = args.autoencoder or "runs/train_autoencoder"
+    if not args.autoencoder and not Path(folder, "config.json").is_file():
+        import train_autoencoder
+
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise ValueError(f"{folder} holds no autoencoder; with several processes, train it first.")
+        print(f"{folder} holds no autoencoder yet; training one first.", file=sys.stderr, flush=True)
+        shared = ("source", "style", "image_size", "crop", "num_train", "num_test", "seed", "cpu_threads")
+        flags = [f"--{name}={getattr(args, name)}" for name in shared]
+        flags += ["--num_objects", *map(str, args.num_objects), f"--output_dir={folder}"]
+        train_autoencoder.main([*flags, *([f"--mixed_precision={args.mixed_precision}"] * bool(args.mixed_precision))])
+    return folder
+
+
+def make_model(args: Any, autoencoder: torch.nn.Module) -> SlotDenoiser:
+    """Make slot encoder and U-Net as the flags say, for the latents of the autoencoder."""
+    encoder = SlotEncoderModel(args.config)
+    if args.slot_encoder:
+        encoder = SlotEncoderModel.from_pretrained(args.slot_encoder)
+        if encoder.config.image_size != args.image_size:
+            raise ValueError(
+                f"slot_encoder={args.slot_encoder!r} is for images of {encoder.config.image_size} pixels, and "
+                f"image_size={args.image_size}; give both alike."
+            )
+    factor = 2 ** (len(autoencoder.config.block_out_channels) - 1)
+    if autoencoder.config.in_channels != 3 or args.image_size % factor:
+        raise ValueError(
+            f"image_size={args.image_size} does not fit the autoencoder, which takes images of "
+            f"{autoencoder.config.in_channels} channels and a multiple of {factor} pixels."
+        )
+    sizes_of = UNETS[args.unet]
+    fields = sizes_of | {
+        "sample_size": args.image_size // factor,
+        "in_channels": autoencoder.config.latent_channels,
+        "cross_attention_dim": encoder.config.slot_dim,
+        "num_train_timesteps": args.num_timesteps,
+    }
+    halvings = sizes_of["sample_size"] / fields["sample_size"]
+    sizes = sizes_of["attention_resolutions"]
+    fields["attention_resolutions"] = tuple(max(1, int(size / halvings)) for size in sizes)
+    schedule = noise_schedule(
+        num_train_timesteps=args.num_timesteps, beta_start=args.beta_start, beta_end=args.beta_end
+    )
+    return SlotDenoiser(encoder, make_unet(args.denoiser, fields), autoencoder, schedule)
 
 
 def to_masks(attention: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
@@ -257,9 +353,7 @@ def draw_and_measure(
     train: ImageTensors,
     test: ImageTensors,
     folder: Path,
-    *,
-    num_drawn: int,
-    num_inference_steps: int,
+    args: Any,
 ) -> dict[str, float]:
     """Draw test images from their slots, edit some, compose scenes of training images' slots, and measure.
 
@@ -268,8 +362,8 @@ def draw_and_measure(
         train: Images whose slots fill the library.
         test: Images to draw again.
         folder: Gets reconstructions.png, edits.png, compositions.png and slot_library/.
-        num_drawn: How many test images are drawn again and how many scenes composed.
-        num_inference_steps: Steps of DPM-Solver++.
+        args: `num_drawn`, how many test images are drawn again and how many scenes composed, and
+            `num_inference_steps` of DPM-Solver++.
 
     Returns:
         `reconstruction_mse` (pixels in [-1, 1]), `reconstruction_fid_...` and, for the recipes of `SlotLibrary`,
@@ -277,8 +371,8 @@ def draw_and_measure(
     """
     original = pipe.scheduler
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(original.config, solver_order=2)
-    options = {"num_inference_steps": num_inference_steps, "output_type": "pt"}
-    images = test.__getitems__(range(min(num_drawn, len(test))))["image"]
+    options = {"num_inference_steps": args.num_inference_steps, "output_type": "pt"}
+    images = test.__getitems__(range(min(args.num_drawn, len(test))))["image"]
     generator = torch.Generator().manual_seed(0)
     made = {"reconstruction": []}
     for batch in images.split(50):
@@ -293,7 +387,7 @@ def draw_and_measure(
     ]
     columns = [list(column) for column in zip(*rows, strict=True)]
     image_grid(columns, folder / "reconstructions.png", labels=["test images", "segments", "drawn from slots"])
-    _draw_edits(pipe, images, folder / "edits.png", num_inference_steps)
+    _draw_edits(pipe, images, folder / "edits.png", args.num_inference_steps)
 
     slots, masks = [], []
     for first in range(0, min(LIBRARY_IMAGES, len(train)), 64):
@@ -363,13 +457,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     args.image_size = pipe.slot_encoder.config.image_size
     train, test = load_images(args, "train"), load_images(args, "test")
     model = SlotDenoiser(pipe.slot_encoder, pipe.unet, pipe.autoencoder, pipe.scheduler)
-    data = SceneLatents(test)
-    data.compute(pipe.autoencoder)
-    loader = DataLoader(data, 50, collate_fn=as_is)
+    loader = DataLoader(SceneLatents(test, pipe.autoencoder), 50, collate_fn=as_is)
     metrics = {f"test_{name}": value for name, value in evaluate(model, loader, pipe.scheduler).items()}
-    metrics |= draw_and_measure(
-        pipe, train, test, folder, num_drawn=args.num_drawn, num_inference_steps=args.num_inference_steps
-    )
+    metrics |= draw_and_measure(pipe, train, test, folder, args)
     found = {"args": portable(asdict(args)), "metrics": metrics}
     (folder / "evaluation.json").write_text(json.dumps(found, indent=2) + "\n")
     for name, value in metrics.items():

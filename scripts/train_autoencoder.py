@@ -8,7 +8,7 @@ the absolute error of the pixels, a perceptual distance, and a regulariser of th
 """
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -19,20 +19,15 @@ import evaluate_autoencoder as latent
 
 from hf_dl.data.collate import as_is
 from hf_dl.metrics import perceptual
-from hf_dl.models.latent_autoencoder import ARCHITECTURES, make_autoencoder
+from hf_dl.models.latent_autoencoder import make_autoencoder
 from hf_dl.training.args import Schedule, TrainingArgs, parse_args
 from hf_dl.training.run import TrainingRun
 
 
 @dataclass
-class Args(latent.SlotData, TrainingArgs):
+class Args(latent.ModelFlags, latent.SlotData, TrainingArgs):
     """Flags of this script."""
 
-    architecture: Literal["small", "clevrtex"] = field(default="small", metadata={"help": "Kind of network."})
-    kind: Literal["kl", "vq"] = field(default="kl", metadata={"help": "Gaussian latents, or a codebook of 4096."})
-    kl_weight: float = field(default=1e-4, metadata={"help": "kl: weight of the divergence, a number of the latents."})
-    perceptual: str = field(default="random", metadata={"help": "random, lpips, or an image classifier; none."})
-    perceptual_weight: float = field(default=0.1, metadata={"help": "Weight of the perceptual distance."})
     max_steps: int = 2000
     batch_size: int = 16
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"
@@ -44,12 +39,7 @@ class Args(latent.SlotData, TrainingArgs):
 
     def __post_init__(self):
         super().__post_init__()
-        factor = 2 ** (len(ARCHITECTURES[self.architecture]["block_out_channels"]) - 1)
-        if self.image_size < factor or self.image_size % factor:
-            raise ValueError(f"image_size={self.image_size} must be a multiple of {factor}: latents are that coarse.")
-        for name in ("kl_weight", "perceptual_weight"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 0.")
+        latent.check(self)
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:

@@ -168,7 +168,7 @@ def test_diffusers_own_unet_takes_its_place(autoencoder, tmp_path):
     train(tmp_path, autoencoder, "--denoiser=unet2d", "--max_steps=2", "--save_every=0", "--slot_init=learned")
     pipe = SlotDiffusionPipeline.from_pretrained(tmp_path)
     assert type(pipe.unet) is UNet2DConditionModel
-    fields = train_slot_diffusion.slot_unet.ARCHITECTURES["small"] | {"sample_size": 8, "attention_resolutions": (4,)}
+    fields = diffusion.UNETS["small"] | {"sample_size": 8, "attention_resolutions": (4,)}
     ours = SlotUNetModel(**fields)
     assert list(pipe.unet.config.block_out_channels) == list(ours.config.block_out_channels)
     heads = [width // ours.config.attention_head_dim for width in ours.config.block_out_channels]
@@ -191,7 +191,7 @@ def test_it_starts_from_the_encoder_of_a_slot_autoencoder(autoencoder, tmp_path)
 def test_the_loss_is_that_of_the_noise_added(autoencoder):
     torch.manual_seed(0)
     args = train_slot_diffusion.Args(image_size=32, num_slots=3, autoencoder=autoencoder)
-    model = train_slot_diffusion.make_model(args, diffusion.load_autoencoder(autoencoder))
+    model = diffusion.make_model(args, diffusion.load_autoencoder(autoencoder))
     schedule, latents, noise = noise_schedule(), torch.randn(3, 3, 8, 8), torch.randn(3, 3, 8, 8)
     times = torch.tensor([0, 500, 999])
     alpha = torch.linspace(0.0015, 0.0195, 1000).double().neg().add(1).cumprod(0)[times].view(-1, 1, 1, 1)
@@ -235,7 +235,7 @@ def test_without_an_autoencoder_one_is_trained_first(tmp_path, monkeypatch, capf
     monkeypatch.setenv("WORLD_SIZE", "2")
     Path("runs/train_autoencoder/config.json").unlink()
     with pytest.raises(ValueError, match="with several processes, train it first"):
-        train_slot_diffusion.find_autoencoder(train_slot_diffusion.Args(image_size=32))
+        diffusion.find_autoencoder(train_slot_diffusion.Args(image_size=32))
 
 
 @pytest.mark.parametrize(
@@ -284,7 +284,7 @@ def test_the_published_configuration_is_one_that_can_be():
     fixed = {name: value for name, value in experiment.fixed.items() if name != "mixed_precision"}
     args = train_slot_diffusion.Args(**fixed, cpu_threads=1)
     with torch.device("meta"):
-        model = train_slot_diffusion.make_model(args, make_autoencoder("clevrtex", kind="vq"))
+        model = diffusion.make_model(args, make_autoencoder("clevrtex", kind="vq"))
     assert model.unet.config.sample_size == 32
     assert list(model.unet.config.attention_resolutions) == [16, 8, 4]
     assert model.slot_encoder.config.slot_dim == model.unet.config.cross_attention_dim == 192
