@@ -18,7 +18,7 @@ from hf_dl.models import (
     make_autoencoder,
 )
 from hf_dl.pipelines.slot_diffusion import SlotDiffusionPipeline, noise_schedule
-from hf_dl.reporting.card import LOCAL_ID, read_card, run_card
+from hf_dl.reporting.card import LOCAL_ID, run_card
 from scripts.publish import main
 from tests.loopback_hub import TOKEN, LoopbackHub
 from tests.reporting.fake_runs import write_run
@@ -351,7 +351,7 @@ def test_a_pipeline_and_a_model_of_diffusers(tmp_path, capsys):
     shown = capsys.readouterr().out
     for name in ("model_index.json", "unet/diffusion_pytorch_model.safetensors", "slot_encoder/model.safetensors"):
         assert name in shown
-    assert read_card(folder / "README.md").data.library_name == "diffusers"
+    assert "library_name: diffusers" in (folder / "README.md").read_text()
 
     alone = folder / "autoencoder"
     write_run(alone, {"seed": 0}, {"test_loss": 0.9}, model_class="AutoencoderKL", script="train_autoencoder.py")

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from PIL import Image
 from torch import nn
 from transformers import AutoModelForImageClassification
@@ -16,23 +15,11 @@ from hf_dl.models.layers_softmax import make_head
 from hf_dl.reporting.experiment import read_experiment
 from scripts import evaluate_classifier, mistakes, run_experiment, train_broken_heads, train_classifier
 from scripts.benchmarks import softmax_heads
+from tests.scripts.runs import reset
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = "--num_train=50 --num_test=25 --batch_size=25 --cpu_threads=1 --warmup_steps=0 --save_every=0".split()
 NARROW = "--widths 4 4 4 --hidden_size=16 --optimizer=adamw --learning_rate=1e-3 --epochs=1".split()
-
-
-@pytest.fixture(autouse=True)
-def _fresh_state():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-    reset()
-
-
-def reset():
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
 
 
 def train(folder, *flags, script=train_classifier):

@@ -4,28 +4,17 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from safetensors.torch import load_file
 
 from hf_dl.models.latent_autoencoder import decode_latents, encode_latents, make_autoencoder
 from hf_dl.reporting.card import read_card
 from scripts import train_autoencoder
+from tests.scripts.runs import killed_after, reset
 
 evaluate_autoencoder = train_autoencoder.latent
 
 SMALL = "--image_size=32 --num_train=48 --num_test=12 --batch_size=8 --cpu_threads=1 --log_every=2".split()
 STEPS = "--max_steps=6 --eval_every=3 --save_every=4".split()
-
-
-@pytest.fixture(autouse=True)
-def _fresh_state():
-    yield
-    reset()
-
-
-def reset():
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
 
 
 def train(folder, *flags):
@@ -77,22 +66,9 @@ def test_the_saved_autoencoder_has_the_test_error(finished):
     assert (made - pixel_values).abs().mean().item() == pytest.approx(metrics["test_l1"], rel=1e-5)
 
 
-def test_killed_and_resumed_it_ends_the_same(finished, tmp_path, monkeypatch):
-    class KilledError(Exception):
-        pass
-
-    step = train_autoencoder.TrainingRun.step
-
-    def killed(run, *args, **kwargs):
-        step(run, *args, **kwargs)
-        if run.steps == 5:
-            raise KilledError
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train_autoencoder.TrainingRun, "step", killed)
-        with pytest.raises(KilledError):
-            train(tmp_path, *STEPS)
-    reset()
+def test_killed_and_resumed_it_ends_the_same(finished, tmp_path):
+    with killed_after(5):
+        train(tmp_path, *STEPS)
     assert train(tmp_path, *STEPS, "--resume") == finished[1]
     expected = load_file(finished[0] / "diffusion_pytorch_model.safetensors")
     for name, value in load_file(tmp_path / "diffusion_pytorch_model.safetensors").items():

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
@@ -17,22 +16,12 @@ from hf_dl.data import images
 from hf_dl.data.images import CLASSES, LabelledImages
 from hf_dl.reporting.card import read_card
 from scripts import evaluate_classifier, train_classifier
+from tests.scripts.runs import reset
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = "--num_train=64 --num_test=25 --batch_size=16 --cpu_threads=1 --warmup_steps=0 --eval_train=32".split()
 STEPS = "--epochs=3 --save_every=5 --log_every=2".split()
 NARROW = "--n=1 --widths 8 8 8".split()
-
-
-@pytest.fixture(autouse=True)
-def _fresh_state():
-    yield
-    reset()
-
-
-def reset():
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
 
 
 def train(folder, *flags):

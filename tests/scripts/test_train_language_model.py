@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -14,25 +13,13 @@ from hf_dl.data.text import TokenStream, encode, load
 from hf_dl.reporting.card import read_card
 from hf_dl.reporting.experiment import read_experiment
 from scripts import evaluate_language_model, run_experiment, train_language_model
+from tests.scripts.runs import reset
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = (
     "--num_train=60 --num_test=20 --batch_size=8 --window=20 --embedding_size=16 --hidden_size=16 --cpu_threads=1 "
     "--warmup_steps=0 --save_every=0 --eval_train=500 --eval_rows=4"
 ).split()
-
-
-@pytest.fixture(autouse=True)
-def _fresh_state():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-    reset()
-
-
-def reset():
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
 
 
 def train(folder, *flags):

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, BertConfig, BertModel, BertTokenizerFast
 
@@ -14,6 +13,7 @@ from hf_dl.programs import is_close
 from hf_dl.reporting.card import read_card
 from hf_dl.reporting.experiment import read_results
 from scripts import evaluate_seq2seq, run_experiment, train_seq2seq
+from tests.scripts.runs import reset
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = (
@@ -31,19 +31,6 @@ ROWS = [  # in the schema of MathQA; written for this test
     for item in ("pens", "books", "cups")
     for a, b in ((3, 17), (12, 25), (30, 41))
 ]
-
-
-@pytest.fixture(autouse=True)
-def _fresh_state():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-    reset()
-
-
-def reset():
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
 
 
 def train(folder, *flags):

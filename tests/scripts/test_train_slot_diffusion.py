@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
@@ -17,6 +16,7 @@ from hf_dl.reporting.card import read_card
 from hf_dl.reporting.experiment import read_experiment
 from scripts import run_experiment, train_slot_diffusion
 from scripts.benchmarks import slot_diffusion as benchmark
+from tests.scripts.runs import killed_after, reset
 
 diffusion = train_slot_diffusion.diffusion
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,17 +30,6 @@ STEPS = "--max_steps=6 --eval_every=3 --save_every=4".split()
 pytestmark = pytest.mark.filterwarnings(
     "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"
 )
-
-
-@pytest.fixture(autouse=True)
-def _fresh_state():
-    yield
-    reset()
-
-
-def reset():
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
 
 
 @pytest.fixture(scope="module")
@@ -131,22 +120,9 @@ def test_cached_latents_change_nothing(finished, autoencoder, tmp_path, capfd):
     assert "The latents of 32 images were computed once" in captured.err + captured.out
 
 
-def test_killed_and_resumed_it_ends_the_same(finished, autoencoder, tmp_path, monkeypatch):
-    class KilledError(Exception):
-        pass
-
-    step = train_slot_diffusion.TrainingRun.step
-
-    def killed(run, *args, **kwargs):
-        step(run, *args, **kwargs)
-        if run.steps == 5:
-            raise KilledError
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train_slot_diffusion.TrainingRun, "step", killed)
-        with pytest.raises(KilledError):
-            train(tmp_path, autoencoder, *STEPS)
-    reset()
+def test_killed_and_resumed_it_ends_the_same(finished, autoencoder, tmp_path):
+    with killed_after(5):
+        train(tmp_path, autoencoder, *STEPS)
     assert train(tmp_path, autoencoder, *STEPS, "--resume") == finished[1]
     for part in ("slot_encoder/model.safetensors", "unet/diffusion_pytorch_model.safetensors"):
         expected = load_file(finished[0] / part)

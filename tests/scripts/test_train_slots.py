@@ -8,7 +8,6 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModel
@@ -17,21 +16,11 @@ from hf_dl.data import scenes
 from hf_dl.models.slot_library import SlotLibrary
 from hf_dl.reporting.card import read_card
 from scripts import train_slots
+from tests.scripts.runs import reset
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = "--image_size=32 --num_train=64 --num_test=16 --batch_size=8 --cpu_threads=1 --binding_step=0".split()
 STEPS = "--max_steps=12 --eval_every=6 --save_every=5 --log_every=3".split()
-
-
-@pytest.fixture(autouse=True)
-def _fresh_state():
-    yield
-    reset()
-
-
-def reset():
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
 
 
 def train(folder, *flags):

@@ -6,7 +6,6 @@ import struct
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModel
@@ -15,21 +14,11 @@ from hf_dl.data import images
 from hf_dl.models import ImageVaeConfig, ImageVaeModel
 from hf_dl.reporting.card import read_card
 from scripts import evaluate_vae, train_vae
+from tests.scripts.runs import reset
 
 SMALL = "--num_train=64 --num_test=16 --batch_size=16 --warmup_steps=0 --cpu_threads=1".split()
 SMALL += "--widths 4 8 --hidden_size=16".split()
 STEPS = "--epochs=3 --save_every=5 --log_every=2 --importance_samples=3".split()
-
-
-@pytest.fixture(autouse=True)
-def _fresh_state():
-    yield
-    reset()
-
-
-def reset():
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
 
 
 def train(folder, *flags):
