@@ -281,7 +281,9 @@ def plot_table(report: Mapping[str, Any], path: str | Path) -> Path | None:
                 for index in range(inner)
             ]
             names = [_flag_labels(report, colour_flags, [value]) for value in values]
-            figure.legend(handles, names, loc="outside lower center", ncols=min(inner, 6), handletextpad=0.2)
+            fitting = int((100 if columns > 1 else 74) / (max(map(len, names)) + 5))  # as in draw_curves
+            ncols = max(1, min(inner, fitting))
+            figure.legend(handles, names, loc="outside lower center", ncols=ncols, handletextpad=0.2)
         return _save(figure, path)
 
 
