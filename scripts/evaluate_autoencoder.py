@@ -22,8 +22,8 @@ from torch.utils.data import DataLoader
 from transformers import HfArgumentParser
 
 from hf_dl.data.collate import ImageTensors, as_is
+from hf_dl.metrics import perceptual
 from hf_dl.metrics.images import default_features, fid
-from hf_dl.metrics.perceptual import PerceptualDistance
 from hf_dl.models.latent_autoencoder import ARCHITECTURES, decode_latents, encode_latents
 from hf_dl.reporting.card import LOCAL_ID, run_card
 from hf_dl.reporting.experiment import portable
@@ -136,7 +136,7 @@ def load_autoencoder(name: str) -> AutoencoderKL | VQModel:
 def evaluate(
     model: LatentAutoencoder,
     batches: Iterable[dict],
-    distance: PerceptualDistance,
+    distance: perceptual.PerceptualDistance,
     *,
     gather: Callable[[Any], Any] = lambda values: values,
 ) -> dict[str, float]:
@@ -162,8 +162,8 @@ def evaluate(
         row = [error.abs().mean((1, 2, 3)), error.square().mean((1, 2, 3)), distance(made, pixel_values)]
         row += [latents.mean((1, 2, 3)), latents.square().mean((1, 2, 3))]
         if isinstance(autoencoder, VQModel):
-            encoded = autoencoder.quant_conv(autoencoder.encoder(pixel_values))
-            row.append(autoencoder.quantize(encoded)[2][2].view(len(pixel_values), -1))
+            codes = autoencoder.quantize(latents / autoencoder.config.scaling_factor)[2][2]
+            row.append(codes.view(len(pixel_values), -1))
         columns.append(gather(tuple(row)))
     l1, mse, perceptual, mean, square, *codes = (torch.cat(column) for column in zip(*columns, strict=True))
     scores = {
@@ -230,8 +230,6 @@ def write_report(folder: Path) -> None:
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Evaluate the autoencoder that the flags name, and write what was found beside it."""
-    from hf_dl.metrics import perceptual
-
     args = Args(**vars(HfArgumentParser(Args, allow_abbrev=False).parse_args(argv)))
     autoencoder = load_autoencoder(args.model)
     folder = Path(args.output_dir or args.model)

@@ -251,7 +251,7 @@ def make_unet(kind: str, fields: dict[str, Any]) -> ModelMixin:
 
 
 def find_autoencoder(args: Any) -> str:
-    """The folder of the autoencoder; where none is named and none is there, one is trained."""
+    """Find the autoencoder: the one that is named, or that of the default folder, where one is trained if none is."""
     folder = args.autoencoder or "runs/train_autoencoder"
     if not args.autoencoder and not Path(folder, "config.json").is_file():
         import train_autoencoder
@@ -263,6 +263,8 @@ def find_autoencoder(args: Any) -> str:
         flags = [f"--{name}={getattr(args, name)}" for name in shared]
         flags += ["--num_objects", *map(str, args.num_objects), f"--output_dir={folder}"]
         train_autoencoder.main([*flags, *([f"--mixed_precision={args.mixed_precision}"] * bool(args.mixed_precision))])
+    elif not args.autoencoder:
+        print(f"Taking the autoencoder in {folder}; --autoencoder names another one.", file=sys.stderr, flush=True)
     return folder
 
 

@@ -5,7 +5,7 @@
 Papers and courses call different sums "the VAE loss"; here they stand side by side, in nats an image: the summed
 squared error (SSE), half of it, the binary cross-entropy (BCE), each with and without the KL, the ELBO of the model's
 own likelihood with its constant, and the importance-weighted bound. Writes reconstructions.png, samples.png,
-interpolations.png, latent_map.png and evaluation.json into the model's folder; half a minute on one core.
+interpolations.png, latent_map.png and evaluation.json into the model's folder.
 """
 
 import json

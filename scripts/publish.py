@@ -158,7 +158,7 @@ def parts_with_weights(folder: Path) -> list[Path]:
     except ValueError:
         return []  # loading it says what is wrong
     parts = [name for name, kind in index.items() if isinstance(kind, list) and not name.startswith("_")]
-    return [folder / name for name in parts if "scheduler" not in name]
+    return [folder / name for name in parts if not (folder / name / "scheduler_config.json").is_file()]
 
 
 def load_of_diffusers(folder: Path) -> type:

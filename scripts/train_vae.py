@@ -4,8 +4,8 @@ scripts/run accelerate launch scripts/train_vae.py
 scripts/run accelerate launch scripts/train_vae.py --source data/fashion_mnist --image_size 28 --likelihood gaussian \
     --architecture mlp
 
-The first takes some minutes on one CPU core. The second wants the four idx files of Fashion-MNIST in a folder, or the
-Hub id zalando-datasets/fashion_mnist as its source; model_cards/vae.md says what both networks reach on it.
+The second wants the four idx files of Fashion-MNIST in a folder, or the Hub id zalando-datasets/fashion_mnist as its
+source; model_cards/vae.md says what both networks reach on it.
 """
 
 import sys

@@ -624,6 +624,7 @@ class SlotDiffusionPipeline(DiffusionPipeline):
 
         Raises:
             ValueError: If it holds no slot diffusion pipeline, or a part of a class that hf_dl does not know.
+            OSError: If there is no such folder, and no such repository can be fetched.
         """
         try:
             models = importlib.import_module("hf_dl.models")
@@ -642,7 +643,13 @@ class SlotDiffusionPipeline(DiffusionPipeline):
         folder = Path(pretrained_model_name_or_path)
         if not folder.is_dir():
             patterns = ["*.json", "*.safetensors"]
-            folder = Path(snapshot_download(str(pretrained_model_name_or_path), allow_patterns=patterns, **hub))
+            try:
+                folder = Path(snapshot_download(str(pretrained_model_name_or_path), allow_patterns=patterns, **hub))
+            except (OSError, ValueError) as error:  # those of huggingface_hub are among them
+                raise OSError(
+                    f"{str(pretrained_model_name_or_path)!r} is no folder, and the Hub does not give it "
+                    f"({type(error).__name__}); name a folder that save_pretrained wrote, or check id and connection."
+                ) from error
         path = folder / cls.config_name
         index = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         if index.get("_class_name") not in (cls.__name__, [cls.__module__.rpartition(".")[2], cls.__name__]):

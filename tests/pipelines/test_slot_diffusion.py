@@ -200,6 +200,12 @@ def test_kinds_of_output(pipe):
     assert len(images) == 1 and slots.shape == (1, 3, 12) and keep.all()
 
 
+def test_what_is_neither_folder_nor_repository_is_a_sentence(tmp_path):
+    for name in (tmp_path / "nothing", "runs/nothing"):
+        with pytest.raises(OSError, match="nothing' is no folder, and the Hub does not give it .*; name a folder"):
+            SlotDiffusionPipeline.from_pretrained(name, local_files_only=True)
+
+
 def test_a_scheduler_made_of_the_schedule_is_the_same_before_and_after_saving(tmp_path):
     schedule = noise_schedule()
     schedule.save_pretrained(tmp_path)
