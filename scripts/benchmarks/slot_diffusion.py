@@ -6,8 +6,8 @@ Both have the same widths, layers a level and attention resolutions. On one thre
 training steps (forward, backward, Adam) and sampling steps (forward alone), and the peak memory of each in a process
 of its own; both again as channels_last. Then a step of train_slot_diffusion.py with kept latents beside one that
 encodes each image anew. The aims are no more time, no more memory, and 0.8 of the time with kept latents. What was
-measured is in model_cards/benchmark_slot_diffusion.json: the first is reached, the memory of training and the third are
-not yet.
+measured is in model_cards/benchmark_slot_diffusion.json: the first is reached, the memory of training and the third
+are not yet.
 """
 
 import argparse
