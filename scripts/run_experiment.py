@@ -14,7 +14,6 @@ import dataclasses
 import difflib
 import importlib.util
 import io
-import itertools
 import json
 import re
 import shlex
@@ -33,14 +32,15 @@ from hf_dl.reporting.tables import results_table
 LAUNCH = (sys.executable, "-m", "accelerate.commands.launch")
 
 
-def find_script(experiment: Experiment, toml: Path) -> Path:
-    """Find the experiment's script: beside the experiment file, or in the folder above it."""
-    for folder in (toml.resolve().parent, toml.resolve().parent.parent):
-        if (folder / experiment.script).is_file():
-            return folder / experiment.script
-    raise FileNotFoundError(
-        f"{toml}: script={experiment.script!r} is neither beside the file nor in the folder above it."
-    )
+def find_scripts(experiment: Experiment, toml: Path) -> dict[str, Path]:
+    """Find the scripts of an experiment by name: beside the experiment file, or in the folder above it."""
+    found = {}
+    for name in dict.fromkeys(cell.script for cell in experiment.cells()):
+        paths = [folder / name for folder in (toml.resolve().parent, toml.resolve().parent.parent)]
+        found[name] = next((path for path in paths if path.is_file()), None)
+        if found[name] is None:
+            raise FileNotFoundError(f"{toml}: script={name!r} is neither beside the file nor in the folder above it.")
+    return found
 
 
 def to_argv(flags: dict[str, Any]) -> list[str]:
@@ -52,9 +52,35 @@ def to_argv(flags: dict[str, Any]) -> list[str]:
     return argv
 
 
-def check_flags(experiment: Experiment, script: Path) -> None:
-    """Have the script's own parser read the flags of every cell, before hours go into the first of them."""
+def check_flags(experiment: Experiment, scripts: dict[str, Path]) -> None:
+    """Have each script's own parser read the flags of its cells, before hours go into the first of them."""
     from hf_dl.training import TrainingArgs, flag_names, parse_args
+
+    args_of = {name: _find_args(path) for name, path in scripts.items()}
+    seen = set()
+    for cell in experiment.cells():
+        found, flags = args_of[cell.script], {name: v for name, v in cell.given.items() if name != "seed"}
+        trains, known = issubclass(found, TrainingArgs), flag_names(found)
+        for name in flags:
+            if name not in known:
+                close = difflib.get_close_matches(name, known, n=1)
+                hint = f" Did you mean {close[0]!r}?" if close else f" `{cell.script} --help` lists them."
+                raise ValueError(f"{experiment.name}.toml: {name!r} is not a flag of {cell.script}.{hint}")
+        if (key := json.dumps([cell.script, flags])) in seen:
+            continue
+        seen.add(key)
+        errors = io.StringIO()
+        try:
+            with contextlib.redirect_stderr(errors):
+                parse_args(found, to_argv(flags)) if trains else _parse(found, to_argv(flags))
+        except (SystemExit, ValueError) as error:
+            reason = errors.getvalue().strip().rpartition("error: ")[2] or str(error)
+            raise ValueError(f"{experiment.name}.toml: {cell.script} refuses {_words(flags)}: {reason}") from None
+
+
+def _find_args(script: Path) -> type:
+    """The class of a script's flags."""
+    from hf_dl.training import TrainingArgs
 
     spec = importlib.util.spec_from_file_location(script.stem, script)
     module = importlib.util.module_from_spec(spec)
@@ -71,22 +97,7 @@ def check_flags(experiment: Experiment, script: Path) -> None:
         raise ValueError(
             f"{script.name} declares {len(found)} subclasses of TrainingArgs; its flags must be one class."
         )
-    trains = issubclass(found[0], TrainingArgs)
-    known = flag_names(found[0])
-    for name in (*experiment.fixed, *experiment.grid):
-        if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else f" `{script.name} --help` lists them."
-            raise ValueError(f"{experiment.name}.toml: {name!r} is not a flag of {script.name}.{hint}")
-    for point in itertools.product(*experiment.grid.values()):
-        flags = experiment.fixed | dict(zip(experiment.grid, point, strict=True))
-        errors = io.StringIO()
-        try:
-            with contextlib.redirect_stderr(errors):
-                parse_args(found[0], to_argv(flags)) if trains else _parse(found[0], to_argv(flags))
-        except (SystemExit, ValueError) as error:
-            reason = errors.getvalue().strip().rpartition("error: ")[2] or str(error)
-            raise ValueError(f"{experiment.name}.toml: {script.name} refuses {_words(flags)}: {reason}") from None
+    return found[0]
 
 
 def _parse(cls: type, argv: list[str]) -> None:
@@ -99,8 +110,8 @@ def _words(flags: dict[str, Any]) -> str:
     return " ".join(f"{name}={value}" for name, value in flags.items())
 
 
-def _command(cell: Cell, script: Path) -> list[str]:
-    command = [*LAUNCH, str(script), *to_argv(cell.flags)]
+def _command(cell: Cell, scripts: dict[str, Path]) -> list[str]:
+    command = [*LAUNCH, str(scripts[cell.script]), *to_argv(cell.given)]
     command += ["--output_dir", str(cell.folder)]
     return command + ["--resume", "true"] * (cell.folder / "checkpoints").is_dir()
 
@@ -113,12 +124,12 @@ def _last_words(log: Path, status: int) -> str:
     return errors[-1].replace(f"{Path.cwd()}/", "")[:300] if errors else f"exit status {status}"
 
 
-def run_cell(cell: Cell, script: Path, *, echo: bool) -> str | None:
+def run_cell(cell: Cell, scripts: dict[str, Path], *, echo: bool) -> str | None:
     """Run one cell to its end.
 
     Args:
         cell: The cell.
-        script: The script to launch.
+        scripts: The scripts of the experiment, by name.
         echo: Whether its output is shown as well; it is always kept in `<folder>.log`.
 
     Returns:
@@ -129,7 +140,7 @@ def run_cell(cell: Cell, script: Path, *, echo: bool) -> str | None:
     log = cell.folder.with_suffix(".log")
     with (
         open(log, "wb") as file,
-        subprocess.Popen(_command(cell, script), stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process,
+        subprocess.Popen(_command(cell, scripts), stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process,
     ):
         while chunk := process.stdout.read1():
             file.write(chunk)
@@ -144,7 +155,7 @@ def run_cell(cell: Cell, script: Path, *, echo: bool) -> str | None:
     return error
 
 
-def run_cells(cells: list[Cell], script: Path, jobs: int) -> list[tuple[Cell, str]]:
+def run_cells(cells: list[Cell], scripts: dict[str, Path], jobs: int) -> list[tuple[Cell, str]]:
     """Run cells, `jobs` at a time, and return why each failed one did."""
     failures = []
 
@@ -152,7 +163,7 @@ def run_cells(cells: list[Cell], script: Path, jobs: int) -> list[tuple[Cell, st
         number, cell = numbered
         print(f"[{number}/{len(cells)}] {_words(cell.flags)} -> {cell.folder}", flush=True)
         start = time.monotonic()
-        error = run_cell(cell, script, echo=jobs == 1)
+        error = run_cell(cell, scripts, echo=jobs == 1)
         print(f"[{number}/{len(cells)}] {error or 'finished'} ({time.monotonic() - start:.0f} s)", flush=True)
         if error:
             failures.append((cell, error))
@@ -215,15 +226,15 @@ def main(argv: list[str] | None = None) -> int:
     try:
         experiment = read_experiment(args.experiment)
         if not args.only_report:
-            script = find_script(experiment, args.experiment)
-            check_flags(experiment, script)
+            scripts = find_scripts(experiment, args.experiment)
+            check_flags(experiment, scripts)
             cells = experiment.cells(args.runs_dir)
             missing = [cell for cell in cells if not cell.finished][: args.max_cells]
             print(f"{experiment.name}: {len(cells)} cells; {len(missing)} to run now.", flush=True)
             if args.dry_run:
-                print("\n".join(shlex.join(_command(cell, script)) for cell in missing))
+                print("\n".join(shlex.join(_command(cell, scripts)) for cell in missing))
                 return 0
-            failures = run_cells(missing, script, args.jobs)
+            failures = run_cells(missing, scripts, args.jobs)
         write_everything(experiment, args.runs_dir, args.report_dir)
     except (ValueError, OSError) as error:
         print(f"run_experiment.py: {error}", file=sys.stderr)

@@ -379,10 +379,17 @@ def experiment_card(report: Mapping[str, Any], *, figures: Sequence[str] = (), l
     flags = [[f"`{key}`", f"`{value}`"] for key, value in _flags(report["fixed"])]
     flags += [[f"`{key}`", ", ".join(f"`{_flag_value(v)}`" for v in values)] for key, values in report["grid"].items()]
     flags.append(["`seed`", ", ".join(f"`{seed}`" for seed in report["seeds"])])
+    for key, variants in report.get("variants", {}).items():
+        for value, variant in variants.items():
+            script = variant.get("script", report["script"])
+            words = [f"--{flag} {_flag_value(own)}" for flag, own in variant.get("flags", {}).items()]
+            flags.append([f"`{key}` = `{value}`", f"`{' '.join([script, *words])}`"])
+    scripts = dict.fromkeys(cell["script"] for cell in finished) or [report["script"]]
     return _card(
         card_data,
         title=f"Experiment: {name}",
-        summary=f"{len(report['cells'])} runs of `scripts/{report['script']}`, {len(finished)} of them finished.",
+        summary=f"{len(report['cells'])} runs of {' and '.join(f'`scripts/{script}`' for script in scripts)}, "
+        f"{len(finished)} of them finished.",
         question=report["question"],
         expect=report["expect"],
         results=results_table(report),

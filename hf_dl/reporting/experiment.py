@@ -22,6 +22,11 @@ metric = "test_accuracy"
 of = { norm = "group", batch_size = 8 }      # the mean of this setting,
 over = { norm = "batch", batch_size = 8 }    # less that of this one, or less a number; less nothing by default,
 at_least = -0.01                             # is at least this; or at_most, or both
+
+[variants.decoder.diffusion]                 # optional: what a value of the grid stands for, if it is no flag;
+script = "train_slot_diffusion.py"           # each may have a script of its own,
+flags = { autoencoder = "runs/{style}" }     # flags of its own, which may name other flags in braces,
+metrics = { ari = "test_attention_ari" }     # and names of its own for the metrics of the table
 ```
 
 A cell is one point of the grid with one seed; its folder is named by a hash of the script and its flags, so a changed
@@ -32,6 +37,7 @@ import hashlib
 import itertools
 import json
 import math
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -45,7 +51,8 @@ REPORTED_KEYS = (
     "num_processes", "mixed_precision", "commit", "dirty", "versions", "date",
 )  # fmt: skip
 RESERVED_FLAGS = ("seed", "output_dir")
-OPTIONAL_KEYS = ("fixed", "grid", "curves", "labels", "notes", "figures", "confusion", "claims")
+OPTIONAL_KEYS = ("fixed", "grid", "curves", "labels", "notes", "figures", "confusion", "claims", "variants")
+VARIANT_KEYS = ("script", "flags", "metrics")
 
 
 @dataclass(frozen=True)
@@ -88,10 +95,22 @@ class Claim:
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of an experiment: the flags that it is started with and the folder that it writes to."""
+    """One run of an experiment.
+
+    Args:
+        flags: Its place in the grid, the fixed flags and the seed.
+        folder: The folder that it writes to.
+        script: The script that runs it.
+        given: The flags that the script is started with: `flags`, but for those that name a variant, whose own flags
+            stand in their place.
+        metrics: What the table calls the metrics of this script, and what the script calls them.
+    """
 
     flags: dict[str, Any]
     folder: Path
+    script: str
+    given: dict[str, Any]
+    metrics: dict[str, str] = field(default_factory=dict)
 
     @property
     def id(self) -> str:
@@ -131,6 +150,7 @@ class Experiment:
     figures: tuple[str, ...] = ()
     confusion: bool = True
     claims: tuple[Claim, ...] = ()
+    variants: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
 
     def cells(self, root: str | Path = "runs") -> list[Cell]:
         """List every cell: the product of the grid, and each seed of each point.
@@ -144,9 +164,23 @@ class Experiment:
         cells = []
         for *point, seed in itertools.product(*self.grid.values(), self.seeds):
             flags = {**self.fixed, **dict(zip(self.grid, point, strict=True)), "seed": seed}
-            digest = hashlib.sha256(json.dumps([self.script, flags], sort_keys=True).encode()).hexdigest()[:10]
-            cells.append(Cell(flags=flags, folder=Path(root) / self.name / digest))
+            chosen = [variants[flags[name]] for name, variants in self.variants.items()]
+            script, given, metrics = self.script, {k: v for k, v in flags.items() if k not in self.variants}, {}
+            for variant in chosen:
+                script = variant.get("script", script)
+                given |= variant.get("flags", {})
+                metrics |= variant.get("metrics", {})
+            given = {name: _filled(value, flags) for name, value in given.items()}
+            digest = hashlib.sha256(json.dumps([script, given], sort_keys=True).encode()).hexdigest()[:10]
+            cells.append(Cell(flags, Path(root) / self.name / digest, script, given, metrics))
         return cells
+
+
+def _filled(value: Any, flags: Mapping[str, Any]) -> Any:
+    """A text with the values of the flags that it names in braces."""
+    if not isinstance(value, str):
+        return value
+    return re.sub(r"\{(\w+)\}", lambda found: str(flags.get(found[1], found[0])), value)
 
 
 def _names(value: Any, what: str) -> tuple[str, ...]:
@@ -231,6 +265,35 @@ def _read_claims(given: Any, grid: Mapping[str, Any], shown: Sequence[str], wher
     return tuple(Claim(**claim) for claim in given)
 
 
+def _read_variants(given: Any, fixed: Mapping[str, Any], grid: Mapping[str, Any], where: str) -> dict[str, Any]:
+    if not isinstance(given, dict) or not all(isinstance(variants, dict) for variants in given.values()):
+        raise ValueError(f"{where}: variants={given!r} is not a table; write [variants.flag.value] above each.")
+    for name, variants in given.items():
+        if name not in grid:
+            raise ValueError(f"{where}: variants.{name} is about no flag of the grid; it has {list(grid)}.")
+        if sorted(variants) != sorted(map(str, grid[name])) or not all(isinstance(v, str) for v in grid[name]):
+            raise ValueError(
+                f"{where}: variants.{name} has {list(variants)}, expected the values of the grid, all texts: "
+                f"{grid[name]}."
+            )
+        for value, variant in variants.items():
+            place = f"{where}: variants.{name}.{value}"
+            if not isinstance(variant, dict):
+                raise ValueError(f"{place}={variant!r} is not a table.")
+            _expect_keys(variant, required=(), optional=VARIANT_KEYS, where=place)
+            if not isinstance(variant.get("script", "train.py"), str):
+                raise ValueError(f"{place}: script={variant['script']!r} is not a text.")
+            flags, metrics = variant.get("flags", {}), variant.get("metrics", {})
+            if not isinstance(flags, dict) or any(flag in (*grid, *fixed, *RESERVED_FLAGS) for flag in flags):
+                raise ValueError(
+                    f"{place}: flags={flags!r} is not a table of flags that neither grid nor fixed nor the experiment "
+                    "itself sets."
+                )
+            if not isinstance(metrics, dict) or not all(isinstance(metric, str) for metric in metrics.values()):
+                raise ValueError(f"{place}: metrics={metrics!r} is not a table from names to metrics of the script.")
+    return given
+
+
 def read_experiment(path: str | Path) -> Experiment:
     """Read an experiment file, and refuse what cannot be meant.
 
@@ -307,6 +370,7 @@ def read_experiment(path: str | Path) -> Experiment:
         notes=notes, figures=_names(given["figures"], f"{where}: figures") if "figures" in given else (),
         confusion=given.get("confusion", True),
         claims=_read_claims(given.get("claims", []), grid, shown, where),
+        variants=_read_variants(given.get("variants", {}), fixed, grid, where),
     )  # fmt: skip
 
 
@@ -465,6 +529,11 @@ def collect(
             results = read_results(cell.folder)
             entry |= {"status": "finished"} | {key: results[key] for key in REPORTED_KEYS if key in results}
             entry["args"] = {key: value for key, value in results["args"].items() if key != "output_dir"}
+            missing = [name for name in cell.metrics.values() if name not in results["metrics"]]
+            if missing:
+                raise ValueError(f"{cell.folder} has no metric {missing[0]!r}; correct the experiment's variants.")
+            own = {name: results["metrics"][metric] for name, metric in cell.metrics.items()}
+            entry["metrics"] = {**results["metrics"], **own}
             entry["curves"] = read_curves(cell.folder, experiment.curves)
             if MATRICES in results and cell.flags["seed"] == experiment.seeds[0]:
                 entry[MATRICES] = results[MATRICES]

@@ -46,6 +46,51 @@ def test_folder_depends_on_script_and_flags_and_on_nothing_else(toml):
     assert not other & set(before)
 
 
+VARIANTS = """
+[variants.norm.batch]
+flags = { folder = "data/{source}/{width}/{seed}/{other}" }
+[variants.norm.group]
+script = "train_other.py"
+flags = { groups = 2 }
+metrics = { val_accuracy = "val_top_1" }
+"""
+
+
+def test_a_value_of_the_grid_may_stand_for_a_script_and_flags(toml, tmp_path):
+    experiment = read_experiment(toml(TOML + VARIANTS))
+    batch, *_, group = experiment.cells(tmp_path)
+    assert batch.script == "train_fake.py" and group.script == "train_other.py"
+    folder = "data/synthetic/4/0/{other}"
+    assert batch.given == {"source": "synthetic", "max_steps": 100, "width": 4, "seed": 0, "folder": folder}
+    assert group.given == {"source": "synthetic", "max_steps": 100, "width": 8, "seed": 2, "groups": 2}
+    assert group.flags == {"source": "synthetic", "max_steps": 100, "width": 8, "norm": "group", "seed": 2}
+    write_run(group.folder, group.given, {"val_top_1": 0.75, "val_loss": 0.5})
+    cell = collect(experiment, tmp_path)["cells"][-1]
+    assert cell["metrics"] == {"val_top_1": 0.75, "val_accuracy": 0.75, "val_loss": 0.5}
+    assert cell["flags"]["norm"] == "group"
+    write_run(group.folder, group.given, {"val_loss": 0.5})
+    with pytest.raises(ValueError, match="has no metric 'val_top_1'; correct the experiment's variants"):
+        collect(experiment, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("variants.norm", "variants.depth", "variants.depth is about no flag of the grid"),
+        ("norm.group", "norm.layer", r"variants.norm has \['batch', 'layer'\], expected the values of the grid"),
+        ("script =", "skript =", "variants.norm.group has the unknown key 'skript'"),
+        ("groups = 2", "width = 2", "flags={'width': 2} is not a table of flags that neither grid nor fixed"),
+        ("groups = 2", "seed = 2", "flags={'seed': 2} is not"),
+        ('"val_top_1"', "1", "metrics={'val_accuracy': 1} is not a table"),
+        ('"train_other.py"', "1", "script=1 is not a text"),
+    ],
+)
+def test_wrong_variants_are_refused_with_a_sentence(toml, old, new, message):
+    assert old in VARIANTS
+    with pytest.raises(ValueError, match=message):
+        read_experiment(toml(TOML + VARIANTS.replace(old, new)))
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [

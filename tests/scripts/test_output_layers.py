@@ -164,7 +164,7 @@ def test_experiment_files_name_flags_that_there_are(name, tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     path = ROOT / "scripts" / "experiments" / f"{name}.toml"
     experiment = read_experiment(path)
-    run_experiment.check_flags(experiment, run_experiment.find_script(experiment, path))
+    run_experiment.check_flags(experiment, run_experiment.find_scripts(experiment, path))
     assert experiment.cells("runs")
 
 

@@ -159,6 +159,28 @@ def test_runs_the_missing_cells_once_and_reports_a_failure(project, capsys, monk
     assert all(cell["status"] == "finished" for cell in read_report(project / "model_cards" / "fake.json")["cells"])
 
 
+def test_variants_run_their_own_scripts(project, capsys):
+    script = SCRIPT.replace("train_fake", "train_other").replace("0.5 +", "0.25 +")
+    script = script.replace("val_accuracy", "val_top_1")
+    (project / "scripts" / "train_other.py").write_text(script)
+    change(project, "width = [4, 8]", 'model = ["one", "other"]')
+    change(project, 'rows = "width"', 'rows = "model"')
+    with open(project / EXPERIMENT, "a") as toml:
+        toml.write(
+            '[variants.model.one]\nflags = { width = 8 }\n[variants.model.other]\nscript = "train_other.py"\n'
+            'metrics = { val_accuracy = "val_top_1" }\n'
+        )
+    assert main([EXPERIMENT]) == 0
+    table = capsys.readouterr().out
+    assert "| one    | 0.5805" in table and "| other  | 0.2905" in table
+    text = (project / "model_cards" / "fake.md").read_text()
+    assert "4 runs of `scripts/train_fake.py` and `scripts/train_other.py`, 4 of them finished." in text
+    assert "| `model` = `one` | `train_fake.py --width 8` |" in text
+    change(project, "width = 8 }", "widht = 8 }")
+    assert main([EXPERIMENT]) == 1
+    assert "'widht' is not a flag of train_fake.py. Did you mean 'width'?" in capsys.readouterr().err
+
+
 def test_report_without_any_run(project, capsys):
     assert main([EXPERIMENT, "--only_report"]) == 0
     assert "there is nothing to report" in capsys.readouterr().out

@@ -170,6 +170,6 @@ def test_wrong_flags_are_refused_in_a_sentence(flags, sentence, tmp_path, capsys
 def test_the_experiment_file_names_flags_that_there_are():
     path = ROOT / "scripts" / "experiments" / "word_lm.toml"
     experiment = read_experiment(path)
-    run_experiment.check_flags(experiment, run_experiment.find_script(experiment, path))
+    run_experiment.check_flags(experiment, run_experiment.find_scripts(experiment, path))
     heads = {str(cell.flags["head"]).partition(":")[0] for cell in experiment.cells("runs")}
     assert heads == {"softmax", "gumbel", "adaptive", "hierarchical"}

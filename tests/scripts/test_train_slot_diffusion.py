@@ -256,7 +256,7 @@ def test_two_processes_give_the_metrics_of_one(finished, autoencoder, tmp_path):
 def test_the_published_configuration_is_one_that_can_be():
     path = ROOT / "scripts" / "experiments" / "slot_diffusion_clevrtex.toml"
     experiment = read_experiment(path)
-    run_experiment.check_flags(experiment, run_experiment.find_script(experiment, path))
+    run_experiment.check_flags(experiment, run_experiment.find_scripts(experiment, path))
     fixed = {name: value for name, value in experiment.fixed.items() if name != "mixed_precision"}
     args = train_slot_diffusion.Args(**fixed, cpu_threads=1)
     with torch.device("meta"):
