@@ -23,6 +23,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 
 def sinusoids(timesteps: torch.Tensor, channels: int) -> torch.Tensor:
@@ -66,6 +67,50 @@ class TimeEmbedding(nn.Module):
         """Embed timesteps (batch,) to (batch, time_dim)."""
         embedding = sinusoids(timesteps, self.channels).to(self.linear_1.weight.dtype)
         return F.silu(self.linear_2(F.silu(self.linear_1(embedding))))
+
+
+class _NormSilu(torch.autograd.Function):
+    """silu(group_norm(x)), of which nothing but x and the statistics are kept for the way back."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, groups, eps):
+        batch, channels, height, width = x.shape
+        shape = (batch, channels, height * width, groups)
+        normalised, mean, rstd = torch.native_group_norm(x, weight, bias, *shape, eps)
+        ctx.save_for_backward(x, weight, bias, mean, rstd)
+        ctx.shape = shape
+        return F.silu(normalised)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, weight, bias, mean, rstd = ctx.saved_tensors
+        batch, channels, _, groups = ctx.shape
+        scale = (rstd[..., None] * weight.view(groups, -1)).view(batch, channels)
+        shift = bias - (mean[..., None] * scale.view(batch, groups, -1)).view(batch, channels)
+        normalised = torch.addcmul(shift[..., None, None], x, scale[..., None, None])
+        grad = torch.ops.aten.silu_backward(grad, normalised)
+        needed = list(ctx.needs_input_grad[:3])
+        return *torch.ops.aten.native_group_norm_backward(grad, x, mean, rstd, weight, *ctx.shape, needed), None, None
+
+
+def norm_silu(norm: nn.GroupNorm, x: torch.Tensor) -> torch.Tensor:
+    """silu(norm(x)), which keeps one feature map less for the way back than the two one after the other.
+
+    What `torch.compile` keeps it decides itself, and autocast casts between the two: there they are left as they are.
+
+    Args:
+        norm: The normalisation, with weight and bias.
+        x: (batch, channels, height, width).
+
+    Returns:
+        A tensor of the same shape. Its gradient cannot be differentiated a second time.
+    """
+    if torch.compiler.is_compiling() or x.device.type == "meta" or not torch.is_grad_enabled():
+        return F.silu(norm(x))
+    if torch.is_autocast_enabled(x.device.type) or x.dtype != norm.weight.dtype:
+        return F.silu(norm(x))
+    return _NormSilu.apply(x, norm.weight, norm.bias, norm.num_groups, norm.eps)
 
 
 class ResidualBlock(nn.Module):
@@ -124,7 +169,7 @@ class ResidualBlock(nn.Module):
     def _resample(self, x: torch.Tensor) -> torch.Tensor:
         if self.resample == "down":
             return F.avg_pool2d(x, 2)
-        return F.interpolate(x, scale_factor=2.0, mode="nearest")
+        return F.interpolate(x, scale_factor=2.0, mode="nearest") if self.resample == "up" else x
 
     def forward(self, x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
         """Transform a feature map.
@@ -136,14 +181,14 @@ class ResidualBlock(nn.Module):
         Returns:
             (batch, out_channels, height, width), half or twice as high and wide with `resample`.
         """
-        hidden = F.silu(self.norm1(x))
-        if self.resample is None:
+        hidden = self._resample(norm_silu(self.norm1, x))
+        if self.conv1 is not None:
             hidden = self.conv1(hidden)
-        else:
-            hidden, x = self._resample(hidden), self._resample(x)
-        hidden = hidden + self.time(time)[:, :, None, None]
-        hidden = self.conv2(self.dropout(F.silu(self.norm2(hidden))))
-        return self.skip(x) + hidden
+        hidden += self.time(time)[:, :, None, None]  # in place: nothing keeps it for the way back
+        hidden = self.conv2(self.dropout(norm_silu(self.norm2, hidden)))
+        # S looks at single cells: it gives the same on the smaller of the two maps, for less.
+        x = self._resample(self.skip(x)) if self.resample == "up" else self.skip(self._resample(x))
+        return hidden.add_(x)
 
 
 class Attention(nn.Module):

@@ -16,6 +16,7 @@ from hf_dl.models.layers_unet import (
     SlotTransformer,
     SlotTransformerBlock,
     TimeEmbedding,
+    norm_silu,
     sinusoids,
 )
 from tests.models.diffusers_weights import (
@@ -44,6 +45,36 @@ def test_time_embedding():
     copy(ours.linear_2, theirs.linear_2)
     times = torch.tensor([0, 7, 999])
     torch.testing.assert_close(ours(times), F.silu(theirs(sinusoids(times, 32).double())), **EXACT)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_norm_and_silu_in_one_step_back(memory_format):
+    norm = nn.GroupNorm(4, 8).double()
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    x = (random(3, 8, 5, 6, seed=1) * 3).to(memory_format=memory_format).requires_grad_()
+    inputs, weight = (x, norm.weight, norm.bias), random(3, 8, 5, 6, seed=2)
+    made, expected = norm_silu(norm, x), F.silu(norm(x))
+    assert torch.equal(made, expected)
+    assert made.is_contiguous(memory_format=memory_format)
+    gradients = torch.autograd.grad((made * weight).sum(), inputs)
+    for ours, theirs in zip(gradients, torch.autograd.grad((expected * weight).sum(), inputs), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+    norm.requires_grad_(False)
+    (alone,) = torch.autograd.grad((norm_silu(norm, x) * weight).sum(), x)
+    torch.testing.assert_close(alone, gradients[0], rtol=1e-10, atol=1e-10)
+
+
+def test_norm_and_silu_keep_one_map_for_the_way_back():
+    def kept(function):
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: sizes.append(tensor.numel()), lambda _: None):
+            function()
+        return sum(size == x.numel() for size in sizes)
+
+    norm, x = nn.GroupNorm(4, 8), torch.randn(2, 8, 6, 6, requires_grad=True)
+    assert kept(lambda: norm_silu(norm, x)) == 1
+    assert kept(lambda: F.silu(norm(x))) == 2
 
 
 @pytest.mark.parametrize("channels", [(8, 8), (8, 12)])
