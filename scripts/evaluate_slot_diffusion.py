@@ -6,6 +6,7 @@ Draws with DPM-Solver++ in `num_inference_steps` steps. Writes reconstructions.p
 slot_library/ and evaluation.json into the pipeline's folder.
 """
 
+import contextlib
 import json
 import os
 import sys
@@ -26,12 +27,21 @@ from diffusers import (
     VQModel,
 )
 from evaluate_autoencoder import load_autoencoder
-from evaluate_slots import SlotData, checked, load_images, to_pixel_values, to_uint8
+from evaluate_slots import (
+    PERCEPTUAL,
+    SlotData,
+    checked,
+    load_images,
+    mean_distance,
+    to_pixel_values,
+    to_uint8,
+)
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import HfArgumentParser
 
 from hf_dl.data.collate import ImageTensors, as_is
+from hf_dl.metrics import perceptual
 from hf_dl.metrics.images import default_features, fid
 from hf_dl.metrics.segmentation import segmentation_scores
 from hf_dl.models.latent_autoencoder import encode_latents
@@ -41,7 +51,7 @@ from hf_dl.models.slot_unet import ARCHITECTURES as UNETS
 from hf_dl.models.slot_unet import SlotUNetModel
 from hf_dl.pipelines.slot_diffusion import SlotDiffusionPipeline, noise_schedule
 from hf_dl.reporting.card import LOCAL_ID, run_card
-from hf_dl.reporting.experiment import portable
+from hf_dl.reporting.experiment import portable, read_results
 from hf_dl.reporting.grids import colour_segments, image_grid
 from hf_dl.reporting.plots import plot_run
 
@@ -77,6 +87,7 @@ class Args(SlotData):
     model: str = field(default="runs/train_slot_diffusion", metadata={"help": "Folder or Hub id of the pipeline."})
     num_drawn: int = field(default=200, metadata={"help": "Test images that are drawn again, and scenes composed."})
     num_inference_steps: int = field(default=20, metadata={"help": "Steps of DPM-Solver++."})
+    perceptual: str = field(default="random", metadata={"help": PERCEPTUAL})
     output_dir: str = field(default="", metadata={"help": "Where to write; default: the model's folder."})
 
 
@@ -99,6 +110,7 @@ class ModelFlags:
     num_timesteps: int = field(default=1000, metadata={"help": "Steps T of the noise schedule."})
     num_drawn: int = field(default=200, metadata={"help": "Test images that are drawn again in the end."})
     num_inference_steps: int = field(default=20, metadata={"help": "Steps of DPM-Solver++, with which they are."})
+    perceptual: str = field(default="random", metadata={"help": PERCEPTUAL})
 
 
 def check(args: Any) -> None:
@@ -251,7 +263,11 @@ def make_unet(kind: str, fields: dict[str, Any]) -> ModelMixin:
 
 
 def find_autoencoder(args: Any) -> str:
-    """Find the autoencoder: the one that is named, or that of the default folder, where one is trained if none is."""
+    """Find the autoencoder: the one that is named, or that of the default folder, where one is trained if none is.
+
+    Raises:
+        ValueError: If that of the default folder was trained on other images, or several processes would train one.
+    """
     folder = args.autoencoder or "runs/train_autoencoder"
     if not args.autoencoder and not Path(folder, "config.json").is_file():
         import train_autoencoder
@@ -264,6 +280,14 @@ def find_autoencoder(args: Any) -> str:
         flags += ["--num_objects", *map(str, args.num_objects), f"--output_dir={folder}"]
         train_autoencoder.main([*flags, *([f"--mixed_precision={args.mixed_precision}"] * bool(args.mixed_precision))])
     elif not args.autoencoder:
+        with contextlib.suppress(FileNotFoundError):
+            known = read_results(folder)["args"]
+            for name in ("source", "style", "image_size"):
+                if known.get(name, getattr(args, name)) != getattr(args, name):
+                    raise ValueError(
+                        f"{folder} was trained with {name}={known[name]!r}, and here {name}={getattr(args, name)!r}; "
+                        "train another one with train_autoencoder.py --output_dir, and name it with --autoencoder."
+                    )
         print(f"Taking the autoencoder in {folder}; --autoencoder names another one.", file=sys.stderr, flush=True)
     return folder
 
@@ -364,13 +388,15 @@ def draw_and_measure(
         train: Images whose slots fill the library.
         test: Images to draw again.
         folder: Gets reconstructions.png, edits.png, compositions.png and slot_library/.
-        args: `num_drawn`, how many test images are drawn again and how many scenes composed, and
-            `num_inference_steps` of DPM-Solver++.
+        args: `num_drawn`, how many test images are drawn again and how many scenes composed, `num_inference_steps`
+            of DPM-Solver++, and `perceptual`, as of `hf_dl.metrics.perceptual.load`.
 
     Returns:
-        `reconstruction_mse` (pixels in [-1, 1]), `reconstruction_fid_...` and, for the recipes of `SlotLibrary`,
-        `per_cluster_fid_...` and `background_aware_fid_...`; `drawn_images`, as FID depends on how many there are.
+        `reconstruction_mse` (pixels in [-1, 1]), `reconstruction_perceptual`, `reconstruction_fid_...` and, for the
+        recipes of `SlotLibrary`, `per_cluster_fid_...` and `background_aware_fid_...`; `drawn_images`, as FID depends
+        on how many there are.
     """
+    measure = perceptual.load(args.perceptual)
     original = pipe.scheduler
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(original.config, solver_order=2)
     options = {"num_inference_steps": args.num_inference_steps, "output_type": "pt"}
@@ -381,7 +407,10 @@ def draw_and_measure(
         pixel_values = to_pixel_values(batch, pipe.device)
         made["reconstruction"].append(_uint8(pipe(image=pixel_values, generator=generator, **options).images))
     redrawn = torch.cat(made["reconstruction"])
-    metrics = {"reconstruction_mse": (to_pixel_values(redrawn) - to_pixel_values(images)).square().mean().item()}
+    metrics = {
+        "reconstruction_mse": (to_pixel_values(redrawn) - to_pixel_values(images)).square().mean().item(),
+        "reconstruction_perceptual": mean_distance(measure, redrawn, images),
+    }
     segments = pipe.segment(to_pixel_values(images[:8], pipe.device))
     rows = [
         [to_uint8(image / 255), colour_segments(segment.cpu().numpy()), to_uint8(again / 255)]

@@ -23,6 +23,7 @@ from transformers import HfArgumentParser
 
 from hf_dl.data import clevrtex, scenes
 from hf_dl.data.collate import ImageTensors, as_is
+from hf_dl.metrics import perceptual
 from hf_dl.metrics.images import default_features, fid
 from hf_dl.metrics.segmentation import segmentation_scores
 from hf_dl.models.slot_autoencoder import SlotAutoencoderConfig, SlotAutoencoderModel
@@ -50,6 +51,7 @@ CURVES = {
 }
 WATCHED = ("loss", *(f"{mask}_{score}" for mask in MASKS for score in ("fg_ari", "ari")))  # while it trains
 LIBRARY_IMAGES = 2000  # training images whose slots fill the library
+PERCEPTUAL = "Network of the perceptual distance: random, lpips, or an image classifier."
 
 
 @dataclass
@@ -72,6 +74,7 @@ class Args(SlotData):
     model: str = field(default="runs/train_slots", metadata={"help": "Folder or Hub id of the model."})
     num_slots: list[int] = field(default_factory=list, metadata={"help": "Slots K to try; default: the model's own."})
     num_iterations: list[int] = field(default_factory=list, metadata={"help": "Iterations T to try, likewise."})
+    perceptual: str = field(default="random", metadata={"help": PERCEPTUAL})
     output_dir: str = field(default="", metadata={"help": "Where to write; default: the model's folder."})
 
 
@@ -170,16 +173,31 @@ def draw_slots(model: SlotAutoencoderModel, images: torch.Tensor, path: Path) ->
 
 
 @torch.no_grad()
+def mean_distance(measure: perceptual.PerceptualDistance, images: torch.Tensor, others: torch.Tensor) -> float:
+    """The mean perceptual distance of images from others, both uint8 (images, 3, height, width), pair by pair."""
+    pairs = zip(images.split(50), others.split(50), strict=True)
+    return torch.cat([measure(to_pixel_values(one), to_pixel_values(other)) for one, other in pairs]).mean().item()
+
+
+@torch.no_grad()
 def compose(
-    model: SlotAutoencoderModel, train: ImageTensors, real: ImageTensors, folder: Path, *, seed: int = 0
+    model: SlotAutoencoderModel,
+    train: ImageTensors,
+    real: ImageTensors,
+    folder: Path,
+    *,
+    seed: int = 0,
+    measure: str = "random",
 ) -> dict[str, float]:
     """Fill a slot library from training images, compose as many new images as there are real ones, and measure FID.
 
     Returns:
         For the recipe of one slot per cluster (`per_cluster_fid_...`) and for one background and n objects
         (`background_aware_fid_...`) the FID, and that of the reconstructions, which no composition can be expected to
-        beat (`reconstruction_fid_...`).
+        beat (`reconstruction_fid_...`); and the perceptual distance of these (`reconstruction_perceptual`), as `load`
+        of `hf_dl.metrics.perceptual` makes it.
     """
+    distance = perceptual.load(measure)
     model.eval()
     slots, masks = [], []
     for start in range(0, min(LIBRARY_IMAGES, len(train)), 64):
@@ -203,6 +221,8 @@ def compose(
     for mode, batches in made.items():
         fakes = (torch.cat(batches).clamp(0, 1) * 255).round().byte().cpu()
         scores = fid(images, fakes, features=features)
+        if mode == "reconstruction":
+            metrics["reconstruction_perceptual"] = mean_distance(distance, fakes, images)
         metrics |= {f"{mode}_{name}": value for name, value in scores.items() if name.startswith("fid")}
         rows.append(list(fakes[:8].movedim(1, -1).numpy()))
     image_grid(rows, folder / "compositions.png", labels=["test images", *(name.replace("_", " ") for name in made)])
@@ -210,11 +230,11 @@ def compose(
 
 
 def draw_and_compose(
-    model: SlotAutoencoderModel, train: ImageTensors, test: ImageTensors, folder: Path
+    model: SlotAutoencoderModel, train: ImageTensors, test: ImageTensors, folder: Path, *, measure: str = "random"
 ) -> dict[str, float]:
     """Write slots.png, compositions.png and slot_library/ into the folder; returns what `compose` measured."""
     draw_slots(model, test.__getitems__(range(min(8, len(test))))["image"], folder / "slots.png")
-    return compose(model, train, test, folder)
+    return compose(model, train, test, folder, measure=measure)
 
 
 def write_report(folder: Path) -> None:
@@ -243,7 +263,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             )
             name = f"k{num_slots}_t{num_iterations}_" if args.num_slots or args.num_iterations else ""
             metrics |= {f"{name}test_{key}": value for key, value in scores.items()}
-    metrics |= draw_and_compose(model, train, test, folder)
+    metrics |= draw_and_compose(model, train, test, folder, measure=args.perceptual)
     found = {"args": portable(asdict(args)), "metrics": metrics}
     (folder / "evaluation.json").write_text(json.dumps(found, indent=2) + "\n")
     for name, value in metrics.items():

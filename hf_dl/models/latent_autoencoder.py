@@ -14,9 +14,9 @@ ARCHITECTURES = {
     # 3x64x64 <-> 3x16x16, for a CPU.
     "small": {
         "sample_size": 64,
-        "block_out_channels": (32, 64, 64),
+        "block_out_channels": (16, 32, 32),
         "layers_per_block": 1,
-        "norm_num_groups": 16,
+        "norm_num_groups": 8,
     },
     # 3x128x128 <-> 3x32x32, the one of SlotDiffusion on CLEVRTex (Wu et al. 2023), which is a VQModel.
     "clevrtex": {

@@ -29,10 +29,11 @@ ARCHITECTURES = {
     # For latents 3x16x16 of 64x64 images and slots of 64 channels, on a CPU.
     "small": {
         "sample_size": 16,
-        "block_out_channels": (64, 128),
+        "block_out_channels": (32, 64, 128),
         "layers_per_block": 1,
-        "attention_resolutions": (8,),
+        "attention_resolutions": (8, 4),
         "cross_attention_dim": 64,
+        "norm_num_groups": 16,
     },
     # SlotDiffusion on CLEVRTex, for latents 3x32x32 of 128x128 images and slots of 192 channels.
     "clevrtex": {

@@ -77,7 +77,7 @@ def test_the_folder_is_a_pipeline(finished, autoencoder):
         "test_attention_miou",
         "test_attention_mbo",
     }
-    expected |= {"reconstruction_mse", "drawn_images"}
+    expected |= {"reconstruction_mse", "reconstruction_perceptual", "drawn_images"}
     assert expected <= set(metrics)
     assert sum("fid" in name for name in metrics) == 3
     assert metrics["drawn_images"] == 4
@@ -144,11 +144,12 @@ def test_diffusers_own_unet_takes_its_place(autoencoder, tmp_path):
     train(tmp_path, autoencoder, "--denoiser=unet2d", "--max_steps=2", "--save_every=0", "--slot_init=learned")
     pipe = SlotDiffusionPipeline.from_pretrained(tmp_path)
     assert type(pipe.unet) is UNet2DConditionModel
-    fields = diffusion.UNETS["small"] | {"sample_size": 8, "attention_resolutions": (4,)}
+    fields = diffusion.UNETS["small"] | {"sample_size": 8, "attention_resolutions": (4, 2)}
     ours = SlotUNetModel(**fields)
     assert list(pipe.unet.config.block_out_channels) == list(ours.config.block_out_channels)
     heads = [width // ours.config.attention_head_dim for width in ours.config.block_out_channels]
-    assert [pipe.unet.down_blocks[1].attentions[0].transformer_blocks[0].attn1.heads] == heads[1:]
+    looking = [block for block in pipe.unet.down_blocks if hasattr(block, "attentions")]
+    assert [block.attentions[0].transformer_blocks[0].attn1.heads for block in looking] == heads[1:]
 
 
 def test_it_starts_from_the_encoder_of_a_slot_autoencoder(autoencoder, tmp_path):
@@ -208,6 +209,8 @@ def test_without_an_autoencoder_one_is_trained_first(tmp_path, monkeypatch, capf
     reset()
     train_slot_diffusion.main(flags)
     assert "training one first" not in capfd.readouterr().err
+    with pytest.raises(ValueError, match="was trained with style='plain', and here style='textured'; train another"):
+        diffusion.find_autoencoder(train_slot_diffusion.Args(image_size=32, style="textured"))
     monkeypatch.setenv("WORLD_SIZE", "2")
     Path("runs/train_autoencoder/config.json").unlink()
     with pytest.raises(ValueError, match="with several processes, train it first"):
