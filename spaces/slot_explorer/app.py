@@ -767,17 +767,22 @@ class Explorer:
         """
         if not _can_mix(first, second):
             return gr.skip()
-        decoder, keep = self.get(first.made[0]), self._begin(first, second)
+        decoder, keep = self.get(first.made[0]), self.begin(first, second)
         picture = decoder.at_once((first, keep[0]), (second, keep[1]))
         return _boxes(first, keep[0]), _boxes(second, keep[1]), picture
 
     def mix_in_steps(self, first: Explanation | None, second: Explanation | None, *settings: Any) -> Iterator[dict]:
         """Paint what `mix_afresh` ticks, if that needs steps; the boxes are not asked."""
         if _can_mix(first, second) and not self.get(first.made[0]).quick:
-            yield from self.mix(first, second, *self._begin(first, second), *settings)
+            yield from self.mix(first, second, *self.begin(first, second), *settings)
 
-    def _begin(self, first: Explanation, second: Explanation) -> tuple[list[int], list[int]]:
-        return _all(first), _all(second)[self.get(first.made[0]).added]
+    def begin(self, first: Explanation | None, second: Explanation | None) -> tuple[list[int], list[int]] | None:
+        """The slots that `mix_afresh` ticks."""
+        return (_all(first), _all(second)[self.get(first.made[0]).added]) if _can_mix(first, second) else None
+
+    def begin_mixing(self, first: Explanation | None, second: Explanation | None) -> tuple:
+        """What `show_mix` shows of two new images."""
+        return self.mix_afresh(first, second), self.begin(first, second)
 
     def swap(
         self, first: Explanation | None, second: Explanation | None, mine: int, theirs: int, *settings: Any
@@ -796,9 +801,9 @@ class Explorer:
     def _edit(
         self, first: Explanation, second: Explanation, keep: list[int], theirs: int, settings: tuple
     ) -> Iterator[tuple]:
-        yield _boxes(first, keep), _boxes(second, [theirs]), gr.skip()
+        yield _boxes(first, keep), _boxes(second, [theirs]), keep, [theirs], gr.skip()
         for shown in self.mix(first, second, keep, [theirs], *settings):
-            yield gr.skip(), gr.skip(), shown
+            yield *[gr.skip()] * 4, shown
 
     # ------------------------------------------------------------------------------------------ noise
 
@@ -840,7 +845,8 @@ def show_first(found: Explanation) -> tuple:
     """Fill the upper part of the page: the pictures, what each slot paints, and the boxes to tick."""
     gallery = [(part, f"Slot {index + 1}") for index, part in enumerate(found.parts)]
     image = found.image.resize(found.segments.size, Image.Resampling.BICUBIC)
-    return found, image, found.segments, found.reconstruction, gallery, _boxes(found, _all(found))
+    boxes = _boxes(found, _all(found))
+    return found, image, found.segments, found.reconstruction, gallery, boxes, _all(found)
 
 
 def show_second(found: Explanation) -> tuple:
@@ -853,12 +859,14 @@ def show_both(found: tuple[Explanation, Explanation] | None) -> Any:
     return (*show_first(found[0]), *show_second(found[1])) if found else gr.skip()
 
 
-def show_mix(found: Any) -> Any:
-    """Fill the part where two images are mixed: boxes, picture, and what can be swapped."""
-    if not isinstance(found, tuple):
-        return found
-    slots = (gr.Dropdown(choices=boxes.choices, value=boxes.choices[1][1]) for boxes in found[:2])
-    return *found, *slots
+def show_mix(found: tuple[Any, tuple[list[int], list[int]] | None]) -> Any:
+    """Fill the part where two images are mixed: boxes, what is ticked, picture, and what can be swapped."""
+    made, ticks = found
+    if ticks is None:
+        return gr.skip()
+    *boxes, picture = made
+    slots = (gr.Dropdown(choices=each.choices, value=each.choices[1][1]) for each in boxes)
+    return *boxes, *ticks, picture, *slots
 
 
 def sliders(model: SlotAutoencoderModel | Decoder | None) -> tuple[gr.Slider, gr.Slider]:
@@ -924,6 +932,7 @@ def build_demo(
         gr.Markdown(TITLE)
         ready, timer = gr.State(False), gr.Timer(1, active=False)
         found_first, found_second = gr.State(), gr.State()
+        ticks, ticks_first, ticks_second = gr.State([]), gr.State([]), gr.State([])
         with gr.Column(visible=False, elem_classes="welcome") as welcome:
             message = gr.HTML()
             train = gr.Button("Train the small default now", variant="primary", elem_id="train")
@@ -1000,7 +1009,7 @@ def build_demo(
                     mixed = view(titles["mixed"], "mixed")
 
         numbers, settings = [num_slots, num_iterations, decoder], [noise, keep_noise, steps]
-        first = [found_first, image, segments, reconstruction, gallery, keep]
+        first = [found_first, image, segments, reconstruction, gallery, keep, ticks]
         second = [found_second, segments_second]
         # What shows progress shows each error over each output as well; a message is enough.
         private = {"api_visibility": "private", "show_progress": "hidden"}
@@ -1064,10 +1073,11 @@ def build_demo(
                 event(explorer.again, show_both), [found_first, found_second, *numbers], [*first, *second], **latest
             )
         # New slots are painted without asking the boxes, which may still hold the ticks of the former ones.
-        mixing, keeps = [found_first, found_second], [mix_first, mix_second]
+        mixing, both = [found_first, found_second], [ticks_first, ticks_second]
+        keeps = [mix_first, mix_second, *both]
         gr.on(
             [found_first.change, found_second.change],
-            event(explorer.mix_afresh, show_mix), mixing, [*keeps, mixed, mine, theirs], **latest,
+            event(explorer.begin_mixing, show_mix), mixing, [*keeps, mixed, mine, theirs], **latest,
         )  # fmt: skip
         found_first.change(
             event(explorer.paint_afresh), [found_first, *settings], [noise, reconstruction, painted], **latest
@@ -1076,7 +1086,12 @@ def build_demo(
             [found_first.change, found_second.change],
             event(explorer.mix_in_steps), [*mixing, *settings], mixed, **latest,
         )  # fmt: skip
-        keep.input(event(explorer.paint), [found_first, keep, *settings], painted, **latest)
+        # What is ticked is noted at once: until a drawing has its turn, the boxes may be those of other slots.
+        noted = [
+            boxes.input(lambda chosen: chosen, boxes, note, queue=False, trigger_mode="always_last", **private)
+            for boxes, note in ((keep, ticks), (mix_first, ticks_first), (mix_second, ticks_second))
+        ]
+        noted[0].success(event(explorer.paint), [found_first, ticks, *settings], painted, **latest)
         swap.click(event(explorer.swap), [*mixing, mine, theirs, *settings], [*keeps, mixed], **latest)
         insert.click(event(explorer.insert), [*mixing, theirs, *settings], [*keeps, mixed], **latest)
         typed = noise.input(event(explorer.set_noise), [found_first, noise], None, **latest)
@@ -1089,9 +1104,9 @@ def build_demo(
             trigger_mode="always_last",
         )
         for changed in (typed.success, renewed.success, steps.change):
-            changed(event(explorer.paint_again), [found_first, keep, *settings], [reconstruction, painted], **latest)
-        for changed in (mix_first.input, mix_second.input, typed.success, renewed.success, steps.change):
-            changed(event(explorer.mix), [*mixing, *keeps, *settings], mixed, **latest)
+            changed(event(explorer.paint_again), [found_first, ticks, *settings], [reconstruction, painted], **latest)
+        for changed in (noted[1].success, noted[2].success, typed.success, renewed.success, steps.change):
+            changed(event(explorer.mix), [*mixing, *both, *settings], mixed, **latest)
     return demo
 
 

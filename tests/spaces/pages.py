@@ -111,11 +111,8 @@ def serve(name, model, folder, **more):
 
 
 def shown(browser, name):
-    """The address of the picture that a view shows."""
-    from selenium.webdriver.common.by import By
-
-    found = browser.find_elements(By.CSS_SELECTOR, f"#{name} img")
-    return found[0].get_attribute("src") if found else None
+    """The address of the picture that a view shows; asked in one go, since the page may just be changing it."""
+    return browser.execute_script(f"return document.querySelector('#{name} img')?.src")
 
 
 def text_of(browser, name):
