@@ -86,8 +86,11 @@ def event(function: Callable, show: Callable = lambda result: result) -> Callabl
     @functools.wraps(function)
     def generated(*inputs: Any) -> Iterator[Any]:
         with _messages():
+            result = nothing = object()
             for result in function(*inputs):
                 yield show(result)
+            if result is nothing:
+                yield gr.skip()  # or else gradio empties the outputs
 
     return generated if inspect.isgeneratorfunction(function) else wrapped
 

@@ -295,6 +295,9 @@ class TestPieces:
             next(steps)
         assert caught.value.print_exception is False
 
+    def test_a_generator_without_a_step_leaves_the_page_as_it_is(self):
+        assert list(demo.event(lambda: (yield from ()))()) == [gr.skip()]
+
     def test_bars_are_no_html_of_the_model(self):
         text = demo.show_bars("Top", [("<img src=x onerror='y'>", 0.5), ("cat", 0.25)], "cat")
         assert "<img" not in text and "onerror='" not in text
