@@ -938,7 +938,7 @@ def build_demo(
             train = gr.Button("Train the small default now", variant="primary", elem_id="train")
             stop = gr.Button("Stop")
         with gr.Column(visible=False) as content:
-            name, missing = gr.Markdown(), gr.HTML(visible=False, elem_id="missing")
+            name, missing = gr.Markdown(), gr.HTML(visible=False, padding=False, elem_id="missing")
             with gr.Row():
                 with gr.Column(scale=1, min_width=260):
                     decoder = gr.Radio(
