@@ -5,8 +5,10 @@ Pillow, weights are safetensors, and code that a model repository carries is lef
 """
 
 import atexit
+import contextlib
 import functools
 import html
+import inspect
 import json
 import os
 import re
@@ -14,7 +16,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,18 +74,33 @@ def event(function: Callable, show: Callable = lambda result: result) -> Callabl
     """Make an event of the page: a ValueError becomes a message there, and no traceback anywhere.
 
     Args:
-        function: What happens.
+        function: What happens; the page shows one after the other what a generator yields.
         show: Turns its result into the values of the outputs.
     """
 
     @functools.wraps(function)
     def wrapped(*inputs: Any) -> Any:
-        try:
+        with _messages():
             return show(function(*inputs))
-        except ValueError as error:
-            raise gr.Error(html.escape(str(error), quote=False), print_exception=False) from None
 
-    return wrapped
+    @functools.wraps(function)
+    def generated(*inputs: Any) -> Iterator[Any]:
+        with _messages():
+            result = nothing = object()
+            for result in function(*inputs):
+                yield show(result)
+            if result is nothing:
+                yield gr.skip()  # or else gradio empties the outputs
+
+    return generated if inspect.isgeneratorfunction(function) else wrapped
+
+
+@contextlib.contextmanager
+def _messages() -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise gr.Error(html.escape(str(error), quote=False), print_exception=False) from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -233,18 +250,43 @@ def name_box(kind: str) -> gr.Textbox:
 
 def newest_run(root: Path, kinds: Sequence[str]) -> str | None:
     """The newest finished run under root/runs whose model is of one of the kinds (`model_type`); None without one."""
+
+    def fits(folder: Path) -> bool:
+        part = (folder.parent / "model_index.json").is_file()  # of a pipeline, which may lack what a model has
+        return not part and _read(folder / "config.json").get("model_type") in kinds
+
+    return _newest(root, "model.safetensors", fits)
+
+
+def newest_pipeline(root: Path, kind: str) -> str | None:
+    """The newest finished run under root/runs that is a diffusers pipeline of a class; None without one."""
+
+    def fits(folder: Path) -> bool:
+        found = _read(folder / "model_index.json").get("_class_name")
+        return kind in (found[1:] if isinstance(found, list) else [found])  # [module, class] where it has its code
+
+    return _newest(root, "model_index.json", fits)
+
+
+def _newest(root: Path, name: str, fits: Callable[[Path], bool]) -> str | None:
+    """The folder under root/runs that fits and has the newest file of a name."""
     found = []
-    for path in (root / "runs").rglob("model.safetensors"):
+    for path in (root / "runs").rglob(name):
         inside = path.parent.relative_to(root / "runs").parts
         if any(part == "best" or part.startswith("checkpoints") for part in inside):
             continue  # of a run that goes on, or that is listed itself
-        try:
-            kind = json.loads((path.parent / "config.json").read_text())["model_type"]
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-        if kind in kinds:
+        if fits(path.parent):
             found.append(path)
     return str(max(found, key=lambda path: path.stat().st_mtime).parent) if found else None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A JSON file; empty where it is missing, damaged, or of another form."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 @dataclass

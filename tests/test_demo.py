@@ -218,6 +218,24 @@ class TestNewestRun:
             (tmp_path / "runs" / "new" / "config.json").write_text(broken)
             assert demo.newest_run(tmp_path, ["norm_resnet"]) == str(tmp_path / "runs" / "old")
 
+    def test_a_part_of_a_pipeline_is_no_run(self, resnet, tmp_path):
+        shutil.copytree(resnet, tmp_path / "runs" / "pipeline" / "encoder")
+        (tmp_path / "runs" / "pipeline" / "model_index.json").write_text("{}")
+        assert demo.newest_run(tmp_path, ["norm_resnet"]) is None
+
+    @pytest.mark.parametrize("written", ['"Drawer"', '["drawer", "Drawer"]'])
+    def test_newest_pipeline(self, written, tmp_path):
+        assert demo.newest_pipeline(tmp_path, "Drawer") is None
+        indices = dict.fromkeys(("new", "old", "new/best", "new/checkpoints/1"), f'{{"_class_name": {written}}}')
+        indices |= {"other": '{"_class_name": "drawer"}', "broken": "{", "list": "[]", "empty": "{}"}
+        for age, (name, text) in enumerate(indices.items()):
+            path = tmp_path / "runs" / name / "model_index.json"
+            path.parent.mkdir(parents=True)
+            path.write_text(text)
+            then = time.time() - 1000 * (age if age < 2 else -age)
+            os.utime(path, (then, then))
+        assert demo.newest_pipeline(tmp_path, "Drawer") == str(tmp_path / "runs" / "new")
+
 
 class TestShelf:
     def make(self, root, check=lambda classifier: None):
@@ -265,6 +283,20 @@ class TestPieces:
         with pytest.raises(gr.Error, match="&lt;b&gt;") as caught:
             demo.event(refuse)()
         assert caught.value.print_exception is False
+
+    def test_a_generator_is_shown_step_by_step(self):
+        def count():
+            yield from (1, 2)
+            raise ValueError("There is no 3.")
+
+        steps = demo.event(count, lambda number: number * 10)()
+        assert (next(steps), next(steps)) == (10, 20)
+        with pytest.raises(gr.Error, match="There is no 3") as caught:
+            next(steps)
+        assert caught.value.print_exception is False
+
+    def test_a_generator_without_a_step_leaves_the_page_as_it_is(self):
+        assert list(demo.event(lambda: (yield from ()))()) == [gr.skip()]
 
     def test_bars_are_no_html_of_the_model(self):
         text = demo.show_bars("Top", [("<img src=x onerror='y'>", 0.5), ("cat", 0.25)], "cat")

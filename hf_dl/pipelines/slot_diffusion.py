@@ -623,7 +623,8 @@ class SlotDiffusionPipeline(DiffusionPipeline):
                 `local_files_only` of the Hub; and parts that are not to be loaded, such as `scheduler`.
 
         Raises:
-            ValueError: If it holds no slot diffusion pipeline, or a part of a class that hf_dl does not know.
+            ValueError: If it holds no slot diffusion pipeline, a part of a class that hf_dl does not know, or weights
+                that lack some tensors.
             OSError: If there is no such folder, and no such repository can be fetched.
         """
         try:
@@ -667,8 +668,17 @@ class SlotDiffusionPipeline(DiffusionPipeline):
                     f"{name} is a {class_name} of {library}, which hf_dl does not know; load it yourself and pass it "
                     f"as {name}=..., or use DiffusionPipeline.from_pretrained(..., trust_remote_code=True)."
                 )
-            safe = {} if issubclass(kind, SchedulerMixin) else {"use_safetensors": True}
-            components[name] = kind.from_pretrained(folder / name, **safe)
+            if issubclass(kind, SchedulerMixin):
+                components[name] = kind.from_pretrained(folder / name)
+                continue
+            components[name], info = kind.from_pretrained(
+                folder / name, use_safetensors=True, output_loading_info=True
+            )
+            if missing := sorted(info["missing_keys"]):  # the libraries would only warn, and leave them random
+                raise ValueError(
+                    f"The weights of {name} lack {len(missing)} tensors, such as {missing[0]}; save the pipeline "
+                    "again, or install the version of hf_dl that saved it."
+                )
         pipe = cls(**components)
         pipe.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
         return pipe if dtype is None else pipe.to(dtype=dtype)

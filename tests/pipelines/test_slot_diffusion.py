@@ -502,6 +502,20 @@ def test_a_folder_of_something_else_is_refused(pipe, tmp_path):
     assert same_weights(SlotDiffusionPipeline.from_pretrained(tmp_path, unet=pipe.unet), pipe)
 
 
+@pytest.mark.parametrize("part", ["slot_encoder", "unet", "autoencoder"])
+def test_missing_weights_are_refused(pipe, part, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    pipe.save_pretrained(tmp_path)
+    (path,) = (tmp_path / part).glob("*.safetensors")
+    weights = load_file(path)
+    name = sorted(weights)[3]
+    del weights[name]
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"The weights of {part} lack 1 tensors, such as {name}; save the pipeline"):
+        SlotDiffusionPipeline.from_pretrained(tmp_path)
+
+
 def test_a_part_without_a_file_is_refused(tmp_path, monkeypatch):
     oracle = make_pipe(unet=Oracle())
     monkeypatch.setattr(sys.modules[__name__], "__file__", None)

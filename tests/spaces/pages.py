@@ -90,9 +90,9 @@ def check_space(name):
 
 
 @contextlib.contextmanager
-def serve(name, model, folder):
+def serve(name, model, folder, **more):
     """The app as it is started by hand: its address, and the file it writes its output to."""
-    settings = {"HF_DL_MODEL": model, "GRADIO_TEMP_DIR": folder / "gradio", "PYTHONUNBUFFERED": "1"}
+    settings = {"HF_DL_MODEL": model, "GRADIO_TEMP_DIR": folder / "gradio", "PYTHONUNBUFFERED": "1", **more}
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", **{key: str(value) for key, value in settings.items()}}
     output = folder / "output.txt"
     with open(output, "wb") as file:
@@ -111,11 +111,8 @@ def serve(name, model, folder):
 
 
 def shown(browser, name):
-    """The address of the picture that a view shows."""
-    from selenium.webdriver.common.by import By
-
-    found = browser.find_elements(By.CSS_SELECTOR, f"#{name} img")
-    return found[0].get_attribute("src") if found else None
+    """The address of the picture that a view shows; asked in one go, since the page may just be changing it."""
+    return browser.execute_script(f"return document.querySelector('#{name} img')?.src")
 
 
 def text_of(browser, name):
