@@ -290,7 +290,8 @@ def test_unet_of_diffusers_takes_the_place_of_ours(tmp_path):
     loaded = SlotDiffusionPipeline.from_pretrained(tmp_path)
     loaded.set_progress_bar_config(disable=True)
     assert type(loaded.unet) is UNet2DConditionModel
-    assert torch.equal(loaded(slots=slots, keep=keep, generator=seeded(), **FAST).images, found)
+    assert same_weights(loaded, pipe)
+    assert_same_drawing(loaded(slots=slots, keep=keep, generator=seeded(), **FAST).images, found)
 
 
 # ------------------------------------------------------------------------------------------------ slots
@@ -441,6 +442,11 @@ def same_weights(found, expected):
         a, b = getattr(found, name).state_dict(), getattr(expected, name).state_dict()
         assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
     return True
+
+
+def assert_same_drawing(found, expected):
+    """Not to the last bit: the same weights elsewhere in memory may be summed in another order."""
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
 
 
 @pytest.mark.parametrize("encoder", [SlotEncoderModel, SlotAutoencoderModel])
