@@ -477,7 +477,7 @@ def test_a_folder(encoder, tmp_path):
     assert same_weights(loaded, pipe)
     image = make_image()
     found, expected = (each(image, generator=seeded(), **FAST).images for each in (loaded, pipe))
-    assert torch.equal(found, expected)
+    assert_same_drawing(found, expected)
     other = SlotDiffusionPipeline.from_pretrained(tmp_path, scheduler=noise_schedule(), dtype=torch.float64)
     assert type(other.scheduler) is DDPMScheduler and other.unet.dtype == torch.float64
 
