@@ -241,8 +241,13 @@ def plot_table(report: Mapping[str, Any], path: str | Path) -> Path | None:
     columns = min(len(metrics), 3)
     rows = math.ceil(len(metrics) / columns)
     height = rows * (0.75 + max(0.34, 0.2 * inner + 0.12) * outer) + 0.35
+    width = WIDTH if columns > 1 else 6.2
+    names = [_flag_labels(report, row_flags, everything[row * inner].key[: len(row_flags)]) for row in range(outer)]
+    # Titles as wide as their panels: in inches, a letter of the names beside them takes about 0.075.
+    panel = (width - 0.075 * max(map(len, names))) / columns
+    fitting = panel * 72 / (0.62 * max(len(label(report, metric)) for metric in metrics))
     with rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH if columns > 1 else 6.2, height), layout="constrained")
+        figure = Figure(figsize=(width, height), layout="constrained")
         grid = figure.subplots(rows, columns, squeeze=False, sharey=True)
         for axes, metric in zip(grid.ravel(), metrics, strict=False):
             for index, group in enumerate(everything):
@@ -261,15 +266,12 @@ def plot_table(report: Mapping[str, Any], path: str | Path) -> Path | None:
                     "chance", (baseline[metric], 0), xycoords=("data", "axes fraction"), xytext=(3, 3),
                     textcoords="offset points", fontsize=8, color="#737373",
                 )  # fmt: skip
-            axes.set_title(label(report, metric))
+            axes.set_title(label(report, metric), fontsize=min(STYLE["axes.titlesize"], fitting))
             axes.grid(visible=False, axis="y")
             axes.tick_params(axis="y", length=0)
             axes.xaxis.set_major_locator(MaxNLocator(5 if columns < 3 else 4))
             axes.ticklabel_format(axis="x", scilimits=(-2, 4))
             axes.margins(x=0.08)
-            names = [
-                _flag_labels(report, row_flags, everything[row * inner].key[: len(row_flags)]) for row in range(outer)
-            ]
             axes.set_yticks(range(outer), names)
             axes.set_ylim(outer - 0.5, -0.5)
         for axes in grid.ravel()[len(metrics) :]:
