@@ -8,6 +8,7 @@ from PIL import Image
 from sklearn.metrics import adjusted_rand_score
 
 from hf_dl.data.collate import ImageTensors
+from hf_dl.metrics import perceptual
 from hf_dl.metrics.images import default_features, fid
 from hf_dl.models.slot_autoencoder import SlotAutoencoderConfig, SlotAutoencoderModel, SlotImageProcessor
 from hf_dl.models.slot_library import SlotLibrary
@@ -167,9 +168,10 @@ class TestPictures:
         model = make_model()
         train, test = (self.tensors(count, seed) for count, seed in ((70, 1), (12, 2)))
         metrics = evaluate_slots.compose(model, train, test, tmp_path)
-        (name,) = {key.removeprefix("reconstruction_") for key in metrics if key.startswith("reconstruction_")}
+        (name,) = {key.removeprefix("reconstruction_") for key in metrics if key.startswith("reconstruction_fid")}
         assert metrics.keys() == {f"{way}_{name}" for way in ("reconstruction", "per_cluster", "background_aware")} | {
-            "composed_images"
+            "composed_images",
+            "reconstruction_perceptual",
         }
         assert metrics["composed_images"] == 12
         images = test.__getitems__(range(12))["image"]
@@ -178,6 +180,8 @@ class TestPictures:
         painted = ((painted / 2 + 0.5).clamp(0, 1) * 255).round().byte()
         expected = fid(images, painted, features=default_features())[name]
         assert metrics[f"reconstruction_{name}"] == pytest.approx(expected, rel=1e-3)
+        distance = perceptual.load("random")(painted / 127.5 - 1, images / 127.5 - 1)
+        assert metrics["reconstruction_perceptual"] == pytest.approx(distance.mean().item(), rel=1e-3)
         library = SlotLibrary.from_pretrained(tmp_path / "slot_library")
         assert len(library.background_clusters) == 4
         assert int(library.object_counts.sum()) == 70  # every training image is counted
