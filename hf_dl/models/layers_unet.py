@@ -184,11 +184,11 @@ class ResidualBlock(nn.Module):
         hidden = self._resample(norm_silu(self.norm1, x))
         if self.conv1 is not None:
             hidden = self.conv1(hidden)
-        hidden += self.time(time)[:, :, None, None]  # in place: nothing keeps it for the way back
+        hidden = hidden + self.time(time)[:, :, None, None]
         hidden = self.conv2(self.dropout(norm_silu(self.norm2, hidden)))
         # S looks at single cells: it gives the same on the smaller of the two maps, for less.
         x = self._resample(self.skip(x)) if self.resample == "up" else self.skip(self._resample(x))
-        return hidden.add_(x)
+        return x + hidden
 
 
 class Attention(nn.Module):
