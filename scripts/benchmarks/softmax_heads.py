@@ -216,7 +216,7 @@ def _draw(results: dict[str, dict[str, dict]], crossings: dict[str, float | None
             axes.axvline(crossing, color="0.5", linewidth=0.8)
             text = f"hierarchical, sparse\nahead from {crossing:.0f}"
             place = {"xycoords": ("data", "axes fraction"), "xytext": (4, 0), "textcoords": "offset points"}
-            axes.annotate(text, (crossing, 0.02), fontsize=8, ha="left", **place)
+            axes.annotate(text, (crossing, 0.98), fontsize=8, ha="left", va="top", **place)
         axes.set_title({"zipf": "targets by Zipf's law", "uniform": "targets of equal frequency"}[law])
         axes.set_xlabel("classes")
         axes.grid(alpha=0.3)
