@@ -176,7 +176,9 @@ def _training_facts(results: Mapping[str, Any]) -> list[str]:
         seed = f", seed {results['seed']}" if results.get("seed") is not None else ""
         facts.append(f"Length: {results['steps']:,} steps{seed}")
     if results.get("seconds") is not None:
-        facts.append(f"Time: {_duration(results['seconds'])}")
+        computed = results.get("cpu_seconds")
+        of_that = f", {_duration(computed)} of CPU" if computed is not None else ""
+        facts.append(f"Time: {_duration(results['seconds'])}{of_that}")
     if results.get("device"):
         processes, precision = results.get("num_processes", 1), results.get("mixed_precision", "no")
         number = f"{processes} processes" if processes and processes > 1 else "one process"
@@ -419,6 +421,9 @@ def _experiment_facts(finished: Sequence[Mapping[str, Any]]) -> list[str]:
     seconds = [cell["seconds"] for cell in finished if cell.get("seconds") is not None]
     if seconds:
         facts.append(f"Time: {_duration(sum(seconds))} in all, {_duration(statistics.median(seconds))} a run (median)")
+    computed = [cell["cpu_seconds"] for cell in finished if cell.get("cpu_seconds") is not None]
+    if computed:
+        facts.append(f"CPU time: {_duration(statistics.median(computed))} a run (median)")
     devices = dict.fromkeys(str(cell["device"]) for cell in finished if cell.get("device"))
     if devices:
         facts.append(f"Hardware: {'; '.join(devices)}")

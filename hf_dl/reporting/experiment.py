@@ -47,9 +47,10 @@ from typing import Any
 RESULT_KEYS = ("script", "args", "metrics")
 MATRICES = "confusion"  # the key under which results.json may hold a confusion matrix
 REPORTED_KEYS = (
-    "script", "args", "metrics", "seed", "steps", "restarts", "seconds", "num_parameters", "model_class", "device",
-    "num_processes", "mixed_precision", "commit", "dirty", "versions", "date",
+    "script", "args", "metrics", "seed", "steps", "restarts", "seconds", "cpu_seconds", "num_parameters",
+    "model_class", "device", "num_processes", "mixed_precision", "commit", "dirty", "versions", "date",
 )  # fmt: skip
+OWN_NUMBERS = ("seconds", "cpu_seconds", "num_parameters")  # what every run tells of itself, beside its metrics
 RESERVED_FLAGS = ("seed", "output_dir")
 OPTIONAL_KEYS = ("fixed", "grid", "curves", "labels", "notes", "figures", "confusion", "claims", "variants")
 VARIANT_KEYS = ("script", "flags", "metrics")
@@ -61,7 +62,7 @@ class Table:
 
     Args:
         rows: One or two flags of the grid.
-        value: The metrics of results.json that are shown; also its "seconds" and "num_parameters".
+        value: The metrics of results.json that are shown; also `OWN_NUMBERS`.
         columns: A flag of the grid, or None for one column a metric.
         baseline: Chance level (or another known reference) of each metric, by metric.
     """
@@ -78,7 +79,7 @@ class Claim:
 
     Args:
         says: The expectation in words.
-        metric: A metric of results.json, or "seconds" or "num_parameters".
+        metric: A metric of results.json, or one of `OWN_NUMBERS`.
         of: The setting: a value for each flag that the table shows.
         over: What is taken off: the mean of another setting, or a number.
         at_least: The least value that agrees.

@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from .experiment import OWN_NUMBERS
+
 
 @dataclass(frozen=True)
 class Group:
@@ -45,7 +47,7 @@ class Group:
         """Return the metric of each finished cell, in the order of the seeds.
 
         Args:
-            metric: A key of the cells' metrics, or what every run tells of itself: "seconds" or "num_parameters".
+            metric: A key of the cells' metrics, or what every run tells of itself, `OWN_NUMBERS`.
 
         Returns:
             One number a finished cell.
@@ -55,7 +57,7 @@ class Group:
         """
         found = []
         for cell in self.finished:
-            own = {name: cell[name] for name in ("seconds", "num_parameters") if cell.get(name) is not None}
+            own = {name: cell[name] for name in OWN_NUMBERS if cell.get(name) is not None}
             values = own | cell["metrics"]
             if metric not in values:
                 raise ValueError(

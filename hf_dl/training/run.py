@@ -137,7 +137,8 @@ class TrainingRun:
         self._synced = self._stepped = False
         self._signal = self._agreed_signal = 0
         self._progress = None
-        self._earlier_seconds, self._started = 0.0, None
+        self._earlier_seconds, self._earlier_cpu_seconds = 0.0, 0.0
+        self._started, self._cpu_started = None, 0.0
         self._sharded = self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
         if self._sharded and (args.ema_decay or args.resume):
             raise ValueError("ema_decay and resume work on one process or data-parallel ones, not FSDP or DeepSpeed.")
@@ -151,7 +152,8 @@ class TrainingRun:
     # ------------------------------------------------------------------------------------------------ the loop
 
     def __iter__(self) -> Iterator[Any]:
-        self._started = self._started or time.monotonic()
+        if self._started is None:
+            self._started, self._cpu_started = time.monotonic(), time.process_time()
         with self._catching_signals(), _Progress(self.max_steps, enabled=self.is_main) as self._progress:
             while not self._done:
                 self._restarted = False
@@ -292,7 +294,13 @@ class TrainingRun:
 
     @property
     def _seconds(self) -> float:
-        return self._earlier_seconds + (time.monotonic() - self._started if self._started else 0.0)
+        return self._earlier_seconds + (time.monotonic() - self._started if self._started is not None else 0.0)
+
+    @property
+    def _cpu_seconds(self) -> float:
+        """CPU time of this process, all its threads together."""
+        here = time.process_time() - self._cpu_started if self._started is not None else 0.0
+        return self._earlier_cpu_seconds + here
 
     def due(self, every: int) -> bool:
         """Whether something done every so many steps is due: at each multiple and after the last step; 0 is never."""
@@ -526,6 +534,7 @@ class TrainingRun:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.steps, self.restarts, self._earlier_steps = state["step"], state["restarts"], state["earlier_steps"]
         self._position, self._earlier_seconds = tuple(state["position"]), state["seconds"]
+        self._earlier_cpu_seconds = state.get("cpu_seconds", 0.0)
         self._best, self._bad_evaluations, self._stopped = state["best"], state["bad_evaluations"], state["stopped"]
         self._window = state["window"]
         if self.is_main:
@@ -552,6 +561,7 @@ class TrainingRun:
             "earlier_steps": self._earlier_steps,
             "position": self._position,
             "seconds": self._seconds,
+            "cpu_seconds": self._cpu_seconds,
             "best": self._best,
             "bad_evaluations": self._bad_evaluations,
             "stopped": self._stopped,
@@ -652,6 +662,7 @@ class TrainingRun:
             "steps": self.steps,
             "restarts": self.restarts,
             "seconds": round(self._seconds, 2),
+            "cpu_seconds": round(self._cpu_seconds, 2),
             "num_parameters": sum(p.numel() for p in self.unwrapped.parameters()),
             "model_class": type(self.unwrapped).__name__,
             "num_processes": self.accelerator.num_processes,

@@ -81,10 +81,11 @@ def test_columns_and_several_values_make_one_table_a_metric(report):
 def test_what_every_run_tells_of_itself_can_be_shown(report):
     made = report()
     for number, cell in enumerate(made["cells"]):
-        cell |= {"seconds": 10.0 + number, "num_parameters": 1234}
+        cell |= {"seconds": 10.0 + number, "cpu_seconds": 9.0 + number, "num_parameters": 1234}
     (group, *_) = groups(made)
     assert group.values("num_parameters") == [1234.0] * 3
-    assert group.values("seconds") == [cell["seconds"] for cell in group.cells]
+    for name in ("seconds", "cpu_seconds"):
+        assert group.values(name) == [cell[name] for cell in group.cells]
 
 
 def test_one_value_with_a_plain_baseline(report):
