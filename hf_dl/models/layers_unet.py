@@ -11,6 +11,8 @@ What differs from the blocks of diffusers, whose numbers these give with the sam
   then convolve as well; theirs with that convolution set to the identity is ours, which costs half as much.
 - The time embedding goes through SiLU once, where it is made, instead of in every residual block.
 - Keys and values come from one projection.
+- The transformer may be told where its cells are (`position_frequencies`), as in Jiang et al. 2023, "Object-Centric
+  Slot Diffusion": in noise a cell has nothing else by which to choose its slot.
 - The last layer of each residual branch starts at zero (Dhariwal & Nichol 2021; not so in diffusers), so that a new
   network passes its input on and the loss begins at the variance of the noise.
 - Memory format: what comes in as channels_last goes out as channels_last, and the cells of a feature map are then the
@@ -24,6 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
+
+from .layers_position import PositionEmbedding
 
 
 def sinusoids(timesteps: torch.Tensor, channels: int) -> torch.Tensor:
@@ -266,6 +270,8 @@ class SlotTransformer(nn.Module):
         head_dim: Channels of an attention head.
         depth: Transformer blocks.
         groups: Groups of the normalisation.
+        position_frequencies: Octaves of the position embedding that is added to the cells; None for none, as in
+            diffusers.
 
     Example:
         ```python
@@ -276,9 +282,21 @@ class SlotTransformer(nn.Module):
         ```
     """
 
-    def __init__(self, channels: int, slot_dim: int, *, head_dim: int, depth: int = 1, groups: int = 32):
+    def __init__(
+        self,
+        channels: int,
+        slot_dim: int,
+        *,
+        head_dim: int,
+        depth: int = 1,
+        groups: int = 32,
+        position_frequencies: int | None = None,
+    ):
         super().__init__()
         self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.position = None
+        if position_frequencies is not None:
+            self.position = PositionEmbedding(channels, frequencies=position_frequencies)
         self.project_in = nn.Linear(channels, channels)
         self.blocks = nn.ModuleList(SlotTransformerBlock(channels, slot_dim, head_dim=head_dim) for _ in range(depth))
         self.project_out = nn.Linear(channels, channels)
@@ -297,6 +315,8 @@ class SlotTransformer(nn.Module):
             (batch, channels, height, width).
         """
         tokens = self.project_in(self.norm(x).permute(0, 2, 3, 1).flatten(1, 2))  # (batch, height * width, channels)
+        if self.position is not None:
+            tokens = tokens + self.position.grid(*x.shape[-2:]).flatten(0, 1)
         for block in self.blocks:
             tokens = block(tokens, slots, keep)
         return x + self.project_out(tokens).unflatten(1, x.shape[-2:]).permute(0, 3, 1, 2)

@@ -36,6 +36,7 @@ from transformers.image_utils import ImageInput, PILImageResampling
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .layers_attention import SlotAttention
+from .layers_position import PositionEmbedding
 
 
 @strict
@@ -248,32 +249,6 @@ class SlotImageProcessor(TorchvisionBackend):
     do_resize = True
     do_rescale = True
     do_normalize = True
-
-
-class PositionEmbedding(nn.Module):
-    """A linear map of positions, those of the cells' centres in [0, 1].
-
-    The positions are (x, y, 1 - x, 1 - y), as in the paper, and sin and cos of 2^i pi x and 2^i pi y for i below
-    `frequencies` (Mildenhall et al. 2020, NeRF, section 5.1).
-    """
-
-    def __init__(self, channels: int, *, frequencies: int = 0):
-        super().__init__()
-        self.frequencies = frequencies
-        self.projection = nn.Linear(4 + 4 * frequencies, channels)
-
-    def grid(self, height: int, width: int) -> torch.Tensor:
-        """The embedding of a grid, (height, width, channels)."""
-        weight = self.projection.weight
-        y = (torch.arange(height, device=weight.device, dtype=weight.dtype) + 0.5) / height
-        x = (torch.arange(width, device=weight.device, dtype=weight.dtype) + 0.5) / width
-        x, y = x.expand(height, width), y[:, None].expand(height, width)
-        features = [x, y, 1 - x, 1 - y]
-        for index in range(self.frequencies):
-            for position in (x, y):
-                angle = 2**index * math.pi * position
-                features += [angle.sin(), angle.cos()]
-        return self.projection(torch.stack(features, dim=-1))
 
 
 class SlotEncoder(nn.Module):

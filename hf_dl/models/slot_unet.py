@@ -94,6 +94,8 @@ class SlotUNetModel(ModelMixin, ConfigMixin):
         cross_attention_dim: Channels of a slot.
         dropout: Probability of dropout in the residual blocks.
         norm_num_groups: Groups of the normalisations.
+        position_frequencies: Octaves of the position embedding that tells the cells of the transformers where they
+            are; None for none, as `UNet2DConditionModel` has it.
         num_train_timesteps: Timesteps of the noise schedule: they run from 0 to one less.
 
     Raises:
@@ -126,6 +128,7 @@ class SlotUNetModel(ModelMixin, ConfigMixin):
         dropout: float = 0.0,
         norm_num_groups: int = 32,
         num_train_timesteps: int = 1000,
+        position_frequencies: int | None = None,
     ):
         super().__init__()
         self._check_config()
@@ -145,6 +148,7 @@ class SlotUNetModel(ModelMixin, ConfigMixin):
                 head_dim=attention_head_dim,
                 depth=transformer_layers_per_block,
                 groups=norm_num_groups,
+                position_frequencies=position_frequencies,
             )
             return SlotUNetLayer(residual, transformer)
 
@@ -192,6 +196,8 @@ class SlotUNetModel(ModelMixin, ConfigMixin):
         ):
             if config[name] < 1:
                 raise ValueError(f"{name}={config[name]} must be at least 1.")
+        if config.position_frequencies is not None and config.position_frequencies < 0:
+            raise ValueError(f"position_frequencies={config.position_frequencies} must be None or at least 0.")
         channels, groups, head_dim = config.block_out_channels, config.norm_num_groups, config.attention_head_dim
         if not channels:
             raise ValueError("block_out_channels=() must have at least one level.")

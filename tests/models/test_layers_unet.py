@@ -165,6 +165,19 @@ def test_transformer():
     torch.testing.assert_close(ours(x, slots, keep), expected, **EXACT)
 
 
+def test_positions_tell_cells_apart_that_are_alike():
+    torch.manual_seed(0)
+    x, slots = random(2, 16, 1, 1).expand(-1, -1, 4, 6), random(2, 3, 10)
+    made = {}
+    for frequencies in (None, 2):
+        transformer = SlotTransformer(16, 10, head_dim=4, groups=4, position_frequencies=frequencies).double()
+        torch.nn.init.normal_(transformer.project_out.weight)
+        made[frequencies] = transformer(x, slots).flatten(2)
+    torch.testing.assert_close(made[None], made[None][..., :1].expand(-1, -1, 24), **EXACT)
+    distances = torch.cdist(made[2].transpose(1, 2), made[2].transpose(1, 2)) + torch.eye(24)
+    assert distances.min() > 1e-3
+
+
 def test_memory_format_is_kept():
     torch.manual_seed(0)
     time, slots = torch.randn(2, 16), torch.randn(2, 3, 10)

@@ -224,6 +224,7 @@ def test_named_networks_are_what_they_say():
         ({"block_out_channels": (3, 16), "norm_num_groups": 1}, "must begin with an even number"),
         ({"attention_resolutions": (2,)}, r"attention_resolutions=\(2,\) has 2, .* choose from 8, 4"),
         ({"attention_head_dim": 5}, "must be multiples of attention_head_dim=5 where"),
+        ({"position_frequencies": -1}, "position_frequencies=-1 must be None or at least 0"),
         ({"dropout": 1.0}, "dropout=1.0 must be at least 0 and below 1"),
     ],
 )
