@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +45,7 @@ from hf_dl.metrics import perceptual
 from hf_dl.metrics.images import default_features, fid
 from hf_dl.metrics.segmentation import segmentation_scores
 from hf_dl.models.latent_autoencoder import encode_latents
-from hf_dl.models.slot_autoencoder import ARCHITECTURES, SlotEncoderModel
+from hf_dl.models.slot_autoencoder import ARCHITECTURES, SlotAutoencoderConfig, SlotDecoderModel, SlotEncoderModel
 from hf_dl.models.slot_library import SlotLibrary
 from hf_dl.models.slot_unet import ARCHITECTURES as UNETS
 from hf_dl.models.slot_unet import SlotUNetModel
@@ -74,7 +74,7 @@ LIMITS = (
 )
 TAGS = ("slot-attention", "object-centric-learning", "latent-diffusion")
 CURVES = {
-    "loss of the noise": {"training": "loss", "validation": "val_loss"},
+    "loss of the denoiser": {"training": "denoising", "validation": "val_loss"},
     "of the attention's masks": {"foreground ARI": "val_attention_fg_ari", "ARI": "val_attention_ari"},
 }
 LIBRARY_IMAGES = 2000  # training images whose slots fill the library
@@ -104,7 +104,13 @@ class ModelFlags:
     num_iterations: int = field(default=3, metadata={"help": "Iterations T of slot attention."})
     unet: Literal["small", "clevrtex"] = field(default="small", metadata={"help": "Sizes of the U-Net."})
     denoiser: Literal["slot_unet", "unet2d"] = field(default="slot_unet", metadata={"help": "Ours, or diffusers'."})
-    encoder_learning_rate: float = field(default=1e-4, metadata={"help": "Peak rate of the slot encoder."})
+    position_frequencies: int = field(default=4, metadata={"help": "Of the U-Net's cells, told apart; -1: not told."})
+    encoder_learning_rate: float = field(default=2e-3, metadata={"help": "Peak rate of the slot encoder."})
+    prediction_type: Literal["epsilon", "v_prediction"] = field(
+        default="v_prediction", metadata={"help": "What the U-Net predicts: the noise, as published, or the velocity."}
+    )
+    broadcast_weight: float = field(default=0.2, metadata={"help": "Of a broadcast decoder of the latents; 0: none."})
+    area_penalty: float = field(default=0.02, metadata={"help": "Price that all masks but the largest rise to."})
     beta_start: float = field(default=0.0015, metadata={"help": "Noise of the first step."})
     beta_end: float = field(default=0.0195, metadata={"help": "Noise of the last step; linear between."})
     num_timesteps: int = field(default=1000, metadata={"help": "Steps T of the noise schedule."})
@@ -119,6 +125,9 @@ def check(args: Any) -> None:
     args.config = checked(ARCHITECTURES[args.architecture], **sizes, slot_init=args.slot_init)
     if not 0 < args.beta_start <= args.beta_end < 1:
         raise ValueError(f"beta_start={args.beta_start} and beta_end={args.beta_end} must rise within 0 to 1.")
+    for name in ("broadcast_weight", "area_penalty"):
+        if not getattr(args, name) >= 0:
+            raise ValueError(f"{name}={getattr(args, name)} must be 0 or above.")
     for name in ("encoder_learning_rate", "num_timesteps", "num_drawn", "num_inference_steps"):
         if not getattr(args, name) > 0:
             raise ValueError(f"{name}={getattr(args, name)} must be above 0.")
@@ -126,14 +135,32 @@ def check(args: Any) -> None:
         raise ValueError(f"num_drawn={args.num_drawn} must be at least 2: FID compares sets of images.")
 
 
+class Denoised(NamedTuple):
+    """What `SlotDenoiser` gives.
+
+    Attributes:
+        predicted: Of the noisy latents and of their shape: the noise, or the velocity, as the scheduler says.
+        attention: Of the last iteration of slot attention, (batch, slots, tokens).
+        drawn: Latents as the guide draws them; None without one, and in evaluation.
+        masks: The guide's masks, (batch, slots, height, width), likewise.
+    """
+
+    predicted: torch.Tensor
+    attention: torch.Tensor
+    drawn: torch.Tensor | None = None
+    masks: torch.Tensor | None = None
+
+
 class SlotDenoiser(nn.Module):
     """Slot encoder and U-Net, which are trained together; the autoencoder is only passed through.
 
     Args:
         slot_encoder: Images to slots.
-        unet: Noisy latents, time and slots to noise.
+        unet: Noisy latents, time and slots to noise or velocity.
         autoencoder: Frozen; neither a part of this module nor of its checkpoints, but of the pipeline that is saved.
         scheduler: The noise schedule.
+        guide: A decoder that draws the latents from the slots at once, in training only. A U-Net takes what it
+            needs from any slot, whatever is in which; such a decoder does best with an object in each.
     """
 
     def __init__(
@@ -142,9 +169,10 @@ class SlotDenoiser(nn.Module):
         unet: ModelMixin,
         autoencoder: AutoencoderKL | VQModel,
         scheduler: SchedulerMixin,
+        guide: SlotDecoderModel | None = None,
     ):
         super().__init__()
-        self.slot_encoder, self.unet = slot_encoder, unet
+        self.slot_encoder, self.unet, self.guide = slot_encoder, unet, guide
         self._others = autoencoder, scheduler  # in a tuple, so that torch does not see a part of the module
         self.pipeline()  # refuses parts that do not fit
 
@@ -154,20 +182,23 @@ class SlotDenoiser(nn.Module):
         noisy: torch.Tensor,
         timesteps: torch.Tensor,
         generator: torch.Generator | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Predict the noise in latents, given the slots of their images.
+    ) -> Denoised:
+        """Predict the noise in latents, or the velocity, given the slots of their images.
 
         Args:
             pixel_values: (batch, 3, height, width), in [-1, 1].
             noisy: Latents with noise, (batch, channels, height / 4, width / 4).
             timesteps: (batch,).
             generator: Source of the draws of the slots.
-
-        Returns:
-            The noise, of the shape of `noisy`, and the attention of the last iteration, (batch, slots, tokens).
         """
         output = self.slot_encoder(pixel_values, generator=generator)
-        return self.unet(noisy, timesteps, output.slots).sample, output.attentions[-1]
+        guided = self.guide(output.slots) if self.guide is not None and self.training else None
+        return Denoised(
+            self.unet(noisy, timesteps, output.slots).sample,
+            output.attentions[-1],
+            None if guided is None else guided.reconstruction,
+            None if guided is None else guided.masks,
+        )
 
     def pipeline(self) -> SlotDiffusionPipeline:
         """The pipeline of the parts."""
@@ -309,7 +340,9 @@ def make_model(args: Any, autoencoder: torch.nn.Module) -> SlotDenoiser:
             f"{autoencoder.config.in_channels} channels and a multiple of {factor} pixels."
         )
     sizes_of = UNETS[args.unet]
+    positions = None if args.position_frequencies < 0 else args.position_frequencies
     fields = sizes_of | {
+        "position_frequencies": positions,
         "sample_size": args.image_size // factor,
         "in_channels": autoencoder.config.latent_channels,
         "cross_attention_dim": encoder.config.slot_dim,
@@ -319,9 +352,48 @@ def make_model(args: Any, autoencoder: torch.nn.Module) -> SlotDenoiser:
     sizes = sizes_of["attention_resolutions"]
     fields["attention_resolutions"] = tuple(max(1, int(size / halvings)) for size in sizes)
     schedule = noise_schedule(
-        num_train_timesteps=args.num_timesteps, beta_start=args.beta_start, beta_end=args.beta_end
+        num_train_timesteps=args.num_timesteps,
+        beta_start=args.beta_start,
+        beta_end=args.beta_end,
+        prediction_type=args.prediction_type,
     )
-    return SlotDenoiser(encoder, make_unet(args.denoiser, fields), autoencoder, schedule)
+    guide = None
+    if args.broadcast_weight:
+        guide = SlotDecoderModel(
+            SlotAutoencoderConfig(
+                image_size=fields["sample_size"],
+                num_channels=fields["in_channels"],
+                num_slots=encoder.config.num_slots,
+                slot_dim=encoder.config.slot_dim,
+                decoder_size=fields["sample_size"] // 2,
+            )
+        )
+    return SlotDenoiser(encoder, make_unet(args.denoiser, fields), autoencoder, schedule, guide)
+
+
+def target(scheduler: SchedulerMixin, latents: torch.Tensor, noise: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
+    """What the U-Net shall predict: the noise, or the velocity, as the scheduler's `prediction_type` says."""
+    return noise if scheduler.config.prediction_type == "epsilon" else scheduler.get_velocity(latents, noise, times)
+
+
+def guidance(output: Denoised, latents: torch.Tensor, progress: float, args: Any) -> torch.Tensor:
+    """What is added to the loss so that each slot takes an object, a scalar.
+
+    Args:
+        output: Of the `SlotDenoiser` in training.
+        latents: What the guide should have drawn.
+        progress: The part of the training that is over, from 0 to 1.
+        args: `broadcast_weight`, the factor of the guide's mean squared error, and `area_penalty`, the price of the
+            area of all masks but the largest, of the attention and of the guide: several slots share the ground as
+            well as one has it. The price begins at half of the training, when slots have bound, and is full at 0.7.
+    """
+    areas = [output.attention.float().mean(2)]
+    loss = latents.new_zeros(())
+    if output.drawn is not None:
+        loss = args.broadcast_weight * F.mse_loss(output.drawn.float(), latents)
+        areas.append(output.masks.float().mean((2, 3)))
+    price = args.area_penalty * min(1.0, max(0.0, (progress - 0.5) / 0.2))
+    return loss + price * sum(1 - area.amax(1).mean() for area in areas)
 
 
 def to_masks(attention: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
@@ -348,8 +420,8 @@ def evaluate(
         gather: Joins what several processes computed.
 
     Returns:
-        `loss`, the mean squared error of the noise at times spread evenly over the schedule, and `attention_ari`,
-        `attention_fg_ari`, `attention_miou`, `attention_mbo`, image counts.
+        `loss`, the mean squared error of what is predicted at times spread evenly over the schedule, and
+        `attention_ari`, `attention_fg_ari`, `attention_miou`, `attention_mbo`, image counts.
     """
     model.eval()
     device = next(model.parameters()).device
@@ -361,9 +433,10 @@ def evaluate(
         places = torch.rand(1, generator=generator, device=device) + torch.arange(len(latents), device=device)
         timesteps = (places / len(latents) % 1 * count).long().clamp(max=count - 1)
         pixel_values = to_pixel_values(batch["image"], device)
-        made, attention = model(pixel_values, scheduler.add_noise(latents, noise, timesteps), timesteps)
-        segments = to_masks(attention, batch["mask"].shape[1:]).argmax(1)
-        error = (made.float() - noise).square().mean((1, 2, 3))
+        output = model(pixel_values, scheduler.add_noise(latents, noise, timesteps), timesteps)
+        segments = to_masks(output.attention, batch["mask"].shape[1:]).argmax(1)
+        error = output.predicted.float() - target(scheduler, latents, noise, timesteps)
+        error = error.square().mean((1, 2, 3))
         columns.append(gather((error, segments, batch["mask"].to(device))))
     error, segments, truth = map(torch.cat, zip(*columns, strict=True))
     return {"loss": error.mean().item(), **segmentation_scores(segments, truth.long(), mask="attention")}

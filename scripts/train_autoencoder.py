@@ -28,14 +28,14 @@ from hf_dl.training.run import TrainingRun
 class Args(latent.ModelFlags, latent.SlotData, TrainingArgs):
     """Flags of this script."""
 
-    max_steps: int = 2000
+    max_steps: int = 1200
     batch_size: int = 16
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"
     learning_rate: float = 1e-3
     schedule: Schedule = "cosine"
     warmup_steps: int = 100
     max_grad_norm: float = 1.0
-    eval_every: int = 500
+    eval_every: int = 300
 
     def __post_init__(self):
         super().__post_init__()

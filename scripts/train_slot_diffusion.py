@@ -1,6 +1,5 @@
 """Train slot diffusion: a slot encoder and the U-Net that draws images from its slots, on latents.
 
-scripts/run accelerate launch scripts/train_autoencoder.py
 scripts/run accelerate launch scripts/train_slot_diffusion.py
 
 The autoencoder is frozen and its latents computed once; where runs/train_autoencoder is empty, one is trained first.
@@ -25,13 +24,14 @@ from hf_dl.training.run import TrainingRun
 class Args(diffusion.ModelFlags, diffusion.SlotData, TrainingArgs):
     """Flags of this script; the learning rate is that of the U-Net."""
 
-    max_steps: int = 4000
+    max_steps: int = 3000
     batch_size: int = 16
-    learning_rate: float = 2e-4
+    learning_rate: float = 1e-3
     schedule: Schedule = "cosine"
     warmup_steps: int = 200
     max_grad_norm: float = 1.0
-    eval_every: int = 1000
+    ema_decay: float = 0.995
+    eval_every: int = 500
 
     def __post_init__(self):
         super().__post_init__()
@@ -41,11 +41,10 @@ class Args(diffusion.ModelFlags, diffusion.SlotData, TrainingArgs):
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Train, evaluate on the test split, and leave pipeline, report and pictures in `output_dir`."""
     args = parse_args(Args, argv)
-    autoencoder = diffusion.load_autoencoder(diffusion.find_autoencoder(args))
-    model = diffusion.make_model(args, autoencoder)
+    model = diffusion.make_model(args, autoencoder := diffusion.load_autoencoder(diffusion.find_autoencoder(args)))
     train, validation, test = (diffusion.load_images(args, split) for split in ("train", "validation", "test"))
     data = diffusion.SceneLatents(train) if args.cache_latents else train
-    rates = {"slot_encoder.": args.encoder_learning_rate}
+    rates = {f"{part}.": args.encoder_learning_rate for part in ("slot_encoder", "guide") if getattr(model, part)}
     run = TrainingRun(args, model, data, collate=as_is, learning_rates=rates)
     autoencoder.to(run.device)
     if args.cache_latents:
@@ -58,8 +57,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         latents = diffusion.latents_of(batch, pixel_values, autoencoder)
         noise = torch.randn(latents.shape, generator=run.generator, device=run.device)
         times = torch.randint(args.num_timesteps, (len(latents),), generator=run.generator, device=run.device)
-        epsilon, _ = run.model(pixel_values, schedule.add_noise(latents, noise, times), times, generator=run.generator)
-        run.step(F.mse_loss(epsilon.float(), noise))
+        output = run.model(pixel_values, schedule.add_noise(latents, noise, times), times, generator=run.generator)
+        loss = F.mse_loss(output.predicted.float(), diffusion.target(schedule, latents, noise, times))
+        run.step(loss + diffusion.guidance(output, latents, run.progress, args), denoising=loss)
         if run.evaluation_due:
             with run.averaged():
                 scores = diffusion.evaluate(run.model, held[0], schedule, gather=run.gather)

@@ -22,7 +22,13 @@ from .image_vae import ImageVaeConfig, ImageVaeModel, ImageVaeProcessor
 from .norm_resnet import NormResNetConfig, NormResNetForImageClassification, NormResNetModel
 from .program_seq2seq import ProgramSeq2SeqConfig, ProgramSeq2SeqForConditionalGeneration, beam_generate
 from .recurrent_lm import RecurrentLMConfig, RecurrentLMForCausalLM, RecurrentLMModel
-from .slot_autoencoder import SlotAutoencoderConfig, SlotAutoencoderModel, SlotEncoderModel, SlotImageProcessor
+from .slot_autoencoder import (
+    SlotAutoencoderConfig,
+    SlotAutoencoderModel,
+    SlotDecoderModel,
+    SlotEncoderModel,
+    SlotImageProcessor,
+)
 from .small_vit import SmallViTConfig, SmallViTForImageClassification, SmallViTImageProcessor, SmallViTModel
 
 _WITH_DIFFUSERS = {
@@ -110,6 +116,7 @@ __all__ = [
     "RecurrentLMModel",
     "SlotAutoencoderConfig",
     "SlotAutoencoderModel",
+    "SlotDecoderModel",
     "SlotEncoderModel",
     "SlotImageProcessor",
     "SlotUNetModel",

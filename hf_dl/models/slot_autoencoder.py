@@ -344,6 +344,33 @@ class PixelShuffleDecoder(nn.Module):
 DECODERS = {"broadcast": BroadcastDecoder, "pixel_shuffle": PixelShuffleDecoder}
 
 
+def _mixture(
+    decoder: nn.Module, config: SlotAutoencoderConfig, slots: torch.Tensor, keep: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What slots paint together, what each one paints, and the alphas."""
+    if slots.ndim != 3 or slots.shape[-1] != config.slot_dim:
+        raise ValueError(f"slots has shape {tuple(slots.shape)}, expected (batch, slots, {config.slot_dim}).")
+    patch = decoder.patch
+    painted = decoder(slots.flatten(0, 1)).unflatten(0, slots.shape[:2])
+    contents, alphas = painted.split([config.num_channels * patch**2, patch**2], dim=2)
+    if keep is not None:
+        if keep.shape != slots.shape[:2] or not keep.any(dim=1).all():
+            raise ValueError(
+                f"keep has shape {tuple(keep.shape)}, expected {tuple(slots.shape[:2])} with at least one slot "
+                "kept in each image."
+            )
+        alphas = alphas.masked_fill(~keep[:, :, None, None, None].to(alphas.device), float("-inf"))
+    masks = alphas.softmax(dim=1)
+    # The parts are added up while a cell still holds its patch of pixels: only the sum is laid out for the loss.
+    by_channel = contents.unflatten(2, (config.num_channels, patch**2))
+    reconstruction = (by_channel * masks.unsqueeze(2)).sum(dim=1).flatten(1, 2)
+    return (
+        F.pixel_shuffle(reconstruction, patch),
+        F.pixel_shuffle(contents, patch),
+        F.pixel_shuffle(masks, patch).squeeze(2),
+    )
+
+
 class SlotAutoencoderPreTrainedModel(PreTrainedModel):
     """Weight initialisation and loading of the slot autoencoder."""
 
@@ -363,7 +390,7 @@ class SlotAutoencoderPreTrainedModel(PreTrainedModel):
             init.orthogonal_(module.weight_hh)
             init.zeros_(module.bias_ih)
             init.zeros_(module.bias_hh)
-        elif isinstance(module, SlotAutoencoderPreTrainedModel):
+        elif isinstance(module, (SlotAutoencoderModel, SlotEncoderModel)):
             if module.config.slot_init == "learned":
                 init.normal_(module.slot_vectors, std=1.0)
             else:
@@ -562,27 +589,7 @@ class SlotAutoencoderModel(SlotAutoencoderPreTrainedModel):
     def _paint(
         self, slots: torch.Tensor, keep: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        if slots.ndim != 3 or slots.shape[-1] != self.config.slot_dim:
-            raise ValueError(f"slots has shape {tuple(slots.shape)}, expected (batch, slots, {self.config.slot_dim}).")
-        patch = self.decoder.patch
-        painted = self.decoder(slots.flatten(0, 1)).unflatten(0, slots.shape[:2])
-        contents, alphas = painted.split([self.config.num_channels * patch**2, patch**2], dim=2)
-        if keep is not None:
-            if keep.shape != slots.shape[:2] or not keep.any(dim=1).all():
-                raise ValueError(
-                    f"keep has shape {tuple(keep.shape)}, expected {tuple(slots.shape[:2])} with at least one slot "
-                    "kept in each image."
-                )
-            alphas = alphas.masked_fill(~keep[:, :, None, None, None].to(alphas.device), float("-inf"))
-        masks = alphas.softmax(dim=1)
-        # The parts are added up while a cell still holds its patch of pixels: only the sum is laid out for the loss.
-        by_channel = contents.unflatten(2, (self.config.num_channels, patch**2))
-        reconstruction = (by_channel * masks.unsqueeze(2)).sum(dim=1).flatten(1, 2)
-        return (
-            F.pixel_shuffle(reconstruction, patch),
-            F.pixel_shuffle(contents, patch),
-            F.pixel_shuffle(masks, patch).squeeze(2),
-        )
+        return _mixture(self.decoder, self.config, slots, keep)
 
     @torch.no_grad()
     def decode(self, slots: torch.Tensor, *, keep: torch.Tensor | None = None) -> torch.Tensor:
@@ -764,3 +771,60 @@ class SlotEncoderModel(SlotAutoencoderPreTrainedModel):
             gradient=self.config.gradient,
         )
         return SlotEncoderOutput(slots=slots, attentions=attentions)
+
+
+@dataclass
+class SlotDecoderOutput(ModelOutput):
+    """Output of `SlotDecoderModel`.
+
+    Args:
+        reconstruction: (batch, channels, height, width).
+        masks: Alphas, (batch, slots, height, width), summing to 1 over the slots.
+        contents: What each slot paints before it is masked, (batch, slots, channels, height, width).
+    """
+
+    reconstruction: torch.Tensor | None = None
+    masks: torch.Tensor | None = None
+    contents: torch.Tensor | None = None
+
+
+class SlotDecoderModel(SlotAutoencoderPreTrainedModel):
+    """The decoder of a slot autoencoder without its encoder: paints images, or latents, from slots.
+
+    It has the same config, of which the encoder's fields are not used, and loads the decoder from the checkpoint of a
+    `SlotAutoencoderModel` too. Load it by its class, as `SlotEncoderModel`.
+
+    Example:
+        ```python
+        >>> decoder = SlotDecoderModel(SlotAutoencoderConfig(image_size=16))
+        >>> decoder(torch.randn(2, 5, 64)).masks.shape
+        torch.Size([2, 5, 16, 16])
+
+        ```
+    """
+
+    main_input_name = "slots"
+    _keys_to_ignore_on_load_unexpected = [r"^encoder\.", r"^slot_"]
+
+    def __init__(self, config: SlotAutoencoderConfig):
+        super().__init__(config)
+        self.decoder = DECODERS[config.decoder](config)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(self, slots: torch.Tensor, keep: torch.Tensor | None = None, **kwargs) -> SlotDecoderOutput:
+        """Paint slots.
+
+        Args:
+            slots: (batch, slots, slot_dim).
+            keep: Slots to paint, bool (batch, slots); all when not given.
+            **kwargs: `return_dict=False` gives a tuple.
+
+        Returns:
+            See `SlotDecoderOutput`.
+
+        Raises:
+            ValueError: If `slots` has another shape, or `keep` leaves an image without a slot.
+        """
+        reconstruction, contents, masks = _mixture(self.decoder, self.config, slots, keep)
+        return SlotDecoderOutput(reconstruction=reconstruction, masks=masks, contents=contents)

@@ -44,6 +44,7 @@ from ..models.latent_autoencoder import decode_latents
 
 ImageLike = Image.Image | np.ndarray | torch.Tensor
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+PREDICTION_TYPES = ("epsilon", "v_prediction")  # of schedulers, what the pipeline itself can take a step with
 COMPONENTS = ("slot_encoder", "unet", "autoencoder", "scheduler")
 
 
@@ -71,6 +72,22 @@ def noise_schedule(**fields: Any) -> DDPMScheduler:
         "timestep_spacing": "trailing",
     }
     return DDPMScheduler(**(published | fields))
+
+
+def implied_noise(
+    predicted: torch.Tensor, latents: torch.Tensor, alpha: torch.Tensor, prediction_type: str
+) -> torch.Tensor:
+    """The noise in latents, of what a denoiser that was trained for it predicts.
+
+    Args:
+        predicted: With "epsilon" the noise itself; with "v_prediction" (Salimans & Ho 2022, "Progressive Distillation
+            for Fast Sampling of Diffusion Models", appendix D) v = sqrt(a_t) epsilon - sqrt(1 - a_t) x_0, of which
+            the noise is sqrt(a_t) v + sqrt(1 - a_t) x_t.
+        latents: x_t, of the same shape.
+        alpha: a_t, the product of 1 - beta up to t; a scalar.
+        prediction_type: One of `PREDICTION_TYPES`.
+    """
+    return predicted if prediction_type == "epsilon" else alpha**0.5 * predicted + (1 - alpha) ** 0.5 * latents
 
 
 def ancestral_step(
@@ -347,7 +364,7 @@ class SlotDiffusionPipeline(DiffusionPipeline):
             )
         alphas = getattr(self.scheduler, "alphas_cumprod", None)
         if "denoised" in callback_on_step_end_tensor_inputs:
-            if alphas is None or self.scheduler.config.get("prediction_type") != "epsilon":
+            if alphas is None or self.scheduler.config.get("prediction_type") not in PREDICTION_TYPES:
                 raise ValueError(
                     f"callback_on_step_end_tensor_inputs has denoised, which {type(self.scheduler).__name__} with "
                     f"prediction_type={self.scheduler.config.get('prediction_type')!r} does not tell; leave it out."
@@ -381,22 +398,24 @@ class SlotDiffusionPipeline(DiffusionPipeline):
             with self.progress_bar(total=len(times)) as bar:
                 for step, timestep in enumerate(scheduler.timesteps):
                     scaled = scheduler.scale_model_input(latents, timestep)
-                    epsilon = self.unet(
+                    predicted = self.unet(
                         scaled.to(self.unet.dtype), timestep, encoder_hidden_states=slots, encoder_attention_mask=mask
                     ).sample.to(latents.dtype)
                     if ancestral:
                         alpha = alphas[times[step]]
+                        epsilon = implied_noise(predicted, scaled, alpha, scheduler.config.prediction_type)
                         earlier = alphas[times[step + 1]] if step + 1 < len(times) else torch.ones_like(alpha)
                         noise = None
                         if times[step] > 0:
                             noise = randn_tensor(latents.shape, generator, device, latents.dtype)
                         latents = ancestral_step(latents, epsilon, alpha, earlier, noise)
                     else:
-                        latents = scheduler.step(epsilon, timestep, latents, **extra).prev_sample
+                        latents = scheduler.step(predicted, timestep, latents, **extra).prev_sample
                     if callback_on_step_end is not None:
                         tensors = {"latents": latents, "slots": slots}
                         if "denoised" in callback_on_step_end_tensor_inputs:
                             alpha = alphas[round(times[step])]
+                            epsilon = implied_noise(predicted, scaled, alpha, scheduler.config.prediction_type)
                             tensors["denoised"] = (scaled - (1 - alpha) ** 0.5 * epsilon) / alpha**0.5
                         given = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
                         replaced = callback_on_step_end(self, step, timestep, given) or {}
@@ -410,7 +429,7 @@ class SlotDiffusionPipeline(DiffusionPipeline):
         config = self.scheduler.config
         return (
             type(self.scheduler) is DDPMScheduler
-            and config.prediction_type == "epsilon"
+            and config.prediction_type in PREDICTION_TYPES
             and config.variance_type == "fixed_small"
         )
 

@@ -42,7 +42,7 @@ from hf_dl.demo import (
     view,
 )
 from hf_dl.models.slot_autoencoder import SlotAutoencoderConfig, SlotAutoencoderModel, SlotImageProcessor
-from hf_dl.pipelines.slot_diffusion import SlotDiffusionPipeline
+from hf_dl.pipelines.slot_diffusion import PREDICTION_TYPES, SlotDiffusionPipeline
 from hf_dl.reporting.grids import SEGMENT_COLOURS, colour_segments
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -550,7 +550,7 @@ class Diffusion(Decoder):
     def _draw(self, slots: torch.Tensor, size: tuple[int, int], seed: int, steps: int) -> Iterator[Frame]:
         """Yield the frames on the way, and return the picture in the end."""
         pipe = self._with_solver()
-        known = "denoised" if pipe.scheduler.config.prediction_type == "epsilon" else "latents"
+        known = "denoised" if pipe.scheduler.config.prediction_type in PREDICTION_TYPES else "latents"
         frames, ended = queue.SimpleQueue(), threading.Event()
 
         def show(pipe: SlotDiffusionPipeline, step: int, _: int, tensors: dict[str, torch.Tensor]) -> None:

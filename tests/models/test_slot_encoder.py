@@ -1,9 +1,9 @@
-"""The encoder of the slot autoencoder on its own."""
+"""The encoder and the decoder of the slot autoencoder on their own."""
 
 import pytest
 import torch
 
-from hf_dl.models import SlotAutoencoderConfig, SlotAutoencoderModel, SlotEncoderModel
+from hf_dl.models import SlotAutoencoderConfig, SlotAutoencoderModel, SlotDecoderModel, SlotEncoderModel
 
 TINY = {
     "image_size": 16,
@@ -40,6 +40,27 @@ def test_it_is_the_encoder_of_the_autoencoder(slot_init, tmp_path):
     encoder.save_pretrained(tmp_path / "encoder")
     again = SlotEncoderModel.from_pretrained(tmp_path / "encoder")
     assert torch.equal(again(pixel_values, return_dict=False)[0], found.slots)
+
+
+@pytest.mark.parametrize("kind", ["broadcast", "pixel_shuffle"])
+def test_the_decoder_is_that_of_the_autoencoder(kind, tmp_path):
+    torch.manual_seed(0)
+    autoencoder = SlotAutoencoderModel(SlotAutoencoderConfig(**TINY, decoder=kind)).eval()
+    autoencoder.save_pretrained(tmp_path / "autoencoder")
+    decoder, report = SlotDecoderModel.from_pretrained(tmp_path / "autoencoder", output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"] and not decoder.training
+    slots, keep = torch.randn(2, 3, 12), torch.tensor([[True, False, True], [True, True, True]])
+    for kept in (None, keep):
+        contents, masks = autoencoder.decode_parts(slots, keep=kept)
+        found = decoder(slots, kept)
+        assert torch.equal(found.contents, contents) and torch.equal(found.masks, masks)
+        mixed = (contents * masks[:, :, None]).sum(1)
+        torch.testing.assert_close(found.reconstruction, mixed)
+    decoder.save_pretrained(tmp_path / "decoder")
+    again = SlotDecoderModel.from_pretrained(tmp_path / "decoder")
+    assert torch.equal(again(slots, return_dict=False)[0], decoder(slots).reconstruction)
+    with pytest.raises(ValueError, match=r"slots has shape \(2, 3, 11\), expected \(batch, slots, 12\)"):
+        decoder(slots[..., 1:])
 
 
 def test_every_parameter_that_trains_gets_a_gradient():

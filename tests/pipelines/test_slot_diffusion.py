@@ -55,7 +55,13 @@ class Oracle(ModelMixin, ConfigMixin):
     """Knows what it draws: an image of one colour, the sum of the slots that are there."""
 
     @register_to_config
-    def __init__(self, sample_size: int = 4, in_channels: int = 3, cross_attention_dim: int = 12):
+    def __init__(
+        self,
+        sample_size: int = 4,
+        in_channels: int = 3,
+        cross_attention_dim: int = 12,
+        prediction_type: str = "epsilon",
+    ):
         super().__init__()
         self.alphas = noise_schedule().alphas_cumprod
         self.weight = torch.nn.Parameter(torch.zeros(1))  # gives it a device
@@ -70,7 +76,9 @@ class Oracle(ModelMixin, ConfigMixin):
         self.times.append(float(timestep))
         alpha = self.alphas[round(float(timestep))]
         clean = self.answer(encoder_hidden_states, encoder_attention_mask)
-        return SlotUNetOutput(sample=(sample - alpha**0.5 * clean) / (1 - alpha) ** 0.5)
+        noise = (sample - alpha**0.5 * clean) / (1 - alpha) ** 0.5
+        velocity = alpha**0.5 * noise - (1 - alpha) ** 0.5 * clean
+        return SlotUNetOutput(sample={"epsilon": noise, "v_prediction": velocity}[self.config.prediction_type])
 
 
 def make_pipe(*, unet=None, encoder=SlotEncoderModel, scheduler=None, kind="kl"):
@@ -108,9 +116,10 @@ def pipe():
     return make_pipe()
 
 
-@pytest.fixture
-def oracle():
-    return make_pipe(unet=Oracle())
+@pytest.fixture(params=["epsilon", "v_prediction"])
+def oracle(request):
+    scheduler = noise_schedule(prediction_type=request.param)
+    return make_pipe(unet=Oracle(prediction_type=request.param), scheduler=scheduler)
 
 
 # ------------------------------------------------------------------------------------------------ sampling
@@ -126,12 +135,12 @@ def test_the_schedule_is_the_published_one():
     torch.testing.assert_close(schedule.betas, torch.linspace(0.0015, 0.0195, 1000))
 
 
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("steps", [None, 7])
-def test_ancestral_sampling_equals_that_of_diffusers(steps):
+def test_ancestral_sampling_equals_that_of_diffusers(steps, prediction_type):
     """All 1000 steps, and a few that jump."""
-    found, expected = (
-        make_pipe(scheduler=kind.from_config(noise_schedule().config)) for kind in (DDPMScheduler, TheirScheduler)
-    )
+    config = noise_schedule(prediction_type=prediction_type).config
+    found, expected = (make_pipe(scheduler=kind.from_config(config)) for kind in (DDPMScheduler, TheirScheduler))
     assert found._is_ancestral() and not expected._is_ancestral()
     arguments = {"slots": torch.randn(2, 3, 12, generator=seeded()), "num_inference_steps": steps}
     found, expected = (

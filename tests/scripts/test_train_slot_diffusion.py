@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from hf_dl.models import SlotAutoencoderConfig, SlotAutoencoderModel, SlotUNetModel, encode_latents, make_autoencoder
 from hf_dl.models.slot_library import SlotLibrary
-from hf_dl.pipelines.slot_diffusion import SlotDiffusionPipeline, noise_schedule
+from hf_dl.pipelines.slot_diffusion import SlotDiffusionPipeline
 from hf_dl.reporting.card import read_card
 from hf_dl.reporting.experiment import read_experiment
 from scripts import run_experiment, train_slot_diffusion
@@ -87,11 +87,13 @@ def test_the_autoencoder_is_in_no_checkpoint_and_not_trained(finished):
     folder, _ = finished
     newest = max((folder / "checkpoints").glob("step_*"))
     names = {name.split(".")[0] for name in load_file(newest / "model.safetensors")}
-    assert names == {"slot_encoder", "unet"}
+    assert names == {"slot_encoder", "unet", "guide"}
     results = json.loads((folder / "results.json").read_text())
     pipe = SlotDiffusionPipeline.from_pretrained(folder)
-    trained = sum(p.numel() for part in (pipe.slot_encoder, pipe.unet) for p in part.parameters())
-    assert results["num_parameters"] == trained
+    parts = (pipe.slot_encoder, pipe.unet)
+    guide = sum(value.numel() for name, value in load_file(newest / "model.safetensors").items() if "guide." in name)
+    assert guide > 0 and "guide" not in {path.name for path in folder.iterdir()}
+    assert results["num_parameters"] == guide + sum(p.numel() for part in parts for p in part.parameters())
 
 
 def test_both_rates_follow_one_schedule(autoencoder, tmp_path, monkeypatch):
@@ -107,7 +109,8 @@ def test_both_rates_follow_one_schedule(autoencoder, tmp_path, monkeypatch):
     monkeypatch.setattr(train_slot_diffusion.TrainingRun, "step", watched)
     train(tmp_path, autoencoder, "--max_steps=3", "--warmup_steps=4", "--save_every=0")
     for number, rates in enumerate(seen, start=1):
-        assert rates == pytest.approx({"slot_encoder": 1e-4 * number / 4, "unet": 2e-4 * number / 4})
+        expected = {"slot_encoder": 2e-3 * number / 4, "guide": 2e-3 * number / 4, "unet": 1e-3 * number / 4}
+        assert rates == pytest.approx(expected)
 
 
 def test_cached_latents_change_nothing(finished, autoencoder, tmp_path, capfd):
@@ -165,18 +168,52 @@ def test_it_starts_from_the_encoder_of_a_slot_autoencoder(autoencoder, tmp_path)
         train(tmp_path / "other", autoencoder, *flags, "--image_size=64")
 
 
-def test_the_loss_is_that_of_the_noise_added(autoencoder):
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_the_loss_is_that_of_the_noise_added(autoencoder, prediction_type):
     torch.manual_seed(0)
-    args = train_slot_diffusion.Args(image_size=32, num_slots=3, autoencoder=autoencoder)
+    flags = {"num_slots": 3, "prediction_type": prediction_type}
+    args = train_slot_diffusion.Args(image_size=32, autoencoder=autoencoder, **flags)
     model = diffusion.make_model(args, diffusion.load_autoencoder(autoencoder))
-    schedule, latents, noise = noise_schedule(), torch.randn(3, 3, 8, 8), torch.randn(3, 3, 8, 8)
+    schedule, latents, noise = model.pipeline().scheduler, torch.randn(3, 3, 8, 8), torch.randn(3, 3, 8, 8)
     times = torch.tensor([0, 500, 999])
     alpha = torch.linspace(0.0015, 0.0195, 1000).double().neg().add(1).cumprod(0)[times].view(-1, 1, 1, 1)
     expected = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
     torch.testing.assert_close(schedule.add_noise(latents, noise, times).double(), expected, rtol=1e-4, atol=1e-5)
-    epsilon, attention = model(torch.rand(3, 3, 32, 32) * 2 - 1, latents, times)
-    assert epsilon.shape == latents.shape
-    torch.testing.assert_close(attention.sum(1), torch.ones(3, attention.shape[-1]))
+    wanted = diffusion.target(schedule, latents, noise, times).double()
+    velocity = alpha.sqrt() * noise - (1 - alpha).sqrt() * latents
+    expected = {"epsilon": noise.double(), "v_prediction": velocity}[prediction_type]
+    torch.testing.assert_close(wanted, expected, rtol=1e-4, atol=1e-5)
+    output = model(torch.rand(3, 3, 32, 32) * 2 - 1, latents, times)
+    assert output.predicted.shape == output.drawn.shape == latents.shape
+    torch.testing.assert_close(output.attention.sum(1), torch.ones(3, output.attention.shape[-1]))
+    torch.testing.assert_close(output.masks.sum(1), torch.ones(3, 8, 8))
+    assert model.eval()(torch.zeros(3, 3, 32, 32), latents, times).drawn is None  # the guide is for training
+
+
+def test_guidance_is_the_error_of_the_guide_and_the_price_of_areas():
+    torch.manual_seed(0)
+    attention, masks = torch.rand(2, 3, 16).softmax(1), torch.rand(2, 3, 8, 8).softmax(1)
+    latents, drawn = torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 8)
+    output = diffusion.Denoised(latents, attention, drawn, masks)
+    args = train_slot_diffusion.Args(broadcast_weight=0.5, area_penalty=0.25)
+    rest = sum((1 - torch.stack([area.mean() for area in row])).min() for m in (attention, masks) for row in m) / 2
+    error = (drawn - latents).square().mean()
+    for progress, full in ((0.0, 0.0), (0.5, 0.0), (0.6, 0.5), (0.7, 1.0), (1.0, 1.0)):
+        found = diffusion.guidance(output, latents, progress, args)
+        torch.testing.assert_close(found, 0.5 * error + full * 0.25 * rest)
+    alone = diffusion.guidance(diffusion.Denoised(latents, attention), latents, 1.0, args)
+    torch.testing.assert_close(alone, 0.25 * sum(1 - max(area.mean() for area in row) for row in attention) / 2)
+
+
+def test_as_published_there_is_no_guide(autoencoder, tmp_path):
+    flags = ["--broadcast_weight=0", "--area_penalty=0", "--prediction_type=epsilon", "--position_frequencies=-1"]
+    train(tmp_path, autoencoder, *flags, "--max_steps=2", "--save_every=1")
+    newest = max((tmp_path / "checkpoints").glob("step_*"))
+    assert {name.split(".")[0] for name in load_file(newest / "model.safetensors")} == {"slot_encoder", "unet"}
+    pipe = SlotDiffusionPipeline.from_pretrained(tmp_path)
+    assert pipe.scheduler.config.prediction_type == "epsilon" and pipe.unet.config.position_frequencies is None
+    lines = [line for line in read_log(tmp_path) if "denoising" in line]
+    assert lines and all(line["loss"] == pytest.approx(line["denoising"]) for line in lines)
 
 
 def test_latents_that_are_kept_are_those_of_the_images(autoencoder):
@@ -222,6 +259,7 @@ def test_without_an_autoencoder_one_is_trained_first(tmp_path, monkeypatch, capf
     [
         (["--beta_end=0.001"], "beta_start=0.0015 and beta_end=0.001 must rise within 0 to 1"),
         (["--encoder_learning_rate=0"], "encoder_learning_rate=0.0 must be above 0"),
+        (["--broadcast_weight=-1"], "broadcast_weight=-1.0 must be 0 or above"),
         (["--num_drawn=1"], "num_drawn=1 must be at least 2"),
         (["--num_slots=0"], "num_slots=0"),
         (["--denoiser=unet3d"], "invalid choice: 'unet3d'"),
@@ -275,7 +313,8 @@ def test_the_benchmark_measures_both_networks(tmp_path, monkeypatch):
     monkeypatch.setattr(benchmark, "memory_of", lambda *args: megabytes)
     threads = torch.get_num_threads()
     try:
-        found = benchmark.main(["--batch=1", "--repetitions=1", f"--output={tmp_path / 'found.json'}"])
+        flags = ["--batch=1", "--repetitions=1", "--no_published", f"--output={tmp_path / 'found.json'}"]
+        found = benchmark.main(flags)
     finally:
         torch.set_num_threads(threads)
     assert json.loads((tmp_path / "found.json").read_text()) == found
@@ -283,4 +322,4 @@ def test_the_benchmark_measures_both_networks(tmp_path, monkeypatch):
         assert found[what].keys() == benchmark.NETWORKS.keys()
         assert found[what]["diffusers"]["speed"] == 1
         assert all(values["cpu_ms"] > 0 for values in found[what].values())
-    assert 0 < found["latents"]["ratio"] < 2
+    assert 0 < found["latents"]["small"]["ratio"] < 2

@@ -229,7 +229,7 @@ class TestDiffusion:
         assert len(notes) <= app.MAX_FRAMES + 1 and notes[-2:] == ["step 50 of 50", ""]
 
     def test_what_a_scheduler_cannot_tell_is_not_asked(self):
-        diffusion = app.Diffusion(make_pipe(scheduler=noise_schedule(prediction_type="v_prediction")))
+        diffusion = app.Diffusion(make_pipe(scheduler=noise_schedule(prediction_type="sample")))
         found = diffusion.explain(make_image())
         *frames, last = diffusion.frames((found, [0, 1, 2]), seed=3, steps=4)
         assert len(frames) == 4 and not differ(frames[-1].picture, last.picture)  # the latents of each step
