@@ -110,7 +110,7 @@ class ModelFlags:
         default="v_prediction", metadata={"help": "What the U-Net predicts: the noise, as published, or the velocity."}
     )
     broadcast_weight: float = field(default=0.2, metadata={"help": "Of a broadcast decoder of the latents; 0: none."})
-    area_penalty: float = field(default=0.1, metadata={"help": "Price that all masks but the largest rise to."})
+    area_penalty: float = field(default=0.02, metadata={"help": "Price that all masks but the largest rise to."})
     beta_start: float = field(default=0.0015, metadata={"help": "Noise of the first step."})
     beta_end: float = field(default=0.0195, metadata={"help": "Noise of the last step; linear between."})
     num_timesteps: int = field(default=1000, metadata={"help": "Steps T of the noise schedule."})
