@@ -307,6 +307,18 @@ def test_the_published_configuration_is_one_that_can_be():
     assert model.slot_encoder.config.slot_dim == model.unet.config.cross_attention_dim == 192
 
 
+def test_the_benchmark_counts_the_tensors_of_a_step():
+    weight = torch.zeros(2**18)  # a megabyte
+
+    def step():
+        first = weight + 1
+        second = first + 1
+        del first
+        return second * 2  # two more at once, never three
+
+    assert benchmark.tensor_memory(step) == pytest.approx(2.0, rel=0.05)
+
+
 def test_the_benchmark_measures_both_networks(tmp_path, monkeypatch):
     megabytes = benchmark.memory_of("ours", "sampling", "small", 1)
     assert megabytes > 0
@@ -322,4 +334,5 @@ def test_the_benchmark_measures_both_networks(tmp_path, monkeypatch):
         assert found[what].keys() == benchmark.NETWORKS.keys()
         assert found[what]["diffusers"]["speed"] == 1
         assert all(values["cpu_ms"] > 0 for values in found[what].values())
+        assert all(0.01 < values["tensors_mb"] < 100 for values in found[what].values())
     assert 0 < found["latents"]["small"]["ratio"] < 2
