@@ -104,7 +104,7 @@ class ModelFlags:
     num_iterations: int = field(default=3, metadata={"help": "Iterations T of slot attention."})
     unet: Literal["small", "clevrtex"] = field(default="small", metadata={"help": "Sizes of the U-Net."})
     denoiser: Literal["slot_unet", "unet2d"] = field(default="slot_unet", metadata={"help": "Ours, or diffusers'."})
-    position_frequencies: int = field(default=4, metadata={"help": "Of the U-Net's cells, told apart; -1: not told."})
+    position_frequencies: int = field(default=4, metadata={"help": "Octaves of positions in the U-Net; -1: none."})
     encoder_learning_rate: float = field(default=2e-3, metadata={"help": "Peak rate of the slot encoder."})
     prediction_type: Literal["epsilon", "v_prediction"] = field(
         default="v_prediction", metadata={"help": "What the U-Net predicts: the noise, as published, or the velocity."}
@@ -357,18 +357,18 @@ def make_model(args: Any, autoencoder: torch.nn.Module) -> SlotDenoiser:
         beta_end=args.beta_end,
         prediction_type=args.prediction_type,
     )
-    guide = None
+    unet, guide = make_unet(args.denoiser, fields), None
     if args.broadcast_weight:
-        guide = SlotDecoderModel(
-            SlotAutoencoderConfig(
-                image_size=fields["sample_size"],
-                num_channels=fields["in_channels"],
-                num_slots=encoder.config.num_slots,
-                slot_dim=encoder.config.slot_dim,
-                decoder_size=fields["sample_size"] // 2,
-            )
+        config = checked(
+            SlotAutoencoderConfig,
+            image_size=fields["sample_size"],
+            num_channels=fields["in_channels"],
+            num_slots=encoder.config.num_slots,
+            slot_dim=encoder.config.slot_dim,
+            decoder_size=fields["sample_size"] // 2,
         )
-    return SlotDenoiser(encoder, make_unet(args.denoiser, fields), autoencoder, schedule, guide)
+        guide = SlotDecoderModel(config)
+    return SlotDenoiser(encoder, unet, autoencoder, schedule, guide)
 
 
 def target(scheduler: SchedulerMixin, latents: torch.Tensor, noise: torch.Tensor, times: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,6 @@
-"""Where a cell is: position embeddings for slot attention, its decoders and the U-Net that looks at slots.
+"""Where a cell is: the position embedding of slot attention's tokens, its decoders and the U-Net that looks at slots.
 
-What is computed of cells alike, slots as by attention, cannot tell the left from the right; these say it.
+Attention and the decoders compute the same of all cells; without it they could not tell the left from the right.
 """
 
 import math
@@ -12,8 +12,8 @@ from torch import nn
 class PositionEmbedding(nn.Module):
     """A linear map of positions, those of the cells' centres in [0, 1].
 
-    The positions are (x, y, 1 - x, 1 - y), as in the paper, and sin and cos of 2^i pi x and 2^i pi y for i below
-    `frequencies` (Mildenhall et al. 2020, NeRF, section 5.1).
+    The positions are (x, y, 1 - x, 1 - y), as in Locatello et al. 2020, and sin and cos of 2^i pi x and 2^i pi y for i
+    below `frequencies` (Mildenhall et al. 2020, NeRF, section 5.1).
 
     Args:
         channels: Channels of the embedding.

@@ -6,8 +6,8 @@ Both have the same widths, layers a level and attention resolutions. On one thre
 training steps (forward, backward, Adam) and sampling steps (forward alone), the most that tensors take in one of them
 beside weights and optimizer, and by how much two steps raise the peak of a fresh process, which counts what libraries
 load and keep as well; both again as channels_last. Then a step of train_slot_diffusion.py with kept latents beside one
-that encodes each image anew, in the default sizes and in the published ones, for which the machine needs 8 GB of
-memory. The aims are no more time, no more memory, and 0.8 of the time with kept latents.
+that encodes each image anew, in the default sizes and in the published ones. The aims are no more time, no more
+memory, and 0.8 of the time with kept latents.
 """
 
 import argparse

@@ -264,6 +264,7 @@ def test_without_an_autoencoder_one_is_trained_first(tmp_path, monkeypatch, capf
         (["--num_slots=0"], "num_slots=0"),
         (["--denoiser=unet3d"], "invalid choice: 'unet3d'"),
         (["--image_size=33"], "image_size=33"),
+        (["--image_size=36"], "image_size=36 must be a multiple of 16"),
     ],
 )
 def test_wrong_flags_are_refused_in_a_sentence(flags, sentence, tmp_path, capsys, autoencoder):

@@ -263,7 +263,9 @@ def test_interrupted_it_saves_and_says_how_to_go_on(tmp_path, capfd):
 def test_a_finished_run_resumes_to_the_same_end_and_can_be_extended(tmp_path):
     train(tmp_path / "run", *EVERYTHING)
     before = load_file(tmp_path / "run/model.safetensors")
+    computed = json.loads((tmp_path / "run/results.json").read_text())["cpu_seconds"]
     train(tmp_path / "run", *EVERYTHING, "--resume")
+    assert json.loads((tmp_path / "run/results.json").read_text())["cpu_seconds"] > 0.5 * computed > 0
     after = load_file(tmp_path / "run/model.safetensors")
     assert all(torch.equal(before[name], after[name]) for name in before)
     train(tmp_path / "run", *EVERYTHING, "--resume", "--max_steps=44")
