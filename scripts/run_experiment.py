@@ -163,17 +163,22 @@ def run_cells(cells: list[Cell], scripts: dict[str, Path], jobs: int) -> list[tu
         number, cell = numbered
         print(f"[{number}/{len(cells)}] {_words(cell.flags)} -> {cell.folder}", flush=True)
         start = time.monotonic()
-        error = run_cell(cell, scripts, echo=jobs == 1)
+        if cell.after is None or cell.after.finished:
+            error = run_cell(cell, scripts, echo=jobs == 1)
+        else:
+            error = f"{_words(cell.after.flags)}, which it starts from, has not finished"
         print(f"[{number}/{len(cells)}] {error or 'finished'} ({time.monotonic() - start:.0f} s)", flush=True)
         if error:
             failures.append((cell, error))
 
-    if jobs == 1:
-        for numbered in enumerate(cells, start=1):
-            run(numbered)
-    else:
-        with ThreadPoolExecutor(jobs) as pool:
-            list(pool.map(run, enumerate(cells, start=1)))
+    for waits in (False, True):
+        chosen = [(number, cell) for number, cell in enumerate(cells, start=1) if bool(cell.after) == waits]
+        if jobs == 1:
+            for numbered in chosen:
+                run(numbered)
+        else:
+            with ThreadPoolExecutor(jobs) as pool:
+                list(pool.map(run, chosen))
     return failures
 
 
@@ -229,7 +234,8 @@ def main(argv: list[str] | None = None) -> int:
             scripts = find_scripts(experiment, args.experiment)
             check_flags(experiment, scripts)
             cells = experiment.cells(args.runs_dir)
-            missing = [cell for cell in cells if not cell.finished][: args.max_cells]
+            missing = sorted((cell for cell in cells if not cell.finished), key=lambda cell: bool(cell.after))
+            missing = missing[: args.max_cells]
             print(f"{experiment.name}: {len(cells)} cells; {len(missing)} to run now.", flush=True)
             if args.dry_run:
                 print("\n".join(shlex.join(_command(cell, scripts)) for cell in missing))

@@ -385,6 +385,8 @@ def experiment_card(report: Mapping[str, Any], *, figures: Sequence[str] = (), l
         for value, variant in variants.items():
             script = variant.get("script", report["script"])
             words = [f"--{flag} {_flag_value(own)}" for flag, own in variant.get("flags", {}).items()]
+            other = "<the run of " + " ".join(f"{k}={v}" for k, v in variant.get("after", {}).items()) + ">"
+            words = [word.replace("{after}", other) for word in words]
             flags.append([f"`{key}` = `{value}`", f"`{' '.join([script, *words])}`"])
     scripts = dict.fromkeys(cell["script"] for cell in finished) or [report["script"]]
     return _card(

@@ -26,7 +26,8 @@ at_least = -0.01                             # is at least this; or at_most, or 
 [variants.decoder.diffusion]                 # optional: what a value of the grid stands for, if it is no flag;
 script = "train_slot_diffusion.py"           # each may have a script of its own,
 flags = { autoencoder = "runs/{style}" }     # flags of its own, which may name other flags in braces,
-metrics = { ari = "test_attention_ari" }     # and names of its own for the metrics of the table
+metrics = { ari = "test_attention_ari" }     # and names of its own for the metrics of the table;
+after = { decoder = "broadcast" }            # it runs after the cell that differs in this, whose folder is {after}
 ```
 
 A cell is one point of the grid with one seed; its folder is named by a hash of the script and its flags, so a changed
@@ -53,7 +54,7 @@ REPORTED_KEYS = (
 OWN_NUMBERS = ("seconds", "cpu_seconds", "num_parameters")  # what every run tells of itself, beside its metrics
 RESERVED_FLAGS = ("seed", "output_dir")
 OPTIONAL_KEYS = ("fixed", "grid", "curves", "labels", "notes", "figures", "confusion", "claims", "variants")
-VARIANT_KEYS = ("script", "flags", "metrics")
+VARIANT_KEYS = ("script", "flags", "metrics", "after")
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,7 @@ class Cell:
         given: The flags that the script is started with: `flags`, but for those that name a variant, whose own flags
             stand in their place.
         metrics: What the table calls the metrics of this script, and what the script calls them.
+        after: The cell that has to be finished before this one runs, as it starts from its folder.
     """
 
     flags: dict[str, Any]
@@ -112,6 +114,7 @@ class Cell:
     script: str
     given: dict[str, Any]
     metrics: dict[str, str] = field(default_factory=dict)
+    after: "Cell | None" = None
 
     @property
     def id(self) -> str:
@@ -162,19 +165,28 @@ class Experiment:
         Returns:
             The cells, in the order of the grid, seeds innermost.
         """
-        cells = []
-        for *point, seed in itertools.product(*self.grid.values(), self.seeds):
-            flags = {**self.fixed, **dict(zip(self.grid, point, strict=True)), "seed": seed}
-            chosen = [variants[flags[name]] for name, variants in self.variants.items()]
-            script, given, metrics = self.script, {k: v for k, v in flags.items() if k not in self.variants}, {}
-            for variant in chosen:
-                script = variant.get("script", script)
-                given |= variant.get("flags", {})
-                metrics |= variant.get("metrics", {})
-            given = {name: _filled(value, flags) for name, value in given.items()}
-            digest = hashlib.sha256(json.dumps([script, given], sort_keys=True).encode()).hexdigest()[:10]
-            cells.append(Cell(flags, Path(root) / self.name / digest, script, given, metrics))
-        return cells
+        points = itertools.product(*self.grid.values(), self.seeds)
+        return [
+            self._cell({**self.fixed, **dict(zip(self.grid, point, strict=True)), "seed": seed}, Path(root))
+            for *point, seed in points
+        ]
+
+    def _cell(self, flags: dict[str, Any], root: Path) -> Cell:
+        given = {name: value for name, value in flags.items() if name not in self.variants}
+        script, metrics, after = self.script, {}, None
+        for variant in (variants[flags[name]] for name, variants in self.variants.items()):
+            script = variant.get("script", script)
+            given |= variant.get("flags", {})
+            metrics |= variant.get("metrics", {})
+            if "after" in variant:
+                after = self._cell(flags | variant["after"], root)
+        given = {name: _filled(value, flags) for name, value in given.items()}
+        # The folder of the other cell is named by its hash alone, so that this one does not depend on `root`.
+        hashed = {name: _filled(value, {"after": after.id}) for name, value in given.items()} if after else given
+        digest = hashlib.sha256(json.dumps([script, hashed], sort_keys=True).encode()).hexdigest()[:10]
+        if after:
+            given = {name: _filled(value, {"after": after.folder}) for name, value in given.items()}
+        return Cell(flags, root / self.name / digest, script, given, metrics, after)
 
 
 def _filled(value: Any, flags: Mapping[str, Any]) -> Any:
@@ -292,6 +304,13 @@ def _read_variants(given: Any, fixed: Mapping[str, Any], grid: Mapping[str, Any]
                 )
             if not isinstance(metrics, dict) or not all(isinstance(metric, str) for metric in metrics.values()):
                 raise ValueError(f"{place}: metrics={metrics!r} is not a table from names to metrics of the script.")
+            after = variant.get("after", {})
+            if not isinstance(after, dict) or not all(v in grid.get(flag, []) for flag, v in after.items()):
+                raise ValueError(f"{place}: after={after!r} is not a table from flags of the grid to their values.")
+            if any("after" in given[flag][v] for flag, v in after.items() if flag in given):
+                raise ValueError(f"{place}: after={after!r} names a variant that itself runs after another one.")
+            if "after" in variant and after.get(name) in (None, value):
+                raise ValueError(f"{place}: after={after!r} names no other value of {name!r}.")
     return given
 
 

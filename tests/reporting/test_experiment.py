@@ -73,6 +73,47 @@ def test_a_value_of_the_grid_may_stand_for_a_script_and_flags(toml, tmp_path):
         collect(experiment, tmp_path)
 
 
+AFTER = VARIANTS.replace("groups = 2", 'start = "{after}"') + 'after = { norm = "batch" }\n'
+
+
+def test_a_cell_may_start_from_another_one(toml, tmp_path):
+    cells = read_experiment(toml(TOML + AFTER)).cells(tmp_path)
+    by_flags = {(cell.flags["width"], cell.flags["norm"], cell.flags["seed"]): cell for cell in cells}
+    for (width, norm, seed), cell in by_flags.items():
+        if norm == "batch":
+            assert cell.after is None
+        else:
+            assert cell.after == by_flags[width, "batch", seed]
+            assert cell.given["start"] == str(cell.after.folder) and cell.flags["norm"] == "group"
+    elsewhere = read_experiment(toml(TOML + AFTER)).cells(tmp_path / "other")
+    assert [cell.id for cell in elsewhere] == [cell.id for cell in cells]
+    assert len({cell.id for cell in cells}) == len(cells)
+    # what it starts from is part of what it is
+    changed = read_experiment(toml(TOML + AFTER.replace("data/", "date/"))).cells(tmp_path)
+    assert not {cell.id for cell in changed} & {cell.id for cell in cells}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('norm = "batch" }', 'norm = "layer" }', "is not a table from flags of the grid to their values"),
+        ('norm = "batch" }', 'depth = "batch" }', "is not a table from flags of the grid to their values"),
+        ('{ norm = "batch" }', '"batch"', "after='batch' is not a table"),
+        ('norm = "batch" }', "width = 4 }", "names no other value of 'norm'"),
+        ('norm = "batch" }', 'norm = "group" }', "names a variant that itself runs after another one"),
+        (
+            "[variants.norm.group]",
+            'after = { norm = "group" }\n[variants.norm.group]',
+            "itself runs after another one",
+        ),
+    ],
+)
+def test_a_start_that_cannot_be_is_refused_with_a_sentence(toml, old, new, message):
+    assert old in AFTER
+    with pytest.raises(ValueError, match=message):
+        read_experiment(toml(TOML + AFTER.replace(old, new)))
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [

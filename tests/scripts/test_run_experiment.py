@@ -181,6 +181,32 @@ def test_variants_run_their_own_scripts(project, capsys):
     assert "'widht' is not a flag of train_fake.py. Did you mean 'width'?" in capsys.readouterr().err
 
 
+def test_a_cell_runs_after_the_one_that_it_starts_from(project, capsys, monkeypatch):
+    monkeypatch.setattr("scripts.run_experiment.LAUNCH", (sys.executable,))
+    monkeypatch.setenv("PYTHONPATH", str(project / "stub"))
+    change(project, "width = [4, 8]", 'model = ["other", "one"]')
+    change(project, 'rows = "width"', 'rows = "model"')
+    change(project, "explode = false, ", "")
+    with open(project / EXPERIMENT, "a") as toml:
+        toml.write(
+            "[variants.model.one]\nflags = { width = 8, explode = true }\n[variants.model.other]\n"
+            'flags = { start = "{after}" }\nafter = { model = "one" }\n'
+        )
+    path = project / "scripts" / "train_fake.py"
+    path.write_text(SCRIPT.replace("    norm: Literal", '    start: str = ""\n    norm: Literal'))
+    assert main([EXPERIMENT, "--max_cells", "2", "--dry_run"]) == 0
+    assert "--start" not in capsys.readouterr().out  # they come last
+    assert main([EXPERIMENT, "--jobs", "2"]) == 1
+    assert (project / "calls.txt").read_text().splitlines() == ["8 group 0", "4 group 0"]
+    error = capsys.readouterr().err
+    assert "model=other seed=1: max_steps=5 norm=group model=one seed=1, which it starts from, has not" in error
+    path.write_text(path.read_text().replace("args.seed == 1", "args.seed == 7"))
+    assert main([EXPERIMENT]) == 0
+    assert (project / "calls.txt").read_text().splitlines()[2:] == ["8 group 1", "4 group 1"]
+    text = (project / "model_cards" / "fake.md").read_text()
+    assert "`train_fake.py --start <the run of model=one>`" in text
+
+
 def test_report_without_any_run(project, capsys):
     assert main([EXPERIMENT, "--only_report"]) == 0
     assert "there is nothing to report" in capsys.readouterr().out
