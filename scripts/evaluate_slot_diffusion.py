@@ -7,6 +7,7 @@ slot_library/ and evaluation.json into the pipeline's folder.
 """
 
 import contextlib
+import importlib
 import json
 import os
 import sys
@@ -45,7 +46,8 @@ from hf_dl.metrics import perceptual
 from hf_dl.metrics.images import default_features, fid
 from hf_dl.metrics.segmentation import segmentation_scores
 from hf_dl.models.latent_autoencoder import encode_latents
-from hf_dl.models.slot_autoencoder import ARCHITECTURES, SlotAutoencoderConfig, SlotDecoderModel, SlotEncoderModel
+from hf_dl.models.layers_attention import attention_masks
+from hf_dl.models.slot_autoencoder import ARCHITECTURES, SlotDecoderModel, SlotEncoderModel, mixture_posterior
 from hf_dl.models.slot_library import SlotLibrary
 from hf_dl.models.slot_unet import ARCHITECTURES as UNETS
 from hf_dl.models.slot_unet import SlotUNetModel
@@ -98,19 +100,23 @@ class ModelFlags:
     autoencoder: str = field(default="", metadata={"help": "Folder or Hub id; empty: runs/train_autoencoder."})
     cache_latents: bool = field(default=True, metadata={"help": "Compute the latents once, and keep them in memory."})
     architecture: Literal["small", "paper", "resnet18"] = field(default="small", metadata={"help": "Slot encoder."})
-    slot_encoder: str = field(default="", metadata={"help": "Trained slot encoder or autoencoder to start from."})
+    slot_encoder: str = field(
+        default="",
+        metadata={"help": "Slot autoencoder to start from; empty: runs/train_slots; none: fresh slots."},
+    )
     slot_init: Literal["gaussian", "learned"] = field(default="gaussian", metadata={"help": "Slots to begin with."})
     num_slots: int = field(default=5, metadata={"help": "Slots K: most objects, and one for the background."})
     num_iterations: int = field(default=3, metadata={"help": "Iterations T of slot attention."})
     unet: Literal["small", "clevrtex"] = field(default="small", metadata={"help": "Sizes of the U-Net."})
     denoiser: Literal["slot_unet", "unet2d"] = field(default="slot_unet", metadata={"help": "Ours, or diffusers'."})
     position_frequencies: int = field(default=4, metadata={"help": "Octaves of positions in the U-Net; -1: none."})
-    encoder_learning_rate: float = field(default=2e-3, metadata={"help": "Peak rate of the slot encoder."})
+    encoder_learning_rate: float = field(default=2e-4, metadata={"help": "Peak rate of the slot encoder."})
     prediction_type: Literal["epsilon", "v_prediction"] = field(
         default="v_prediction", metadata={"help": "What the U-Net predicts: the noise, as published, or the velocity."}
     )
-    broadcast_weight: float = field(default=0.2, metadata={"help": "Of a broadcast decoder of the latents; 0: none."})
-    area_penalty: float = field(default=0.02, metadata={"help": "Price that all masks but the largest rise to."})
+    broadcast_weight: float = field(default=10.0, metadata={"help": "Of the slot autoencoder's decoder; 0: none."})
+    area_penalty: float = field(default=6e-3, metadata={"help": "Price of all masks of that decoder but the largest."})
+    matching_weight: float = field(default=0.02, metadata={"help": "Of teaching the attention by these masks."})
     beta_start: float = field(default=0.0015, metadata={"help": "Noise of the first step."})
     beta_end: float = field(default=0.0195, metadata={"help": "Noise of the last step; linear between."})
     num_timesteps: int = field(default=1000, metadata={"help": "Steps T of the noise schedule."})
@@ -125,7 +131,7 @@ def check(args: Any) -> None:
     args.config = checked(ARCHITECTURES[args.architecture], **sizes, slot_init=args.slot_init)
     if not 0 < args.beta_start <= args.beta_end < 1:
         raise ValueError(f"beta_start={args.beta_start} and beta_end={args.beta_end} must rise within 0 to 1.")
-    for name in ("broadcast_weight", "area_penalty"):
+    for name in ("broadcast_weight", "area_penalty", "matching_weight"):
         if not getattr(args, name) >= 0:
             raise ValueError(f"{name}={getattr(args, name)} must be 0 or above.")
     for name in ("encoder_learning_rate", "num_timesteps", "num_drawn", "num_inference_steps"):
@@ -141,14 +147,16 @@ class Denoised(NamedTuple):
     Attributes:
         predicted: Of the noisy latents and of their shape: the noise, or the velocity, as the scheduler says.
         attention: Of the last iteration of slot attention, (batch, slots, tokens).
-        drawn: Latents as the guide draws them; None without one, and in evaluation.
+        drawn: Images as the guide draws them, (batch, 3, height, width); None without one, and in evaluation.
         masks: The guide's masks, (batch, slots, height, width), likewise.
+        owners: Which slot explains which pixel as far as the guide knows (`mixture_posterior`), of the same shape.
     """
 
     predicted: torch.Tensor
     attention: torch.Tensor
     drawn: torch.Tensor | None = None
     masks: torch.Tensor | None = None
+    owners: torch.Tensor | None = None
 
 
 class SlotDenoiser(nn.Module):
@@ -159,8 +167,8 @@ class SlotDenoiser(nn.Module):
         unet: Noisy latents, time and slots to noise or velocity.
         autoencoder: Frozen; neither a part of this module nor of its checkpoints, but of the pipeline that is saved.
         scheduler: The noise schedule.
-        guide: A decoder that draws the latents from the slots at once, in training only. A U-Net takes what it
-            needs from any slot, whatever is in which; such a decoder does best with an object in each.
+        guide: A decoder that draws the images from the slots at once, in training only. A U-Net takes what it needs
+            from any slot, whatever is in which; such a decoder does best with an object in each.
     """
 
     def __init__(
@@ -192,13 +200,18 @@ class SlotDenoiser(nn.Module):
             generator: Source of the draws of the slots.
         """
         output = self.slot_encoder(pixel_values, generator=generator)
-        guided = self.guide(output.slots) if self.guide is not None and self.training else None
-        return Denoised(
-            self.unet(noisy, timesteps, output.slots).sample,
-            output.attentions[-1],
-            None if guided is None else guided.reconstruction,
-            None if guided is None else guided.masks,
-        )
+        predicted = self.unet(noisy, timesteps, output.slots).sample
+        if self.guide is None or not self.training:
+            return Denoised(predicted, output.attentions[-1])
+        drawn, masks, contents = self.guide(output.slots, return_dict=False)
+        with torch.no_grad():
+            owners = mixture_posterior(pixel_values, contents, masks, pixel_std=self.guide.config.pixel_std)
+        return Denoised(predicted, output.attentions[-1], drawn, masks, owners)
+
+    @property
+    def autoencoder(self) -> AutoencoderKL | VQModel:
+        """The autoencoder of the latents."""
+        return self._others[0]
 
     def pipeline(self) -> SlotDiffusionPipeline:
         """The pipeline of the parts."""
@@ -293,52 +306,92 @@ def make_unet(kind: str, fields: dict[str, Any]) -> ModelMixin:
     )
 
 
-def find_autoencoder(args: Any) -> str:
-    """Find the autoencoder: the one that is named, or that of the default folder, where one is trained if none is.
+# What the script starts from: the flag that names it, the script that trains it, and flags that the two share.
+SHARED = ("source", "style", "image_size", "crop", "num_train", "num_test", "seed", "cpu_threads")
+PARTS = {
+    "slot_encoder": ("train_slots", (*SHARED, "architecture", "num_slots", "num_iterations")),
+    "autoencoder": ("train_autoencoder", SHARED),
+}
+
+
+def find_part(args: Any, name: str) -> str:
+    """Find a trained part: the one that is named, or that of the default folder, where one is trained if none is.
+
+    Args:
+        args: Flags of the training script.
+        name: Of `PARTS`.
 
     Raises:
-        ValueError: If that of the default folder was trained on other images, or several processes would train one.
+        ValueError: If that of the default folder was trained on other images or for other slots, or several processes
+            would train one.
     """
-    folder = args.autoencoder or "runs/train_autoencoder"
-    if not args.autoencoder and not Path(folder, "config.json").is_file():
-        import train_autoencoder
-
+    script, shared = PARTS[name]
+    if getattr(args, name):
+        return getattr(args, name)
+    folder, what = f"runs/{script}", name.replace("_", " ")
+    if not Path(folder, "config.json").is_file():
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            raise ValueError(f"{folder} holds no autoencoder; with several processes, train it first.")
-        print(f"{folder} holds no autoencoder yet; training one first.", file=sys.stderr, flush=True)
-        shared = ("source", "style", "image_size", "crop", "num_train", "num_test", "seed", "cpu_threads")
-        flags = [f"--{name}={getattr(args, name)}" for name in shared]
+            raise ValueError(f"{folder} holds no {what}; with several processes, train it first.")
+        print(f"{folder} holds no {what} yet; training one first.", file=sys.stderr, flush=True)
+        flags = [f"--{flag}={getattr(args, flag)}" for flag in shared]
         flags += ["--num_objects", *map(str, args.num_objects), f"--output_dir={folder}"]
-        train_autoencoder.main([*flags, *([f"--mixed_precision={args.mixed_precision}"] * bool(args.mixed_precision))])
-    elif not args.autoencoder:
-        with contextlib.suppress(FileNotFoundError):
-            known = read_results(folder)["args"]
-            for name in ("source", "style", "image_size"):
-                if known.get(name, getattr(args, name)) != getattr(args, name):
-                    raise ValueError(
-                        f"{folder} was trained with {name}={known[name]!r}, and here {name}={getattr(args, name)!r}; "
-                        "train another one with train_autoencoder.py --output_dir, and name it with --autoencoder."
-                    )
-        print(f"Taking the autoencoder in {folder}; --autoencoder names another one.", file=sys.stderr, flush=True)
+        flags += [f"--mixed_precision={args.mixed_precision}"] * bool(args.mixed_precision)
+        importlib.import_module(script).main(flags)
+        return folder
+    with contextlib.suppress(FileNotFoundError):
+        known = read_results(folder)["args"]
+        for flag in ("source", "style", "image_size", "num_slots"):
+            if flag in shared and known.get(flag, getattr(args, flag)) != getattr(args, flag):
+                raise ValueError(
+                    f"{folder} was trained with {flag}={known[flag]!r}, and here {flag}={getattr(args, flag)!r}; "
+                    f"train another one with {script}.py --output_dir, and name it with --{name}."
+                )
+    print(f"Taking the {what} in {folder}; --{name} names another one.", file=sys.stderr, flush=True)
     return folder
 
 
-def make_model(args: Any, autoencoder: torch.nn.Module) -> SlotDenoiser:
-    """Make slot encoder and U-Net as the flags say, for the latents of the autoencoder."""
-    encoder = SlotEncoderModel(args.config)
-    if args.slot_encoder:
-        encoder = SlotEncoderModel.from_pretrained(args.slot_encoder)
-        if encoder.config.image_size != args.image_size:
+def make_slots(args: Any) -> tuple[SlotEncoderModel, SlotDecoderModel | None]:
+    """Make the slot encoder, and the decoder that guides it, where there shall be one: both of a trained autoencoder.
+
+    Raises:
+        ValueError: If the trained one is for other images or another number of slots, or has no decoder.
+    """
+    if args.slot_encoder == "none":
+        return SlotEncoderModel(args.config), None
+    folder = find_part(args, "slot_encoder")
+    encoder = SlotEncoderModel.from_pretrained(folder)
+    for flag in ("image_size", "num_slots"):
+        if getattr(encoder.config, flag) != getattr(args, flag):
             raise ValueError(
-                f"slot_encoder={args.slot_encoder!r} is for images of {encoder.config.image_size} pixels, and "
-                f"image_size={args.image_size}; give both alike."
+                f"slot_encoder={folder!r} has {flag}={getattr(encoder.config, flag)}, and here "
+                f"{flag}={getattr(args, flag)}; give both alike."
             )
+    if not args.broadcast_weight:
+        return encoder, None
+    guide, report = SlotDecoderModel.from_pretrained(folder, output_loading_info=True)
+    if report["missing_keys"]:
+        raise ValueError(
+            f"slot_encoder={folder!r} has no decoder, which keeps the slots bound; name a slot autoencoder, or train "
+            "without one by --broadcast_weight=0."
+        )
+    return encoder, guide
+
+
+def make_model(args: Any, autoencoder: AutoencoderKL | VQModel | None = None) -> SlotDenoiser:
+    """Make slot encoder and U-Net as the flags say, for the latents of the autoencoder, by default the one they name.
+
+    Raises:
+        ValueError: If the parts do not fit together, or one of them cannot be had.
+    """
+    if autoencoder is None:
+        autoencoder = load_autoencoder(find_part(args, "autoencoder"))
     factor = 2 ** (len(autoencoder.config.block_out_channels) - 1)
     if autoencoder.config.in_channels != 3 or args.image_size % factor:
         raise ValueError(
             f"image_size={args.image_size} does not fit the autoencoder, which takes images of "
             f"{autoencoder.config.in_channels} channels and a multiple of {factor} pixels."
         )
+    encoder, guide = make_slots(args)
     sizes_of = UNETS[args.unet]
     positions = None if args.position_frequencies < 0 else args.position_frequencies
     fields = sizes_of | {
@@ -357,18 +410,7 @@ def make_model(args: Any, autoencoder: torch.nn.Module) -> SlotDenoiser:
         beta_end=args.beta_end,
         prediction_type=args.prediction_type,
     )
-    unet, guide = make_unet(args.denoiser, fields), None
-    if args.broadcast_weight:
-        config = checked(
-            SlotAutoencoderConfig,
-            image_size=fields["sample_size"],
-            num_channels=fields["in_channels"],
-            num_slots=encoder.config.num_slots,
-            slot_dim=encoder.config.slot_dim,
-            decoder_size=fields["sample_size"] // 2,
-        )
-        guide = SlotDecoderModel(config)
-    return SlotDenoiser(encoder, unet, autoencoder, schedule, guide)
+    return SlotDenoiser(encoder, make_unet(args.denoiser, fields), autoencoder, schedule, guide)
 
 
 def target(scheduler: SchedulerMixin, latents: torch.Tensor, noise: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
@@ -376,31 +418,25 @@ def target(scheduler: SchedulerMixin, latents: torch.Tensor, noise: torch.Tensor
     return noise if scheduler.config.prediction_type == "epsilon" else scheduler.get_velocity(latents, noise, times)
 
 
-def guidance(output: Denoised, latents: torch.Tensor, progress: float, args: Any) -> torch.Tensor:
-    """What is added to the loss so that each slot takes an object, a scalar.
+def guidance(output: Denoised, pixel_values: torch.Tensor, args: Any) -> torch.Tensor:
+    """What is added to the loss so that each slot keeps its object, a scalar; 0 without a guide.
 
     Args:
         output: Of the `SlotDenoiser` in training.
-        latents: What the guide should have drawn.
-        progress: The part of the training that is over, from 0 to 1.
-        args: `broadcast_weight`, the factor of the guide's mean squared error, and `area_penalty`, the price of the
-            area of all masks but the largest, of the attention and of the guide: several slots share the ground as
-            well as one has it. The price begins at half of the training, when slots have bound, and is full at 0.7.
+        pixel_values: The images, which the guide should have drawn.
+        args: `broadcast_weight`, the factor of all that follows; `area_penalty`, the price of what all of the guide's
+            masks but the largest cover, as in train_slots.py; and `matching_weight`, of the cross-entropy between the
+            attention's masks and who explains each pixel, as far as the guide knows. Without it the attention of
+            several slots shares the ground, whatever the decoder does with it (Kakogeorgiou et al. 2024, "SPOT",
+            section 3.2, teach the encoder's attention by the decoder's masks too).
     """
-    areas = [output.attention.float().mean(2)]
-    loss = latents.new_zeros(())
-    if output.drawn is not None:
-        loss = args.broadcast_weight * F.mse_loss(output.drawn.float(), latents)
-        areas.append(output.masks.float().mean((2, 3)))
-    price = args.area_penalty * min(1.0, max(0.0, (progress - 0.5) / 0.2))
-    return loss + price * sum(1 - area.amax(1).mean() for area in areas)
-
-
-def to_masks(attention: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
-    """Attention (batch, slots, tokens) as masks (batch, slots, *size), interpolated bilinearly."""
-    side = round(attention.shape[-1] ** 0.5)
-    maps = attention.float().unflatten(-1, (side, side))
-    return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=False)
+    if output.drawn is None:
+        return pixel_values.new_zeros(())
+    rest = 1 - output.masks.float().mean((2, 3)).amax(1).mean()
+    seen = attention_masks(output.attention, pixel_values.shape[-2:], image_size=pixel_values.shape[-1])
+    surprise = -(output.owners * seen.clamp_min(1e-6).log()).sum(1).mean()
+    error = F.mse_loss(output.drawn.float(), pixel_values)
+    return args.broadcast_weight * (error + args.area_penalty * rest + args.matching_weight * surprise)
 
 
 @torch.no_grad()
@@ -434,7 +470,8 @@ def evaluate(
         timesteps = (places / len(latents) % 1 * count).long().clamp(max=count - 1)
         pixel_values = to_pixel_values(batch["image"], device)
         output = model(pixel_values, scheduler.add_noise(latents, noise, timesteps), timesteps)
-        segments = to_masks(output.attention, batch["mask"].shape[1:]).argmax(1)
+        size = batch["mask"].shape[1:]
+        segments = attention_masks(output.attention, size, image_size=pixel_values.shape[-1]).argmax(1)
         error = output.predicted.float() - target(scheduler, latents, noise, timesteps)
         error = error.square().mean((1, 2, 3))
         columns.append(gather((error, segments, batch["mask"].to(device))))
@@ -498,7 +535,7 @@ def draw_and_measure(
         rows_of = range(first, min(first + 64, LIBRARY_IMAGES, len(train)))
         output = pipe.encode(to_pixel_values(train.__getitems__(rows_of)["image"], pipe.device))
         slots.append(output.slots.cpu())
-        masks.append(to_masks(output.attentions[-1], (16, 16)).cpu())
+        masks.append(attention_masks(output.attentions[-1], (16, 16), image_size=images.shape[-1]).cpu())
     library = SlotLibrary().fit(torch.cat(slots), torch.cat(masks), num_clusters=slots[0].shape[1], seed=0)
     library.save_pretrained(folder / "slot_library")
     for mode in ("per_cluster", "background_aware"):

@@ -26,6 +26,7 @@ from hf_dl.data.collate import ImageTensors, as_is
 from hf_dl.metrics import perceptual
 from hf_dl.metrics.images import default_features, fid
 from hf_dl.metrics.segmentation import segmentation_scores
+from hf_dl.models.layers_attention import attention_masks
 from hf_dl.models.slot_autoencoder import SlotAutoencoderConfig, SlotAutoencoderModel
 from hf_dl.models.slot_library import SlotLibrary
 from hf_dl.reporting.card import run_card
@@ -131,9 +132,8 @@ def evaluate(
         output = model(pixel_values, **options)
         if first is None:
             first = gather(model(pixel_values, **{**options, "num_draws": 1}).masks)
-        side = round(output.attentions[-1].shape[-1] ** 0.5)
-        attentions = output.attentions[-1].unflatten(-1, (side, side))
-        attentions = F.interpolate(attentions, size=output.masks.shape[-2:], mode="bilinear", align_corners=False)
+        size = output.masks.shape[-2:]
+        attentions = attention_masks(output.attentions[-1], size, image_size=pixel_values.shape[-1])
         error = (output.reconstruction - pixel_values).square().mean(dim=(1, 2, 3))
         colours, squares = pixel_values.mean(dim=(2, 3)), pixel_values.square().mean(dim=(1, 2, 3))
         module = getattr(model, "module", model)  # of a data-parallel wrapper

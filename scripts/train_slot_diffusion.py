@@ -2,7 +2,7 @@
 
 scripts/run accelerate launch scripts/train_slot_diffusion.py
 
-The autoencoder is frozen and its latents computed once; where runs/train_autoencoder is empty, one is trained first.
+It starts from the slots of runs/train_slots; the autoencoder of the latents, runs/train_autoencoder, stays as it is.
 """
 
 import sys
@@ -24,7 +24,7 @@ from hf_dl.training.run import TrainingRun
 class Args(diffusion.ModelFlags, diffusion.SlotData, TrainingArgs):
     """Flags of this script; the learning rate is that of the U-Net."""
 
-    max_steps: int = 3000
+    max_steps: int = 1500
     batch_size: int = 16
     learning_rate: float = 1e-3
     schedule: Schedule = "cosine"
@@ -41,12 +41,12 @@ class Args(diffusion.ModelFlags, diffusion.SlotData, TrainingArgs):
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Train, evaluate on the test split, and leave pipeline, report and pictures in `output_dir`."""
     args = parse_args(Args, argv)
-    model = diffusion.make_model(args, autoencoder := diffusion.load_autoencoder(diffusion.find_autoencoder(args)))
+    model = diffusion.make_model(args)
     train, validation, test = (diffusion.load_images(args, split) for split in ("train", "validation", "test"))
     data = diffusion.SceneLatents(train) if args.cache_latents else train
     rates = {f"{part}.": args.encoder_learning_rate for part in ("slot_encoder", "guide") if getattr(model, part)}
     run = TrainingRun(args, model, data, collate=as_is, learning_rates=rates)
-    autoencoder.to(run.device)
+    autoencoder = model.autoencoder.to(run.device)
     if args.cache_latents:
         run.say(f"The latents of {len(train)} images were computed once, in {data.compute(autoencoder):.1f} s.")
     held = [run.shard(diffusion.SceneLatents(split, autoencoder), 64) for split in (validation, test)]
@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         times = torch.randint(args.num_timesteps, (len(latents),), generator=run.generator, device=run.device)
         output = run.model(pixel_values, schedule.add_noise(latents, noise, times), times, generator=run.generator)
         loss = F.mse_loss(output.predicted.float(), diffusion.target(schedule, latents, noise, times))
-        run.step(loss + diffusion.guidance(output, latents, run.progress, args), denoising=loss)
+        run.step(loss + diffusion.guidance(output, pixel_values, args), denoising=loss)
         if run.evaluation_due:
             with run.averaged():
                 scores = diffusion.evaluate(run.model, held[0], schedule, gather=run.gather)

@@ -11,10 +11,53 @@ the tokens, GRU, residual MLP. Two things are done differently, neither of which
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
 GRADIENTS = ("full", "implicit", "bilevel")
+
+
+def attention_masks(attention: torch.Tensor, size: Sequence[int], *, image_size: int) -> torch.Tensor:
+    """Lay the attention over the image, interpolated bilinearly between the places that the tokens look at.
+
+    Convolutions of stride s with odd kernels and half as much padding centre token i on pixel s i, not on the middle
+    of the s pixels from there, which is (s - 1) / 2 further on and where `F.interpolate` would put it. Beyond the last
+    token its value goes on.
+
+    Args:
+        attention: (batch, slots, tokens), the tokens those of a square grid, row by row.
+        size: Height and width of the masks.
+        image_size: Height and width of the images that the tokens were made of, in pixels.
+
+    Returns:
+        (batch, slots, *size), float32 or finer, summing to 1 over the slots where the attention does.
+
+    Raises:
+        ValueError: If the tokens make no square grid.
+
+    Example:
+        ```python
+        >>> attention_masks(torch.tensor([[[1.0, 0.0, 1.0, 0.0]]]), (1, 4), image_size=4)
+        tensor([[[[1.0000, 0.5000, 0.0000, 0.0000]]]])
+
+        ```
+    """
+    side = math.isqrt(attention.shape[-1])
+    if side**2 != attention.shape[-1]:
+        raise ValueError(f"attention has {attention.shape[-1]} tokens, expected those of a square grid.")
+    maps = attention.to(torch.promote_types(attention.dtype, torch.float32)).unflatten(-1, (side, side))
+
+    def weights(pixels: int) -> torch.Tensor:
+        """(pixels, side): how much of each token's value a pixel has, 1 at its centre and 0 at those beside it."""
+        at = ((torch.arange(pixels, dtype=torch.float64) + 0.5) / pixels * image_size - 0.5) * side / image_size
+        apart = at.clamp(0, side - 1)[:, None] - torch.arange(side)
+        return (1 - apart.abs()).clamp_min(0).to(maps)
+
+    with torch.autocast(maps.device.type, enabled=False):
+        return weights(size[0]) @ maps @ weights(size[1]).T
 
 
 class AdditiveAttention(nn.Module):

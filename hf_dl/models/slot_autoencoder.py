@@ -371,6 +371,39 @@ def _mixture(
     )
 
 
+def mixture_posterior(
+    pixel_values: torch.Tensor,
+    contents: torch.Tensor,
+    masks: torch.Tensor,
+    *,
+    pixel_std: float,
+    keep: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The probability that a slot explains a pixel, given the pixel.
+
+    The decoder's alphas m are made without a look at the image: where a slot paints what its neighbour paints as well,
+    such as the ground around an object, they may be either's. With the alphas as the prior of a mixture of Gaussians
+    around the contents c (Greff et al. 2019, IODINE, section 2.1), Bayes' rule says
+
+        p(slot k | pixel x) = m_k N(x; c_k, pixel_std^2) / sum_j m_j N(x; c_j, pixel_std^2)
+
+    Args:
+        pixel_values: (batch, channels, height, width).
+        contents: What each slot paints, (batch, slots, channels, height, width).
+        masks: Alphas, (batch, slots, height, width), summing to 1 over the slots.
+        pixel_std: Standard deviation of a pixel, in the units of `pixel_values`.
+        keep: Slots that may have pixels, bool (batch, slots), at least one in each image; all when not given.
+
+    Returns:
+        float32 (batch, slots, height, width), summing to 1 over the slots; 0 for slots that are not kept.
+    """
+    error = (contents.float() - pixel_values.float().unsqueeze(1)).square().sum(dim=2)
+    logits = masks.float().clamp_min(1e-12).log() - error / (2 * pixel_std**2)
+    if keep is not None:
+        logits = logits.masked_fill(~keep[:, :, None, None], float("-inf"))
+    return logits.softmax(dim=1)
+
+
 class SlotAutoencoderPreTrainedModel(PreTrainedModel):
     """Weight initialisation and loading of the slot autoencoder."""
 
@@ -399,6 +432,19 @@ class SlotAutoencoderPreTrainedModel(PreTrainedModel):
                 # One scale for all channels: with the spread of a Glorot draw around it, fewer runs bind.
                 init.constant_(module.slot_log_std, math.log(scale))
 
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """Load a model, as of any `PreTrainedModel`; what no gradient reaches is frozen as it was."""
+        loaded = super().from_pretrained(*args, **kwargs)  # its parameters are new ones, and none of them frozen
+        (loaded[0] if isinstance(loaded, tuple) else loaded)._freeze_unreached()
+        return loaded
+
+    def _freeze_unreached(self) -> None:
+        if self.config.gradient == "implicit":  # data-parallel training must not wait for a gradient of these
+            for name in ("slot_vectors", "slot_mean", "slot_log_std"):
+                if hasattr(self, name):
+                    getattr(self, name).requires_grad_(False)
+
     def _add_encoder(self, config: SlotAutoencoderConfig) -> None:
         self.encoder = SlotEncoder(config)
         if config.slot_init == "learned":
@@ -406,10 +452,7 @@ class SlotAutoencoderPreTrainedModel(PreTrainedModel):
         else:
             self.slot_mean = nn.Parameter(torch.empty(config.slot_dim))
             self.slot_log_std = nn.Parameter(torch.empty(config.slot_dim))
-        if config.gradient == "implicit":  # no gradient reaches them; data-parallel training must not wait for one
-            for name in ("slot_vectors", "slot_mean", "slot_log_std"):
-                if hasattr(self, name):
-                    getattr(self, name).requires_grad_(False)
+        self._freeze_unreached()
         self.slot_attention = SlotAttention(
             config.token_dim,
             config.slot_dim,
@@ -645,15 +688,7 @@ class SlotAutoencoderModel(SlotAutoencoderPreTrainedModel):
 
     @torch.no_grad()
     def posterior(self, pixel_values: torch.Tensor, output: SlotAutoencoderOutput) -> torch.Tensor:
-        """The probability that a slot explains a pixel, given the pixel.
-
-        The decoder's alphas m are made without a look at the image: where a slot paints what its neighbour paints as
-        well, such as the ground around an object, they may be either's. With the alphas as the prior of a mixture of
-        Gaussians around the contents c (Greff et al. 2019, IODINE, section 2.1), Bayes' rule says
-
-            p(slot k | pixel x) = m_k N(x; c_k, pixel_std^2) / sum_j m_j N(x; c_j, pixel_std^2)
-
-        over the slots that the image needs (`needed_slots`).
+        """The probability that a slot explains a pixel, given the pixel: `mixture_posterior` over `needed_slots`.
 
         Args:
             pixel_values: (batch, channels, height, width).
@@ -662,10 +697,10 @@ class SlotAutoencoderModel(SlotAutoencoderPreTrainedModel):
         Returns:
             (batch, slots, height, width), summing to 1 over the slots; 0 for slots that are not needed.
         """
-        error = (output.contents.float() - pixel_values.float().unsqueeze(1)).square().sum(dim=2)
-        logits = output.masks.float().clamp_min(1e-12).log() - error / (2 * self.config.pixel_std**2)
         keep = self.needed_slots(pixel_values, output)
-        return logits.masked_fill(~keep[:, :, None, None], float("-inf")).softmax(dim=1)
+        return mixture_posterior(
+            pixel_values, output.contents, output.masks, pixel_std=self.config.pixel_std, keep=keep
+        )
 
     @torch.no_grad()
     def segment(

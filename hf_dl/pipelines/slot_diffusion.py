@@ -20,7 +20,6 @@ import importlib
 import importlib.util
 import inspect
 import json
-import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,7 +30,6 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, ModelMixin, SchedulerMixin, VQModel
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import BaseOutput
@@ -41,6 +39,7 @@ from PIL import Image
 from transformers import PreTrainedModel
 
 from ..models.latent_autoencoder import decode_latents
+from ..models.layers_attention import attention_masks
 
 ImageLike = Image.Image | np.ndarray | torch.Tensor
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -252,7 +251,8 @@ class SlotDiffusionPipeline(DiffusionPipeline):
     ) -> torch.Tensor | list[torch.Tensor]:
         """Say for each pixel which slot has it: the one that attends to it most in the last iteration.
 
-        The attention, a softmax over the slots at each token, is interpolated bilinearly to the size of the image.
+        The attention, a softmax over the slots at each token, is interpolated bilinearly to the size of the image
+        (`attention_masks`).
 
         Args:
             image: As of `encode`.
@@ -265,11 +265,10 @@ class SlotDiffusionPipeline(DiffusionPipeline):
         with self._evaluating():
             pixel_values, sizes = self._prepare(image)
             output = self.slot_encoder(pixel_values, num_slots=num_slots, num_iterations=num_iterations)
-        attention = output.attentions[-1].float()
-        side = math.isqrt(attention.shape[-1])
+        image_size = self.slot_encoder.config.image_size
         masks = [
-            F.interpolate(each[None], size=size, mode="bilinear", align_corners=False)[0].argmax(dim=0)
-            for each, size in zip(attention.unflatten(-1, (side, side)), sizes, strict=True)
+            attention_masks(each[None], size, image_size=image_size)[0].argmax(dim=0)
+            for each, size in zip(output.attentions[-1], sizes, strict=True)
         ]
         self.maybe_free_model_hooks()
         several = isinstance(image, (list, tuple)) or (isinstance(image, torch.Tensor) and image.ndim == 4)

@@ -32,6 +32,7 @@ import segmentation
 import train_slot_diffusion
 
 from hf_dl.models.latent_autoencoder import encode_latents, make_autoencoder
+from hf_dl.models.slot_autoencoder import SlotAutoencoderConfig, SlotAutoencoderModel
 from hf_dl.models.slot_unet import ARCHITECTURES
 
 SLOTS = 5
@@ -124,10 +125,12 @@ def make_latent_steps(architecture: str, batch: int) -> Steps:
     """The step of train_slot_diffusion.py with latents that are kept, and with latents that are computed each time."""
     torch.manual_seed(0)
     published = {"image_size": 128, "unet": "clevrtex", "architecture": "resnet18", "num_slots": 11}
-    published |= {"prediction_type": "epsilon", "broadcast_weight": 0.0, "area_penalty": 0.0}
-    args = train_slot_diffusion.Args(**{"small": {}, "clevrtex": published}[architecture])
+    published |= {"prediction_type": "epsilon", "slot_encoder": "none"}
     autoencoder = make_autoencoder(architecture, kind={"small": "kl", "clevrtex": "vq"}[architecture])
-    model = diffusion.make_model(args, autoencoder.eval().requires_grad_(False)).train()
+    with tempfile.TemporaryDirectory() as slots:
+        SlotAutoencoderModel(SlotAutoencoderConfig()).save_pretrained(slots)
+        args = train_slot_diffusion.Args(**{"small": {"slot_encoder": slots}, "clevrtex": published}[architecture])
+        model = diffusion.make_model(args, autoencoder.eval().requires_grad_(False)).train()
     schedule = model.pipeline().scheduler
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
     pixel_values = torch.rand(batch, 3, args.image_size, args.image_size) * 2 - 1
@@ -139,7 +142,7 @@ def make_latent_steps(architecture: str, batch: int) -> Steps:
         noise, times = torch.randn_like(latents), torch.randint(1000, (batch,))
         output = model(pixel_values, schedule.add_noise(latents, noise, times), times)
         loss = F.mse_loss(output.predicted, diffusion.target(schedule, latents, noise, times))
-        (loss + diffusion.guidance(output, latents, 1.0, args)).backward()
+        (loss + diffusion.guidance(output, pixel_values, args)).backward()
         optimizer.step()
 
     def encode_and_step() -> None:

@@ -41,6 +41,7 @@ from hf_dl.demo import (
     training_text,
     view,
 )
+from hf_dl.models.layers_attention import attention_masks
 from hf_dl.models.slot_autoencoder import SlotAutoencoderConfig, SlotAutoencoderModel, SlotImageProcessor
 from hf_dl.pipelines.slot_diffusion import PREDICTION_TYPES, SlotDiffusionPipeline
 from hf_dl.reporting.grids import SEGMENT_COLOURS, colour_segments
@@ -508,10 +509,8 @@ class Diffusion(Decoder):
             ValueError: If the encoder cannot have this many slots.
         """
         output = self.pipe.encode(image, num_slots=num_slots, num_iterations=num_iterations)
-        attention = output.attentions[-1].float()
-        side = math.isqrt(attention.shape[-1])
-        size = _shown_size(image)
-        masks = F.interpolate(attention.unflatten(-1, (side, side)), size=size[::-1], mode="bilinear")[0].cpu()
+        size, image_size = _shown_size(image), self.pipe.slot_encoder.config.image_size
+        masks = attention_masks(output.attentions[-1], size[::-1], image_size=image_size)[0].cpu()
         pixels = np.array(image.resize(size, Image.Resampling.BICUBIC), dtype=np.float32) / 255
         return _explanation(
             image,

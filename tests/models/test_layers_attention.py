@@ -1,8 +1,10 @@
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from hf_dl.models.layers_attention import AdditiveAttention, SlotAttention
+from hf_dl.models.layers_attention import AdditiveAttention, SlotAttention, attention_masks
+from hf_dl.models.slot_autoencoder import SlotAutoencoderConfig, SlotEncoder
 
 
 def textbook(module, inputs, slots, num_iterations):
@@ -170,3 +172,44 @@ def test_queries_do_not_see_each_other():
     together = attention(queries, keys)
     for query in range(3):
         torch.testing.assert_close(attention(queries[:, query : query + 1], keys)[:, 0], together[:, query])
+
+
+# ------------------------------------------------------------------------------------------------ masks
+
+
+@pytest.mark.parametrize(
+    "image_size, stride, size", [(16, 4, (16, 16)), (16, 1, (5, 7)), (24, 2, (40, 9)), (8, 8, (3, 4))]
+)
+def test_attention_masks_are_interpolated_between_the_pixels_that_tokens_are_centred_on(image_size, stride, size):
+    side = image_size // stride
+    attention = torch.rand(2, 3, side**2, dtype=torch.float64)
+    found = attention_masks(attention, size, image_size=image_size)
+    where = [(np.arange(n) + 0.5) / n * image_size - 0.5 for n in size]  # of the output's pixels, in the image's
+    centres = np.arange(side) * stride
+    for maps, masks in zip(attention.view(-1, side, side).numpy(), found.flatten(0, 1).numpy(), strict=True):
+        along = np.stack([np.interp(where[1], centres, row) for row in maps])
+        both = np.stack([np.interp(where[0], centres, column) for column in along.T], axis=1)
+        np.testing.assert_allclose(masks, both, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("encoder", ["cnn", "resnet18"])
+def test_tokens_are_centred_where_the_masks_put_them(encoder):
+    backbone = SlotEncoder(SlotAutoencoderConfig(encoder=encoder)).backbone.double()
+    for module in [*backbone.modules()]:
+        for name, child in module.named_children():
+            if isinstance(child, torch.nn.GroupNorm):  # which is no sum over the receptive field
+                setattr(module, name, torch.nn.Identity())
+    for parameter in backbone.parameters():
+        torch.nn.init.constant_(parameter, 1.0)
+    image = torch.ones(1, 3, 64, 64, dtype=torch.float64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(backbone(image)[0, :, 8, 8].sum(), image)
+    weight, places = gradient[0].sum(0), torch.arange(64, dtype=torch.float64)
+    centre = (weight.sum(1) * places).sum() / weight.sum(), (weight.sum(0) * places).sum() / weight.sum()
+    masks = attention_masks(torch.eye(256)[None, 8 * 16 + 8 : 8 * 16 + 9], (64, 64), image_size=64)
+    assert [round(float(place), 6) for place in centre] == [*divmod(int(masks.argmax()), 64)] == [32, 32]
+
+
+def test_attention_masks_keep_the_precision_and_refuse_what_is_no_grid():
+    assert attention_masks(torch.rand(1, 2, 16).bfloat16(), (8, 8), image_size=8).dtype == torch.float32
+    with pytest.raises(ValueError, match="15 tokens"):
+        attention_masks(torch.rand(1, 2, 15), (8, 8), image_size=8)

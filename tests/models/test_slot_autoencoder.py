@@ -4,7 +4,7 @@ import torch
 from PIL import Image
 
 from hf_dl.models import SlotAutoencoderConfig, SlotAutoencoderModel, SlotImageProcessor
-from hf_dl.models.slot_autoencoder import SlotAutoencoderOutput
+from hf_dl.models.slot_autoencoder import SlotAutoencoderOutput, mixture_posterior
 from tests.models.contract import ModelContract
 
 TINY = {
@@ -195,6 +195,9 @@ def test_posterior_is_bayes_rule_over_the_needed_slots(gaussian_model):
     joint = likelihood * output.masks.double() * keep[:, :, None, None]
     posterior = gaussian_model.posterior(pixel_values, output)
     torch.testing.assert_close(posterior, (joint / joint.sum(1, keepdim=True)).float(), rtol=1e-3, atol=1e-5)
+    found = mixture_posterior(pixel_values, output.contents, output.masks, pixel_std=gaussian_model.config.pixel_std)
+    joint = likelihood * output.masks.double()
+    torch.testing.assert_close(found, (joint / joint.sum(1, keepdim=True)).float(), rtol=1e-3, atol=1e-5)
 
 
 def test_slots_that_nothing_needs_are_left_out(gaussian_model):

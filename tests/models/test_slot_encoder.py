@@ -70,6 +70,20 @@ def test_every_parameter_that_trains_gets_a_gradient():
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
 
 
+@pytest.mark.parametrize(
+    "slot_init, gradient", [("gaussian", "implicit"), ("learned", "implicit"), ("gaussian", "full")]
+)
+@pytest.mark.parametrize("kind", [SlotEncoderModel, SlotAutoencoderModel])
+def test_what_no_gradient_reaches_stays_frozen_in_a_loaded_model(kind, slot_init, gradient, tmp_path):
+    model = kind(SlotAutoencoderConfig(**TINY, slot_init=slot_init, gradient=gradient))
+    model.save_pretrained(tmp_path)
+    loaded, _ = kind.from_pretrained(tmp_path, output_loading_info=True)
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    for again in (loaded, kind.from_pretrained(tmp_path)):
+        assert [name for name, parameter in again.named_parameters() if parameter.requires_grad] == trained
+    assert any(name.startswith("slot_") and "attention" not in name for name in trained) == (gradient == "full")
+
+
 def test_slots_repeat_in_evaluation_and_vary_in_training():
     encoder, pixel_values = make_encoder(), torch.zeros(2, 3, 16, 16)
     assert torch.equal(encoder(pixel_values).slots, encoder(pixel_values).slots)

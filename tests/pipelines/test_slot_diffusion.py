@@ -7,7 +7,6 @@ import sys
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from diffusers import (
     AutoencoderKL,
     ConfigMixin,
@@ -22,6 +21,7 @@ from diffusers.configuration_utils import register_to_config
 from PIL import Image
 
 from hf_dl.models import SlotAutoencoderConfig, SlotAutoencoderModel, SlotEncoderModel, SlotUNetModel, make_autoencoder
+from hf_dl.models.layers_attention import attention_masks
 from hf_dl.models.slot_library import SlotLibrary
 from hf_dl.models.slot_unet import SlotUNetOutput
 from hf_dl.pipelines.slot_diffusion import SlotDiffusionPipeline, ancestral_step, noise_schedule
@@ -313,8 +313,8 @@ def test_segment(encoder):
     image, other = make_image(), make_image(1, size=(9, 30))
     mask = pipe.segment(image)
     assert mask.shape == (14, 20) and mask.dtype == torch.int64
-    attention = pipe.encode(image).attentions[-1].unflatten(-1, (4, 4))
-    larger = F.interpolate(attention, size=(14, 20), mode="bilinear", align_corners=False)
+    attention = pipe.encode(image).attentions[-1]
+    larger = attention_masks(attention, (14, 20), image_size=16)
     assert torch.equal(mask, larger[0].argmax(0)) and len(mask.unique()) > 1
     masks = pipe.segment([image, other], num_slots=2)
     assert [tuple(each.shape) for each in masks] == [(14, 20), (30, 9)] and masks[0].max() <= 1

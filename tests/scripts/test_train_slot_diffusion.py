@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
 from hf_dl.models import SlotAutoencoderConfig, SlotAutoencoderModel, SlotUNetModel, encode_latents, make_autoencoder
+from hf_dl.models.layers_attention import attention_masks
 from hf_dl.models.slot_library import SlotLibrary
 from hf_dl.pipelines.slot_diffusion import SlotDiffusionPipeline
 from hf_dl.reporting.card import read_card
@@ -24,6 +26,7 @@ SMALL = (
     "--image_size=32 --num_train=32 --num_test=8 --batch_size=8 --cpu_threads=1 --log_every=2 --num_drawn=4 "
     "--num_inference_steps=2 --num_slots=3"
 ).split()
+QUICK = "--max_steps=2 --save_every=0".split()
 STEPS = "--max_steps=6 --eval_every=3 --save_every=4".split()
 
 # DPMSolverMultistepScheduler makes arrays of tensors: pytorch/pytorch#136264
@@ -34,14 +37,17 @@ pytestmark = pytest.mark.filterwarnings(
 
 @pytest.fixture(scope="module")
 def autoencoder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("autoencoder")
+    """The folder of the latents' autoencoder; beside it, in `slots`, is a slot autoencoder."""
+    folder = tmp_path_factory.mktemp("parts")
     torch.manual_seed(0)
-    make_autoencoder("small", sample_size=32).save_pretrained(folder)
-    return str(folder)
+    make_autoencoder("small", sample_size=32).save_pretrained(folder / "autoencoder")
+    SlotAutoencoderModel(SlotAutoencoderConfig(image_size=32, num_slots=3)).save_pretrained(folder / "slots")
+    return str(folder / "autoencoder")
 
 
 def train(folder, autoencoder, *flags):
-    return train_slot_diffusion.main([f"--output_dir={folder}", f"--autoencoder={autoencoder}", *SMALL, *flags])
+    parts = [f"--autoencoder={autoencoder}", f"--slot_encoder={Path(autoencoder).with_name('slots')}"]
+    return train_slot_diffusion.main([f"--output_dir={folder}", *parts, *SMALL, *flags])
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +115,7 @@ def test_both_rates_follow_one_schedule(autoencoder, tmp_path, monkeypatch):
     monkeypatch.setattr(train_slot_diffusion.TrainingRun, "step", watched)
     train(tmp_path, autoencoder, "--max_steps=3", "--warmup_steps=4", "--save_every=0")
     for number, rates in enumerate(seen, start=1):
-        expected = {"slot_encoder": 2e-3 * number / 4, "guide": 2e-3 * number / 4, "unet": 1e-3 * number / 4}
+        expected = {"slot_encoder": 2e-4 * number / 4, "guide": 2e-4 * number / 4, "unet": 1e-3 * number / 4}
         assert rates == pytest.approx(expected)
 
 
@@ -144,7 +150,8 @@ def test_the_saved_pipeline_reproduces_the_test_scores(finished, tmp_path, capsy
 
 
 def test_diffusers_own_unet_takes_its_place(autoencoder, tmp_path):
-    train(tmp_path, autoencoder, "--denoiser=unet2d", "--max_steps=2", "--save_every=0", "--slot_init=learned")
+    fresh = ["--slot_encoder=none", "--slot_init=learned"]
+    train(tmp_path, autoencoder, "--denoiser=unet2d", "--max_steps=2", "--save_every=0", *fresh)
     pipe = SlotDiffusionPipeline.from_pretrained(tmp_path)
     assert type(pipe.unet) is UNet2DConditionModel
     fields = diffusion.UNETS["small"] | {"sample_size": 8, "attention_resolutions": (4, 2)}
@@ -155,25 +162,30 @@ def test_diffusers_own_unet_takes_its_place(autoencoder, tmp_path):
     assert [block.attentions[0].transformer_blocks[0].attn1.heads for block in looking] == heads[1:]
 
 
-def test_it_starts_from_the_encoder_of_a_slot_autoencoder(autoencoder, tmp_path):
-    torch.manual_seed(3)
-    SlotAutoencoderModel(SlotAutoencoderConfig(image_size=32, num_slots=3)).save_pretrained(tmp_path / "slots")
-    flags = [f"--slot_encoder={tmp_path / 'slots'}", "--max_steps=1", "--save_every=0", "--warmup_steps=0"]
+def test_it_starts_from_a_slot_autoencoder(autoencoder, tmp_path):
+    flags = ["--max_steps=1", "--save_every=1", "--warmup_steps=0"]
     train(tmp_path / "run", autoencoder, *flags, "--encoder_learning_rate=1e-12")
-    expected = SlotAutoencoderModel.from_pretrained(tmp_path / "slots")
-    pipe = SlotDiffusionPipeline.from_pretrained(tmp_path / "run")
-    torch.testing.assert_close(pipe.slot_encoder.slot_mean, expected.slot_mean)
+    expected = SlotAutoencoderModel.from_pretrained(Path(autoencoder).with_name("slots")).state_dict()
+    parts = load_file(max((tmp_path / "run" / "checkpoints").glob("step_*")) / "model.safetensors")
+    found = {name.removeprefix("slot_encoder.").removeprefix("guide."): value for name, value in parts.items()}
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, msg=name)
     reset()
-    with pytest.raises(ValueError, match="is for images of 32 pixels, and image_size=64; give both alike"):
-        train(tmp_path / "other", autoencoder, *flags, "--image_size=64")
+    for flag, has in (("--image_size=64", "image_size=32"), ("--num_slots=4", "num_slots=3")):
+        with pytest.raises(ValueError, match=f"slots' has {has}, and here {flag[2:]}; give both alike"):
+            train(tmp_path / "other", autoencoder, *flags, flag)
+    encoder = f"--slot_encoder={tmp_path / 'run' / 'slot_encoder'}"
+    with pytest.raises(ValueError, match="has no decoder, which keeps the slots bound; name a slot autoencoder"):
+        train(tmp_path / "other", autoencoder, *flags, encoder)
+    train(tmp_path / "other", autoencoder, *flags, encoder, "--broadcast_weight=0")
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_the_loss_is_that_of_the_noise_added(autoencoder, prediction_type):
     torch.manual_seed(0)
     flags = {"num_slots": 3, "prediction_type": prediction_type}
-    args = train_slot_diffusion.Args(image_size=32, autoencoder=autoencoder, **flags)
-    model = diffusion.make_model(args, diffusion.load_autoencoder(autoencoder))
+    parts = {"autoencoder": autoencoder, "slot_encoder": str(Path(autoencoder).with_name("slots"))}
+    model = diffusion.make_model(train_slot_diffusion.Args(image_size=32, **parts, **flags))
     schedule, latents, noise = model.pipeline().scheduler, torch.randn(3, 3, 8, 8), torch.randn(3, 3, 8, 8)
     times = torch.tensor([0, 500, 999])
     alpha = torch.linspace(0.0015, 0.0195, 1000).double().neg().add(1).cumprod(0)[times].view(-1, 1, 1, 1)
@@ -184,29 +196,31 @@ def test_the_loss_is_that_of_the_noise_added(autoencoder, prediction_type):
     expected = {"epsilon": noise.double(), "v_prediction": velocity}[prediction_type]
     torch.testing.assert_close(wanted, expected, rtol=1e-4, atol=1e-5)
     output = model(torch.rand(3, 3, 32, 32) * 2 - 1, latents, times)
-    assert output.predicted.shape == output.drawn.shape == latents.shape
+    assert output.predicted.shape == latents.shape and output.drawn.shape == (3, 3, 32, 32)
     torch.testing.assert_close(output.attention.sum(1), torch.ones(3, output.attention.shape[-1]))
-    torch.testing.assert_close(output.masks.sum(1), torch.ones(3, 8, 8))
+    for masks in (output.masks, output.owners):
+        torch.testing.assert_close(masks.sum(1), torch.ones(3, 32, 32))
+    assert output.masks.requires_grad and not output.owners.requires_grad  # which only teach
     assert model.eval()(torch.zeros(3, 3, 32, 32), latents, times).drawn is None  # the guide is for training
 
 
-def test_guidance_is_the_error_of_the_guide_and_the_price_of_areas():
+def test_the_guidance_is_the_error_the_price_of_areas_and_what_the_attention_does_not_see_coming():
     torch.manual_seed(0)
     attention, masks = torch.rand(2, 3, 16).softmax(1), torch.rand(2, 3, 8, 8).softmax(1)
-    latents, drawn = torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 8)
-    output = diffusion.Denoised(latents, attention, drawn, masks)
-    args = train_slot_diffusion.Args(broadcast_weight=0.5, area_penalty=0.25)
-    rest = sum((1 - torch.stack([area.mean() for area in row])).min() for m in (attention, masks) for row in m) / 2
-    error = (drawn - latents).square().mean()
-    for progress, full in ((0.0, 0.0), (0.5, 0.0), (0.6, 0.5), (0.7, 1.0), (1.0, 1.0)):
-        found = diffusion.guidance(output, latents, progress, args)
-        torch.testing.assert_close(found, 0.5 * error + full * 0.25 * rest)
-    alone = diffusion.guidance(diffusion.Denoised(latents, attention), latents, 1.0, args)
-    torch.testing.assert_close(alone, 0.25 * sum(1 - max(area.mean() for area in row) for row in attention) / 2)
+    images, drawn, owners = torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 8), torch.rand(2, 3, 8, 8).softmax(1)
+    output = diffusion.Denoised(torch.zeros(1), attention, drawn, masks, owners)
+    weights = {"broadcast_weight": 0.5, "area_penalty": 0.25, "matching_weight": 0.125}
+    found = diffusion.guidance(output, images, train_slot_diffusion.Args(**weights))
+    rest = sum(1 - max(area.mean() for area in row) for row in masks) / 2
+    seen = attention_masks(attention, (8, 8), image_size=8)
+    surprise = F.cross_entropy(seen.log(), owners)  # of logarithms of probabilities the softmax changes nothing
+    torch.testing.assert_close(found, 0.5 * ((drawn - images).square().mean() + 0.25 * rest + 0.125 * surprise))
+    alone = diffusion.guidance(output._replace(drawn=None), images, train_slot_diffusion.Args(**weights))
+    assert alone.shape == () and alone == 0
 
 
 def test_as_published_there_is_no_guide(autoencoder, tmp_path):
-    flags = ["--broadcast_weight=0", "--area_penalty=0", "--prediction_type=epsilon", "--position_frequencies=-1"]
+    flags = ["--slot_encoder=none", "--prediction_type=epsilon", "--position_frequencies=-1"]
     train(tmp_path, autoencoder, *flags, "--max_steps=2", "--save_every=1")
     newest = max((tmp_path / "checkpoints").glob("step_*"))
     assert {name.split(".")[0] for name in load_file(newest / "model.safetensors")} == {"slot_encoder", "unet"}
@@ -230,28 +244,36 @@ def test_latents_that_are_kept_are_those_of_the_images(autoencoder):
     assert len(data) == 70
 
 
-def test_without_an_autoencoder_one_is_trained_first(tmp_path, monkeypatch, capfd):
+def test_parts_that_are_not_there_are_trained_first(tmp_path, monkeypatch, capfd):
     import train_autoencoder
+    import train_slots
 
     monkeypatch.chdir(tmp_path)
     parse = train_autoencoder.parse_args
-    quick = ["--max_steps=2", "--save_every=0"]
-    monkeypatch.setattr(train_autoencoder, "parse_args", lambda cls, argv: parse(cls, [*argv, *quick]))
+    for script in (train_autoencoder, train_slots):
+        monkeypatch.setattr(script, "parse_args", lambda cls, argv: parse(cls, [*argv, *QUICK]))
     flags = [*SMALL, "--max_steps=1", "--save_every=0", "--num_objects", "2", "2"]
     train_slot_diffusion.main(flags)
-    assert "training one first" in capfd.readouterr().err
-    results = json.loads(Path("runs/train_autoencoder/results.json").read_text())
-    assert results["args"]["num_objects"] == [2, 2] and results["args"]["image_size"] == 32
+    error = capfd.readouterr().err
+    assert "no slot encoder yet; training one first" in error and "no autoencoder yet; training one first" in error
+    for name, slots in (("train_slots", 3), ("train_autoencoder", None)):
+        known = json.loads(Path("runs", name, "results.json").read_text())["args"]
+        assert (known["num_objects"], known["image_size"], known.get("num_slots")) == ([2, 2], 32, slots)
     assert Path("runs/train_slot_diffusion/model_index.json").is_file()
     reset()
     train_slot_diffusion.main(flags)
-    assert "training one first" not in capfd.readouterr().err
-    with pytest.raises(ValueError, match="was trained with style='plain', and here style='textured'; train another"):
-        diffusion.find_autoencoder(train_slot_diffusion.Args(image_size=32, style="textured"))
+    error = capfd.readouterr().err
+    assert "training one first" not in error and "Taking the slot encoder in runs/train_slots" in error
+    other = train_slot_diffusion.Args(image_size=32, style="textured", num_slots=3)
+    for name in diffusion.PARTS:
+        with pytest.raises(ValueError, match="was trained with style='plain', and here style='textured'; train ano"):
+            diffusion.find_part(other, name)
+    with pytest.raises(ValueError, match="was trained with num_slots=3, and here num_slots=4; train ano"):
+        diffusion.find_part(train_slot_diffusion.Args(image_size=32, num_slots=4), "slot_encoder")
     monkeypatch.setenv("WORLD_SIZE", "2")
     Path("runs/train_autoencoder/config.json").unlink()
-    with pytest.raises(ValueError, match="with several processes, train it first"):
-        diffusion.find_autoencoder(train_slot_diffusion.Args(image_size=32))
+    with pytest.raises(ValueError, match="holds no autoencoder; with several processes, train it first"):
+        diffusion.find_part(train_slot_diffusion.Args(image_size=32), "autoencoder")
 
 
 @pytest.mark.parametrize(
@@ -260,6 +282,7 @@ def test_without_an_autoencoder_one_is_trained_first(tmp_path, monkeypatch, capf
         (["--beta_end=0.001"], "beta_start=0.0015 and beta_end=0.001 must rise within 0 to 1"),
         (["--encoder_learning_rate=0"], "encoder_learning_rate=0.0 must be above 0"),
         (["--broadcast_weight=-1"], "broadcast_weight=-1.0 must be 0 or above"),
+        (["--matching_weight=-1"], "matching_weight=-1.0 must be 0 or above"),
         (["--num_drawn=1"], "num_drawn=1 must be at least 2"),
         (["--num_slots=0"], "num_slots=0"),
         (["--denoiser=unet3d"], "invalid choice: 'unet3d'"),
@@ -283,7 +306,8 @@ def test_two_processes_give_the_metrics_of_one(finished, autoencoder, tmp_path):
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     command += [str(ROOT / "scripts" / "train_slot_diffusion.py"), f"--output_dir={tmp_path}"]
-    command += [f"--autoencoder={autoencoder}", *SMALL, *STEPS]
+    command += [f"--autoencoder={autoencoder}", f"--slot_encoder={Path(autoencoder).with_name('slots')}"]
+    command += [*SMALL, *STEPS]
     env = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
