@@ -104,7 +104,7 @@ class ModelFlags:
         default="",
         metadata={"help": "Slot autoencoder to start from; empty: runs/train_slots; none: fresh slots."},
     )
-    slot_init: Literal["gaussian", "learned"] = field(default="gaussian", metadata={"help": "Slots to begin with."})
+    slot_init: Literal["gaussian", "learned"] = field(default="gaussian", metadata={"help": "Kind of fresh slots."})
     num_slots: int = field(default=5, metadata={"help": "Slots K: most objects, and one for the background."})
     num_iterations: int = field(default=3, metadata={"help": "Iterations T of slot attention."})
     unet: Literal["small", "clevrtex"] = field(default="small", metadata={"help": "Sizes of the U-Net."})
@@ -340,7 +340,7 @@ def find_part(args: Any, name: str) -> str:
         return folder
     with contextlib.suppress(FileNotFoundError):
         known = read_results(folder)["args"]
-        for flag in ("source", "style", "image_size", "num_slots"):
+        for flag in ("source", "style", "image_size", "architecture", "num_slots", "num_iterations"):
             if flag in shared and known.get(flag, getattr(args, flag)) != getattr(args, flag):
                 raise ValueError(
                     f"{folder} was trained with {flag}={known[flag]!r}, and here {flag}={getattr(args, flag)!r}; "
@@ -360,7 +360,7 @@ def make_slots(args: Any) -> tuple[SlotEncoderModel, SlotDecoderModel | None]:
         return SlotEncoderModel(args.config), None
     folder = find_part(args, "slot_encoder")
     encoder = SlotEncoderModel.from_pretrained(folder)
-    for flag in ("image_size", "num_slots"):
+    for flag in ("image_size", "num_slots", "num_iterations"):
         if getattr(encoder.config, flag) != getattr(args, flag):
             raise ValueError(
                 f"slot_encoder={folder!r} has {flag}={getattr(encoder.config, flag)}, and here "

@@ -171,7 +171,8 @@ def test_it_starts_from_a_slot_autoencoder(autoencoder, tmp_path):
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, msg=name)
     reset()
-    for flag, has in (("--image_size=64", "image_size=32"), ("--num_slots=4", "num_slots=3")):
+    wrong = ("--image_size=64", "image_size=32"), ("--num_slots=4", "num_slots=3"), ("--num_iterations=2", "num_it.*3")
+    for flag, has in wrong:
         with pytest.raises(ValueError, match=f"slots' has {has}, and here {flag[2:]}; give both alike"):
             train(tmp_path / "other", autoencoder, *flags, flag)
     encoder = f"--slot_encoder={tmp_path / 'run' / 'slot_encoder'}"
