@@ -427,8 +427,8 @@ def guidance(output: Denoised, pixel_values: torch.Tensor, args: Any) -> torch.T
         args: `broadcast_weight`, the factor of all that follows; `area_penalty`, the price of what all of the guide's
             masks but the largest cover, as in train_slots.py; and `matching_weight`, of the cross-entropy between the
             attention's masks and who explains each pixel, as far as the guide knows. Without it the attention of
-            several slots shares the ground, whatever the decoder does with it (Kakogeorgiou et al. 2024, "SPOT",
-            section 3.2, teach the encoder's attention by the decoder's masks too).
+            several slots shares the ground, whatever the decoder does with it (Kakogeorgiou et al. 2024, "SPOT", teach
+            the encoder's attention by the decoder's as well).
     """
     if output.drawn is None:
         return pixel_values.new_zeros(())
