@@ -354,7 +354,7 @@ def make_slots(args: Any) -> tuple[SlotEncoderModel, SlotDecoderModel | None]:
     """Make the slot encoder, and the decoder that guides it, where there shall be one: both of a trained autoencoder.
 
     Raises:
-        ValueError: If the trained one is for other images or another number of slots, or has no decoder.
+        ValueError: If the trained one is for other images or other numbers of slots or iterations, or has no decoder.
     """
     if args.slot_encoder == "none":
         return SlotEncoderModel(args.config), None

@@ -166,7 +166,7 @@ def run_cells(cells: list[Cell], scripts: dict[str, Path], jobs: int) -> list[tu
         if cell.after is None or cell.after.finished:
             error = run_cell(cell, scripts, echo=jobs == 1)
         else:
-            error = f"{_words(cell.after.flags)}, which it starts from, has not finished"
+            error = f"{_words(cell.after.flags)}, which it starts from, has not finished; the same command runs both"
         print(f"[{number}/{len(cells)}] {error or 'finished'} ({time.monotonic() - start:.0f} s)", flush=True)
         if error:
             failures.append((cell, error))
@@ -249,7 +249,9 @@ def main(argv: list[str] | None = None) -> int:
         print("\nStopped; the same command continues where it was.", file=sys.stderr)
         return 130
     for cell, error in failures:
-        print(f"failed: {_words(cell.flags)}: {error} (all of it in {cell.folder}.log)", file=sys.stderr)
+        log = cell.folder.with_suffix(".log")
+        more = f" (all of it in {log})" if log.is_file() else ""  # there is none of a run that did not begin
+        print(f"failed: {_words(cell.flags)}: {error}{more}", file=sys.stderr)
     return 1 if failures else 0
 
 

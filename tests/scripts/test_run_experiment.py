@@ -199,7 +199,10 @@ def test_a_cell_runs_after_the_one_that_it_starts_from(project, capsys, monkeypa
     assert main([EXPERIMENT, "--jobs", "2"]) == 1
     assert (project / "calls.txt").read_text().splitlines() == ["8 group 0", "4 group 0"]
     error = capsys.readouterr().err
-    assert "model=other seed=1: max_steps=5 norm=group model=one seed=1, which it starts from, has not" in error
+    first, second = error.splitlines()[-2:]
+    assert "model=one seed=1: ValueError: loss is not finite" in first and "(all of it in " in first
+    assert "model=other seed=1: max_steps=5 norm=group model=one seed=1, which it starts from, has not" in second
+    assert second.endswith("the same command runs both")
     path.write_text(path.read_text().replace("args.seed == 1", "args.seed == 7"))
     assert main([EXPERIMENT]) == 0
     assert (project / "calls.txt").read_text().splitlines()[2:] == ["8 group 1", "4 group 1"]
