@@ -4,10 +4,11 @@
 
 Both have the same widths, layers a level and attention resolutions. On one thread: CPU milliseconds of interleaved
 training steps (forward, backward, Adam) and sampling steps (forward alone), the most that tensors take in one of them
-beside weights and optimizer, and by how much two steps raise the peak of a fresh process, which counts what libraries
-load and keep as well; both again as channels_last. Then a step of train_slot_diffusion.py with kept latents beside one
-that encodes each image anew, in the default sizes and in the published ones. The aims are no more time, no more
-memory, and 0.8 of the time with kept latents.
+beside weights and optimizer, and by how much two steps raise the peak of a fresh process (median of five, which are
+megabytes apart); both again as channels_last. Then a step of train_slot_diffusion.py with kept latents beside one that
+encodes each image anew, in the default sizes and in the published ones: in time, and in floating-point operations,
+which do not depend on how well a machine does each of them. The aims are no more time, no more memory, and 0.8 of the
+time with kept latents.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -100,9 +102,18 @@ def tensor_memory(step: Callable[[], object]) -> float:
     return max(itertools.accumulate(size for _, size in sorted(changes, key=lambda change: change[0]))) / 2**20
 
 
+def count_operations(step: Callable[[], object]) -> int:
+    """Floating-point operations of the matrix products, convolutions and attention of a step, backward included."""
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()
+
+
 def put_memory(name: str, what: str, architecture: str, batch: int, queue: multiprocessing.Queue) -> None:
     """Put how many megabytes two steps raise the peak memory of this process: the second has Adam's state already."""
     torch.set_num_threads(1)
+    for warm_up in ("diffusers", "ours"):  # a process that takes its first steps loads code
+        make_steps(warm_up, architecture, 1)[what]()
     step = make_steps(name, architecture, batch)[what]
     before = segmentation.peak()
     step()
@@ -110,15 +121,16 @@ def put_memory(name: str, what: str, architecture: str, batch: int, queue: multi
     queue.put(segmentation.peak() - before)
 
 
-def memory_of(name: str, what: str, architecture: str, batch: int) -> float:
-    """`put_memory` in a fresh process, where nothing else has raised the peak."""
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    process = context.Process(target=put_memory, args=(name, what, architecture, batch, queue))
-    process.start()
-    megabytes = queue.get()
-    process.join()
-    return megabytes
+def memory_of(name: str, what: str, architecture: str, batch: int, processes: int = 5) -> float:
+    """`put_memory` in fresh processes, one after another, where nothing else has raised the peak: the median."""
+    context, found = multiprocessing.get_context("spawn"), []
+    for _ in range(processes):
+        queue = context.Queue()
+        process = context.Process(target=put_memory, args=(name, what, architecture, batch, queue))
+        process.start()
+        found.append(queue.get())
+        process.join()
+    return statistics.median(found)
 
 
 def make_latent_steps(architecture: str, batch: int) -> Steps:
@@ -183,9 +195,12 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
     for architecture, batch, repetitions in (("small", args.batch, args.repetitions), ("clevrtex", 2, 5)):
         if architecture == "clevrtex" and args.no_published:
             continue
-        milliseconds = time_steps(make_latent_steps(architecture, batch), min(repetitions, args.repetitions))
+        steps = make_latent_steps(architecture, batch)
+        milliseconds = time_steps(steps, min(repetitions, args.repetitions))
         found = {"batch": batch} | {name: round(value, 1) for name, value in milliseconds.items()}
         found["ratio"] = round(milliseconds["kept"] / milliseconds["encoded each time"], 3)
+        operations = {name: count_operations(step) for name, step in steps.items()}
+        found["ratio_of_operations"] = round(operations["kept"] / operations["encoded each time"], 3)
         results["latents"][architecture] = found
         print(f"latents   {architecture:26s}", found, flush=True)
     if args.output:

@@ -346,8 +346,8 @@ def test_the_benchmark_counts_the_tensors_of_a_step():
 
 
 def test_the_benchmark_measures_both_networks(tmp_path, monkeypatch):
-    megabytes = benchmark.memory_of("ours", "sampling", "small", 1)
-    assert megabytes > 0
+    megabytes = benchmark.memory_of("ours", "training", "small", 8, processes=1)
+    assert megabytes > 10
     monkeypatch.setattr(benchmark, "memory_of", lambda *args: megabytes)
     threads = torch.get_num_threads()
     try:
@@ -362,3 +362,14 @@ def test_the_benchmark_measures_both_networks(tmp_path, monkeypatch):
         assert all(values["cpu_ms"] > 0 for values in found[what].values())
         assert all(0.01 < values["tensors_mb"] < 100 for values in found[what].values())
     assert 0 < found["latents"]["small"]["ratio"] < 2
+    assert 0.5 < found["latents"]["small"]["ratio_of_operations"] < 1
+
+
+def test_the_benchmark_counts_the_operations_of_a_step():
+    layer = torch.nn.Linear(8, 16)
+
+    def step():
+        layer(torch.zeros(4, 8)).sum().backward()
+
+    # 4 x 8 times 8 x 16 forward, and as much for the gradient of the weight; a product and a sum each
+    assert benchmark.count_operations(step) == 2 * 2 * 4 * 8 * 16
