@@ -116,7 +116,8 @@ class ModelFlags:
     )
     broadcast_weight: float = field(default=10.0, metadata={"help": "Of the slot autoencoder's decoder; 0: none."})
     area_penalty: float = field(default=6e-3, metadata={"help": "Price of all masks of that decoder but the largest."})
-    matching_weight: float = field(default=0.02, metadata={"help": "Of teaching the attention by these masks."})
+    matching_weight: float = field(default=0.2, metadata={"help": "Of teaching the attention by these masks."})
+    matching_power: float = field(default=0.75, metadata={"help": "Of areas in it; 1: pixels count alike, 0: slots."})
     beta_start: float = field(default=0.0015, metadata={"help": "Noise of the first step."})
     beta_end: float = field(default=0.0195, metadata={"help": "Noise of the last step; linear between."})
     num_timesteps: int = field(default=1000, metadata={"help": "Steps T of the noise schedule."})
@@ -131,7 +132,7 @@ def check(args: Any) -> None:
     args.config = checked(ARCHITECTURES[args.architecture], **sizes, slot_init=args.slot_init)
     if not 0 < args.beta_start <= args.beta_end < 1:
         raise ValueError(f"beta_start={args.beta_start} and beta_end={args.beta_end} must rise within 0 to 1.")
-    for name in ("broadcast_weight", "area_penalty", "matching_weight"):
+    for name in ("broadcast_weight", "area_penalty", "matching_weight", "matching_power"):
         if not getattr(args, name) >= 0:
             raise ValueError(f"{name}={getattr(args, name)} must be 0 or above.")
     for name in ("encoder_learning_rate", "num_timesteps", "num_drawn", "num_inference_steps"):
@@ -149,7 +150,8 @@ class Denoised(NamedTuple):
         attention: Of the last iteration of slot attention, (batch, slots, tokens).
         drawn: Images as the guide draws them, (batch, 3, height, width); None without one, and in evaluation.
         masks: The guide's masks, (batch, slots, height, width), likewise.
-        owners: Which slot explains which pixel as far as the guide knows (`mixture_posterior`), of the same shape.
+        owners: Which slot explains which pixel best as far as the guide knows (`mixture_posterior`), int64 (batch,
+            height, width), likewise.
     """
 
     predicted: torch.Tensor
@@ -205,7 +207,8 @@ class SlotDenoiser(nn.Module):
             return Denoised(predicted, output.attentions[-1])
         drawn, masks, contents = self.guide(output.slots, return_dict=False)
         with torch.no_grad():
-            owners = mixture_posterior(pixel_values, contents, masks, pixel_std=self.guide.config.pixel_std)
+            posterior = mixture_posterior(pixel_values, contents, masks, pixel_std=self.guide.config.pixel_std)
+            owners = posterior.argmax(dim=1)
         return Denoised(predicted, output.attentions[-1], drawn, masks, owners)
 
     @property
@@ -426,15 +429,21 @@ def guidance(output: Denoised, pixel_values: torch.Tensor, args: Any) -> torch.T
         pixel_values: The images, which the guide should have drawn.
         args: `broadcast_weight`, the factor of all that follows; `area_penalty`, the price of what all of the guide's
             masks but the largest cover, as in train_slots.py; and `matching_weight`, of the cross-entropy between the
-            attention's masks and who explains each pixel, as far as the guide knows. Without it the attention of
+            attention's masks and who explains each pixel best, as far as the guide knows. Without it the attention of
             several slots shares the ground, whatever the decoder does with it (Kakogeorgiou et al. 2024, "SPOT", teach
-            the encoder's attention by the decoder's as well).
+            the encoder's attention by the decoder's as well). It is the mean over the pixels of each slot, and of
+            these with their areas to the `matching_power` as weights: of pixels that count alike nearly all are
+            ground, and it takes the edges of the objects.
     """
     if output.drawn is None:
         return pixel_values.new_zeros(())
     rest = 1 - output.masks.float().mean((2, 3)).amax(1).mean()
     seen = attention_masks(output.attention, pixel_values.shape[-2:], image_size=pixel_values.shape[-1])
-    surprise = -(output.owners * seen.clamp_min(1e-6).log()).sum(1).mean()
+    owners = F.one_hot(output.owners, seen.shape[1]).movedim(-1, 1).float()
+    areas = owners.mean((2, 3)).clamp_min(1 / owners[0, 0].numel())
+    surprise = -(owners * seen.clamp_min(1e-6).log()).mean((2, 3)) / areas
+    weights = areas**args.matching_power * owners.amax((2, 3))  # nothing for a slot without pixels
+    surprise = ((weights * surprise).sum(1) / weights.sum(1)).mean()
     error = F.mse_loss(output.drawn.float(), pixel_values)
     return args.broadcast_weight * (error + args.area_penalty * rest + args.matching_weight * surprise)
 

@@ -199,8 +199,8 @@ def test_the_loss_is_that_of_the_noise_added(autoencoder, prediction_type):
     output = model(torch.rand(3, 3, 32, 32) * 2 - 1, latents, times)
     assert output.predicted.shape == latents.shape and output.drawn.shape == (3, 3, 32, 32)
     torch.testing.assert_close(output.attention.sum(1), torch.ones(3, output.attention.shape[-1]))
-    for masks in (output.masks, output.owners):
-        torch.testing.assert_close(masks.sum(1), torch.ones(3, 32, 32))
+    torch.testing.assert_close(output.masks.sum(1), torch.ones(3, 32, 32))
+    assert output.owners.shape == (3, 32, 32) and set(output.owners.unique().tolist()) <= {0, 1, 2}
     assert output.masks.requires_grad and not output.owners.requires_grad  # which only teach
     assert model.eval()(torch.zeros(3, 3, 32, 32), latents, times).drawn is None  # the guide is for training
 
@@ -208,14 +208,24 @@ def test_the_loss_is_that_of_the_noise_added(autoencoder, prediction_type):
 def test_the_guidance_is_the_error_the_price_of_areas_and_what_the_attention_does_not_see_coming():
     torch.manual_seed(0)
     attention, masks = torch.rand(2, 3, 16).softmax(1), torch.rand(2, 3, 8, 8).softmax(1)
-    images, drawn, owners = torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 8), torch.rand(2, 3, 8, 8).softmax(1)
+    images, drawn, owners = torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 8), torch.randint(3, (2, 8, 8))
     output = diffusion.Denoised(torch.zeros(1), attention, drawn, masks, owners)
-    weights = {"broadcast_weight": 0.5, "area_penalty": 0.25, "matching_weight": 0.125}
+    weights = {"broadcast_weight": 0.5, "area_penalty": 0.25, "matching_weight": 0.125, "matching_power": 1.0}
     found = diffusion.guidance(output, images, train_slot_diffusion.Args(**weights))
     rest = sum(1 - max(area.mean() for area in row) for row in masks) / 2
     seen = attention_masks(attention, (8, 8), image_size=8)
     surprise = F.cross_entropy(seen.log(), owners)  # of logarithms of probabilities the softmax changes nothing
     torch.testing.assert_close(found, 0.5 * ((drawn - images).square().mean() + 0.25 * rest + 0.125 * surprise))
+    owners[0, owners[0] == 2] = 1  # slots may be without a pixel
+    per_pixel = F.nll_loss(seen.log(), owners, reduction="none")
+    for power in (0.0, 0.75):
+        surprise = 0
+        for priced, owner in zip(per_pixel, owners, strict=True):
+            regions = [priced[owner == slot] for slot in owner.unique()]
+            shares = torch.tensor([float(len(region)) ** power for region in regions])
+            surprise += sum(shares / shares.sum() * torch.stack([region.mean() for region in regions])) / 2
+        found = diffusion.guidance(output, images, train_slot_diffusion.Args(**weights | {"matching_power": power}))
+        torch.testing.assert_close(found, 0.5 * ((drawn - images).square().mean() + 0.25 * rest + 0.125 * surprise))
     alone = diffusion.guidance(output._replace(drawn=None), images, train_slot_diffusion.Args(**weights))
     assert alone.shape == () and alone == 0
 
