@@ -169,8 +169,8 @@ class SlotDenoiser(nn.Module):
         unet: Noisy latents, time and slots to noise or velocity.
         autoencoder: Frozen; neither a part of this module nor of its checkpoints, but of the pipeline that is saved.
         scheduler: The noise schedule.
-        guide: A decoder that draws the images from the slots at once, in training only. A U-Net takes what it needs
-            from any slot, whatever is in which; such a decoder does best with an object in each.
+        guide: A decoder that draws the images from the slots at once, in training only. It says which slot explains
+            which pixel, which a U-Net does not, as that takes what it needs from any slot.
     """
 
     def __init__(
@@ -374,7 +374,7 @@ def make_slots(args: Any) -> tuple[SlotEncoderModel, SlotDecoderModel | None]:
     guide, report = SlotDecoderModel.from_pretrained(folder, output_loading_info=True)
     if report["missing_keys"]:
         raise ValueError(
-            f"slot_encoder={folder!r} has no decoder, which keeps the slots bound; name a slot autoencoder, or train "
+            f"slot_encoder={folder!r} has no decoder, which teaches the attention; name a slot autoencoder, or train "
             "without one by --broadcast_weight=0."
         )
     return encoder, guide
@@ -422,7 +422,7 @@ def target(scheduler: SchedulerMixin, latents: torch.Tensor, noise: torch.Tensor
 
 
 def guidance(output: Denoised, pixel_values: torch.Tensor, args: Any) -> torch.Tensor:
-    """What is added to the loss so that each slot keeps its object, a scalar; 0 without a guide.
+    """What is added to the loss so that the guide stays and teaches the attention, a scalar; 0 without a guide.
 
     Args:
         output: Of the `SlotDenoiser` in training.

@@ -176,7 +176,7 @@ def test_it_starts_from_a_slot_autoencoder(autoencoder, tmp_path):
         with pytest.raises(ValueError, match=f"slots' has {has}, and here {flag[2:]}; give both alike"):
             train(tmp_path / "other", autoencoder, *flags, flag)
     encoder = f"--slot_encoder={tmp_path / 'run' / 'slot_encoder'}"
-    with pytest.raises(ValueError, match="has no decoder, which keeps the slots bound; name a slot autoencoder"):
+    with pytest.raises(ValueError, match="has no decoder, which teaches the attention; name a slot autoencoder"):
         train(tmp_path / "other", autoencoder, *flags, encoder)
     train(tmp_path / "other", autoencoder, *flags, encoder, "--broadcast_weight=0")
 
