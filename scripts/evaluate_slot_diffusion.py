@@ -432,8 +432,7 @@ def guidance(output: Denoised, pixel_values: torch.Tensor, args: Any) -> torch.T
             attention's masks and who explains each pixel best, as far as the guide knows. Without it the attention of
             several slots shares the ground, whatever the decoder does with it (Kakogeorgiou et al. 2024, "SPOT", teach
             the encoder's attention by the decoder's as well). It is the mean over the pixels of each slot, and of
-            these with their areas to the `matching_power` as weights: of pixels that count alike nearly all are
-            ground, and it takes the edges of the objects.
+            these with their areas to the `matching_power` as weights, as most pixels are ground.
     """
     if output.drawn is None:
         return pixel_values.new_zeros(())

@@ -294,6 +294,7 @@ def test_parts_that_are_not_there_are_trained_first(tmp_path, monkeypatch, capfd
         (["--encoder_learning_rate=0"], "encoder_learning_rate=0.0 must be above 0"),
         (["--broadcast_weight=-1"], "broadcast_weight=-1.0 must be 0 or above"),
         (["--matching_weight=-1"], "matching_weight=-1.0 must be 0 or above"),
+        (["--matching_power=-1"], "matching_power=-1.0 must be 0 or above"),
         (["--num_drawn=1"], "num_drawn=1 must be at least 2"),
         (["--num_slots=0"], "num_slots=0"),
         (["--denoiser=unet3d"], "invalid choice: 'unet3d'"),
