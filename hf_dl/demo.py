@@ -166,7 +166,7 @@ def draw_examples(seed: int, count: int = 8) -> tuple[Picture, ...]:
 # Pictures out
 
 
-def colour_heat(heat: np.ndarray) -> np.ndarray:
+def color_heat(heat: np.ndarray) -> np.ndarray:
     """Paint a map in [0, 1] by a scale from dark to light, uint8 (..., 3)."""
     return (matplotlib.colormaps["inferno"](heat)[..., :3] * 255).round().astype(np.uint8)
 
@@ -180,8 +180,8 @@ def resize_heat(heat: np.ndarray, size: tuple[int, int], *, smooth: bool = True)
 def overlay(image: Image.Image, heat: np.ndarray) -> Image.Image:
     """Lay a map (height, width) in [0, 1] over an image of its size: where it is low the image stays, but dims."""
     strength = 0.35 + 0.35 * heat[..., None]
-    grey = np.asarray(image.convert("L"), dtype=np.float32)[..., None]
-    return Image.fromarray(((1 - strength) * grey + strength * colour_heat(heat)).round().astype(np.uint8))
+    gray = np.asarray(image.convert("L"), dtype=np.float32)[..., None]
+    return Image.fromarray(((1 - strength) * gray + strength * color_heat(heat)).round().astype(np.uint8))
 
 
 def show_bars(title: str, rows: Sequence[tuple[str, float]], marked: str = "") -> str:
@@ -190,7 +190,7 @@ def show_bars(title: str, rows: Sequence[tuple[str, float]], marked: str = "") -
     Args:
         title: What stands above them.
         rows: Names and probabilities.
-        marked: The name whose bar has the page's colour.
+        marked: The name whose bar has the page's color.
     """
     lines = [
         f"<div class='row{' marked' if name == marked else ''}'><span class='name' title='{html.escape(name)}'>"
@@ -311,7 +311,7 @@ class Classifier:
 
     @property
     def statistics(self) -> tuple[Any, Any]:
-        """Mean and standard deviation by which the processor normalises."""
+        """Mean and standard deviation by which the processor normalizes."""
         if not getattr(self.processor, "do_normalize", False):
             return 0.0, 1.0
         return self.processor.image_mean, self.processor.image_std
@@ -353,7 +353,7 @@ class Classifier:
 
 
 def _ends(values: torch.Tensor) -> tuple[float, float]:
-    """Where a line through values, in 255ths at the pixels' centres, is at the outer edges of the outermost pixels."""
+    """Where a line through values, in 255ths at the pixels' centers, is at the outer edges of the outermost pixels."""
     values, count = values.double().numpy() / 255, len(values)
     edge = count // 8  # the processor may have smoothed, or filled up, the border
     inner = slice(edge, max(count - edge, edge + 1))

@@ -79,7 +79,7 @@ def check(args: Any) -> None:
 
 
 class LatentAutoencoder(nn.Module):
-    """An autoencoder of diffusers as it is trained: a forward pass that gives its regulariser too.
+    """An autoencoder of diffusers as it is trained: a forward pass that gives its regularizer too.
 
     Args:
         autoencoder: An `AutoencoderKL` or a `VQModel`.
@@ -99,7 +99,7 @@ class LatentAutoencoder(nn.Module):
             generator: Source of the noise of `AutoencoderKL`.
 
         Returns:
-            The reconstructions, and the regulariser, a scalar: of `AutoencoderKL` the divergence from the normal
+            The reconstructions, and the regularizer, a scalar: of `AutoencoderKL` the divergence from the normal
             distribution, in nats a number of the latents; of `VQModel` the distance from the codebook.
         """
         encoded = self.autoencoder.encode(pixel_values)

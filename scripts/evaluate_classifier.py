@@ -24,7 +24,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, CL
 
 from hf_dl.data import images
 from hf_dl.data.collate import as_is
-from hf_dl.data.images import LabelledImages
+from hf_dl.data.images import LabeledImages
 from hf_dl.metrics.classification import classification_scores, confusion_matrix, per_class_scores, top_k_hits
 from hf_dl.models.conv_classifier import ConvClassifierConfig, ConvClassifierForImageClassification
 from hf_dl.models.layers_softmax import cluster_classes
@@ -49,7 +49,7 @@ MODELS = {  # config, model, and which of the script's flags are fields of the c
 }
 TREES = ("huffman", "balanced", "superclass", "two_level")
 SUMMARIES = {
-    "norm_resnet": "A residual network of 6n+2 layers (He et al. 2015) with a choice of normalisations: it names what "
+    "norm_resnet": "A residual network of 6n+2 layers (He et al. 2015) with a choice of normalizations: it names what "
     "an image shows.",
     "small_vit": "A small vision transformer (Dosovitskiy et al. 2020): it names what an image shows.",
     "conv_classifier": "Three convolutions and two linear layers, with a choice of output layers (softmax, Gumbel, "
@@ -92,7 +92,7 @@ class ModelFlags:
     )
     n: int | None = field(default=None, metadata={"help": "norm_resnet: it has 6n+2 layers."})
     norm: str | None = field(
-        default=None, metadata={"help": "norm_resnet, conv_classifier: normalisation, such as batch or group."}
+        default=None, metadata={"help": "norm_resnet, conv_classifier: normalization, such as batch or group."}
     )
     widths: list[int] | None = field(
         default=None, metadata={"help": "norm_resnet, conv_classifier: channels of the three stages."}
@@ -163,14 +163,14 @@ class Args(ImageData):
     output_dir: str = field(default="", metadata={"help": "Where to write; default: the model's folder."})
 
 
-def load_images(args: ImageData, split: str) -> LabelledImages:
+def load_images(args: ImageData, split: str) -> LabeledImages:
     """Load a split of the source that the flags name, decoded and resized."""
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     options = {"size": args.image_size, "num_classes": args.num_classes, "holdout": args.holdout}
     count = (args.num_train if split == "train" else args.num_test) or None
     columns = {"label_column": args.label_column or None, "corrupt": args.corrupt}
-    return LabelledImages(images.load(split, args.source, num_images=count, **options, **columns))
+    return LabeledImages(images.load(split, args.source, num_images=count, **options, **columns))
 
 
 def config_fields(args: Any) -> dict[str, Any]:
@@ -241,7 +241,7 @@ def checked(make: Callable[..., Any], **fields: Any) -> Any:
         raise ValueError(str(error.__cause__ or error)) from error
 
 
-def make_model(args: Any, train: LabelledImages) -> torch.nn.Module:
+def make_model(args: Any, train: LabeledImages) -> torch.nn.Module:
     """Make the model that the flags name, for the classes of the training images.
 
     Its convolutions keep channels last, in which they are faster on CPUs and GPUs.
@@ -264,7 +264,7 @@ def smoothed(output: Any, smoothing: float) -> torch.Tensor:
     return (1 - smoothing) * output.loss - smoothing * output.logits.float().log_softmax(1).mean()
 
 
-def make_processor(train: LabelledImages) -> CLIPImageProcessor:
+def make_processor(train: LabeledImages) -> CLIPImageProcessor:
     """Make the processor that does to any image what `load_images` and `to_pixel_values` do."""
     mean, std = train.channel_statistics()
     size = train.pixels.shape[-1]
@@ -278,7 +278,7 @@ def make_processor(train: LabelledImages) -> CLIPImageProcessor:
 
 
 def to_pixel_values(pictures: torch.Tensor, processor: Any, device: torch.device | str = "cpu") -> torch.Tensor:
-    """Normalise uint8 images (batch, 3, height, width) with the processor's mean and standard deviation."""
+    """Normalize uint8 images (batch, 3, height, width) with the processor's mean and standard deviation."""
     mean, std = (
         torch.tensor(values, dtype=torch.float32, device=device).view(3, 1, 1) * 255
         for values in (processor.image_mean, processor.image_std)
@@ -344,7 +344,7 @@ def conclude(run: Any, loaders: dict[str, Iterable[dict]], names: Sequence[str],
 
 
 def plain_confusion(confusion: torch.Tensor, names: Sequence[str]) -> dict[str, Any]:
-    """Give a confusion matrix for results.json: `classes`, `counts`, and the sizes of `groups` of neighbours.
+    """Give a confusion matrix for results.json: `classes`, `counts`, and the sizes of `groups` of neighbors.
 
     Classes that are alike stand together where it is known which those are, or in their own order in one group.
     """

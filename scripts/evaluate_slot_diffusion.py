@@ -54,7 +54,7 @@ from hf_dl.models.slot_unet import SlotUNetModel
 from hf_dl.pipelines.slot_diffusion import SlotDiffusionPipeline, noise_schedule
 from hf_dl.reporting.card import LOCAL_ID, run_card
 from hf_dl.reporting.experiment import portable, read_results
-from hf_dl.reporting.grids import colour_segments, image_grid
+from hf_dl.reporting.grids import color_segments, image_grid
 from hf_dl.reporting.plots import plot_run
 
 __all__ = ["SlotData", "checked", "load_autoencoder", "load_images", "to_pixel_values"]
@@ -531,7 +531,7 @@ def draw_and_measure(
     }
     segments = pipe.segment(to_pixel_values(images[:8], pipe.device))
     rows = [
-        [to_uint8(image / 255), colour_segments(segment.cpu().numpy()), to_uint8(again / 255)]
+        [to_uint8(image / 255), color_segments(segment.cpu().numpy()), to_uint8(again / 255)]
         for image, segment, again in zip(images[:8], segments, redrawn, strict=False)
     ]
     columns = [list(column) for column in zip(*rows, strict=True)]
@@ -578,7 +578,7 @@ def _draw_edits(pipe: SlotDiffusionPipeline, images: torch.Tensor, path: Path, n
         drawn = pipe(
             slots=slots.expand(len(keep), -1, -1), keep=keep, latents=noise.expand(len(keep), -1, -1, -1), **options
         ).images
-        segments = colour_segments(pipe.segment(pixel_values)[0].cpu().numpy())
+        segments = color_segments(pipe.segment(pixel_values)[0].cpu().numpy())
         rows.append([to_uint8(images[number] / 255), segments, *to_uint8(_uint8(drawn) / 255)])
     titles = ["input", "segments", "drawn", *(f"without {slot + 1}" for slot in range(len(rows[0]) - 3))]
     image_grid(rows, path, titles=titles)

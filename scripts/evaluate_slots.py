@@ -31,7 +31,7 @@ from hf_dl.models.slot_autoencoder import SlotAutoencoderConfig, SlotAutoencoder
 from hf_dl.models.slot_library import SlotLibrary
 from hf_dl.reporting.card import run_card
 from hf_dl.reporting.experiment import portable
-from hf_dl.reporting.grids import colour_segments, image_grid
+from hf_dl.reporting.grids import color_segments, image_grid
 from hf_dl.reporting.plots import plot_run
 
 SUMMARY = (
@@ -41,7 +41,7 @@ SUMMARY = (
 )
 LIMITS = (
     "Slots are not named: which of them is the background, and which object a slot holds, changes between images.",
-    "It finds things of the kind it was trained on; on photographs it cuts by colour and position.",
+    "It finds things of the kind it was trained on; on photographs it cuts by color and position.",
 )
 TAGS = ("slot-attention", "object-centric-learning", "unsupervised")
 MASKS = ("posterior", "decoder", "attention")
@@ -62,7 +62,7 @@ class SlotData:
     source: str = field(default="synthetic", metadata={"help": "synthetic, a CLEVRTex folder, or a Hub id or folder."})
     style: Literal["plain", "textured"] = field(default="plain", metadata={"help": "Look of synthetic scenes."})
     image_size: int = field(default=64, metadata={"help": "Height and width of the images, in pixels."})
-    crop: int = field(default=192, metadata={"help": "Centre crop of real images before resizing; 0: none."})
+    crop: int = field(default=192, metadata={"help": "Center crop of real images before resizing; 0: none."})
     num_objects: list[int] = field(default_factory=lambda: [2, 4], metadata={"help": "Fewest and most objects."})
     num_train: int = field(default=10_000, metadata={"help": "Training images; 0: all of a real data set."})
     num_test: int = field(default=500, metadata={"help": "Validation and test images, each."})
@@ -121,7 +121,7 @@ def evaluate(
         **options: For the model's forward: `num_slots`, `num_iterations`.
 
     Returns:
-        `loss` (mean squared error), `explained_variance` (1 - loss / variance of the pixels around their mean colour),
+        `loss` (mean squared error), `explained_variance` (1 - loss / variance of the pixels around their mean color),
         `posterior_ari`, `posterior_fg_ari`, ... `attention_mbo`, image counts; and the decoder's masks of the first
         batch, gathered as well, all from the same draw of the initial slots: what `failure_to_bind` can compare.
     """
@@ -135,16 +135,16 @@ def evaluate(
         size = output.masks.shape[-2:]
         attentions = attention_masks(output.attentions[-1], size, image_size=pixel_values.shape[-1])
         error = (output.reconstruction - pixel_values).square().mean(dim=(1, 2, 3))
-        colours, squares = pixel_values.mean(dim=(2, 3)), pixel_values.square().mean(dim=(1, 2, 3))
+        colors, squares = pixel_values.mean(dim=(2, 3)), pixel_values.square().mean(dim=(1, 2, 3))
         module = getattr(model, "module", model)  # of a data-parallel wrapper
         masks = module.posterior(pixel_values, output), output.masks, attentions
         segments = *(mask.argmax(1) for mask in masks), batch["mask"].to(error.device)
-        columns.append(gather((error, colours, squares, *segments)))
-    error, colours, squares, *segments, truth = map(torch.cat, zip(*columns, strict=True))
+        columns.append(gather((error, colors, squares, *segments)))
+    error, colors, squares, *segments, truth = map(torch.cat, zip(*columns, strict=True))
     scores = {}
     for mask, segment in zip(MASKS, segments, strict=True):
         scores |= segmentation_scores(segment, truth.long(), mask=mask)
-    variance = squares.mean() - colours.mean(dim=0).square().mean()
+    variance = squares.mean() - colors.mean(dim=0).square().mean()
     loss = error.mean()
     return {"loss": loss.item(), "explained_variance": (1 - loss / variance).item(), **scores}, first
 
@@ -163,7 +163,7 @@ def draw_slots(model: SlotAutoencoderModel, images: torch.Tensor, path: Path) ->
     painted = (output.contents / 2 + 0.5) * output.masks.unsqueeze(2) + (1 - output.masks.unsqueeze(2))
     segments = model.posterior(pixel_values, output).argmax(1).cpu().numpy()
     rows = [
-        [to_uint8(image / 2 + 0.5), to_uint8(reconstruction / 2 + 0.5), colour_segments(segment), *to_uint8(slots)]
+        [to_uint8(image / 2 + 0.5), to_uint8(reconstruction / 2 + 0.5), color_segments(segment), *to_uint8(slots)]
         for image, reconstruction, segment, slots in zip(
             pixel_values, output.reconstruction, segments, painted, strict=True
         )

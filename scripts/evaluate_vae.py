@@ -28,7 +28,7 @@ from transformers import HfArgumentParser
 
 from hf_dl.data import images
 from hf_dl.data.collate import as_is
-from hf_dl.data.images import LabelledImages
+from hf_dl.data.images import LabeledImages
 from hf_dl.metrics.latents import active_units, posterior_collapse
 from hf_dl.models.image_vae import ImageVaeConfig, ImageVaeModel, ImageVaeProcessor, gaussian_kl
 from hf_dl.reporting.card import format_metric, run_card
@@ -42,7 +42,7 @@ SUMMARY = (
 )
 LIMITS = (
     "Its images are means over what a code leaves open, and so are blurred.",
-    "The cross-entropy of grey pixels is that of images made black and white at random, which no density of grey "
+    "The cross-entropy of gray pixels is that of images made black and white at random, which no density of gray "
     "images compares with.",
 )
 TAGS = ("vae", "variational-autoencoder", "unsupervised")
@@ -78,7 +78,7 @@ class ImageData:
         default="synthetic", metadata={"help": "synthetic, a Hub id, or a folder of images, parquet or idx files."}
     )
     image_size: int = field(default=32, metadata={"help": "Height and width of the images, in pixels."})
-    num_channels: Literal[0, 1, 3] = field(default=0, metadata={"help": "1: grey, 3: RGB, 0: as the images are."})
+    num_channels: Literal[0, 1, 3] = field(default=0, metadata={"help": "1: gray, 3: RGB, 0: as the images are."})
     num_train: int = field(default=0, metadata={"help": "Training images; 0: all, which is 10000 synthetic ones."})
     num_test: int = field(default=0, metadata={"help": "Validation and test images, at most, each; 0: all."})
     holdout: float = field(default=0.02, metadata={"help": "Part of the training images that a missing split takes."})
@@ -135,8 +135,8 @@ def check(args: Any) -> None:
         raise ValueError(f"importance_samples={args.importance_samples} must be 0 or above.")
 
 
-def load_images(args: ImageData, split: str) -> LabelledImages:
-    """Load a split of the source that the flags name, with one channel where its images are grey."""
+def load_images(args: ImageData, split: str) -> LabeledImages:
+    """Load a split of the source that the flags name, with one channel where its images are gray."""
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     count = (args.num_train if split == "train" else args.num_test) or None
@@ -144,10 +144,10 @@ def load_images(args: ImageData, split: str) -> LabelledImages:
     if not args.num_channels:
         some_images = [np.asarray(image.convert("RGB")) for image in data[:100]["image"]]
         args.num_channels = 1 if all((image == image[..., :1]).all() for image in some_images) else 3
-    return LabelledImages(data, channels=args.num_channels)
+    return LabeledImages(data, channels=args.num_channels)
 
 
-def make_model(args: Any, data: LabelledImages) -> ImageVaeModel:
+def make_model(args: Any, data: LabeledImages) -> ImageVaeModel:
     """Make the network that the flags describe, for these images."""
     return ImageVaeModel(make_config(args, data.pixels.shape[1]))
 
@@ -158,7 +158,7 @@ def make_processor(config: ImageVaeConfig) -> ImageVaeProcessor:
     return ImageVaeProcessor(size=size, do_grayscale=config.num_channels == 1)
 
 
-def some(train: LabelledImages, test: LabelledImages) -> Subset:
+def some(train: LabeledImages, test: LabeledImages) -> Subset:
     """Take as many training images as there are test images, to score both alike."""
     return Subset(train, range(min(len(train), len(test))))
 
@@ -202,7 +202,7 @@ def evaluate(
         `loss` (what it is trained with), `sse`, `half_sse`, `bce`, `kl`, each error `..._plus_kl`, `elbo` with the
         constant of the likelihood, `bits_per_dim` of that, `active_units`, `images`; with K also `iw_gain`, by how
         much the importance-weighted bound of some images is above their ELBO, and `iw_bound`, the ELBO of all images
-        and that gain. `bits_per_dim` of a Gaussian takes a grey level
+        and that gain. `bits_per_dim` of a Gaussian takes a gray level
         for an interval of width 1/255, that of a Bernoulli is of images made black and white.
     """
     model.eval()
@@ -246,7 +246,7 @@ def watch(run: Any, batches: Iterable[dict]) -> dict[str, float]:
 
 
 def conclude(
-    run: Any, batches: dict[str, Iterable[dict]], train: LabelledImages, test: LabelledImages
+    run: Any, batches: dict[str, Iterable[dict]], train: LabeledImages, test: LabeledImages
 ) -> dict[str, float]:
     """Score training and test images by every convention, say whether the posterior collapsed, draw, and end."""
     metrics = {}
@@ -297,7 +297,7 @@ def to_uint8(pictures: torch.Tensor) -> np.ndarray:
 
 
 @torch.no_grad()
-def draw(model: ImageVaeModel, test: LabelledImages, folder: Path) -> None:
+def draw(model: ImageVaeModel, test: LabeledImages, folder: Path) -> None:
     """Write reconstructions.png, samples.png, interpolations.png and latent_map.png into a folder."""
     model.eval()
     some_images = to_pixel_values(test.__getitems__(range(min(12, len(test))))["image"], model.device)
@@ -316,21 +316,21 @@ def draw(model: ImageVaeModel, test: LabelledImages, folder: Path) -> None:
 
 
 @torch.no_grad()
-def draw_map(model: ImageVaeModel, data: LabelledImages, path: Path, *, side: int = 15) -> Path:
+def draw_map(model: ImageVaeModel, data: LabeledImages, path: Path, *, side: int = 15) -> Path:
     """Draw the plane in which posterior means vary most: where each class lies, and the images of its points."""
     indices = range(min(MAP_IMAGES, len(data)))
     batches = [data.__getitems__(range(i, min(i + 250, len(indices))))["image"] for i in range(0, len(indices), 250)]
     means = torch.cat([model.encode(to_pixel_values(batch, model.device))[0].cpu() for batch in batches]).double()
-    centre = means.mean(dim=0)
-    _, spread, axes = torch.linalg.svd(means - centre, full_matrices=False)
+    center = means.mean(dim=0)
+    _, spread, axes = torch.linalg.svd(means - center, full_matrices=False)
     if len(axes) < 2:  # a code of one number
         axes = torch.cat([axes, torch.zeros_like(axes)])
         spread = torch.cat([spread, torch.zeros_like(spread)])
-    shares, places = spread.square() / spread.square().sum().clamp(min=1e-12), (means - centre) @ axes[:2].T
+    shares, places = spread.square() / spread.square().sum().clamp(min=1e-12), (means - center) @ axes[:2].T
     low, high = (torch.quantile(places, part, dim=0).tolist() for part in (0.01, 0.99))
     steps = [torch.linspace(low[axis], high[axis], side, dtype=torch.float64) for axis in (0, 1)]
     y, x = torch.meshgrid(steps[1].flip(0), steps[0], indexing="ij")
-    codes = centre + x.reshape(-1, 1) * axes[0] + y.reshape(-1, 1) * axes[1]
+    codes = center + x.reshape(-1, 1) * axes[0] + y.reshape(-1, 1) * axes[1]
     tiles = to_uint8(model.decode(codes.float().to(model.device)))
     size = tiles.shape[1]
     sheet = tiles.reshape(side, side, size, size, 3).swapaxes(1, 2).reshape(side * size, side * size, 3)
@@ -338,11 +338,11 @@ def draw_map(model: ImageVaeModel, data: LabelledImages, path: Path, *, side: in
     figure = Figure(figsize=(11, 4.9), layout="constrained", dpi=120)
     left, right = figure.subplots(1, 2)
     groups, names = class_groups(data.labels[: len(indices)], data.names)
-    colours = colormaps["tab10" if len(names) <= 10 else "tab20"]
+    colors = colormaps["tab10" if len(names) <= 10 else "tab20"]
     for number, name in enumerate(names):
         mine = groups == number
         left.scatter(
-            *places[mine].T.numpy(), s=4, linewidths=0, alpha=0.6, color=colours(number % colours.N), label=name
+            *places[mine].T.numpy(), s=4, linewidths=0, alpha=0.6, color=colors(number % colors.N), label=name
         )
     for limit, axis in ((left.set_xlim, 0), (left.set_ylim, 1)):
         if high[axis] > low[axis]:

@@ -27,7 +27,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers import AutoImageProcessor, AutoModelForImageClassification, HfArgumentParser
 
 from hf_dl import explain
-from hf_dl.data import images as labelled_images
+from hf_dl.data import images as labeled_images
 from hf_dl.reporting.experiment import find_run, portable
 from hf_dl.training.provenance import write_results
 
@@ -61,7 +61,7 @@ class Args:
         default_factory=list, metadata={"help": "Numbers of patches to take away (vision transformers); none: do not."}
     )
     mask_ways: list[str] = field(
-        default_factory=lambda: ["black", "grey", "attention"],
+        default_factory=lambda: ["black", "gray", "attention"],
         metadata={"help": f"How they are taken: {', '.join(explain.WAYS)}."},
     )
     mask_seeds: int = field(default=20, metadata={"help": "Draws of random patches."})
@@ -84,9 +84,9 @@ class Explainer:
         self.model = AutoModelForImageClassification.from_pretrained(folder).eval().to(device)
         self.processor = AutoImageProcessor.from_pretrained(folder)
         self.names = [str(self.model.config.id2label[i]) for i in range(self.model.config.num_labels)]
-        normalised = getattr(self.processor, "do_normalize", False)
-        self.mean = self.processor.image_mean if normalised else 0.0
-        self.std = self.processor.image_std if normalised else 1.0
+        normalized = getattr(self.processor, "do_normalize", False)
+        self.mean = self.processor.image_mean if normalized else 0.0
+        self.std = self.processor.image_std if normalized else 1.0
         self.layers = [int(x) for x in args.layers] if "".join(args.layers).isdigit() else args.layers
         self.target = None if not args.label else self.index(args.label, "label")
         if args.method != "grad_cam":
@@ -134,19 +134,19 @@ class Explainer:
             head=None if args.head < 0 else args.head,
             classes=self.target,
         )
-        maps = explain.normalise(explain.upsample(maps, pixel_values.shape[-2:]))
+        maps = explain.normalize(explain.upsample(maps, pixel_values.shape[-2:]))
         return maps, output.logits.softmax(-1)
 
 
-def colour(maps: np.ndarray) -> np.ndarray:
+def color(maps: np.ndarray) -> np.ndarray:
     """Paint maps in [0, 1] by a scale from dark to light, uint8 (..., 3)."""
     return (matplotlib.colormaps["inferno"](maps)[..., :3] * 255).round().astype(np.uint8)
 
 
 def overlay(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
-    """The grey image under the coloured map, both to be recognised, uint8 (height, width, 3)."""
-    grey = image.mean(axis=-1, keepdims=True)
-    return (0.45 * grey + 0.55 * colour(heat)).round().astype(np.uint8)
+    """The gray image under the colored map, both to be recognized, uint8 (height, width, 3)."""
+    gray = image.mean(axis=-1, keepdims=True)
+    return (0.45 * gray + 0.55 * color(heat)).round().astype(np.uint8)
 
 
 def find_images(paths: Sequence[str]) -> list[Path]:
@@ -183,7 +183,7 @@ def draw_image(path: Path, image: np.ndarray, heat: np.ndarray, top: list[tuple[
     """Draw the original, the map, the overlay and bars of the likeliest classes."""
     figure = Figure(figsize=(10.5, 2.6), dpi=120, layout="constrained")
     axes = figure.subplots(1, 4, width_ratios=[1, 1, 1, 1.1])
-    pictures = {"image": image, f"evidence for {explained}"[:34]: colour(heat), "overlay": overlay(image, heat)}
+    pictures = {"image": image, f"evidence for {explained}"[:34]: color(heat), "overlay": overlay(image, heat)}
     for ax, (title, picture) in zip(axes, pictures.items(), strict=False):
         ax.imshow(picture, interpolation="nearest")
         ax.set_title(title, fontsize=8)
@@ -213,7 +213,7 @@ def draw_class(path: Path, name: str, shown: dict[str, list[dict[str, Any]]], pe
         figure.text(x, 0.915, f"{title} ({len(entries)} shown)", ha="center", fontsize=9)
         for column, entry in enumerate(entries):
             image, heat = entry["image"], entry["heat"]
-            for row, picture in enumerate((image, colour(heat), overlay(image, heat))):
+            for row, picture in enumerate((image, color(heat), overlay(image, heat))):
                 ax = figure.add_subplot(grid[row, offset + column])
                 ax.imshow(picture, interpolation="nearest")
                 ax.set_axis_off()
@@ -318,7 +318,7 @@ def load_study(explainer: Explainer) -> Iterator[dict[str, list]]:
     args, size = explainer.args, getattr(explainer.processor, "size", None) or {}
     side = size.get("height") or size.get("shortest_edge") or getattr(explainer.model.config, "image_size", 64)
     options = {"num_classes": len(explainer.names)} if args.source == "synthetic" else {}
-    data = labelled_images.load("validation", args.source, size=side, num_images=args.num_images or None, **options)
+    data = labeled_images.load("validation", args.source, size=side, num_images=args.num_images or None, **options)
     names = data.features["label"].names
     if list(names) != explainer.names:
         raise ValueError(

@@ -328,7 +328,7 @@ def push(files: Files, args: argparse.Namespace) -> str:
     except HfHubHTTPError as error:
         if error.response.status_code in (401, 403):
             raise ValueError(
-                f"{user} may not write to {args.repo_id!r}; use your own name or that of an organisation you are in, "
+                f"{user} may not write to {args.repo_id!r}; use your own name or that of an organization you are in, "
                 "and a token with the right to write."
             ) from error
         raise

@@ -3,7 +3,7 @@
 scripts/run accelerate launch scripts/train_autoencoder.py
 
 The networks are diffusers' own, `AutoencoderKL` or `VQModel`; the folder loads with `diffusers.AutoModel`. The loss is
-the absolute error of the pixels, a perceptual distance, and a regulariser of the latents: Rombach et al. 2022,
+the absolute error of the pixels, a perceptual distance, and a regularizer of the latents: Rombach et al. 2022,
 "High-Resolution Image Synthesis with Latent Diffusion Models", section 3.1, without their discriminator.
 """
 
@@ -55,10 +55,10 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
     for batch in run:
         pixel_values = latent.to_pixel_values(batch["image"], run.device)
-        made, regulariser = run.model(pixel_values, generator=run.generator)
+        made, regularizer = run.model(pixel_values, generator=run.generator)
         l1, distance = F.l1_loss(made, pixel_values), measure(made.float(), pixel_values).mean()
-        loss = l1 + weights[0] * regulariser + weights[1] * distance
-        run.step(loss, l1=l1, perceptual=distance, regulariser=regulariser)
+        loss = l1 + weights[0] * regularizer + weights[1] * distance
+        run.step(loss, l1=l1, perceptual=distance, regularizer=regularizer)
         if run.evaluation_due:
             with run.averaged():
                 scores = latent.evaluate(run.unwrapped, validation_batches, measure, gather=run.gather)

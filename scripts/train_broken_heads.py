@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-sys.path.insert(0, str(Path(__file__).parent))  # its neighbours are found also when a test imports this file
+sys.path.insert(0, str(Path(__file__).parent))  # its neighbors are found also when a test imports this file
 import evaluate_classifier as classifiers
 import mistakes
 

@@ -10,7 +10,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))  # its neighbour is found also when a test imports this file
+sys.path.insert(0, str(Path(__file__).parent))  # its neighbor is found also when a test imports this file
 import evaluate_language_model as lm
 
 from hf_dl.data.text import TokenStream, encode

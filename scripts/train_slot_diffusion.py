@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).parent))  # its neighbours are found also when a test imports this file
+sys.path.insert(0, str(Path(__file__).parent))  # its neighbors are found also when a test imports this file
 import evaluate_slot_diffusion as diffusion
 
 from hf_dl.data.collate import as_is

@@ -27,7 +27,7 @@ TOKEN = "hf_loopback"
 LFS_PATTERNS = ("*.safetensors", "*.bin", "*.npz", "*.parquet", "*.arrow", "*.tar", "*.zip", "saved_model/*")
 LFS_BYTES = 10_000_000
 SPACE_SDKS = ("gradio", "docker", "static", "streamlit")
-COLOURS = ("red", "yellow", "green", "blue", "indigo", "purple", "pink", "gray")
+COLORS = ("red", "yellow", "green", "blue", "indigo", "purple", "pink", "gray")
 
 
 @dataclass(frozen=True)
@@ -170,11 +170,11 @@ class _Handler(BaseHTTPRequestHandler):
     # Who asks, and for what
 
     @property
-    def authorised(self):
+    def authorized(self):
         return self.headers.get("Authorization") == f"Bearer {TOKEN}"
 
     def require_token(self):
-        if not self.authorised:
+        if not self.authorized:
             raise HubError(401, "Invalid username or password.")
 
     def refuse_token(self):
@@ -185,8 +185,8 @@ class _Handler(BaseHTTPRequestHandler):
         if write:
             self.require_token()
         repo = self.hub.repos.get((kind.strip("/").removesuffix("s") or "model", repo_id))
-        if repo is None or repo.private and not self.authorised:
-            raise HubError(404 if self.authorised else 401, "Repository not found", "RepoNotFound")
+        if repo is None or repo.private and not self.authorized:
+            raise HubError(404 if self.authorized else 401, "Repository not found", "RepoNotFound")
         return repo
 
     def whoami(self):
@@ -394,8 +394,8 @@ def _card_errors(text, repo_type):
         if data.get("sdk") not in SPACE_SDKS:
             yield f'"sdk" must be one of {SPACE_SDKS}'
         for key in ("colorFrom", "colorTo"):
-            if data.get(key, "red") not in COLOURS:
-                yield f'"{key}" must be one of {COLOURS}'
+            if data.get(key, "red") not in COLORS:
+                yield f'"{key}" must be one of {COLORS}'
     for model in data.get("model-index") or []:
         if not model.get("name"):
             yield '"model-index[0].name" is required'

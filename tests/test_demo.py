@@ -173,7 +173,7 @@ class TestLoadClassifier:
 
 class TestClassifier:
     @pytest.mark.parametrize("size", [(60, 40), (40, 60), (384, 200), (16, 16)])
-    def test_crop_is_what_a_centre_crop_sees(self, size):
+    def test_crop_is_what_a_center_crop_sees(self, size):
         found = make_classifier(CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}))
         image = Image.linear_gradient("L").resize(size).rotate(0).convert("RGB")
         image.paste("red", (0, 0, size[0] // 2, size[1]))
@@ -314,5 +314,5 @@ class TestPieces:
 
     def test_overlay_is_bright_where_the_map_is(self):
         heat = demo.resize_heat(np.array([[0.0, 1.0]]), (40, 40), smooth=False)
-        picture = np.asarray(demo.overlay(Image.new("RGB", (40, 40), "grey"), heat)).mean(axis=-1)
+        picture = np.asarray(demo.overlay(Image.new("RGB", (40, 40), "gray"), heat)).mean(axis=-1)
         assert heat.shape == (40, 40) and picture[:, :20].max() < 100 < 150 < picture[:, 20:].min()

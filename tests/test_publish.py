@@ -380,7 +380,7 @@ def test_a_pipeline_and_a_model_of_diffusers(tmp_path, capsys):
         (damage_results, "results.json is cut short or damaged"),
         (damage_card, "README.md has metadata that the Hub would refuse"),
         (lambda folder: (folder / "README.md").write_text("# Hello\n"), "README.md has no metadata"),
-        (lambda folder: (folder / "README.md").write_text("---\ntags: [a]\n---\n"), "names no licence"),
+        (lambda folder: (folder / "README.md").write_text("---\ntags: [a]\n---\n"), "names no license"),
         (lambda folder: (folder / "results.json").unlink(), "results.json does not exist"),
         (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
         (lambda folder: (folder / "config.json").write_text("{"), "from_pretrained cannot load"),

@@ -9,7 +9,7 @@ CLEVRTex (Karazija et al. 2021, https://arxiv.org/abs/2111.10265) is read from t
 
 and alike for its variants camo, pbg, vbg, grassbg and outd. Splits go by index, as in the authors' loader: the first
 10 % are test, the next 10 % validation, the rest train; outd, made for testing, is not split: all of it is test.
-Converting a mask with `.convert("L")` or "RGB" replaces the indices by colours, so that is never done.
+Converting a mask with `.convert("L")` or "RGB" replaces the indices by colors, so that is never done.
 """
 
 from __future__ import annotations
@@ -75,9 +75,9 @@ def load(
     annotations: str | os.PathLike | None = None,
     streaming: bool = False,
 ) -> datasets.Dataset | datasets.IterableDataset:
-    """Images with instance masks, cut to a centred square and resized.
+    """Images with instance masks, cut to a centered square and resized.
 
-    `source` is recognised by what it holds: a folder of CLEVRTex; a folder of images to which `annotations` points, in
+    `source` is recognized by what it holds: a folder of CLEVRTex; a folder of images to which `annotations` points, in
     the format of COCO; a dataset saved by `save_to_disk`; else whatever `datasets.load_dataset` reads, a Hub id or a
     folder of images with a `metadata.jsonl` that has a `mask_file_name`.
 
@@ -85,7 +85,7 @@ def load(
         split: "train", "validation" or "test". CLEVRTex is split by index; COCO is not split, and any name will do.
         source: Path or Hub id.
         size: Width and height of the results in pixels.
-        crop: Side of the centred square in the original's pixels; None for the shorter side.
+        crop: Side of the centered square in the original's pixels; None for the shorter side.
         image_column: Where the images are, for datasets by Hub id or path.
         mask_column: Where the masks are: images whose pixel values are object indices, of mode L, P, I or 1.
         annotations: A COCO file with polygons or uncompressed run lengths.
@@ -158,7 +158,7 @@ def _indices(mask: Image.Image, name: str) -> Image.Image:
     if mask.mode not in ("P", "L", "1", "I", "I;16"):
         raise ValueError(
             f"{name} is of mode {mask.mode}; expected a mask of mode P or L whose pixel values are object "
-            "indices, with 0 for the background. Colours do not tell which object is which."
+            "indices, with 0 for the background. Colors do not tell which object is which."
         )
     return Image.fromarray(np.asarray(mask).astype(np.int32))
 

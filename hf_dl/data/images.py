@@ -1,7 +1,7 @@
-"""Labelled images: single-object scenes, classics by Hub id, and any folder of images or parquet files.
+"""Labeled images: single-object scenes, classics by Hub id, and any folder of images or parquet files.
 
 * `load` gives a `datasets.Dataset` of square images and labels, decoded and resized once into the cache of `datasets`.
-* `LabelledImages` keeps it as one memory-mapped uint8 file, so that no batch waits for a decoder, and processes that
+* `LabeledImages` keeps it as one memory-mapped uint8 file, so that no batch waits for a decoder, and processes that
   train side by side share the pages.
 * `augment` crops and flips a whole batch.
 
@@ -10,7 +10,7 @@ texture. A class is what the object is, not where it stands, how it is lit or tu
 ground looks like:
 
 * 25 classes: 5 shapes x 5 materials, "striped cone". The fifth shape, a disc, is a flat cylinder.
-* 100 classes: these x 4 colours, "red striped cone"; class c of the 100 belongs to class c // 4 of the 25.
+* 100 classes: these x 4 colors, "red striped cone"; class c of the 100 belongs to class c // 4 of the 25.
 
 By Hub id, for example: `uoft-cs/cifar10`, `uoft-cs/cifar100`, `zalando-datasets/fashion_mnist`, `tanganke/stl10`. The
 four idx files in which MNIST and Fashion-MNIST are published are read from a local folder.
@@ -106,9 +106,9 @@ def load(
 ) -> datasets.Dataset | datasets.IterableDataset:
     """Square images with labels.
 
-    `source` is recognised by what it holds: "synthetic"; a folder with a folder of images for each class, or one for
+    `source` is recognized by what it holds: "synthetic"; a folder with a folder of images for each class, or one for
     each split with such folders inside; a folder of parquet files or one such file; a dataset saved by `save_to_disk`;
-    a folder with idx files; else a Hub id. Images of any size are cut to a centred square and resized.
+    a folder with idx files; else a Hub id. Images of any size are cut to a centered square and resized.
 
     A split that the source lacks is cut from its training images, `holdout` of each class, the same ones each time.
 
@@ -164,7 +164,7 @@ def load(
     elif streaming:
         return _stream_hub(split, str(source), image_column, label_column, num_images, options)
     else:
-        found = _labelled(datasets.load_dataset(str(source)), str(source), image_column, label_column)
+        found = _labeled(datasets.load_dataset(str(source)), str(source), image_column, label_column)
     rows, indices = _choose(found, split, str(source), holdout, seed, num_images)
     arguments = {
         "shards": [(start, min(start + _SHARD, len(indices))) for start in range(0, len(indices), _SHARD)],
@@ -329,7 +329,7 @@ def _read_folder(root: Path, image_column: str | None, label_column: str | None)
         found = datasets.load_dataset(str(root))
     else:
         return _read_idx_folder(root) or _read_image_folder(root)
-    return _labelled(found, str(root), image_column, label_column)
+    return _labeled(found, str(root), image_column, label_column)
 
 
 def _read_image_folder(root: Path) -> dict[str, datasets.Dataset]:
@@ -457,7 +457,7 @@ def _columns(
     return image_column or pictures[0], label_column or usual[0]
 
 
-def _labelled(
+def _labeled(
     found: Mapping[str, datasets.Dataset], source: str, image_column: str | None, label_column: str | None
 ) -> dict[str, datasets.Dataset]:
     """Every split with just an undecoded `image` and a `label` with names."""
@@ -627,7 +627,7 @@ def _stream_hub(
 # Batches
 
 
-class LabelledImages(torch.utils.data.Dataset):
+class LabeledImages(torch.utils.data.Dataset):
     """The images of a dataset as one memory-mapped uint8 array, and their labels.
 
     The array is written once, beside the cache of `datasets`; every later process opens it at once and decodes
@@ -640,14 +640,14 @@ class LabelledImages(torch.utils.data.Dataset):
 
     Args:
         dataset: What `load` returned.
-        channels: 3, or 1 for the luma: of grey images that is what they are.
+        channels: 3, or 1 for the luma: of gray images that is what they are.
 
     Raises:
         ValueError: If a column is missing, images differ in size, or there are other channels.
 
     Example:
         ```python
-        >>> data = LabelledImages(load("test", num_images=50))  # doctest: +SKIP
+        >>> data = LabeledImages(load("test", num_images=50))  # doctest: +SKIP
         >>> data.__getitems__([0, 2])["image"].shape  # doctest: +SKIP
         torch.Size([2, 3, 64, 64])
 
@@ -656,7 +656,7 @@ class LabelledImages(torch.utils.data.Dataset):
 
     def __init__(self, dataset: datasets.Dataset, *, channels: int = 3):
         if channels not in (1, 3):
-            raise ValueError(f"channels={channels} is unknown; choose 1 (grey) or 3 (RGB).")
+            raise ValueError(f"channels={channels} is unknown; choose 1 (gray) or 3 (RGB).")
         missing = {"image", "label"} - set(dataset.column_names)
         if missing:
             raise ValueError(
@@ -666,7 +666,7 @@ class LabelledImages(torch.utils.data.Dataset):
         self.labels = torch.as_tensor(dataset.with_format("numpy")["label"][:]).long()
         self.names = list(dataset.features["label"].names)
         # the fingerprint names the rows: it follows from the arguments of the generator and from what came after it
-        name = dataset._fingerprint + ("_grey" if channels == 1 else "")
+        name = dataset._fingerprint + ("_gray" if channels == 1 else "")
         path = Path(datasets.config.HF_DATASETS_CACHE) / "hf_dl_images" / f"{name}.npy"
         if not path.is_file():
             _write_pixels(dataset, path, channels=channels)
@@ -720,8 +720,8 @@ def augment(
 ) -> torch.Tensor:
     """Shift and mirror each image of a batch at random (He et al. 2015, section 4.2), in one gather.
 
-    Cropping a random window out of an image with a border of zeros is a random shift. On normalised images the border
-    has the mean colour.
+    Cropping a random window out of an image with a border of zeros is a random shift. On normalized images the border
+    has the mean color.
 
     Args:
         images: Images of any dtype, (batch, channels, height, width).

@@ -3,7 +3,7 @@
 A pattern is evaluated at points of an object's own coordinates, so it sticks to the object. It gets the points
 (3, ...), for what fills space (marble, wood), and surface coordinates (2, ...), for what is laid on a surface
 (bricks, checks); the first of these closes around a round body after an even number of periods. It returns how much
-of the accent colour shows, in [0, 1], and the height of the surface, about as much.
+of the accent color shows, in [0, 1], and the height of the surface, about as much.
 
 Only +, -, *, /, sqrt, floor, comparisons and table look-ups are used, which are exact: see `hf_dl.data.raycast`.
 """
@@ -21,10 +21,10 @@ Pattern = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tenso
 
 
 class Material(NamedTuple):
-    """How a surface looks beside its two colours.
+    """How a surface looks beside its two colors.
 
     Attributes:
-        pattern: Where the accent colour shows; None for one colour.
+        pattern: Where the accent color shows; None for one color.
         bump: Depth of the relief, in periods of the pattern.
         gloss: Strength of the wide highlight.
         polish: Strength of the narrow highlight.

@@ -48,8 +48,8 @@ class Surface:
 
     Attributes:
         material: A key of `MATERIALS`.
-        color: Dominating colour, linear RGB.
-        accent: Second colour of a texture, linear RGB.
+        color: Dominating color, linear RGB.
+        accent: Second color of a texture, linear RGB.
         scale: Periods of a texture per radius of an object, or per unit of the ground.
         offset: Shift of a texture.
     """
@@ -67,12 +67,12 @@ class SceneObject:
 
     Attributes:
         shape: One of `SHAPES`.
-        color: Name of its colour.
+        color: Name of its color.
         size: Name of its size.
         radius: Half the height of a sphere or cone; cubes and cylinders of the same radius are a little smaller.
         rotation: Degrees about the vertical axis.
-        position: Centre (x, y, z) in the world.
-        surface: Material and colours.
+        position: Center (x, y, z) in the world.
+        surface: Material and colors.
     """
 
     shape: str
@@ -101,7 +101,7 @@ class Scene:
         target: The point that the camera looks at.
         light_azimuth: Direction to the key light on the ground: 0 is right, 90 away from the camera.
         light_elevation: Height of the key light.
-        ground: Material and colours of the ground.
+        ground: Material and colors of the ground.
         ground_rotation: Of the texture of the ground.
     """
 
@@ -218,7 +218,7 @@ class _Batch:
     def __init__(self, scenes: Sequence[Scene], size: int, device: torch.device | str):
         self.size, self.device, self.pixels = size, torch.device(device), len(scenes) * size**2
         eye, right, up, forward = np.array([scene.camera() for scene in scenes]).transpose(1, 0, 2)  # (B, 3) each
-        # a ray through pixel position (x, y) is d0 + x * dx + y * dy: affine, and not normalised
+        # a ray through pixel position (x, y) is d0 + x * dx + y * dy: affine, and not normalized
         dx, dy = right * (2 * HALF_FOV / size), up * (-2 * HALF_FOV / size)
         d0 = forward - right * HALF_FOV + up * HALF_FOV
         lights = np.array([_area_light(scene) for scene in scenes])  # (B, lights, 3)
@@ -229,7 +229,7 @@ class _Batch:
         )
         shape, scene, slot = np.array([item[:3] for item in order]).T
         objects = [item[3] for item in order]
-        centre = np.array([o.position for o in objects])
+        center = np.array([o.position for o in objects])
         extent = np.array([(o.extent[0], *o.extent) for o in objects])  # (M, 3)
         # one at a time: numpy's cos may round differently in the middle and at the end of an array
         cos = np.array([math.cos(math.radians(o.rotation)) for o in objects])[:, None]
@@ -243,7 +243,7 @@ class _Batch:
 
         view = [axis[scene][:, None] for axis in (eye, right, up, forward)]
         cube = np.array([(x, y, z) for x in (-1, 1) for y in (-1, 1) for z in (-1, 1)])
-        corners = turn(cube * extent[:, None]) + centre[:, None]  # (M, 8, 3)
+        corners = turn(cube * extent[:, None]) + center[:, None]  # (M, 8, 3)
         light = lights[scene][:, None]  # (M, 1, lights, 3)
         shadow = corners[:, :, None] - corners[:, :, None, 2:] / light[..., 2:] * light
         self.view_boxes = self._boxes(corners, *view)
@@ -258,11 +258,11 @@ class _Batch:
         self.targets = tensor(np.array([s.target for s in scenes]).T)
         self.shape, self.scene, self.slot = (tensor(v, torch.long) for v in (shape, scene, slot))
         self.rays = tensor(
-            np.concatenate([to_local(eye[scene] - centre)] + [to_local(v[scene]) for v in (d0, dx, dy)], 1).T
+            np.concatenate([to_local(eye[scene] - center)] + [to_local(v[scene]) for v in (d0, dx, dy)], 1).T
         )
         # the tables below have one object more, of no size, which stands for "none"
         self.pose = torch.nn.functional.pad(
-            tensor(np.concatenate([centre, cos, sin, extent[:, [0, 2]]], 1).T), (0, 1)
+            tensor(np.concatenate([center, cos, sin, extent[:, [0, 2]]], 1).T), (0, 1)
         )  # (7, M + 1)
         self.bound = torch.nn.functional.pad(tensor(np.sqrt(2 * extent[:, 0] ** 2 + extent[:, 2] ** 2)), (0, 1))
         surfaces = [o.surface for o in objects]
@@ -316,7 +316,7 @@ class _Batch:
         return _Tiles(owner, scene, (scene * self.size + y) * self.size + x, x + 0.5, y + 0.5, counts)
 
     def trace(self, offsets: Sequence[tuple[float, float]]) -> tuple[_Tiles, torch.Tensor, torch.Tensor]:
-        """Cast S rays a pixel, offset from its centre, at the objects only.
+        """Cast S rays a pixel, offset from its center, at the objects only.
 
         Returns:
             The tiles that were searched (E pixels of objects); the hits of their rays (S, E), infinite for a miss;
@@ -346,27 +346,27 @@ class _Tiles:
     owner: torch.Tensor  # (E,): object whose rectangle it is
     scene: torch.Tensor  # (E,)
     pixel: torch.Tensor  # (E,): flat index into the images of the batch
-    x: torch.Tensor  # (E,): centre of the pixel
+    x: torch.Tensor  # (E,): center of the pixel
     y: torch.Tensor
     counts: list[int]  # how many of E there are of each shape
 
 
 def _directions(d0, dx, dy, tiles: _Tiles, offsets: Sequence[tuple[float, float]]) -> torch.Tensor:
-    """Directions (3, S, E) of the rays at S offsets from the pixels' centres."""
+    """Directions (3, S, E) of the rays at S offsets from the pixels' centers."""
     offsets = torch.tensor(offsets, device=d0.device)[..., None]  # (S, 2, 1)
     return (d0 + tiles.x * dx + tiles.y * dy)[:, None] + offsets[:, 0] * dx[:, None] + offsets[:, 1] * dy[:, None]
 
 
 def _area_light(scene: Scene) -> list[list[float]]:
-    """Unit directions to the points of the key light, on a disk about its centre."""
+    """Unit directions to the points of the key light, on a disk about its center."""
     a, e = math.radians(scene.light_azimuth), math.radians(scene.light_elevation)
-    centre = (math.cos(e) * math.cos(a), math.cos(e) * math.sin(a), math.sin(e))
+    center = (math.cos(e) * math.cos(a), math.cos(e) * math.sin(a), math.sin(e))
     side, up = (-math.sin(a), math.cos(a), 0.0), (-math.sin(e) * math.cos(a), -math.sin(e) * math.sin(a), math.cos(e))
     directions = []
     for i in range(_LIGHTS):
         radius, angle = 0.09 * math.sqrt((i + 0.5) / _LIGHTS), i * 2.399963  # Vogel's spiral
         p = [
-            c + radius * (math.cos(angle) * s + math.sin(angle) * u) for c, s, u in zip(centre, side, up, strict=True)
+            c + radius * (math.cos(angle) * s + math.sin(angle) * u) for c, s, u in zip(center, side, up, strict=True)
         ]
         norm = math.hypot(*p)
         directions.append([v / norm for v in p])
@@ -478,7 +478,7 @@ def _surface_coordinates(shape, face, q, scale, turns) -> torch.Tensor:
     Args:
         shape: Number of the shape (n,).
         face: 0 for round surfaces; 1, 2 or 3 for flat ones across the x, y or z axis (n,).
-        q: Points relative to the object's centre, in radii.
+        q: Points relative to the object's center, in radii.
         scale: Periods per radius (n,).
         turns: Periods around a round surface (n,).
     """
@@ -492,7 +492,7 @@ def _surface_coordinates(shape, face, q, scale, turns) -> torch.Tensor:
 
 
 def _textured_surface(batch: _Batch, look: torch.Tensor, p: torch.Tensor, normal: torch.Tensor, extent: torch.Tensor):
-    """Share of the accent colour (n,) and normals (3, n) with bumps, both in the object's coordinates."""
+    """Share of the accent color (n,) and normals (3, n) with bumps, both in the object's coordinates."""
     shape, turns, number, _, _, _ = look[:6]
     scale, offset = look[12], look[13:, None]
     q = p * extent
@@ -517,7 +517,7 @@ def _textured_surface(batch: _Batch, look: torch.Tensor, p: torch.Tensor, normal
 
 
 def _shade_objects(batch: _Batch, tiles: _Tiles, t: torch.Tensor, front: torch.Tensor) -> torch.Tensor:
-    """Linear colours (3, n) of the n subpixels that show an object: entries `front` of the flat t (S * E)."""
+    """Linear colors (3, n) of the n subpixels that show an object: entries `front` of the flat t (S * E)."""
     entry, sample = front % t.shape[1], front // t.shape[1]
     own, scene = tiles.owner.index_select(0, entry), tiles.scene.index_select(0, entry)
     offset = torch.tensor(_SUBPIXELS, device=batch.device).index_select(0, sample)
@@ -589,10 +589,10 @@ def _ground_points(batch: _Batch, scene: slice, positions: torch.Tensor):
 
 
 def _plain_ground(batch: _Batch, bare: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
-    """Ground of one colour, which is smooth enough to be shaded once a pixel: (3, pixels)."""
+    """Ground of one color, which is smooth enough to be shaded once a pixel: (3, pixels)."""
     every = slice(None)
-    centre = torch.arange(batch.size, device=batch.device) + 0.5
-    x, y, _, falloff = _ground_points(batch, every, centre)
+    center = torch.arange(batch.size, device=batch.device) + 0.5
+    x, y, _, falloff = _ground_points(batch, every, center)
     ambient = falloff * _open_sky(batch, every, x, y) * _AMBIENT
     key = falloff * (_KEY * batch.lights[2, 0, :, None, None])
     light = ambient.flatten() * bare.sum(0) + key.flatten() * (bare * visible).sum(0)
@@ -616,7 +616,7 @@ def _textured_ground(batch: _Batch, scene: int, bare: torch.Tensor, visible: tor
     def down(v: torch.Tensor) -> torch.Tensor:
         return v[:, 1:, :-1] - v[:, :-1, :-1]
 
-    # the slope in the world from the differences between neighbouring rays, which fades where they are far apart
+    # the slope in the world from the differences between neighboring rays, which fades where they are far apart
     ax, ay, ah, dx, dy, dh = (f(v) for f in (across, down) for v in (x, y, height))
     depth = material.bump / (scale * (ax * dy - ay * dx))
     normal = _normalize(torch.stack([(ay * dh - dy * ah) * depth, (dx * ah - ax * dh) * depth, torch.ones_like(ah)]))
@@ -667,7 +667,7 @@ def render(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Render scenes at any resolution, on the CPU or a GPU.
 
-    The image averages 2x2 rays a pixel in linear light; the mask is what the ray through the pixel's centre hits.
+    The image averages 2x2 rays a pixel in linear light; the mask is what the ray through the pixel's center hits.
 
     Args:
         scenes: What to render.

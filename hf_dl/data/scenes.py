@@ -87,7 +87,7 @@ def _pick(rng: random.Random, options: Sequence):
 def _draw_surface(rng: random.Random, material: str, color: RGB) -> Surface:
     if material not in TEXTURES:
         return Surface(material, color)
-    # the accent has no hue of its own, or the name of the colour would be open to dispute
+    # the accent has no hue of its own, or the name of the color would be open to dispute
     dark = tuple(0.18 * c + 0.01 for c in color)
     light = tuple(0.25 * c + 0.55 for c in color)
     brightness = 0.3 * color[0] + 0.6 * color[1] + 0.1 * color[2]
@@ -131,7 +131,7 @@ def sample_scene(
     """
     stream = f"hf_dl.scenes {style} {seed} {split} {index}"
     low, high = num_objects
-    # drawn once per scene: redrawing it with each attempt would favour small numbers, which are rejected less
+    # drawn once per scene: redrawing it with each attempt would favor small numbers, which are rejected less
     count = low + int(random.Random(stream).random() * (high - low + 1))
     rng = random.Random(f"{stream} {attempt}")
     scene = Scene(

@@ -84,7 +84,7 @@ def load(
 ) -> datasets.Dataset | datasets.IterableDataset:
     """Rows of text, in the order in which they stand.
 
-    `source` is recognised by what it holds: "synthetic"; a text file, which may be gzipped; a folder of text files
+    `source` is recognized by what it holds: "synthetic"; a text file, which may be gzipped; a folder of text files
     whose names say which split they are, such as `wiki.valid.tokens`, or of files without such names, which are read
     one after the other; a parquet file, a folder of them, or a dataset saved by `save_to_disk`; else a Hub id.
 
@@ -171,7 +171,7 @@ def vocabulary() -> dict[str, tuple[tuple[str, ...], ...]]:
 
 @functools.cache
 def frequencies(count: int) -> tuple[float, ...]:
-    """Probabilities of the ranks of so many words: 1 / (rank + count / 100), normalised (Mandelbrot 1953)."""
+    """Probabilities of the ranks of so many words: 1 / (rank + count / 100), normalized (Mandelbrot 1953)."""
     weights = [1 / (rank + count / 100) for rank in range(1, count + 1)]
     return tuple(weight / sum(weights) for weight in weights)
 

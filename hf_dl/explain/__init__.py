@@ -11,13 +11,13 @@ output of transformers with `logits`. They are explained in evaluation mode and 
 """
 
 from .attention import AttentionOutput, attention_maps, gradient_rollout, record_attention, rollout
-from .calls import class_logits, default_layers, find_blocks, normalise, token_grid, upsample
+from .calls import class_logits, default_layers, find_blocks, normalize, token_grid, upsample
 from .grad_cam import GradCamOutput, grad_cam
 from .masking import (
     PLACES,
     WAYS,
     CurveOutput,
-    centre_patches,
+    center_patches,
     curve,
     fill_patches,
     masked_logits,
@@ -34,7 +34,7 @@ __all__ = [
     "CurveOutput",
     "GradCamOutput",
     "attention_maps",
-    "centre_patches",
+    "center_patches",
     "class_logits",
     "curve",
     "default_layers",
@@ -44,7 +44,7 @@ __all__ = [
     "gradient_rollout",
     "masked_logits",
     "masking_report",
-    "normalise",
+    "normalize",
     "pointing_game",
     "random_patches",
     "ranked_patches",

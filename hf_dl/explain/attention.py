@@ -177,7 +177,7 @@ def rollout(attentions: Sequence[torch.Tensor], *, heads: str = "mean", discard:
         attentions: For each layer (batch, heads, tokens, tokens), first layer first.
         heads: How the heads are joined: "mean", "max" or "min".
         discard: Part of each layer's joined attention, the smallest entries, that is set to zero, at least 0 and
-            below 1; rows are normalised again.
+            below 1; rows are normalized again.
 
     Returns:
         (batch, tokens, tokens), rows summing to 1: how much of each token of the image is in each of the last layer.
@@ -220,7 +220,7 @@ def gradient_rollout(attentions: Sequence[torch.Tensor], gradients: Sequence[tor
         gradients: Of the logit by them, of the same shapes.
 
     Returns:
-        Relevance, (batch, tokens, tokens), not negative, not normalised: its scale is that of the gradients.
+        Relevance, (batch, tokens, tokens), not negative, not normalized: its scale is that of the gradients.
     """
     relevance = torch.eye(attentions[0].shape[-1]).to(attentions[0])
     relevance = relevance.expand(len(attentions[0]), -1, -1)

@@ -208,7 +208,7 @@ def default_layers(model: nn.Module, pixel_values: torch.Tensor, count: int = 1)
     return found[-count:]
 
 
-def normalise(maps: torch.Tensor) -> torch.Tensor:
+def normalize(maps: torch.Tensor) -> torch.Tensor:
     """Stretch each map (batch, height, width) to [0, 1]; a constant one becomes 0."""
     maps = maps - maps.amin(dim=(-2, -1), keepdim=True)
     # The constant is that of the package grad-cam, so that several layers are weighed alike.

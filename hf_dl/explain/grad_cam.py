@@ -18,7 +18,7 @@ from .calls import (
     class_logits,
     default_layers,
     evaluating,
-    normalise,
+    normalize,
     patch_size_of,
     pick_classes,
     token_grid,
@@ -154,8 +154,8 @@ def _run(
             _as_map(tensor.detach(), size, patch_size).float() for tensor in (activation, gradient)
         )
         alphas = gradient.mean(dim=(2, 3))
-        maps.append(upsample(normalise(torch.einsum("bk,bkij->bij", alphas, activation).relu()), size))
-    return normalise(torch.stack(maps).mean(dim=0)), picked, logits.detach()
+        maps.append(upsample(normalize(torch.einsum("bk,bkij->bij", alphas, activation).relu()), size))
+    return normalize(torch.stack(maps).mean(dim=0)), picked, logits.detach()
 
 
 def _as_map(tensor: torch.Tensor, size: tuple[int, int], patch_size: tuple[int, int] | None) -> torch.Tensor:

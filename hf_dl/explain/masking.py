@@ -1,7 +1,7 @@
 """What a classifier says when parts of the image are taken away, and how that depends on the way they are taken.
 
 A black square is not an absence: on a grid of patches it is a crossword. So evidence can be taken away as pixels
-(black, grey, the image's mean colour, its blur, noise), from the attention (no token reads the patch), or as tokens
+(black, gray, the image's mean color, its blur, noise), from the attention (no token reads the patch), or as tokens
 (the patch is not there). The last two are the same to the logits of a network that reads its CLS token alone; a head
 that also averages the patches still counts those that are only masked.
 """
@@ -21,9 +21,9 @@ from torchvision.transforms.v2.functional import gaussian_blur
 from .attention import attention_maps, self_attention_shape
 from .calls import class_logits, evaluating, find_blocks, patch_size_of, pick_classes
 
-FILLS = ("black", "grey", "mean", "blur", "noise")
+FILLS = ("black", "gray", "mean", "blur", "noise")
 WAYS = (*FILLS, "attention", "tokens")
-PLACES = ("centre", "random", "top", "bottom")
+PLACES = ("center", "random", "top", "bottom")
 
 
 # ------------------------------------------------------------------------------------------------------- which patches
@@ -41,12 +41,12 @@ def _choose(order: torch.Tensor, count: int, grid: tuple[int, int]) -> torch.Ten
     return masks.scatter(-1, order[..., :count], True).unflatten(-1, grid)
 
 
-def centre_patches(grid: tuple[int, int], count: int) -> torch.Tensor:
+def center_patches(grid: tuple[int, int], count: int) -> torch.Tensor:
     """Mark the `count` patches in the middle, bool (height, width): squares, and what lies around them in between.
 
     Example:
         ```python
-        >>> centre_patches((4, 4), 4).int().tolist()
+        >>> center_patches((4, 4), 4).int().tolist()
         [[0, 0, 0, 0], [0, 1, 1, 0], [0, 1, 1, 0], [0, 0, 0, 0]]
 
         ```
@@ -116,7 +116,7 @@ def _replacement(
 def fill_patches(
     pixel_values: torch.Tensor,
     masks: torch.Tensor,
-    fill: str = "grey",
+    fill: str = "gray",
     *,
     image_mean: float | Sequence[float] = 0.5,
     image_std: float | Sequence[float] = 0.5,
@@ -125,11 +125,11 @@ def fill_patches(
     """Paint over patches of images.
 
     Args:
-        pixel_values: Normalised images, (batch, channels, height, width).
+        pixel_values: Normalized images, (batch, channels, height, width).
         masks: What to paint over, bool (batch, rows, columns) or (rows, columns): of patches, or of pixels.
-        fill: "black", "grey" (0.5), "mean" (each image's own mean colour), "blur" (Gaussian, sigma an eighth of the
+        fill: "black", "gray" (0.5), "mean" (each image's own mean color), "blur" (Gaussian, sigma an eighth of the
             shorter side) or "noise" (uniform, each pixel and channel its own).
-        image_mean: By which the images were normalised, of [0, 1]; one value or one for each channel.
+        image_mean: By which the images were normalized, of [0, 1]; one value or one for each channel.
         image_std: Likewise.
         generator: Source of the noise.
 
@@ -210,7 +210,7 @@ def masked_logits(
     pixel_values: torch.Tensor,
     masks: torch.Tensor,
     *,
-    by: str = "grey",
+    by: str = "gray",
     image_mean: float | Sequence[float] = 0.5,
     image_std: float | Sequence[float] = 0.5,
     generator: torch.Generator | None = None,
@@ -220,7 +220,7 @@ def masked_logits(
     Args:
         model: The classifier; a vision transformer for `by="attention"` and "tokens", which take patches that lie row
             by row after the other tokens; "tokens" takes absolute positions, added before the first block.
-        pixel_values: Normalised images, (batch, channels, height, width).
+        pixel_values: Normalized images, (batch, channels, height, width).
         masks: What to take away, bool (batch, rows, columns) or (rows, columns) of the grid of patches.
         by: A fill of `fill_patches`, "attention" or "tokens".
         image_mean: As of `fill_patches`.
@@ -269,7 +269,7 @@ def masking_report(
     counts: Sequence[int],
     seeds: int = 20,
     places: Sequence[str] = PLACES,
-    ways: Sequence[str] = ("black", "grey", "attention"),
+    ways: Sequence[str] = ("black", "gray", "attention"),
     maps: torch.Tensor | None = None,
     image_mean: float | Sequence[float] = 0.5,
     image_std: float | Sequence[float] = 0.5,
@@ -282,10 +282,10 @@ def masking_report(
 
     Args:
         model: The classifier.
-        pixel_values: Normalised images, (batch, channels, height, width).
+        pixel_values: Normalized images, (batch, channels, height, width).
         counts: Numbers of patches, k.
         seeds: R, draws of random patches and of noise: seeds 0 to R - 1.
-        places: Of "centre" (a block), "random", "top" and "bottom" (the patches with the most and the least in
+        places: Of "center" (a block), "random", "top" and "bottom" (the patches with the most and the least in
             `maps`).
         ways: Of `WAYS`.
         maps: What ranks the patches, (batch, rows, columns) of the grid; the last layer's CLS attention if not given.
@@ -353,7 +353,7 @@ def masking_report(
                         )
                         masks = torch.zeros_like(masks)
                     options = {"image_mean": image_mean, "image_std": image_std}
-                    logits = masked_logits(model, images, masks, by="grey" if way == "noise" else way, **options)
+                    logits = masked_logits(model, images, masks, by="gray" if way == "noise" else way, **options)
                     after = logits.double().log_softmax(dim=-1).cpu()
                     for trial, row in zip(part, after, strict=True):
                         first, label = before[trial["image"]], int(labels[trial["image"]])
@@ -379,8 +379,8 @@ def masking_report(
 
 
 def _masks_of(trial: dict[str, Any], maps: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    if trial["place"] == "centre":
-        return centre_patches(grid, trial["count"])
+    if trial["place"] == "center":
+        return center_patches(grid, trial["count"])
     if trial["place"] == "random":
         # Images share seeds but not draws.
         seed = trial["seed"] + 1_000_003 * trial["image"]
@@ -427,11 +427,11 @@ def curve(
 
     Args:
         model: The classifier.
-        pixel_values: Normalised images, (batch, channels, height, width).
+        pixel_values: Normalized images, (batch, channels, height, width).
         maps: What orders the pixels, largest first, (batch, height, width).
         mode: "deletion": from the image to nothing; "insertion": from nothing to the image.
         steps: How many times pixels are changed.
-        fill: What nothing is, as of `fill_patches`; "grey" for deletion and "blur" for insertion when not given, as in
+        fill: What nothing is, as of `fill_patches`; "gray" for deletion and "blur" for insertion when not given, as in
             the paper.
         classes: One for all images or one for each; those predicted for the whole images when not given.
         image_mean: As of `fill_patches`.
@@ -454,7 +454,7 @@ def curve(
             f"maps has shape {tuple(maps.shape)}, expected {(len(pixel_values), *pixel_values.shape[-2:])}, that of "
             "the images."
         )
-    fill = fill or {"deletion": "grey", "insertion": "blur"}[mode]
+    fill = fill or {"deletion": "gray", "insertion": "blur"}[mode]
     nothing = _replacement(pixel_values, fill, image_mean, image_std, generator).expand_as(pixel_values)
     before, after = (pixel_values, nothing) if mode == "deletion" else (nothing, pixel_values)
     order = maps.to(pixel_values.device).flatten(1).argsort(dim=1, descending=True, stable=True)

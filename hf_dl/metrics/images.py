@@ -4,7 +4,7 @@
   NeurIPS 2017.
 * KID: Binkowski et al., "Demystifying MMD GANs", ICLR 2018.
 * Resizing and Inception weights: Parmar et al., "On aliased resizing and surprising subtleties in GAN evaluation",
-  CVPR 2022 (clean-fid): PIL's anti-aliased bicubic filter, each channel in float32, nothing quantised afterwards.
+  CVPR 2022 (clean-fid): PIL's anti-aliased bicubic filter, each channel in float32, nothing quantized afterwards.
 
 Differs from clean-fid in two places: the trace of the matrix square root comes from singular values, which stays exact
 when there are fewer images than features; and KID uses all pairs of images rather than random subsets, so it is
@@ -86,7 +86,7 @@ class RandomConvFeatures(nn.Module):
 
     Three 3x3 convolutions of stride 2 with leaky ReLU; the features are mean and standard deviation of each channel of
     each layer. Random features are a valid embedding, in which equal distributions have distance zero, and they see
-    colour, contrast, blur and noise; but they know nothing of objects, and their numbers are not comparable with
+    color, contrast, blur and noise; but they know nothing of objects, and their numbers are not comparable with
     published FIDs. The weights depend on nothing but this class: the random bits of its own generator are scaled, with
     no function that could round differently elsewhere.
 
@@ -153,8 +153,8 @@ class FeatureStatistics:
         if not self.count:
             self.mean, self._scatter = np.zeros(values.shape[1]), np.zeros((values.shape[1],) * 2)
         total, mean = self.count + len(values), values.mean(0)
-        centred, shift = values - mean, mean - self.mean
-        self._scatter += centred.T @ centred + np.outer(shift, shift) * (self.count * len(values) / total)
+        centered, shift = values - mean, mean - self.mean
+        self._scatter += centered.T @ centered + np.outer(shift, shift) * (self.count * len(values) / total)
         self.mean = self.mean + shift * (len(values) / total)
         self.count = total
 

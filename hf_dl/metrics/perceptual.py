@@ -8,7 +8,7 @@ places and summed over the maps. `load` gives it with one of three networks:
   above none and well below trained ones.
 - a folder or Hub id of an image classifier that gives `hidden_states` as feature maps, such as those of
   `train_classifier.py --model norm_resnet`; all maps count alike.
-- "lpips": the published distance, with weights of its channels fitted to people's judgement, by the package `lpips`.
+- "lpips": the published distance, with weights of its channels fitted to people's judgment, by the package `lpips`.
 
 What differs from the paper in the first two: there are no fitted weights of the channels.
 """
@@ -62,7 +62,7 @@ class PerceptualDistance(nn.Module):
             (batch,), at least 0.
 
         Raises:
-            ValueError: If the shapes differ, or are not those of colour images.
+            ValueError: If the shapes differ, or are not those of color images.
         """
         if images.shape != others.shape or images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(
@@ -120,8 +120,8 @@ def _of_classifier(name: str) -> PerceptualDistance:
     model = AutoModelForImageClassification.from_pretrained(name)
     processor = AutoImageProcessor.from_pretrained(name)
     plain = [0.0] * 3, [1.0] * 3
-    normalises = getattr(processor, "do_normalize", False)
-    mean, std = (processor.image_mean, processor.image_std) if normalises else plain
+    normalizes = getattr(processor, "do_normalize", False)
+    mean, std = (processor.image_mean, processor.image_std) if normalizes else plain
     mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (mean, std))
 
     def feature_maps(images: torch.Tensor) -> Sequence[torch.Tensor]:

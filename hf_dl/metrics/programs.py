@@ -143,7 +143,7 @@ def lookup_baseline(train: datasets.Dataset, test: datasets.Dataset) -> list[str
 
 
 def nearest_baseline(train: datasets.Dataset, test: datasets.Dataset) -> list[str]:
-    """Predict the program of the training problem whose text is nearest: TF-IDF, cosine, one neighbour.
+    """Predict the program of the training problem whose text is nearest: TF-IDF, cosine, one neighbor.
 
     Args:
         train: Problems with the columns `template` and `program`.

@@ -168,7 +168,7 @@ def _chunks(prediction: Tensor, target: Tensor) -> Iterator[tuple[Tensor, Tensor
     for chunk in zip(prediction.split(size), target.split(size), strict=True):
         counts = [_num_labels(name, labels) for name, labels in zip(("prediction", "target"), chunk, strict=True)]
         if counts[0] * counts[1] > pixels:
-            chunk = [_relabelled(labels) for labels in chunk]
+            chunk = [_relabeled(labels) for labels in chunk]
             counts = [int(labels.max()) + 1 for labels in chunk]
         # The worst image of a chunk sets the size of every table of the chunk.
         parts = len(chunk[0]) if len(chunk[0]) * counts[0] * counts[1] > _MAX_CELLS else 1
@@ -190,7 +190,7 @@ def _num_labels(name: str, labels: Tensor) -> int:
     return int(highest) + 1
 
 
-def _relabelled(labels: Tensor) -> Tensor:
+def _relabeled(labels: Tensor) -> Tensor:
     """Number the segments of each row 0, 1, 2, ... in order of their labels; 0 and only 0 stays 0."""
     ordered, order = labels.long().sort(dim=1)
     ranks = torch.zeros_like(ordered)
@@ -202,7 +202,7 @@ def _relabelled(labels: Tensor) -> Tensor:
 def _table(prediction: Tensor, target: Tensor, rows: int, columns: int) -> Tensor:
     """Contingency tables (batch, rows, columns) int64 of labels (batch, pixels)."""
     (batch, pixels), device = target.shape, target.device
-    # Neighbouring pixels mostly fall into one cell, and each count of a cell waits for the one before: hence four
+    # Neighboring pixels mostly fall into one cell, and each count of a cell waits for the one before: hence four
     # tables an image, taken in turn. Codes of two bytes instead of eight make the passes over them cheap.
     lanes, dtype = (4, torch.int16) if 4 * batch * rows * columns < 2**15 else (1, torch.int32)
     table = torch.arange(lanes, dtype=dtype, device=device).repeat(-(-pixels // lanes))[:pixels]

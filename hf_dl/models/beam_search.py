@@ -96,12 +96,12 @@ def beam_search(
         start_token_id: What the sequences start from, one for all or int64 (batch,).
         eos_token_id: The end token.
         pad_token_id: What fills the sequences after their end.
-        length_penalty: Power of the length that a log-probability is divided by; above 0 favours long sequences.
+        length_penalty: Power of the length that a log-probability is divided by; above 0 favors long sequences.
         early_stopping: When an example is done. True: as soon as k hypotheses are finished. False: when no open one
             would beat the worst finished one if it ended now. "never": when none can, whatever its length (with a
             positive penalty an open one is taken to reach `max_length`).
         num_return_sequences: n, at most `num_beams`.
-        constraint: What hypotheses may say. Log-probabilities are not renormalised.
+        constraint: What hypotheses may say. Log-probabilities are not renormalized.
 
     Returns:
         The n best of each example. Examples do not depend on each other.

@@ -1,6 +1,6 @@
 """A plain convolutional classifier: three convolutions and two linear layers, the second of which is any output layer.
 
-The base network on which output layers are compared. Each 3x3 convolution is followed by an optional normalisation,
+The base network on which output layers are compared. Each 3x3 convolution is followed by an optional normalization,
 2x2 max pooling and a ReLU (in the usual order, ReLU first, the numbers are the same and the work is more); what is
 left of the image is flattened, a linear layer with ReLU and dropout makes hidden states of it, and an output layer of
 `HEADS` in layers_softmax.py names the class. With the default sizes and 100 classes there are 0.64 million parameters,
@@ -107,7 +107,7 @@ class ConvClassifierConfig(PreTrainedConfig):
 
 
 class ConvClassifierPreTrainedModel(PreTrainedModel):
-    """Weight initialisation and loading of the network."""
+    """Weight initialization and loading of the network."""
 
     config: ConvClassifierConfig
     base_model_prefix = "conv_classifier"

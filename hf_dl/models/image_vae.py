@@ -1,14 +1,14 @@
 """Variational autoencoders of images: a multilayer perceptron and a small convolutional network.
 
 Kingma & Welling 2014, "Auto-Encoding Variational Bayes": an encoder gives the mean and log-variance of a Gaussian
-posterior q(z|x), a code is drawn from it by reparameterisation, and a decoder gives the distribution of the pixels
+posterior q(z|x), a code is drawn from it by reparameterization, and a decoder gives the distribution of the pixels
 p(x|z). The loss is the negative evidence lower bound (ELBO), the reconstruction term -log p(x|z) and the divergence
 KL(q(z|x) || N(0, I)), both summed over an image and averaged over the batch: nats an image.
 
 Two likelihoods, for pixels in [0, 1]:
 
-- "bernoulli": -log p(x|z) is the binary cross-entropy (BCE). For grey pixels it is the expectation over images that
-  are made black and white at random, each pixel white with the probability of its grey.
+- "bernoulli": -log p(x|z) is the binary cross-entropy (BCE). For gray pixels it is the expectation over images that
+  are made black and white at random, each pixel white with the probability of its gray.
 - "gaussian": -log p(x|z) is the summed squared error (SSE) / (2 pixel_std^2), and a constant that the loss leaves out
   and `log_likelihood` has. The default pixel_std^2 = 1/2 makes the loss SSE + KL; pixel_std = 1 makes it SSE/2 + KL.
 
@@ -38,7 +38,7 @@ class ImageVaeConfig(PreTrainedConfig):
     Args:
         architecture: "mlp" or "conv".
         image_size: Height and width of the images, in pixels; for "conv" a multiple of 2 for each of `widths`.
-        num_channels: Channels of the images, 1 (grey) or 3.
+        num_channels: Channels of the images, 1 (gray) or 3.
         latent_size: Numbers of a code.
         likelihood: "bernoulli" or "gaussian", see the module.
         pixel_std: Standard deviation of a pixel under the Gaussian likelihood.
@@ -85,7 +85,7 @@ class ImageVaeConfig(PreTrainedConfig):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
         if self.num_channels not in (1, 3):
-            raise ValueError(f"num_channels={self.num_channels} must be 1 (grey) or 3 (RGB).")
+            raise ValueError(f"num_channels={self.num_channels} must be 1 (gray) or 3 (RGB).")
         if self.num_blocks < 0:
             raise ValueError(f"num_blocks={self.num_blocks} must be at least 0.")
         for name in ("hidden_sizes", "widths"):
@@ -152,7 +152,7 @@ class ImageVaeProcessor(TorchvisionBackend):
     do_normalize = False
 
     def process_image(self, image: ImageInput, do_grayscale: bool | None = None, **kwargs: Any) -> torch.Tensor:
-        """Make a tensor (channels, height, width) of one image; grey is the luma of ITU-R 601, as Pillow has it."""
+        """Make a tensor (channels, height, width) of one image; gray is the luma of ITU-R 601, as Pillow has it."""
         image = super().process_image(image, **kwargs)
         if not do_grayscale or len(image) == 1:
             return image
@@ -218,7 +218,7 @@ def make_decoder(config: ImageVaeConfig) -> nn.Sequential:
 
 
 class ImageVaePreTrainedModel(PreTrainedModel):
-    """Weight initialisation and loading of the networks."""
+    """Weight initialization and loading of the networks."""
 
     config: ImageVaeConfig
     base_model_prefix = "image_vae"
@@ -323,7 +323,7 @@ class ImageVaeModel(ImageVaePreTrainedModel):
     def draw(
         mean: torch.Tensor, log_variance: torch.Tensor, *, generator: torch.Generator | None = None
     ) -> torch.Tensor:
-        """Draw codes by reparameterisation, mean + std * noise, so that gradients reach both.
+        """Draw codes by reparameterization, mean + std * noise, so that gradients reach both.
 
         Args:
             mean: Of the posterior, (batch, latent_size).

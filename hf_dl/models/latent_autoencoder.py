@@ -70,7 +70,7 @@ def encode_latents(autoencoder: AutoencoderKL | VQModel, pixel_values: torch.Ten
 
     Args:
         autoencoder: The autoencoder. Of `AutoencoderKL` the mean of the latents is taken, of `VQModel` the latents
-            before they are quantised.
+            before they are quantized.
         pixel_values: (batch, 3, height, width), in [-1, 1].
 
     Returns:
@@ -82,7 +82,7 @@ def encode_latents(autoencoder: AutoencoderKL | VQModel, pixel_values: torch.Ten
 
 
 def decode_latents(autoencoder: AutoencoderKL | VQModel, latents: torch.Tensor) -> torch.Tensor:
-    """The inverse of `encode_latents`, up to the autoencoder's error; `VQModel` quantises on the way.
+    """The inverse of `encode_latents`, up to the autoencoder's error; `VQModel` quantizes on the way.
 
     Args:
         autoencoder: The autoencoder.

@@ -1,6 +1,6 @@
 """Attention: additive (Bahdanau et al. 2015), and slots that compete for tokens (Locatello et al. 2020, Algorithm 1).
 
-Slot attention follows the paper to the letter: three layer normalisations, softmax over the slots, weighted mean over
+Slot attention follows the paper to the letter: three layer normalizations, softmax over the slots, weighted mean over
 the tokens, GRU, residual MLP. Two things are done differently, neither of which changes the numbers:
 
 - The key and value projections are absorbed on the side of the slots where that costs less. With k = x W_k and
@@ -23,7 +23,7 @@ GRADIENTS = ("full", "implicit", "bilevel")
 def attention_masks(attention: torch.Tensor, size: Sequence[int], *, image_size: int) -> torch.Tensor:
     """Lay the attention over the image, interpolated bilinearly between the places that the tokens look at.
 
-    Convolutions of stride s with odd kernels and half as much padding centre token i on pixel s i, not on the middle
+    Convolutions of stride s with odd kernels and half as much padding center token i on pixel s i, not on the middle
     of the s pixels from there, which is (s - 1) / 2 further on and where `F.interpolate` would put it. Beyond the last
     token its value goes on.
 
@@ -51,7 +51,7 @@ def attention_masks(attention: torch.Tensor, size: Sequence[int], *, image_size:
     maps = attention.to(torch.promote_types(attention.dtype, torch.float32)).unflatten(-1, (side, side))
 
     def weights(pixels: int) -> torch.Tensor:
-        """(pixels, side): how much of each token's value a pixel has, 1 at its centre and 0 at those beside it."""
+        """(pixels, side): how much of each token's value a pixel has, 1 at its center and 0 at those beside it."""
         at = ((torch.arange(pixels, dtype=torch.float64) + 0.5) / pixels * image_size - 0.5) * side / image_size
         apart = at.clamp(0, side - 1)[:, None] - torch.arange(side)
         return (1 - apart.abs()).clamp_min(0).to(maps)
@@ -128,7 +128,7 @@ class SlotAttention(nn.Module):
         input_dim: Channels of the tokens.
         slot_dim: Channels of a slot.
         mlp_dim: Hidden units of the residual MLP.
-        epsilon: Added to the attention before it is normalised over the tokens; 1e-8 in the paper.
+        epsilon: Added to the attention before it is normalized over the tokens; 1e-8 in the paper.
         qkv_bias: Whether the three projections have a bias: not in the paper, but in some of its ports.
 
     Example:
@@ -167,7 +167,7 @@ class SlotAttention(nn.Module):
 
         Returns:
             The slots, (batch, slots, slot_dim), and for each iteration the attention, (batch, slots, tokens): the
-            softmax over the slots, before it is normalised over the tokens, so it sums to 1 at every token.
+            softmax over the slots, before it is normalized over the tokens, so it sums to 1 at every token.
 
         Raises:
             ValueError: If `num_iterations` is below 1 or `gradient` is unknown.

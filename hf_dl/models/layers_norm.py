@@ -1,4 +1,4 @@
-"""Normalisation layers for images, from their definitions: batch, instance, batch-instance, layer and group.
+"""Normalization layers for images, from their definitions: batch, instance, batch-instance, layer and group.
 
 Ioffe & Szegedy 2015 (batch), Ba et al. 2016 (layer), Ulyanov et al. 2016 (instance), Nam & Kim 2018 (batch-instance),
 Wu & He 2018 (group). All take x of (batch, channels, height, width), subtract a mean, divide by a standard deviation
@@ -87,7 +87,7 @@ def _statistics(
 
 
 def _shares(gate: torch.Tensor | None) -> tuple[torch.Tensor | float, ...]:
-    """How much of each standardised x the result has: all of the only one, or rho and 1 - rho of the two."""
+    """How much of each standardized x the result has: all of the only one, or rho and 1 - rho of the two."""
     return (1.0,) if gate is None else (gate, 1 - gate)
 
 
@@ -152,7 +152,7 @@ class _Standardize(torch.autograd.Function):
         sources: Sequence[_Pool | _Given],
         eps: float,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | float]:
-        """Standardise; also returns the first source's mean, variance and count."""
+        """Standardize; also returns the first source's mean, variance and count."""
         if not x.is_contiguous():
             last = x.is_contiguous(memory_format=torch.channels_last)
             x = x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
@@ -178,8 +178,8 @@ class _Standardize(torch.autograd.Function):
         # x whose mean is within a few deviations of zero loses nothing by not being shifted, and saves three passes.
         # Looking costs a wait on other devices.
         spread = sources[0][1].to(wide) if var is None else var
-        centre = x.device.type != "cpu" or bool((pivot.square() > 16 * (spread + eps)).any())
-        if not centre:
+        center = x.device.type != "cpu" or bool((pivot.square() > 16 * (spread + eps)).any())
+        if not center:
             pivot = torch.zeros_like(pivot)
 
         shares = _shares(None if gate is None else gate.to(wide))
@@ -204,13 +204,13 @@ class _Standardize(torch.autograd.Function):
         views = (rows, _rows(y), *(values.reshape(columns) for values in (pivot, scale, shift)))
         if y.dtype == dtype:
             for block, out, m, a, b in _blocks(*views):
-                (torch.sub(block, m, out=out).mul_(a) if centre else torch.mul(block, a, out=out)).add_(b)
+                (torch.sub(block, m, out=out).mul_(a) if center else torch.mul(block, a, out=out)).add_(b)
         else:
             for block, out, m, a, b, result in _blocks(*views, scratch=(dtype,)):
                 out.copy_(torch.sub(block, m, out=result).mul_(a).add_(b))
 
         ctx.save_for_backward(x, weight, gate, pivot, scale, *saved)
-        ctx.sources, ctx.centre, ctx.bias_dtype = sources, centre, None if bias is None else bias.dtype
+        ctx.sources, ctx.center, ctx.bias_dtype = sources, center, None if bias is None else bias.dtype
         ctx.mark_non_differentiable(*(value for value in first if isinstance(value, torch.Tensor)))
         return y, *first
 
@@ -230,7 +230,7 @@ class _Standardize(torch.autograd.Function):
         dy_mean, dy_x_mean = (x.new_empty(columns, dtype=dtype) for _ in range(2))
         views = (rows, gradients, pivots, dy_mean, dy_x_mean)
         for block, g, m, sum_g, sum_gx, d, product in _blocks(*views, scratch=(dtype, dtype)):
-            d = torch.sub(block, m, out=d) if ctx.centre else block
+            d = torch.sub(block, m, out=d) if ctx.center else block
             torch.sum(g, 2, True, dtype=dtype, out=sum_g)
             torch.sum(torch.mul(d, g, out=product), 2, True, out=sum_gx)
         dy_mean, dy_x_mean = (values.view(batch, channels).to(wide) / pixels for values in (dy_mean, dy_x_mean))
@@ -260,7 +260,7 @@ class _Standardize(torch.autograd.Function):
                 views = (rows, gradients, _rows(dx), pivots, rescaled, slope, constant)
                 if dx.dtype == dtype:
                     for block, g, out, m, a, c1, c0 in _blocks(*views):
-                        d = torch.sub(block, m, out=out).mul_(c1) if ctx.centre else torch.mul(block, c1, out=out)
+                        d = torch.sub(block, m, out=out).mul_(c1) if ctx.center else torch.mul(block, c1, out=out)
                         d.add_(c0).addcmul_(g, a)
                 else:
                     for block, g, out, m, a, c1, c0, result in _blocks(*views, scratch=(dtype,)):
@@ -291,15 +291,15 @@ def _standardize_for_compilers(
     pixels, values = x.shape[2] * x.shape[3], x.to(dtype)
     if any(isinstance(source, _Pool) for source in sources):
         pivot = values.detach().mean((2, 3))
-        centred = values - pivot[:, :, None, None]
-        rest = centred.mean((2, 3))
-        var = (centred - rest[:, :, None, None]).square().mean((2, 3)).to(wide)
+        centered = values - pivot[:, :, None, None]
+        rest = centered.mean((2, 3))
+        var = (centered - rest[:, :, None, None]).square().mean((2, 3)).to(wide)
         pivot = pivot.to(wide)
         mean = pivot + rest.to(wide)
     else:
         mean = var = None
         pivot = sources[0][0].to(dtype).expand(x.shape[:2]).to(wide)
-        centred = values - pivot.to(dtype)[:, :, None, None]
+        centered = values - pivot.to(dtype)[:, :, None, None]
     scale, shift, first = 0.0, 0.0, None
     for share, source in zip(_shares(None if gate is None else gate.to(wide)), sources, strict=True):
         pooled_mean, pooled_var, count = _statistics(source, mean, var, pixels)
@@ -313,7 +313,7 @@ def _standardize_for_compilers(
     if bias is not None:
         shift = shift + bias.to(wide)
     scale, shift = (v.expand(x.shape[:2]).to(dtype)[:, :, None, None] for v in (scale, shift))
-    return (centred * scale + shift).to(x.dtype), *first
+    return (centered * scale + shift).to(x.dtype), *first
 
 
 _standardize_outside_graphs = torch.compiler.disable(_Standardize.apply)
@@ -431,7 +431,7 @@ class BatchNorm2d(_Norm2d):
         return f"{super().extra_repr()}, momentum={self.momentum}{shared}"
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Normalise x of (batch, channels, height, width), and in training take note of its statistics."""
+        """Normalize x of (batch, channels, height, width), and in training take note of its statistics."""
         y, *statistics = _standardize(x, self.weight, self.bias, [self._source(x)], eps=self.eps)
         self._track(*statistics)
         return y
@@ -478,7 +478,7 @@ class InstanceNorm2d(_Norm2d):
         self.num_features = num_features
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Normalise x of (batch, channels, height, width)."""
+        """Normalize x of (batch, channels, height, width)."""
         self._check(x)
         if x.shape[2] * x.shape[3] == 1:
             raise ValueError(
@@ -489,11 +489,11 @@ class InstanceNorm2d(_Norm2d):
 
 
 class BatchInstanceNorm2d(BatchNorm2d):
-    """A learned gate rho in [0, 1] for each channel mixes batch and instance normalisation.
+    """A learned gate rho in [0, 1] for each channel mixes batch and instance normalization.
 
         y = weight * (rho * x_batch + (1 - rho) * x_instance) + bias
 
-    Nam & Kim 2018, equation 3. rho starts at 1, batch normalisation, and is clipped to [0, 1] after each update: here
+    Nam & Kim 2018, equation 3. rho starts at 1, batch normalization, and is clipped to [0, 1] after each update: here
     at the next forward pass, so that any training loop will do; a checkpoint may hold a value just outside, which
     counts as the bound. In evaluation the batch half has running statistics.
 
@@ -529,7 +529,7 @@ class BatchInstanceNorm2d(BatchNorm2d):
         self.gate.fill_(1.0)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Normalise x of (batch, channels, height, width), and in training take note of its statistics."""
+        """Normalize x of (batch, channels, height, width), and in training take note of its statistics."""
         if self.training:
             # By .data, for the backward of an earlier forward that still holds rho: its value is not another.
             self.gate.data.clamp_(0, 1)
@@ -548,7 +548,7 @@ class GroupNorm2d(_Norm2d):
     State dicts are those of `torch.nn.GroupNorm`, both ways.
 
     Args:
-        num_groups: Groups of neighbouring channels; 1 is layer normalisation, one a channel instance normalisation.
+        num_groups: Groups of neighboring channels; 1 is layer normalization, one a channel instance normalization.
         num_channels: C, a multiple of `num_groups`.
         eps: Added to the variance.
         affine: Whether there is a learned scale and shift for each channel.
@@ -568,7 +568,7 @@ class GroupNorm2d(_Norm2d):
         return f"{self.num_groups}, {super().extra_repr()}"
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Normalise x of (batch, channels, height, width)."""
+        """Normalize x of (batch, channels, height, width)."""
         self._check(x)
         return _standardize(x, self.weight, self.bias, [_Pool(groups=self.num_groups)], eps=self.eps)[0]
 
@@ -613,7 +613,7 @@ class LayerNorm2d(_Norm2d):
         return f"{super().extra_repr()}{size}" + ("" if self.over == "image" else f", over={self.over!r}")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Normalise x of (batch, channels, height, width)."""
+        """Normalize x of (batch, channels, height, width)."""
         self._check(x)
         if self.over == "channels":
             # Pixels are the images of this view, so that channels are what is averaged over.

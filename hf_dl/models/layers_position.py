@@ -10,7 +10,7 @@ from torch import nn
 
 
 class PositionEmbedding(nn.Module):
-    """A linear map of positions, those of the cells' centres in [0, 1].
+    """A linear map of positions, those of the cells' centers in [0, 1].
 
     The positions are (x, y, 1 - x, 1 - y), as in Locatello et al. 2020, and sin and cos of 2^i pi x and 2^i pi y for i
     below `frequencies` (Mildenhall et al. 2020, NeRF, section 5.1).

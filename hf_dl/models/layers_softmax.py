@@ -3,7 +3,7 @@
 Each takes hidden states (batch, dim), has parameters of its own in place of a last linear layer, and gives
 
 - `head(hidden, labels)`: the loss, the mean of -log P(label | hidden) in evaluation and, but for Gumbel, in training;
-- `head.log_prob(hidden)`: log P(class | hidden), (batch, classes), normalised. A model returns it as `logits`, which
+- `head.log_prob(hidden)`: log P(class | hidden), (batch, classes), normalized. A model returns it as `logits`, which
   it also is: softmax(log p) = p, so that pipelines, top-5 scores and confusion matrices work as with any classifier;
 - `head.predict(hidden, k)`: the k most probable classes, exactly.
 
@@ -11,7 +11,7 @@ Which to use, with V classes, hidden states of d channels, and the cost of the l
 
 ============  =================  ==================================================================================
 softmax       O(V d)             Up to some thousands of classes, and wherever accuracy matters more than time.
-gumbel        O(V d)             Softmax with noise on the logits: a regulariser, and a sampler with gradients.
+gumbel        O(V d)             Softmax with noise on the logits: a regularizer, and a sampler with gradients.
 hierarchical  O(d log V)         10^4 classes and more of unequal frequency, with `sparse=True`. What a binary tree
                                  asks of a linear layer at each node decides the accuracy: classes that are alike
                                  belong together (`groups`), and few levels do better than many ("two_level").
@@ -91,7 +91,7 @@ class OutputHead(nn.Module, abc.ABC):
         return f"{self.in_features} -> {self.num_classes} classes"
 
     def sparse_parameters(self) -> list[nn.Parameter]:
-        """The parameters whose gradients are sparse; `make_optimizers` gives them the optimiser they need."""
+        """The parameters whose gradients are sparse; `make_optimizers` gives them the optimizer they need."""
         return []
 
     def make_buffers(self) -> dict[str, torch.Tensor]:
@@ -292,7 +292,7 @@ class SoftmaxHead(OutputHead):
             _uniform_(parameter, self.in_features)
 
     def scores(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Compute z = W h + b of (batch, dim): (batch, classes), not normalised."""
+        """Compute z = W h + b of (batch, dim): (batch, classes), not normalized."""
         return _wide(F.linear(hidden, self.weight, self.bias))
 
     def _losses(
@@ -438,7 +438,7 @@ def huffman_tree(class_counts: Sequence[float]) -> np.ndarray:
 
     Args:
         class_counts: How often each class occurs, (classes,), 0 or above. Equal counts give a balanced tree that pairs
-            neighbours.
+            neighbors.
 
     Returns:
         The branches, int64 (classes - 1, 2): row n holds the left and the right child of inner node n, the number of
@@ -539,12 +539,12 @@ def cluster_classes(weight: torch.Tensor, *, seed: int = 0, restarts: int = 8, i
     """Learn a tree from a trained output layer: classes whose weights are alike come to lie together.
 
     Splits the classes in halves by balanced 2-means on their weights, and each half again: assigning half of the
-    classes to each of two centres with the smallest sum of squared distances means sorting by the difference of the
+    classes to each of two centers with the smallest sum of squared distances means sorting by the difference of the
     two distances.
 
     Args:
         weight: (classes, dim), such as `SoftmaxHead.weight` after training.
-        seed: Of the first centres.
+        seed: Of the first centers.
         restarts: Starts of 2-means a split, of which the best result is kept.
         iterations: Of 2-means, at most, a start.
 
@@ -785,7 +785,7 @@ class TreeHead(_TreeLike):
     example costs its path: at V = 10^6 of Zipf frequencies, 13 of a million rows.
 
     With `sparse=True` backward costs the path too, but torch.optim.Adam and AdamW refuse such gradients: take the
-    optimisers from `make_optimizers`. With dense gradients (the default) backward fills a gradient of V rows.
+    optimizers from `make_optimizers`. With dense gradients (the default) backward fills a gradient of V rows.
 
     Args:
         in_features: d, channels of the hidden states.
@@ -1424,7 +1424,7 @@ def make_optimizers(
     weight_decay: float = 0.0,
     betas: tuple[float, float] = (0.9, 0.999),
 ) -> list[torch.optim.Optimizer]:
-    """Make the optimisers of a model with a sparse head: AdamW, which refuses sparse gradients, and SparseAdam.
+    """Make the optimizers of a model with a sparse head: AdamW, which refuses sparse gradients, and SparseAdam.
 
     SparseAdam moves only the rows that have a gradient, so a step costs the path and not the number of classes. It has
     no weight decay, which would touch all rows.
@@ -1436,7 +1436,7 @@ def make_optimizers(
         betas: Of both.
 
     Returns:
-        One optimiser or two; call `step` and `zero_grad` on each.
+        One optimizer or two; call `step` and `zero_grad` on each.
 
     Example:
         ```python

@@ -80,10 +80,10 @@ class _NormSilu(torch.autograd.Function):
     def forward(ctx, x, weight, bias, groups, eps):
         batch, channels, height, width = x.shape
         shape = (batch, channels, height * width, groups)
-        normalised, mean, rstd = torch.native_group_norm(x, weight, bias, *shape, eps)
+        normalized, mean, rstd = torch.native_group_norm(x, weight, bias, *shape, eps)
         ctx.save_for_backward(x, weight, bias, mean, rstd)
         ctx.shape = shape
-        return F.silu(normalised)
+        return F.silu(normalized)
 
     @staticmethod
     @once_differentiable
@@ -92,8 +92,8 @@ class _NormSilu(torch.autograd.Function):
         batch, channels, _, groups = ctx.shape
         scale = (rstd[..., None] * weight.view(groups, -1)).view(batch, channels)
         shift = bias - (mean[..., None] * scale.view(batch, groups, -1)).view(batch, channels)
-        normalised = torch.addcmul(shift[..., None, None], x, scale[..., None, None])
-        grad = torch.ops.aten.silu_backward(grad, normalised)
+        normalized = torch.addcmul(shift[..., None, None], x, scale[..., None, None])
+        grad = torch.ops.aten.silu_backward(grad, normalized)
         needed = list(ctx.needs_input_grad[:3])
         return *torch.ops.aten.native_group_norm_backward(grad, x, mean, rstd, weight, *ctx.shape, needed), None, None
 
@@ -104,7 +104,7 @@ def norm_silu(norm: nn.GroupNorm, x: torch.Tensor) -> torch.Tensor:
     What `torch.compile` keeps it decides itself, and autocast casts between the two: there they are left as they are.
 
     Args:
-        norm: The normalisation, with weight and bias.
+        norm: The normalization, with weight and bias.
         x: (batch, channels, height, width).
 
     Returns:
@@ -131,7 +131,7 @@ class ResidualBlock(nn.Module):
         in_channels: Channels of the input; a multiple of `groups`.
         out_channels: Channels of the output; a multiple of `groups`.
         time_dim: Channels of the time embedding.
-        groups: Groups of the normalisations.
+        groups: Groups of the normalizations.
         dropout: Probability of dropout before the second convolution.
         resample: "down" (average over 2x2 cells), "up" (each cell becomes 2x2) or None.
 
@@ -269,7 +269,7 @@ class SlotTransformer(nn.Module):
         slot_dim: Channels of a slot.
         head_dim: Channels of an attention head.
         depth: Transformer blocks.
-        groups: Groups of the normalisation.
+        groups: Groups of the normalization.
         position_frequencies: Octaves of the position embedding that is added to the cells; None for none, as in
             diffusers.
 

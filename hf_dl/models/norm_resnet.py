@@ -1,8 +1,8 @@
-"""The ResNet of 6n + 2 layers for small images, with a choice of normalisations.
+"""The ResNet of 6n + 2 layers for small images, with a choice of normalizations.
 
 He et al. 2015, "Deep Residual Learning for Image Recognition", section 4.2: a 3x3 convolution, three stages of 2n 3x3
 convolutions at full, half and quarter resolution and of 16, 32 and 64 channels, a residual connection around each two,
-normalisation right after each convolution, the mean over the pixels, a linear layer. n = 3, 5, 9, 18 are the paper's
+normalization right after each convolution, the mean over the pixels, a linear layer. n = 3, 5, 9, 18 are the paper's
 ResNet-20, -32, -56 and -110.
 
 What differs from the paper:
@@ -45,7 +45,7 @@ NORM_LAYERS = (BatchNorm2d, InstanceNorm2d, LayerNorm2d, GroupNorm2d)  # BatchIn
 
 @strict
 class NormResNetConfig(PreTrainedConfig):
-    """Configuration of a `NormResNetModel`; the defaults are ResNet-14 with batch normalisation.
+    """Configuration of a `NormResNetModel`; the defaults are ResNet-14 with batch normalization.
 
     Args:
         n: Residual blocks of a stage; the network has 6n + 2 layers with weights.
@@ -116,9 +116,9 @@ class NormResNetConfig(PreTrainedConfig):
     def receptive_field(self) -> int:
         """Height and width, in pixels of the image, of what a pixel of the last feature map depends on."""
         strides = [1, *[1] * (2 * self.n), *2 * [2, *[1] * (2 * self.n - 1)]]
-        size, step = 1, 1  # step: pixels between neighbours of the feature map
+        size, step = 1, 1  # step: pixels between neighbors of the feature map
         for stride in strides:
-            size += 2 * step  # a 3x3 kernel sees a neighbour on either side
+            size += 2 * step  # a 3x3 kernel sees a neighbor on either side
             step *= stride
         return size
 
@@ -143,7 +143,7 @@ def image_processor(config: NormResNetConfig) -> ViTImageProcessor:
 
 
 class ConvNorm(nn.Sequential):
-    """A convolution and the normalisation right after it."""
+    """A convolution and the normalization right after it."""
 
     def __init__(self, config: NormResNetConfig, inputs: int, outputs: int, *, kernel: int, stride: int, size: int):
         convolution = nn.Conv2d(
@@ -174,13 +174,13 @@ class ResidualBlock(nn.Module):
         if self.projection is not None:
             x = self.projection(x)
         elif self.stride > 1 or self.new_channels:
-            # The pixels that a 3x3 convolution of this stride is centred on.
+            # The pixels that a 3x3 convolution of this stride is centered on.
             x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.new_channels))
         return F.relu(x + residual)
 
 
 class NormResNetPreTrainedModel(PreTrainedModel):
-    """Weight initialisation and loading of the network."""
+    """Weight initialization and loading of the network."""
 
     config: NormResNetConfig
     base_model_prefix = "norm_resnet"

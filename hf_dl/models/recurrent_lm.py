@@ -142,7 +142,7 @@ class RecurrentLMOutput(ModelOutput):
 
 
 class RecurrentLMPreTrainedModel(PreTrainedModel):
-    """Weight initialisation and loading of the model."""
+    """Weight initialization and loading of the model."""
 
     config: RecurrentLMConfig
     base_model_prefix = "recurrent_lm"

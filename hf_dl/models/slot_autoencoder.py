@@ -6,7 +6,7 @@ the slots' alphas, mean squared error.
 
 What differs from the paper, each by a field of the config:
 
-- `encoder="resnet18"`: ResNet-18 with group normalisation and stride 4, as SlotDiffusion's CLEVRTex baseline has.
+- `encoder="resnet18"`: ResNet-18 with group normalization and stride 4, as SlotDiffusion's CLEVRTex baseline has.
 - `slot_init="learned"`: one learned vector a slot in place of draws from one learned Gaussian.
 - `gradient`: implicit or bi-level differentiation of the iterations (see `SlotAttention`).
 - `decoder="pixel_shuffle"`: 3x3 convolutions on coarse grids and sub-pixel upsampling (Shi et al. 2016) in place of
@@ -16,7 +16,7 @@ What differs from the paper, each by a field of the config:
   that reconstructs it best is kept, as K-means keeps the best of its starts. Slot attention is such a descent into
   the nearest solution, and from one draw it often leaves an object to the slot that paints the ground.
 - `posterior`, a segmentation that looks at the pixels once more, beside the decoder's alphas.
-- Positions are the centres of the cells, not corner-aligned, so that weights carry over to other resolutions.
+- Positions are the centers of the cells, not corner-aligned, so that weights carry over to other resolutions.
 """
 
 import math
@@ -46,7 +46,7 @@ class SlotAutoencoderConfig(PreTrainedConfig):
     Args:
         image_size: Height and width of the images, in pixels; a multiple of `decoder_size`.
         num_channels: Channels of the images.
-        encoder: "cnn" (5x5 convolutions, one for each entry of `encoder_channels`) or "resnet18" (group normalisation,
+        encoder: "cnn" (5x5 convolutions, one for each entry of `encoder_channels`) or "resnet18" (group normalization,
             stride 4).
         encoder_channels: Output channels of each convolution of the "cnn" encoder.
         encoder_strides: Stride of each of them; the paper's 128x128 model has four of stride 1.
@@ -62,8 +62,8 @@ class SlotAutoencoderConfig(PreTrainedConfig):
         slot_std: Scale of the Gaussian that `slot_init="gaussian"` starts from. 1 is the paper's; the GRU has to
             overwrite the draws in T iterations, which it learns sooner when they are small.
         gradient: "full", "implicit" or "bilevel" (see `SlotAttention`); with "implicit" the initial slots, or their
-            Gaussian, stay what they were initialised to.
-        epsilon: Added to the attention before it is normalised over the tokens.
+            Gaussian, stay what they were initialized to.
+        epsilon: Added to the attention before it is normalized over the tokens.
         qkv_bias: Whether the projections of slot attention have a bias.
         decoder: "broadcast" (transposed convolutions of stride 2 from `decoder_size` to `image_size`, then plain
             ones) or "pixel_shuffle".
@@ -381,7 +381,7 @@ def mixture_posterior(
 ) -> torch.Tensor:
     """The probability that a slot explains a pixel, given the pixel.
 
-    The decoder's alphas m are made without a look at the image: where a slot paints what its neighbour paints as well,
+    The decoder's alphas m are made without a look at the image: where a slot paints what its neighbor paints as well,
     such as the ground around an object, they may be either's. With the alphas as the prior of a mixture of Gaussians
     around the contents c (Greff et al. 2019, IODINE, section 2.1), Bayes' rule says
 
@@ -405,7 +405,7 @@ def mixture_posterior(
 
 
 class SlotAutoencoderPreTrainedModel(PreTrainedModel):
-    """Weight initialisation and loading of the slot autoencoder."""
+    """Weight initialization and loading of the slot autoencoder."""
 
     config: SlotAutoencoderConfig
     base_model_prefix = "slot_autoencoder"
@@ -715,7 +715,7 @@ class SlotAutoencoderModel(SlotAutoencoderPreTrainedModel):
 
         Returns:
             int64 (height, width) at the image's own size, with values in [0, K); a list of them for a list. A value is
-            the index of the slot in `SlotAutoencoderOutput.slots`; which of them is the background is not labelled.
+            the index of the slot in `SlotAutoencoderOutput.slots`; which of them is the background is not labeled.
 
         Example:
             ```python

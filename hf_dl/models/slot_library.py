@@ -66,7 +66,7 @@ class SlotLibrary(
         vectors: The slots, (stored, dim) float32.
         clusters: Cluster of each, (stored,) int64.
         areas: Fraction of the image that each one's mask covers, (stored,) float32 in [0, 1].
-        centres: Centre of mass of each one's mask, x and y, (stored, 2) float32 in [0, 1].
+        centers: Center of mass of each one's mask, x and y, (stored, 2) float32 in [0, 1].
         masks: Masks, (stored, mask_size, mask_size) uint8, 255 = all of the cell.
         background_clusters: Which clusters are background, (num_clusters,) bool.
         object_counts: At k, the number of fitted images with k stored slots that are not background, int64.
@@ -125,7 +125,7 @@ class SlotLibrary(
                 f"num_clusters={num_clusters} does not fit {int(kept.sum())} slots that cover at least "
                 f"min_area={self.min_area} of their image; expected 1 to that many. Pass more images."
             )
-        self.vectors, self.areas, self.centres = slots[kept], areas[kept], _centres(masks)[kept]
+        self.vectors, self.areas, self.centers = slots[kept], areas[kept], _centers(masks)[kept]
         self.masks = (F.adaptive_avg_pool2d(masks, self.mask_size)[kept] * 255).round().clamp(max=255).byte()
 
         method = MiniBatchKMeans if len(self.vectors) > _MANY_SLOTS else KMeans
@@ -270,7 +270,7 @@ _TENSORS = {
     "vectors": 2,
     "clusters": 1,
     "areas": 1,
-    "centres": 2,
+    "centers": 2,
     "masks": 3,
     "background_clusters": 1,
     "object_counts": 1,
@@ -282,8 +282,8 @@ def _draw(indices: Tensor, n: int, generator: torch.Generator) -> Tensor:
     return indices[torch.randint(len(indices), (n,), generator=generator)]
 
 
-def _centres(masks: Tensor) -> Tensor:
-    """Centre of mass (..., 2), x then y, of masks (..., height, width), with pixel centres in (0, 1)."""
+def _centers(masks: Tensor) -> Tensor:
+    """Center of mass (..., 2), x then y, of masks (..., height, width), with pixel centers in (0, 1)."""
     height, width = masks.shape[-2:]
     x, y = (torch.arange(width) + 0.5) / width, (torch.arange(height) + 0.5) / height
     total = masks.sum((-2, -1)).clamp(min=1e-12)

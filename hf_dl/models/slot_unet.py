@@ -93,7 +93,7 @@ class SlotUNetModel(ModelMixin, ConfigMixin):
         attention_head_dim: Channels of an attention head.
         cross_attention_dim: Channels of a slot.
         dropout: Probability of dropout in the residual blocks.
-        norm_num_groups: Groups of the normalisations.
+        norm_num_groups: Groups of the normalizations.
         position_frequencies: Octaves of the position embedding that tells the cells of the transformers where they
             are; None for none, as `UNet2DConditionModel` has it.
         num_train_timesteps: Timesteps of the noise schedule: they run from 0 to one less.

@@ -49,7 +49,7 @@ class SmallViTConfig(PreTrainedConfig):
         hidden_dropout_prob: Dropout of the embeddings, and of what attention and MLP add to the tokens.
         attention_probs_dropout_prob: Dropout of the attention.
         initializer_range: Standard deviation of the normal that weights, positions and CLS token start from.
-        layer_norm_eps: Epsilon of the layer normalisations.
+        layer_norm_eps: Epsilon of the layer normalizations.
         head: The output layer, a key of `HEADS`: "softmax", "gumbel", "hierarchical" or "adaptive".
         head_options: Its options, see `make_head`; what JSON can hold.
 
@@ -221,7 +221,7 @@ class SmallViTBlock(nn.Module):
 
 
 class SmallViTPreTrainedModel(PreTrainedModel):
-    """Weight initialisation and loading of the small vision transformer."""
+    """Weight initialization and loading of the small vision transformer."""
 
     config: SmallViTConfig
     base_model_prefix = "small_vit"
@@ -290,7 +290,7 @@ class SmallViTModel(SmallViTPreTrainedModel):
             **kwargs: `return_dict=False` gives a tuple.
 
         Returns:
-            `last_hidden_state` (batch, 1 + patches, hidden_size) after the last normalisation; `pooler_output`, its
+            `last_hidden_state` (batch, 1 + patches, hidden_size) after the last normalization; `pooler_output`, its
             CLS token; `attentions`, one (batch, heads, tokens, tokens) a block; `hidden_states`.
 
         Raises:

@@ -4,7 +4,7 @@ An experiment is a TOML file that names a script, the flags that stay fixed, the
 
 ```toml
 script = "train_classifier.py"
-question = "Does the choice of normalisation change accuracy at small batches?"
+question = "Does the choice of normalization change accuracy at small batches?"
 expect = "group >= batch at batch size 8 (Wu & He 2018)"
 seeds = [0, 1, 2]
 fixed = { source = "synthetic", max_steps = 2000 }
@@ -482,7 +482,7 @@ def read_curves(
     """Read what a run logged over its steps, thinned for drawing.
 
     After a restart only the attempt that was kept is read, and where a resumed run logged a step twice, the later
-    line. A series longer than `points` is averaged over neighbours, so that a noisy loss keeps its level.
+    line. A series longer than `points` is averaged over neighbors, so that a noisy loss keeps its level.
 
     Args:
         folder: The folder of the run; without log.jsonl there are no curves.

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-# Twelve colours that stay apart also for the colour-blind, the first for the ground (after Paul Tol, "muted").
-SEGMENT_COLOURS = np.array(
+# Twelve colors that stay apart also for the color-blind, the first for the ground (after Paul Tol, "muted").
+SEGMENT_COLORS = np.array(
     [
         (221, 221, 221), (51, 34, 136), (221, 204, 119), (204, 102, 119), (68, 170, 153), (136, 34, 85),
         (136, 204, 238), (153, 153, 51), (170, 68, 153), (17, 119, 51), (102, 37, 6), (85, 85, 85),
@@ -16,8 +16,8 @@ SEGMENT_COLOURS = np.array(
 )  # fmt: skip
 
 
-def colour_segments(mask: np.ndarray) -> np.ndarray:
-    """Paint a segmentation: one colour for each label, the same for the same label; they repeat after twelve.
+def color_segments(mask: np.ndarray) -> np.ndarray:
+    """Paint a segmentation: one color for each label, the same for the same label; they repeat after twelve.
 
     Args:
         mask: int (height, width), labels from 0.
@@ -25,7 +25,7 @@ def colour_segments(mask: np.ndarray) -> np.ndarray:
     Returns:
         uint8 (height, width, 3).
     """
-    return SEGMENT_COLOURS[np.asarray(mask) % len(SEGMENT_COLOURS)]
+    return SEGMENT_COLORS[np.asarray(mask) % len(SEGMENT_COLORS)]
 
 
 def image_grid(

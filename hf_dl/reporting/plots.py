@@ -1,8 +1,8 @@
 """Figures of runs and experiments: learning curves, the table as a picture, and confusion matrices.
 
 They are drawn with matplotlib's objects, never with pyplot, so that no global state is touched and threads may draw;
-the same numbers give the same bytes of SVG. Colours are those of Okabe and Ito, which people with the common forms
-of colour blindness can tell apart.
+the same numbers give the same bytes of SVG. Colors are those of Okabe and Ito, which people with the common forms
+of color blindness can tell apart.
 """
 
 import itertools
@@ -23,7 +23,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from .experiment import MATRICES, read_curves
 from .tables import groups, label, shown_flags, value_label
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#595959")
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#595959")
 LINES = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1, 1, 1)))
 INK = "#262626"
 WIDTH = 8.4  # inches; at 100 dots an inch, as wide as a README is shown
@@ -48,11 +48,11 @@ def _save(figure: Figure, path: str | Path) -> Path:
 
 
 def _looks(index: int, styles: Sequence[tuple[int, int]] | None = None) -> tuple[str, Any]:
-    colour, line = styles[index] if styles else (index, index // len(COLOURS))
-    return COLOURS[colour % len(COLOURS)], LINES[line % len(LINES)]
+    color, line = styles[index] if styles else (index, index // len(COLORS))
+    return COLORS[color % len(COLORS)], LINES[line % len(LINES)]
 
 
-def _draw_curve(axes: Axes, seeds: Sequence[Series], colour: str, line: Any) -> None:
+def _draw_curve(axes: Axes, seeds: Sequence[Series], color: str, line: Any) -> None:
     seeds = [series for series in seeds if len(series[0])]
     if not seeds:
         return
@@ -60,10 +60,10 @@ def _draw_curve(axes: Axes, seeds: Sequence[Series], colour: str, line: Any) -> 
     # A seed counts where it ran: beyond its last step (early stopping) the mean is that of the others.
     lines = np.array([np.interp(steps, x, y, left=np.nan, right=np.nan) for x, y in seeds])
     counts = np.sum(~np.isnan(lines), axis=0)
-    axes.plot(steps, np.nansum(lines, axis=0) / counts, color=colour, linestyle=line, linewidth=1.9)
+    axes.plot(steps, np.nansum(lines, axis=0) / counts, color=color, linestyle=line, linewidth=1.9)
     if len(seeds) > 1:
         low, high = np.nanmin(lines, axis=0), np.nanmax(lines, axis=0)
-        axes.fill_between(steps, low, high, color=colour, alpha=0.16, linewidth=0)
+        axes.fill_between(steps, low, high, color=color, alpha=0.16, linewidth=0)
 
 
 def _scale(axes: Axes, panel: Mapping[str, Sequence[Series]]) -> None:
@@ -95,9 +95,9 @@ def draw_curves(
         path: The file to write; its suffix says the format, .svg or .png.
         panels: Title to label to (steps, values) of each seed.
         xlabel: What the horizontal axis counts.
-        styles: For each label of a panel in turn, the indices of its colour and its dash; by default each label has a
-            colour of its own.
-        legend: Text, colour and dash of each entry of the legend below, where it is not one for each label.
+        styles: For each label of a panel in turn, the indices of its color and its dash; by default each label has a
+            color of its own.
+        legend: Text, color and dash of each entry of the legend below, where it is not one for each label.
 
     Returns:
         The path.
@@ -143,7 +143,7 @@ def draw_curves(
 
 
 def _handles(entries: Sequence[tuple[str, str, Any]]) -> list[Line2D]:
-    return [Line2D([], [], color=colour, linestyle=dash, linewidth=1.9, label=text) for text, colour, dash in entries]
+    return [Line2D([], [], color=color, linestyle=dash, linewidth=1.9, label=text) for text, color, dash in entries]
 
 
 def plot_run(
@@ -172,16 +172,16 @@ def plot_run(
 
 
 def _styles(report: Mapping[str, Any]) -> tuple[list[tuple[int, int]] | None, list[tuple[str, str, Any]] | None]:
-    """Looks and legend of the groups: the first flag gives the colour and the others the dash, where these suffice."""
+    """Looks and legend of the groups: the first flag gives the color and the others the dash, where these suffice."""
     shown = shown_flags(report)
     first, rest = report["grid"][shown[0]], [*itertools.product(*(report["grid"][name] for name in shown[1:]))]
-    if len(shown) == 1 or len(first) > len(COLOURS) or len(rest) > len(LINES):
+    if len(shown) == 1 or len(first) > len(COLORS) or len(rest) > len(LINES):
         return None, None
-    legend = [(_flag_labels(report, shown[:1], [value]), COLOURS[index], "-") for index, value in enumerate(first)]
+    legend = [(_flag_labels(report, shown[:1], [value]), COLORS[index], "-") for index, value in enumerate(first)]
     legend += [
         (_flag_labels(report, shown[1:], values), "#737373", dash) for values, dash in zip(rest, LINES, strict=False)
     ]
-    return [(colour, dash) for colour in range(len(first)) for dash in range(len(rest))], legend
+    return [(color, dash) for color in range(len(first)) for dash in range(len(rest))], legend
 
 
 def _flag_labels(report: Mapping[str, Any], names: Sequence[str], values: Sequence[Any]) -> str:
@@ -195,7 +195,7 @@ def _flag_labels(report: Mapping[str, Any], names: Sequence[str], values: Sequen
 def plot_curves(report: Mapping[str, Any], path: str | Path) -> Path | None:
     """Draw the learning curves of an experiment: a panel a quantity, a line a setting, a band over its seeds.
 
-    With two flags in the table, the first gives the colour and the second the dash of a line.
+    With two flags in the table, the first gives the color and the second the dash of a line.
 
     Args:
         report: The report of an experiment.
@@ -221,7 +221,7 @@ def plot_curves(report: Mapping[str, Any], path: str | Path) -> Path | None:
 def plot_table(report: Mapping[str, Any], path: str | Path) -> Path | None:
     """Draw the table of an experiment: a panel a metric, a row a setting, a dot a seed, a tick the mean.
 
-    With two or three flags in the table, the last is told by colour. The bar is the mean ± one sample standard
+    With two or three flags in the table, the last is told by color. The bar is the mean ± one sample standard
     deviation, the dashed line the baseline.
 
     Args:
@@ -235,8 +235,8 @@ def plot_table(report: Mapping[str, Any], path: str | Path) -> Path | None:
     if not any(group.finished for group in everything):
         return None
     metrics, baseline, shown = report["table"]["value"], report["table"]["baseline"], shown_flags(report)
-    row_flags, colour_flags = (shown[:-1], shown[-1:]) if len(shown) > 1 else (shown, ())
-    inner = math.prod(len(report["grid"][name]) for name in colour_flags)
+    row_flags, color_flags = (shown[:-1], shown[-1:]) if len(shown) > 1 else (shown, ())
+    inner = math.prod(len(report["grid"][name]) for name in color_flags)
     outer = len(everything) // inner
     columns = min(len(metrics), 3)
     rows = math.ceil(len(metrics) / columns)
@@ -254,7 +254,7 @@ def plot_table(report: Mapping[str, Any], path: str | Path) -> Path | None:
                 row, place = divmod(index, inner)
                 y = row + (place - (inner - 1) / 2) * 0.66 / inner
                 if group.finished:
-                    _draw_dots(axes, group.values(metric), y, COLOURS[place % len(COLOURS)])
+                    _draw_dots(axes, group.values(metric), y, COLORS[place % len(COLORS)])
                 else:
                     axes.annotate(
                         "failed" if group.failed else "missing", (0.99, y), xycoords=("axes fraction", "data"),
@@ -277,12 +277,12 @@ def plot_table(report: Mapping[str, Any], path: str | Path) -> Path | None:
         for axes in grid.ravel()[len(metrics) :]:
             axes.set_visible(False)
         if inner > 1:
-            values = report["grid"][colour_flags[0]]
+            values = report["grid"][color_flags[0]]
             handles = [
-                Line2D([], [], marker="o", markersize=6, linestyle="", color=COLOURS[index % len(COLOURS)])
+                Line2D([], [], marker="o", markersize=6, linestyle="", color=COLORS[index % len(COLORS)])
                 for index in range(inner)
             ]
-            names = [_flag_labels(report, colour_flags, [value]) for value in values]
+            names = [_flag_labels(report, color_flags, [value]) for value in values]
             fitting = int((100 if columns > 1 else 74) / (max(map(len, names)) + 5))  # as in draw_curves
             ncols = max(1, min(inner, fitting))
             figure.legend(handles, names, loc="outside lower center", ncols=ncols, handletextpad=0.2)
@@ -336,12 +336,12 @@ def plot_confusion(report: Mapping[str, Any], path: str | Path) -> Path | None:
         return _save(figure, path)
 
 
-def _draw_dots(axes: Axes, values: Sequence[float], y: float, colour: str) -> None:
+def _draw_dots(axes: Axes, values: Sequence[float], y: float, color: str) -> None:
     mean = float(np.mean(values))
     if len(values) > 1:
         deviation = float(np.std(values, ddof=1))
-        axes.plot([mean - deviation, mean + deviation], [y, y], color=colour, linewidth=5, alpha=0.22, zorder=2)
-    axes.scatter([mean], [y], s=110, marker="|", color=colour, linewidths=1.8, zorder=3)
+        axes.plot([mean - deviation, mean + deviation], [y, y], color=color, linewidth=5, alpha=0.22, zorder=2)
+    axes.scatter([mean], [y], s=110, marker="|", color=color, linewidths=1.8, zorder=3)
     axes.scatter(
-        values, [y] * len(values), s=18, color=colour, alpha=0.75, edgecolors="white", linewidths=0.5, zorder=4
+        values, [y] * len(values), s=18, color=color, alpha=0.75, edgecolors="white", linewidths=0.5, zorder=4
     )

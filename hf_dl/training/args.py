@@ -4,7 +4,7 @@ A script adds its own flags in a subclass of `TrainingArgs` and calls `parse_arg
 
     @dataclass
     class SlotArgs(TrainingArgs):
-        batch_size: int = field(default=16, metadata={"help": "Examples per optimiser step."})
+        batch_size: int = field(default=16, metadata={"help": "Examples per optimizer step."})
         num_slots: int = field(default=5, metadata={"help": "Slots per image."})
 
     args = parse_args(SlotArgs)
@@ -25,7 +25,7 @@ from transformers import HfArgumentParser
 
 _GROUPS = {
     "run": "output_dir seed max_steps epochs batch_size accumulation num_workers",
-    "optimisation": "optimizer learning_rate weight_decay momentum beta2 schedule warmup_steps half_life decay_at "
+    "optimization": "optimizer learning_rate weight_decay momentum beta2 schedule warmup_steps half_life decay_at "
     "decay_factor max_grad_norm ema_decay",
     "evaluation": "eval_every eval_epochs monitor higher_is_better patience",
     "logging and checkpoints": "log_every report_to save_every keep_last resume",
@@ -51,10 +51,10 @@ class TrainingArgs:
 
     output_dir: str = field(default="", metadata={"help": "Folder of the run; empty: runs/<name of the script>."})
     seed: int = field(default=0, metadata={"help": "Seed of weights, data order, dropout and augmentation."})
-    max_steps: int = field(default=1000, metadata={"help": "Optimiser steps of the run."})
+    max_steps: int = field(default=1000, metadata={"help": "Optimizer steps of the run."})
     epochs: float = field(default=0.0, metadata={"help": "Passes over the data; when above 0 it replaces max_steps."})
     batch_size: int = field(
-        default=32, metadata={"help": "Examples per optimiser step, all processes and accumulation together."}
+        default=32, metadata={"help": "Examples per optimizer step, all processes and accumulation together."}
     )
     accumulation: int = field(
         default=1, metadata={"help": "Pieces a process's share of the batch is computed in: less memory, same result."}

@@ -1,7 +1,7 @@
 """The order of the data: seeded, the same for any number of processes, and resumable at any step.
 
 The examples of epoch e are visited in a permutation drawn from (seed, e), and the epochs follow one another without a
-gap: optimiser step s takes the examples [s * batch_size, (s + 1) * batch_size) of that endless sequence. No example
+gap: optimizer step s takes the examples [s * batch_size, (s + 1) * batch_size) of that endless sequence. No example
 is dropped, none is seen twice in an epoch, a batch may span two epochs, and the position is a single number. A
 process takes its own contiguous part of each batch, so one process, several processes and accumulation compute the
 same step.
@@ -31,7 +31,7 @@ class Share:
     """The part of each batch that this process computes.
 
     Args:
-        batch_size: Examples per optimiser step over all processes.
+        batch_size: Examples per optimizer step over all processes.
         accumulation: Pieces that a process computes one after the other.
         num_processes: Processes that share a batch.
         process_index: Which of them this is, from 0.
@@ -190,7 +190,7 @@ def batches(
         seed: Seed of order and augmentation.
         collate: Makes a batch of a list of examples.
         lengths: Of the examples, whatever can be sorted: batches are then of about one length.
-        step: First optimiser step, from 0.
+        step: First optimizer step, from 0.
         position: (epoch, examples of it already used) at that step.
         max_steps: The step at which a map-style loader ends; a stream never ends.
         num_workers: Processes that load; a stream uses at most one, since it is read in order.

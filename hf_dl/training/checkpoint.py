@@ -150,7 +150,7 @@ def keep_newest(root: Path, number: int) -> None:
 
 
 def pack_optimizer(state: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Split an optimiser's state dict into tensors named `<parameter>.<key>` and the rest, for JSON."""
+    """Split an optimizer's state dict into tensors named `<parameter>.<key>` and the rest, for JSON."""
     tensors, numbers = {}, {}
     for index, entries in state["state"].items():
         for key, value in entries.items():

@@ -1,4 +1,4 @@
-"""Several optimisers as one, for models of which a part needs another one."""
+"""Several optimizers as one, for models of which a part needs another one."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -7,10 +7,10 @@ import torch
 
 
 class JoinedOptimizer(torch.optim.Optimizer):
-    """Optimisers of disjoint parameters that step, save and load as one.
+    """Optimizers of disjoint parameters that step, save and load as one.
 
     Their groups and their state are its own, so a learning rate set here holds there, and the state dict is that of
-    any optimiser.
+    any optimizer.
 
     Args:
         optimizers: At least one; each keeps its update rule.

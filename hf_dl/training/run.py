@@ -63,8 +63,8 @@ class TrainingRun:
     Attributes:
         model: The model to call, wrapped for the devices in use.
         unwrapped: The model as it was given.
-        steps: Optimiser steps done since the start or the last restart.
-        max_steps: Optimiser steps after which the loop ends.
+        steps: Optimizer steps done since the start or the last restart.
+        max_steps: Optimizer steps after which the loop ends.
         restarts: How often `restart` was called.
         generator: A generator on the device, seeded anew for each batch; for noise that a script draws.
         device: The device of this process.
@@ -79,7 +79,7 @@ class TrainingRun:
         train_data: A map-style dataset, or an iterable one (then `max_steps` counts, not `epochs`).
         collate: Makes a batch of a list of examples; default: torch's.
         processor: Image processor, tokenizer or the like, saved beside the weights.
-        make_optimizers: Makes the optimisers of the model, disjoint and of all that is to be trained, where those that
+        make_optimizers: Makes the optimizers of the model, disjoint and of all that is to be trained, where those that
             the flags name do not fit it, as with sparse gradients. The flags set the learning rate of all.
         lengths: Of the examples of a map-style dataset, whatever can be sorted: batches are then of about one length.
         learning_rates: Peak learning rates of the parameters whose names begin with the keys, where these differ from
@@ -323,7 +323,7 @@ class TrainingRun:
         """Start over with a fresh model, another data order and step 0; counted in the results.
 
         Args:
-            model: Newly initialised; all processes take the main process's weights.
+            model: Newly initialized; all processes take the main process's weights.
             reason: A sentence for the log.
         """
         self.event("restart", f"Restart {self.restarts + 1} after step {self.steps}: {reason}")

@@ -1,4 +1,4 @@
-"""Our normalisation layers beside torch's own, in one run.
+"""Our normalization layers beside torch's own, in one run.
 
     scripts/run python scripts/benchmarks/norms.py [--output json]
 
@@ -36,7 +36,7 @@ EXPECTED_MEMORY = 1.2
 
 
 class TwoCalls(nn.Module):
-    """Batch-instance normalisation from a batch norm and an instance norm of torch's."""
+    """Batch-instance normalization from a batch norm and an instance norm of torch's."""
 
     def __init__(self, channels: int):
         super().__init__()

@@ -5,7 +5,7 @@
 About 30 s on one CPU thread. Prints CPU seconds (the best of a few repetitions, interleaved so that both feel the same
 machine), their ratio (expect 40 or more for masks of bytes, and some 25 for those of 64-bit numbers, where reading
 memory takes the time), the largest difference of the scores, and the memory that each needs beyond the masks. Two
-kinds of masks: "regions", in which neighbours mostly agree as in real masks, and "noise".
+kinds of masks: "regions", in which neighbors mostly agree as in real masks, and "noise".
 """
 
 import argparse

@@ -20,7 +20,7 @@ from hf_dl.demo import (
     Picture,
     Shelf,
     Training,
-    colour_heat,
+    color_heat,
     describe,
     draw_examples,
     event,
@@ -113,7 +113,7 @@ def explain(
     return Explanation(
         image=seen,
         overlay=overlay(seen, heat),
-        heat=Image.fromarray(colour_heat(heat)),
+        heat=Image.fromarray(color_heat(heat)),
         label=name,
         probability=probability,
         found=bool(output.maps.max() > 0),
@@ -124,7 +124,7 @@ def explain(
 
 def find_layers(classifier: Classifier) -> list[str]:
     """Name the layers to choose from, in the order in which they run; the last is the one to begin with."""
-    blank = classifier.prepare(Image.new("RGB", (64, 64), "grey"))
+    blank = classifier.prepare(Image.new("RGB", (64, 64), "gray"))
     last = default_layers(classifier.model, blank)
     for count in range(MAX_LAYERS, 1, -1):
         try:
@@ -136,7 +136,7 @@ def find_layers(classifier: Classifier) -> list[str]:
 
 def check(classifier: Classifier) -> None:
     """Raise a ValueError if a classifier cannot be explained here."""
-    explain(classifier, Image.new("RGB", (64, 64), "grey"), layers=find_layers(classifier)[-1:])
+    explain(classifier, Image.new("RGB", (64, 64), "gray"), layers=find_layers(classifier)[-1:])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

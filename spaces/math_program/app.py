@@ -21,7 +21,7 @@ from hf_dl.pipelines.math_program import MathProgramPipeline, Solution, format_n
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 KINDS = ("program_seq2seq",)
-COLOURS = ("#4f46e5", "#c2410c", "#047857", "#be185d", "#0369a1", "#a16207")  # of the numbers
+COLORS = ("#4f46e5", "#c2410c", "#047857", "#be185d", "#0369a1", "#a16207")  # of the numbers
 SHOWN = 10  # programs in the list
 SWITCHES = {
     "grammar": "only programs that fit the problem",
@@ -35,7 +35,7 @@ answer follows: what the model reads is where the numbers are, not what they are
 ABOUT = """### How to read it
 - **Steps** are the operations of the program in order; a later one may use what an earlier one gave.
 - The **map** has a row for each symbol of the program and a column for each word; dark is where the decoder looked
-  when it wrote the symbol. A number has one colour wherever it appears. A model without attention has no map.
+  when it wrote the symbol. A number has one color wherever it appears. A model without attention has no map.
 - The **beam** keeps the most probable programs side by side. A score is the log-probability, divided by the length to
   the power of the penalty. With options given, a program whose value is one of them comes first: that is how
   multiple-choice problems are scored, which is easier than solving them.
@@ -61,9 +61,9 @@ STYLE = """
 # What is shown of a solution
 
 
-def colour_of(number: int) -> str:
-    """The colour of n0, n1, ..."""
-    return COLOURS[number % len(COLOURS)]
+def color_of(number: int) -> str:
+    """The color of n0, n1, ..."""
+    return COLORS[number % len(COLORS)]
 
 
 def _number_of(text: str) -> int | None:
@@ -98,14 +98,14 @@ def show_map(solution: Solution) -> str:
             return f"<th class='{kind}'>{html.escape(text)}</th>"
         value = format_number(solution.numbers[number])
         shown = value if kind == "word" else f"n{number} = {value}"
-        return f"<th class='{kind} number' style='color: {colour_of(number)}'>{html.escape(shown)}</th>"
+        return f"<th class='{kind} number' style='color: {color_of(number)}'>{html.escape(shown)}</th>"
 
     lines = [f"<tr><th></th>{''.join(label(word, 'word') for word in solution.words)}</tr>"]
     for symbol, row in zip(solution.symbols, solution.attention.tolist(), strict=False):
         number = _number_of(symbol)
-        colour = "#4f46e5" if number is None else colour_of(number)
+        color = "#4f46e5" if number is None else color_of(number)
         cells = "".join(
-            f"<td style='background: color-mix(in srgb, {colour} {100 * weight:.0f}%, transparent)' "
+            f"<td style='background: color-mix(in srgb, {color} {100 * weight:.0f}%, transparent)' "
             f"title='{html.escape(word, quote=True)}: {weight:.0%}'></td>"
             for word, weight in zip(solution.words, row, strict=True)
         )

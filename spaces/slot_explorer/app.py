@@ -44,7 +44,7 @@ from hf_dl.demo import (
 from hf_dl.models.layers_attention import attention_masks
 from hf_dl.models.slot_autoencoder import SlotAutoencoderConfig, SlotAutoencoderModel, SlotImageProcessor
 from hf_dl.pipelines.slot_diffusion import PREDICTION_TYPES, SlotDiffusionPipeline
-from hf_dl.reporting.grids import SEGMENT_COLOURS, colour_segments
+from hf_dl.reporting.grids import SEGMENT_COLORS, color_segments
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 NUM_SLOTS = 16  # most slots that the page offers where the model takes any number
@@ -57,22 +57,22 @@ SOURCES = {  # of the decoders: what trains them, and the variable that names th
     "diffusion": ("train_slot_diffusion.py", "HF_DL_DIFFUSION_MODEL"),
 }
 SLOTS_CSS = ".slots label {border-left: 10px solid; padding-left: 8px}\n" + "\n".join(
-    f".slots label:nth-of-type({len(SEGMENT_COLOURS)}n + {index}) {{border-left-color: rgb({red}, {green}, {blue})}}"
-    for index, (red, green, blue) in enumerate(SEGMENT_COLOURS, start=1)
+    f".slots label:nth-of-type({len(SEGMENT_COLORS)}n + {index}) {{border-left-color: rgb({red}, {green}, {blue})}}"
+    for index, (red, green, blue) in enumerate(SEGMENT_COLORS, start=1)
 )
 TITLE = """# Slot explorer
 A model has learned, without labels, to take an image apart: each of its *slots* claims some pixels, and a decoder
 paints them. Look at what the slots find, leave some of them out, or put slots of two images together.
 """
 KEEP_HELP = """### Untick a slot to take its object away
-The colours are those of the masks above, and the numbers the share of the image that a slot claims. Slot 1, the
+The colors are those of the masks above, and the numbers the share of the image that a slot claims. Slot 1, the
 largest, is mostly the background.
 
 The model never saw what is behind an object. Where one is left out, the other slots share its pixels, and each paints
 what it expects there: the background slot continues the ground.
 """
 DIFFUSION_HELP = """### Untick a slot to take its object away
-The colours are those of the masks above, and the numbers the share of the image that a slot attends to. Slot 1, the
+The colors are those of the masks above, and the numbers the share of the image that a slot attends to. Slot 1, the
 largest, is mostly the background.
 
 The image is drawn anew from the other slots and from **the same noise**, so that the rest of the scene stays. What
@@ -225,9 +225,9 @@ class Explanation:
 
     Attributes:
         image: The image as it was given; the pictures below have its proportions, and `SIDE` pixels.
-        segments: The image under the colours of the slots, one colour for each.
+        segments: The image under the colors of the slots, one color for each.
         reconstruction: The image as all slots together paint it; None where that is still to be drawn.
-        parts: What each slot paints or sees where its mask is, on white, in a frame of its colour.
+        parts: What each slot paints or sees where its mask is, on white, in a frame of its color.
         shares: The share of the pixels that each slot claims, summing to 1.
         slots: (1, slots, slot_dim), on the CPU.
         made: The name of the decoder whose encoder found the slots, and the numbers K and T that were asked for.
@@ -270,8 +270,8 @@ def _explanation(
     posterior = F.interpolate(posterior[None, order], size=(height, width), mode="bilinear")
     labels = posterior[0].argmax(dim=0).cpu().numpy()
     parts = [
-        ImageOps.expand(_picture(content * mask + 1 - mask, size), border=10, fill=tuple(map(int, colour)))
-        for content, mask, colour in zip(contents, masks, colour_segments(np.arange(len(masks))), strict=True)
+        ImageOps.expand(_picture(content * mask + 1 - mask, size), border=10, fill=tuple(map(int, color)))
+        for content, mask, color in zip(contents, masks, color_segments(np.arange(len(masks))), strict=True)
     ]
     return Explanation(
         image=image,
@@ -290,9 +290,9 @@ def _shown_size(image: Image.Image) -> tuple[int, int]:
 
 
 def _overlay(image: Image.Image, labels: np.ndarray) -> Image.Image:
-    """Lay the colours of labels (height, width) over an image, with white lines between them."""
-    grey = np.asarray(image.convert("L"))[..., None]
-    picture = (0.4 * grey + 0.6 * colour_segments(labels)).astype(np.uint8)
+    """Lay the colors of labels (height, width) over an image, with white lines between them."""
+    gray = np.asarray(image.convert("L"))[..., None]
+    picture = (0.4 * gray + 0.6 * color_segments(labels)).astype(np.uint8)
     edge = np.zeros(labels.shape, dtype=bool)
     edge[:, 1:] |= labels[:, 1:] != labels[:, :-1]
     edge[1:] |= labels[1:] != labels[:-1]

@@ -37,7 +37,7 @@ from hf_dl.demo import (
     show_scale,
     view,
 )
-from hf_dl.explain import attention_maps, centre_patches, fill_patches, masked_logits, random_patches, ranked_patches
+from hf_dl.explain import attention_maps, center_patches, fill_patches, masked_logits, random_patches, ranked_patches
 from hf_dl.explain.masking import FILLS, WAYS
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -49,11 +49,11 @@ FLAGS = (
 PLACES = {
     "top": "most attended",
     "bottom": "least attended",
-    "centre": "centre",
+    "center": "center",
     "random": "random",
     "chosen": "those I click",
 }
-WAY_NAMES = {"mean": "mean colour", "attention": "hidden from attention", "tokens": "dropped as tokens"}
+WAY_NAMES = {"mean": "mean color", "attention": "hidden from attention", "tokens": "dropped as tokens"}
 MEAN_HEAD = -1  # stands for the mean of all heads
 TITLE = """# ViT masking
 A vision transformer cuts an image into patches, and its CLS token gathers from them what the answer is made of. Take
@@ -63,7 +63,7 @@ ABOUT = """### How to read it
 **The attention** is how much the CLS token reads from each patch in the chosen layer. It says what was read, not what
 it was read for: so take the most attended patches away, then as many of the least attended ones, and compare.
 
-**The ways** matter. Black, grey, the mean colour, a blur or noise put *something else* there, and the model may take
+**The ways** matter. Black, gray, the mean color, a blur or noise put *something else* there, and the model may take
 that for a thing of its own. **Hidden from attention** lets no token read the patch; **dropped as tokens** gives the
 model only the other patches. For a model that answers from its CLS token these two are the same to the number.
 
@@ -139,7 +139,7 @@ class Choice:
     count: int = 0
     seed: int = 0
     patches: str = ""
-    way: str = "grey"
+    way: str = "gray"
     layer: int = 1
     head: int = MEAN_HEAD
 
@@ -154,8 +154,8 @@ class Choice:
             mask = torch.zeros(attention.numel(), dtype=torch.bool)
             mask[parse_patches(self.patches, attention.numel())] = True
             return mask.view(grid)
-        if self.place == "centre":
-            return centre_patches(grid, count)
+        if self.place == "center":
+            return center_patches(grid, count)
         if self.place == "random":
             return random_patches(grid, count, generator=torch.Generator().manual_seed(int(self.seed)))
         if self.place in ("top", "bottom"):
@@ -271,7 +271,7 @@ def draw_patches(image: Image.Image, mask: torch.Tensor) -> Image.Image:
 
 def check(classifier: Classifier) -> None:
     """Raise a ValueError if a classifier shows no attention of a CLS token."""
-    compare(classifier, Image.new("RGB", (64, 64), "grey"), Choice())
+    compare(classifier, Image.new("RGB", (64, 64), "gray"), Choice())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -337,7 +337,7 @@ class Explorer:
 
 def sizes(classifier: Classifier) -> tuple[int, int, int]:
     """Numbers of layers, heads and patches of a vision transformer."""
-    blank = classifier.prepare(Image.new("RGB", (64, 64), "grey"))
+    blank = classifier.prepare(Image.new("RGB", (64, 64), "gray"))
     maps, output = attention_maps(classifier.model, blank)
     return len(output.attentions), output.attentions[-1].shape[1], maps[0].numel()
 

@@ -137,7 +137,7 @@ def test_what_is_missing_is_said(tmp_path):
     assert "folders 0 to 2 but not 1" in failure(lambda: clevrtex.load("test", root))
 
 
-def test_missing_files_and_coloured_masks_are_refused(tmp_path):
+def test_missing_files_and_colored_masks_are_refused(tmp_path):
     root = write_clevrtex(tmp_path / "a", indices=range(20))
     path = root / "0" / "CLEVRTEX_full_000001_flat.png"
     Image.open(path).convert("RGB").save(path)

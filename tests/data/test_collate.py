@@ -42,7 +42,7 @@ def test_every_pixel_is_where_it_was(keep):
     assert torch.equal(row["mask"], data.__getitems__([4])["mask"][0])
 
 
-def test_grey_images_become_three_channels():
+def test_gray_images_become_three_channels():
     images, masks = make_rows(mode="L")
     pixels = ImageTensors(make_dataset(images, masks)).__getitems__(range(5))["image"]
     assert torch.equal(pixels[:, 0], pixels[:, 2])

@@ -65,8 +65,8 @@ def march(scene, size):
     right = np.cross(forward, [0, 0, 1])
     right /= np.linalg.norm(right)
     up = np.cross(right, forward)
-    centre = (np.arange(size) + 0.5) / size * 2 - 1
-    rays = forward + field * (centre[None, :, None] * right - centre[:, None, None] * up)
+    center = (np.arange(size) + 0.5) / size * 2 - 1
+    rays = forward + field * (center[None, :, None] * right - center[:, None, None] * up)
     rays = rays.reshape(-1, 3) / np.linalg.norm(rays.reshape(-1, 3), axis=1, keepdims=True)
     t, mask, closest = np.full(len(rays), 4.0), np.zeros(len(rays), int), np.full(len(rays), np.inf)
     for _ in range(150):
@@ -395,13 +395,13 @@ def test_captions_are_true_and_complete(style, num_objects):
 
 
 @pytest.mark.parametrize("name", materials.TEXTURES)
-def test_textures_are_patterns_of_two_colours(name):
+def test_textures_are_patterns_of_two_colors(name):
     generator = torch.Generator().manual_seed(0)
     p = torch.rand(3, 1, 20000, generator=generator) * 20
     mix, height = materials.TEXTURES[name].pattern(p, p[:2])
     assert mix.shape == height.shape == (1, 20000)
     assert mix.min() >= 0 and mix.max() <= 1 and mix.std() > 0.15
-    assert mix.mean() < 0.51  # the first colour is the one that names the object
+    assert mix.mean() < 0.51  # the first color is the one that names the object
     assert height.isfinite().all() and height.abs().max() < 2
 
 

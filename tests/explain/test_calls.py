@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_dl.explain import class_logits, default_layers, find_blocks, normalise, token_grid, upsample
+from hf_dl.explain import class_logits, default_layers, find_blocks, normalize, token_grid, upsample
 from tests.explain.tiny import PREFIX, VITS, make_convnet, make_images, make_resnet, make_vit
 
 
@@ -79,10 +79,10 @@ def test_default_layers():
         find_blocks(make_convnet())
 
 
-def test_normalise_and_upsample():
+def test_normalize_and_upsample():
     maps = torch.tensor([[[1.0, 3.0], [2.0, 1.0]], [[5.0, 5.0], [5.0, 5.0]]])
-    torch.testing.assert_close(normalise(maps)[0], torch.tensor([[0.0, 1.0], [0.5, 0.0]]))
-    assert (normalise(maps)[1] == 0).all()
+    torch.testing.assert_close(normalize(maps)[0], torch.tensor([[0.0, 1.0], [0.5, 0.0]]))
+    assert (normalize(maps)[1] == 0).all()
     large = upsample(maps, (4, 8))
     assert large.shape == (2, 4, 8)
     torch.testing.assert_close(large[1], torch.full((4, 8), 5.0))

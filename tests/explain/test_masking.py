@@ -6,7 +6,7 @@ import torch
 
 from hf_dl.explain import (
     WAYS,
-    centre_patches,
+    center_patches,
     curve,
     fill_patches,
     masked_logits,
@@ -29,17 +29,17 @@ def draw(seed=0):
 @pytest.mark.parametrize("grid", [(4, 4), (5, 5), (3, 6), (14, 14)])
 def test_every_choice_takes_the_number_asked_for(grid):
     for count in range(grid[0] * grid[1] + 1):
-        assert centre_patches(grid, count).sum() == count
+        assert center_patches(grid, count).sum() == count
         assert random_patches(grid, count, generator=draw()).sum() == count
         assert ranked_patches(torch.rand(2, *grid), count).sum((1, 2)).tolist() == [count] * 2
 
 
-def test_the_centre_is_a_block():
+def test_the_center_is_a_block():
     for side, grid in ((2, 4), (3, 5), (6, 14), (4, 14)):
         start = (grid - side) // 2
         expected = torch.zeros(grid, grid, dtype=torch.bool)
         expected[start : start + side, start : start + side] = True
-        assert torch.equal(centre_patches((grid, grid), side * side), expected)
+        assert torch.equal(center_patches((grid, grid), side * side), expected)
 
 
 def test_random_patches_are_uniform_seeded_and_nested():
@@ -67,7 +67,7 @@ def test_fills():
     masks[0, 1, 2] = masks[1, 0, 0] = True
     per_channel = [torch.tensor(x)[:, None, None] for x in (mean, std)]
     found = {}
-    for fill in ("black", "grey", "mean", "blur", "noise"):
+    for fill in ("black", "gray", "mean", "blur", "noise"):
         found[fill] = fill_patches(images, masks, fill, image_mean=mean, image_std=std, generator=draw())
         outside = torch.ones(2, 3, 8, 12, dtype=torch.bool)
         outside[0, :, 4:, 8:] = outside[1, :, :4, :4] = False
@@ -75,13 +75,13 @@ def test_fills():
         assert not torch.isclose(found[fill], images)[~outside].any()
     pixels = {fill: image * per_channel[1] + per_channel[0] for fill, image in found.items()}
     torch.testing.assert_close(pixels["black"][0, :, 4:, 8:], torch.zeros(3, 4, 4), rtol=0, atol=1e-6)
-    torch.testing.assert_close(pixels["grey"][1, :, :4, :4], torch.full((3, 4, 4), 0.5))
+    torch.testing.assert_close(pixels["gray"][1, :, :4, :4], torch.full((3, 4, 4), 0.5))
     expected = images[0].mean((1, 2))[:, None, None].expand(3, 4, 4)
     torch.testing.assert_close(found["mean"][0, :, 4:, 8:], expected)
     noise = pixels["noise"][0, :, 4:, 8:]
     assert noise.min() > -1e-6 and noise.max() < 1 + 1e-6 and noise.std() > 0.2
     assert found["blur"][0, :, 4:, 8:].std() < 0.5 * images[0, :, 4:, 8:].std()
-    assert torch.equal(fill_patches(images, masks[0], "grey")[1, :, 4:, 8:], torch.zeros(3, 4, 4))
+    assert torch.equal(fill_patches(images, masks[0], "gray")[1, :, 4:, 8:], torch.zeros(3, 4, 4))
 
 
 @pytest.mark.parametrize("size", [(16, 16), (12, 24)])
@@ -111,7 +111,7 @@ def test_masking_the_attention_is_the_model_s_own_mask(kind, attention):
 @pytest.mark.parametrize("kind", VITS)
 def test_a_patch_that_is_not_there_cannot_matter(kind):
     model, images = make_vit(kind), make_images()
-    masks = centre_patches((4, 4), 4)
+    masks = center_patches((4, 4), 4)
     changed = fill_patches(images, masks, "noise", generator=draw())
     for by in ("tokens", *(["attention"] if kind in CLS_READERS else [])):
         one, other = (masked_logits(model, x, masks, by=by) for x in (images, changed))
@@ -121,7 +121,7 @@ def test_a_patch_that_is_not_there_cannot_matter(kind):
 
 def test_a_fill_is_what_the_model_says_of_the_painted_image():
     model, images = make_convnet(), make_images()
-    masks = centre_patches((4, 4), 4)
+    masks = center_patches((4, 4), 4)
     expected = model(fill_patches(images, masks, "black"))
     torch.testing.assert_close(masked_logits(model, images, masks, by="black"), expected)
 
@@ -132,7 +132,7 @@ def test_calls_that_do_not_fit_are_refused():
     uneven[0, 0, 0] = True
     with pytest.raises(ValueError, match="masks take away \\[1, 0\\] patches, expected the same number of each image"):
         masked_logits(vit, images, uneven, by="tokens")
-    with pytest.raises(ValueError, match="by='white' is unknown; choose one of black, grey"):
+    with pytest.raises(ValueError, match="by='white' is unknown; choose one of black, gray"):
         masked_logits(vit, images, uneven, by="white")
     with pytest.raises(ValueError, match="masks has shape \\(2, 4, 5\\), expected the grid of patches, \\(4, 4\\)"):
         masked_logits(vit, images, torch.zeros(2, 4, 5, dtype=torch.bool), by="attention")
@@ -159,8 +159,8 @@ def test_the_report_counts_what_the_masked_model_says():
         assert report["original"][image]["probability"] == pytest.approx(before[image].max().item(), rel=1e-5)
     # 2 images, 2 counts; random 4 seeds, the three others 1, but with noise all have 4
     assert len(report["trials"]) == 2 * 2 * (6 * (4 + 3) + 4 * 4)
-    trial = next(t for t in report["trials"] if t["way"] == "black" and t["place"] == "centre" and t["image"] == 1)
-    after = masked_logits(model, images[1:], centre_patches((4, 4), 2), by="black")[0].double().softmax(-1)
+    trial = next(t for t in report["trials"] if t["way"] == "black" and t["place"] == "center" and t["image"] == 1)
+    after = masked_logits(model, images[1:], center_patches((4, 4), 2), by="black")[0].double().softmax(-1)
     label = int(labels[1])
     assert trial["probability"] == pytest.approx(after[label].item(), rel=1e-4)
     assert trial["label"] == model.config.id2label[int(after.argmax())]
@@ -188,7 +188,7 @@ def test_the_report_is_paired_and_repeatable():
 def test_top_and_bottom_follow_the_maps_that_are_given():
     model, images = make_convnet(), make_images(1)
     maps = torch.arange(16.0).view(1, 4, 4)
-    report = masking_report(model, images, counts=(4,), places=("top", "bottom"), ways=("grey",), maps=maps)
+    report = masking_report(model, images, counts=(4,), places=("top", "bottom"), ways=("gray",), maps=maps)
     probability = {t["place"]: t["probability"] for t in report["trials"]}
     label = model(images).argmax(-1).item()
     for place, row in (("top", slice(12, 16)), ("bottom", slice(0, 4))):
@@ -200,7 +200,7 @@ def test_top_and_bottom_follow_the_maps_that_are_given():
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"places": ("left",)}, "places='left' is unknown; choose from centre, random, top, bottom"),
+        ({"places": ("left",)}, "places='left' is unknown; choose from center, random, top, bottom"),
         ({"ways": ("cut",)}, "ways='cut' is unknown; choose from black"),
         ({"counts": (17,)}, "count=17 must be from 0 to 16"),
         ({"seeds": 0}, "seeds=0 must be at least 1"),
@@ -227,16 +227,16 @@ def test_curves_of_a_model_that_can_be_worked_out():
     maps = torch.zeros(1, 4, 4)
     maps[..., :2] = 1  # says what is true: the left half counts
     right = maps.flip(-1)
-    good = curve(Brightness(), images, maps, steps=4, fill="grey", classes=1)  # grey is 0
+    good = curve(Brightness(), images, maps, steps=4, fill="gray", classes=1)  # gray is 0
     torch.testing.assert_close(good.fractions, torch.tensor([0, 0.25, 0.5, 0.75, 1]))
     expected = torch.sigmoid(torch.tensor([[2.0, 1.0, 0.0, 0.0, 0.0]]))
     torch.testing.assert_close(good.probabilities, expected)
     p = expected[0].tolist()
     area = sum((p[i] + p[i + 1]) / 2 * 0.25 for i in range(4))
     assert good.area.item() == pytest.approx(area)
-    bad = curve(Brightness(), images, right, steps=4, fill="grey", classes=1)
+    bad = curve(Brightness(), images, right, steps=4, fill="gray", classes=1)
     assert bad.area > good.area
-    inserted = curve(Brightness(), images, maps, mode="insertion", steps=4, fill="grey", classes=1)
+    inserted = curve(Brightness(), images, maps, mode="insertion", steps=4, fill="gray", classes=1)
     torch.testing.assert_close(inserted.probabilities, expected.flip(1).sort(1).values[:, [0, 3, 4, 4, 4]])
 
 

@@ -1,4 +1,4 @@
-"""The output layers in NumPy, float64, with gradients by hand: a readable loop and a vectorised form of each.
+"""The output layers in NumPy, float64, with gradients by hand: a readable loop and a vectorized form of each.
 
 Every function returns the losses (batch,) and the gradients of their sum, in the order of its arguments. Trees come as
 paths: for each class a list of (inner node, sign), which is read from nested pairs here, not from the package.
@@ -41,7 +41,7 @@ def softmax_loop(hidden, weight, bias, labels, noise=None, temperature=1.0):
     return losses, dhidden, dweight, dbias
 
 
-def softmax_vectorised(hidden, weight, bias, labels, noise=0.0, temperature=1.0):
+def softmax_vectorized(hidden, weight, bias, labels, noise=0.0, temperature=1.0):
     log_prob = log_softmax((hidden @ weight.T + bias + noise) / temperature)
     rows = np.arange(len(labels))
     dz = np.exp(log_prob)
@@ -50,7 +50,7 @@ def softmax_vectorised(hidden, weight, bias, labels, noise=0.0, temperature=1.0)
     return -log_prob[rows, labels], dz @ weight, dz.T @ hidden, dz.sum(0)
 
 
-def straight_through_vectorised(hidden, weight, bias, labels, noise, temperature):
+def straight_through_vectorized(hidden, weight, bias, labels, noise, temperature):
     """1 - [argmax = label] forward; the gradient of -softmax((z + noise) / temperature)[label]."""
     perturbed = (hidden @ weight.T + bias + noise) / temperature
     prob, rows = np.exp(log_softmax(perturbed)), np.arange(len(labels))
@@ -112,7 +112,7 @@ def tree_loop(hidden, weight, bias, labels, paths):
     return losses, dhidden, dweight, dbias
 
 
-def tree_vectorised(hidden, weight, bias, labels, paths):
+def tree_vectorized(hidden, weight, bias, labels, paths):
     """All nodes at once: signs (classes, nodes) are 0 off the path, which then has no part in loss or gradient."""
     signs = np.zeros((len(paths), len(weight)))
     for label, path in paths.items():
@@ -147,7 +147,7 @@ def two_level_loop(hidden, group_weight, group_bias, weight, bias, labels, group
     return losses, dhidden, *gradients
 
 
-def two_level_vectorised(hidden, group_weight, group_bias, weight, bias, labels, groups):
+def two_level_vectorized(hidden, group_weight, group_bias, weight, bias, labels, groups):
     group_of = np.empty(len(weight), dtype=int)
     for number, members in enumerate(groups):
         group_of[list(members)] = number
@@ -191,16 +191,16 @@ def adaptive_loop(hidden, head, tails, labels, cutoffs, order):
     return losses, dhidden, dhead, *(each for pair in dtails for each in pair)
 
 
-def adaptive_vectorised(hidden, head, tails, labels, cutoffs, order):
+def adaptive_vectorized(hidden, head, tails, labels, cutoffs, order):
     edges, ranks = np.array([*cutoffs, len(order)]), np.argsort(order)[labels]
     tail = np.searchsorted(cutoffs, ranks, side="right")
     target = np.where(tail == 0, ranks, cutoffs[0] + tail - 1)
-    losses, dhidden, dhead, _ = softmax_vectorised(hidden, head, np.zeros(len(head)), target)
+    losses, dhidden, dhead, _ = softmax_vectorized(hidden, head, np.zeros(len(head)), target)
     gradients = []
     for i, (projection, output) in enumerate(tails):
         rows = (tail == i + 1).nonzero()[0]
         inside = hidden[rows] @ projection.T
-        loss, dinside, doutput, _ = softmax_vectorised(inside, output, np.zeros(len(output)), ranks[rows] - edges[i])
+        loss, dinside, doutput, _ = softmax_vectorized(inside, output, np.zeros(len(output)), ranks[rows] - edges[i])
         losses[rows] += loss
         dhidden[rows] += dinside @ projection
         gradients += [dinside.T @ hidden[rows], doutput]

@@ -183,7 +183,7 @@ def test_a_constraint_follows_its_hypotheses():
         answer = listed(found, row)
         assert {sequence for sequence, _ in answer} == expected
         assert len(answer) == len(expected) < 200
-        for sequence, score in answer:  # not renormalised
+        for sequence, score in answer:  # not renormalized
             assert score == pytest.approx(log_prob_of(row, sequence), abs=1e-5)
         rest = slice(len(expected), None)
         assert (found.scores[row, rest] == -math.inf).all() and (found.lengths[row, rest] == 0).all()

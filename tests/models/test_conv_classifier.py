@@ -104,7 +104,7 @@ def test_parameter_counts():
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_each_normalisation(norm, images):
+def test_each_normalization(norm, images):
     model = build(norm=norm, widths=(8, 8, 16)).train()
     output = model(images, labels=torch.tensor([0, 3, 4, 1]))
     output.loss.backward()

@@ -29,7 +29,7 @@ class TestConv(ModelContract):
 
     def inputs(self, batch):
         draw = torch.Generator().manual_seed(batch)
-        # black and white, as the entropy of greys would be a floor of the loss
+        # black and white, as the entropy of grays would be a floor of the loss
         return {"pixel_values": torch.rand(batch, 1, 8, 8, generator=draw).round()}
 
 
@@ -40,7 +40,7 @@ class TestMlp(TestConv):
         return ImageVaeConfig(**SMALL, architecture="mlp")
 
 
-class TestGaussianOfColours(TestConv):
+class TestGaussianOfColors(TestConv):
     test_loads_in_a_fresh_process_without_the_package = None
 
     def config(self):
@@ -102,7 +102,7 @@ def test_bernoulli_is_torch_s_binary_cross_entropy_summed_over_an_image(images):
     torch.testing.assert_close(build().log_likelihood(white, output.logits), likelihood)
 
 
-def test_the_cross_entropy_of_greys_is_the_mean_over_images_made_black_and_white(images):
+def test_the_cross_entropy_of_grays_is_the_mean_over_images_made_black_and_white(images):
     model = build()
     logits = model(images).logits
     many = 4000
@@ -294,21 +294,21 @@ def test_wrong_input_is_a_sentence(images):
         model.importance_weighted_bound(images, 0)
 
 
-def test_the_processor_makes_grey_as_pillow_does():
-    colours = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
-    picture = Image.fromarray(colours)
+def test_the_processor_makes_gray_as_pillow_does():
+    colors = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    picture = Image.fromarray(colors)
     processor = ImageVaeProcessor(size={"height": 8, "width": 8})
-    grey = np.asarray(picture.convert("L")).astype(np.float32) / 255
-    for given in (picture, colours, torch.from_numpy(colours).permute(2, 0, 1)):
+    gray = np.asarray(picture.convert("L")).astype(np.float32) / 255
+    for given in (picture, colors, torch.from_numpy(colors).permute(2, 0, 1)):
         pixel_values = processor(given, return_tensors="pt")["pixel_values"]
         assert pixel_values.shape == (1, 1, 8, 8) and pixel_values.dtype == torch.float32
-        assert np.allclose(pixel_values[0, 0].numpy(), grey)
-    # what is grey stays what it is
+        assert np.allclose(pixel_values[0, 0].numpy(), gray)
+    # what is gray stays what it is
     for given in (picture.convert("L"), picture.convert("L").convert("RGB")):
-        assert np.allclose(processor(given, return_tensors="pt")["pixel_values"][0, 0].numpy(), grey)
-    colour = ImageVaeProcessor(size={"height": 8, "width": 8}, do_grayscale=False)
-    pixel_values = colour(picture, return_tensors="pt")["pixel_values"]
-    assert np.allclose(pixel_values[0].permute(1, 2, 0).numpy(), colours / 255)
+        assert np.allclose(processor(given, return_tensors="pt")["pixel_values"][0, 0].numpy(), gray)
+    color = ImageVaeProcessor(size={"height": 8, "width": 8}, do_grayscale=False)
+    pixel_values = color(picture, return_tensors="pt")["pixel_values"]
+    assert np.allclose(pixel_values[0].permute(1, 2, 0).numpy(), colors / 255)
 
 
 def test_the_processor_resizes_and_keeps_its_settings(tmp_path):

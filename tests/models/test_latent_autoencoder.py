@@ -31,7 +31,7 @@ def test_latents_are_shifted_and_scaled():
     assert torch.equal(encode_latents(autoencoder, pixel_values), latents)  # nothing is drawn
 
 
-def test_a_codebook_quantises_on_the_way_back():
+def test_a_codebook_quantizes_on_the_way_back():
     torch.manual_seed(0)
     autoencoder = make_autoencoder(kind="vq", **TINY, scaling_factor=4.0, num_vq_embeddings=16).eval()
     pixel_values = torch.rand(2, 3, 16, 16) * 2 - 1

@@ -126,7 +126,7 @@ def test_core_runs_in_float32_under_autocast(dtype):
 
 
 def test_an_empty_slot_takes_the_mean_of_the_values():
-    """With A = 0 for a slot, (A + epsilon) normalised over the tokens is uniform."""
+    """With A = 0 for a slot, (A + epsilon) normalized over the tokens is uniform."""
     module = SlotAttention(4, 4, mlp_dim=4).double()
     values = torch.randn(1, 7, 4).double()
     attention = torch.zeros(1, 1, 7).double()
@@ -180,20 +180,20 @@ def test_queries_do_not_see_each_other():
 @pytest.mark.parametrize(
     "image_size, stride, size", [(16, 4, (16, 16)), (16, 1, (5, 7)), (24, 2, (40, 9)), (8, 8, (3, 4))]
 )
-def test_attention_masks_are_interpolated_between_the_pixels_that_tokens_are_centred_on(image_size, stride, size):
+def test_attention_masks_are_interpolated_between_the_pixels_that_tokens_are_centered_on(image_size, stride, size):
     side = image_size // stride
     attention = torch.rand(2, 3, side**2, dtype=torch.float64)
     found = attention_masks(attention, size, image_size=image_size)
     where = [(np.arange(n) + 0.5) / n * image_size - 0.5 for n in size]  # of the output's pixels, in the image's
-    centres = np.arange(side) * stride
+    centers = np.arange(side) * stride
     for maps, masks in zip(attention.view(-1, side, side).numpy(), found.flatten(0, 1).numpy(), strict=True):
-        along = np.stack([np.interp(where[1], centres, row) for row in maps])
-        both = np.stack([np.interp(where[0], centres, column) for column in along.T], axis=1)
+        along = np.stack([np.interp(where[1], centers, row) for row in maps])
+        both = np.stack([np.interp(where[0], centers, column) for column in along.T], axis=1)
         np.testing.assert_allclose(masks, both, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("encoder", ["cnn", "resnet18"])
-def test_tokens_are_centred_where_the_masks_put_them(encoder):
+def test_tokens_are_centered_where_the_masks_put_them(encoder):
     backbone = SlotEncoder(SlotAutoencoderConfig(encoder=encoder)).backbone.double()
     for module in [*backbone.modules()]:
         for name, child in module.named_children():
@@ -204,9 +204,9 @@ def test_tokens_are_centred_where_the_masks_put_them(encoder):
     image = torch.ones(1, 3, 64, 64, dtype=torch.float64, requires_grad=True)
     (gradient,) = torch.autograd.grad(backbone(image)[0, :, 8, 8].sum(), image)
     weight, places = gradient[0].sum(0), torch.arange(64, dtype=torch.float64)
-    centre = (weight.sum(1) * places).sum() / weight.sum(), (weight.sum(0) * places).sum() / weight.sum()
+    center = (weight.sum(1) * places).sum() / weight.sum(), (weight.sum(0) * places).sum() / weight.sum()
     masks = attention_masks(torch.eye(256)[None, 8 * 16 + 8 : 8 * 16 + 9], (64, 64), image_size=64)
-    assert [round(float(place), 6) for place in centre] == [*divmod(int(masks.argmax()), 64)] == [32, 32]
+    assert [round(float(place), 6) for place in center] == [*divmod(int(masks.argmax()), 64)] == [32, 32]
 
 
 def test_attention_masks_keep_the_precision_and_refuse_what_is_no_grid():

@@ -21,7 +21,7 @@ CHANNELS, SHAPE = 8, (4, 8, 6, 5)
 
 
 class TwoCalls(nn.Module):
-    """Batch-instance normalisation by two calls of torch's, as its authors wrote it."""
+    """Batch-instance normalization by two calls of torch's, as its authors wrote it."""
 
     def __init__(self, channels=CHANNELS):
         super().__init__()
@@ -158,7 +158,7 @@ def test_state_dicts_go_both_ways_unchanged(name):
         assert torch.equal(fresh.state_dict()[key], value)
 
 
-def test_nothing_calls_torchs_normalisation(monkeypatch):
+def test_nothing_calls_torchs_normalization(monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("called")
 
@@ -310,7 +310,7 @@ def test_compiles_the_plain_average_of_running_statistics():
 # ---------------------------------------------------------------------------------------- the gate
 
 
-def test_the_gate_starts_at_one_which_is_batch_normalisation():
+def test_the_gate_starts_at_one_which_is_batch_normalization():
     x = make_images(torch.float64)
     gated, batch = BatchInstanceNorm2d(CHANNELS).double(), BatchNorm2d(CHANNELS).double()
     assert torch.equal(gated.gate, torch.ones_like(gated.gate))

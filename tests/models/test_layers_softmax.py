@@ -233,9 +233,9 @@ def test_a_new_head_starts_near_chance_and_learns(kind):
         20,
         **{**options_of(kind, 20), **({"groups": None} if kind == "two_level" else {})},
     )
-    centres = torch.randn(20, 32)
+    centers = torch.randn(20, 32)
     labels = torch.arange(20).repeat(8)
-    hidden = centres[labels] + 0.1 * torch.randn(160, 32)
+    hidden = centers[labels] + 0.1 * torch.randn(160, 32)
     assert head(hidden, labels).item() == pytest.approx(math.log(20), rel=0.5)
     optimizer = torch.optim.Adam(head.parameters(), lr=0.05)
     for _ in range(60):
@@ -255,7 +255,7 @@ def numpy_of(head):
 def test_softmax_is_the_reference():
     head, (hidden, labels) = build("softmax", 9), draw(9, batch=7)
     found = gradients(head, hidden, labels)
-    for function in (reference.softmax_loop, reference.softmax_vectorised):
+    for function in (reference.softmax_loop, reference.softmax_vectorized):
         assert_all_close(found, function(hidden.numpy(), *numpy_of(head), labels.numpy()))
     linear = nn.Linear(DIM, 9).double()
     linear.load_state_dict(head.state_dict())
@@ -271,13 +271,13 @@ def test_gumbel_with_fixed_noise_is_the_reference(temperature):
     def found():
         return gradients(head, hidden, labels, temperature=temperature, generator=torch.Generator().manual_seed(3))
 
-    for function in (reference.softmax_loop, reference.softmax_vectorised):
+    for function in (reference.softmax_loop, reference.softmax_vectorized):
         assert_all_close(found(), function(*arguments))
     sample = head.sample(hidden, temperature=temperature, generator=torch.Generator().manual_seed(3))
     of_label = sample.gather(1, labels[:, None]).squeeze(1)
     np.testing.assert_allclose(found()[0], -of_label.log().detach().numpy(), rtol=1e-9)  # as it is said to be
     head.straight_through = True
-    assert_all_close(found(), reference.straight_through_vectorised(*arguments))
+    assert_all_close(found(), reference.straight_through_vectorized(*arguments))
 
 
 @pytest.mark.parametrize("kind", ["huffman", "sparse"])
@@ -288,7 +288,7 @@ def test_binary_trees_are_the_reference(kind, all_nodes, law, monkeypatch):
     head, (hidden, labels) = build(kind, 13, law=law), draw(13)
     paths = paths_in(head)
     found = gradients(head, hidden, labels)
-    for function in (reference.tree_loop, reference.tree_vectorised):
+    for function in (reference.tree_loop, reference.tree_vectorized):
         assert_all_close(found, function(hidden.numpy(), *numpy_of(head), labels.numpy(), paths))
 
 
@@ -318,7 +318,7 @@ def test_two_levels_are_the_reference(sparse, all_nodes, monkeypatch):
     torch.manual_seed(0)
     head, (hidden, labels) = TwoLevelHead(DIM, 9, groups=groups, sparse=sparse).double(), draw(9)
     found = gradients(head, hidden, labels)
-    for function in (reference.two_level_loop, reference.two_level_vectorised):
+    for function in (reference.two_level_loop, reference.two_level_vectorized):
         assert_all_close(found, function(hidden.numpy(), *numpy_of(head), labels.numpy(), groups))
 
 
@@ -332,7 +332,7 @@ def test_adaptive_is_the_reference(cutoffs):
     tails = list(zip(weights[1::2], weights[2::2], strict=True))
     order = np.argsort(-counts)
     found = gradients(head, hidden, labels)
-    for function in (reference.adaptive_loop, reference.adaptive_vectorised):
+    for function in (reference.adaptive_loop, reference.adaptive_vectorized):
         assert_all_close(found, function(hidden.numpy(), weights[0], tails, labels.numpy(), cutoffs, order))
 
 
@@ -467,9 +467,9 @@ def test_greedy_descent_is_not_exact_where_best_first_is():
 
 def test_learned_trees_bring_alike_classes_together():
     generator = torch.Generator().manual_seed(0)
-    centres = torch.randn(4, 16, generator=generator) * 5
+    centers = torch.randn(4, 16, generator=generator) * 5
     kind = torch.randperm(32, generator=generator) % 4
-    weight = centres[kind] + 0.1 * torch.randn(32, 16, generator=generator)
+    weight = centers[kind] + 0.1 * torch.randn(32, 16, generator=generator)
     tree = cluster_classes(weight)
     assert json.loads(json.dumps(tree)) == tree
     quarters = [set(layers_softmax._members(quarter)) for half in tree for quarter in half]
@@ -511,7 +511,7 @@ def test_sparse_gradients_are_the_dense_ones_of_few_rows(tree):
     assert not dense.sparse_parameters()
 
 
-def test_the_optimisers_take_a_sparse_head_and_learn():
+def test_the_optimizers_take_a_sparse_head_and_learn():
     torch.manual_seed(0)
     model = nn.ModuleDict({"body": nn.Linear(6, DIM), "head": TreeHead(DIM, 500, sparse=True)})
     optimizers = make_optimizers(model, learning_rate=0.05, weight_decay=0.1)

@@ -88,7 +88,7 @@ def test_layers_as_the_paper_counts_them(n):
     assert all(c.kernel_size == (3, 3) and c.padding == (1, 1) and c.bias is None for c in convolutions)
     assert [c.out_channels for c in convolutions] == [16] * (2 * n + 1) + [32] * 2 * n + [64] * 2 * n
     assert [i for i, c in enumerate(convolutions) if c.stride == (2, 2)] == [2 * n + 1, 4 * n + 1]
-    for module in model.modules():  # normalisation right after each convolution
+    for module in model.modules():  # normalization right after each convolution
         children = list(module.children())
         for first, second in zip(children, children[1:], strict=False):
             if isinstance(first, torch.nn.Conv2d):

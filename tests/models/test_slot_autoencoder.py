@@ -31,7 +31,7 @@ class TestDefaultKind(ModelContract):
         return SlotAutoencoderConfig(**TINY, decoder_channels=(24, 16))
 
     def inputs(self, batch):
-        """Two rectangles of random colours on a random ground: something that slots can explain."""
+        """Two rectangles of random colors on a random ground: something that slots can explain."""
         draw = torch.Generator().manual_seed(batch)
         images = torch.rand(batch, 3, 1, 1, generator=draw).expand(-1, -1, 16, 16).clone()
         for image in images:
@@ -107,8 +107,8 @@ def test_gaussian_slots_repeat_in_evaluation_and_vary_in_training(gaussian_model
 
 
 def test_evaluation_keeps_the_best_of_its_draws_image_by_image(gaussian_model):
-    colours = torch.rand(12, 3, 1, 1, generator=torch.Generator().manual_seed(0))
-    pixel_values = ((colours * 2 - 1) * 3).expand(-1, -1, 16, 16)
+    colors = torch.rand(12, 3, 1, 1, generator=torch.Generator().manual_seed(0))
+    pixel_values = ((colors * 2 - 1) * 3).expand(-1, -1, 16, 16)
     start = gaussian_model.initial_slots(12, num_draws=gaussian_model.config.num_draws)
     assert start.shape == (12, 6, 12)
     tokens = gaussian_model.encoder(pixel_values)

@@ -57,7 +57,7 @@ def test_fit_stores_where_the_masks_are():
     masks[0, 0, 0:10, 20:40] = 1
     masks[0, 1] = 1 - masks[0, 0]
     library = SlotLibrary(mask_size=4).fit(torch.randn(1, 2, DIM), masks, num_clusters=2, seed=0)
-    torch.testing.assert_close(library.centres[0], torch.tensor([0.75, 0.25]))
+    torch.testing.assert_close(library.centers[0], torch.tensor([0.75, 0.25]))
     assert library.masks[0].tolist() == [[0, 0, 255, 255]] * 2 + [[0] * 4] * 2
 
 

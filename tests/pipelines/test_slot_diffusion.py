@@ -52,7 +52,7 @@ SMALL_AUTOENCODER = {"sample_size": 16, "block_out_channels": (8, 8, 8), "norm_n
 
 
 class Oracle(ModelMixin, ConfigMixin):
-    """Knows what it draws: an image of one colour, the sum of the slots that are there."""
+    """Knows what it draws: an image of one color, the sum of the slots that are there."""
 
     @register_to_config
     def __init__(
@@ -99,7 +99,7 @@ def make_pipe(*, unet=None, encoder=SlotEncoderModel, scheduler=None, kind="kl")
 
 
 def make_image(seed=0, size=(20, 14)):
-    """A picture of random colours, size is (width, height)."""
+    """A picture of random colors, size is (width, height)."""
     shape = (size[1], size[0], 3)
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8))
 
@@ -603,7 +603,7 @@ def test_the_hub_with_and_without_hf_dl(pipe, tmp_path):
         "pushed hf_dl hf_dl",
     ]
     code = {path.relative_to(tmp_path / "saved").as_posix() for path in (tmp_path / "saved").rglob("*.py")}
-    for path in code:  # code that has travelled is as it was
+    for path in code:  # code that has traveled is as it was
         assert (tmp_path / "again" / path).read_bytes() == pushed[path] == (tmp_path / "saved" / path).read_bytes()
     expected = pipe.edit(image, remove=[1], num_inference_steps=3, output_type="pt", generator=seeded())
     for name in ("without", "again", "class", "with", "pushed"):

@@ -161,7 +161,7 @@ def test_damaged_files_are_one_sentence(folder, tmp_path):
             "---\nlicense: mit\nmodel-index:\n- name: a\n  results:\n  - x: 1\n---\n",
             "metadata that the Hub would refuse",
         ),
-        ("---\ntags: [a]\n---\n", "names no licence"),
+        ("---\ntags: [a]\n---\n", "names no license"),
     ],
 )
 def test_cards_that_the_hub_would_refuse(tmp_path, text, message):

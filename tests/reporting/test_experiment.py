@@ -283,7 +283,7 @@ def test_missing_results(tmp_path):
         read_report(tmp_path / "x.json")
 
 
-def test_curves_are_thinned_by_means_of_neighbours(tmp_path):
+def test_curves_are_thinned_by_means_of_neighbors(tmp_path):
     lines = [{"step": step, "epoch": 0.0, "seconds": 1.0, "loss": float(step % 2)} for step in range(1, 1001)]
     lines += [{"step": 500, "val_loss": 0.25}, {"step": 1000, "val_loss": 0.125}]
     (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))

@@ -2,38 +2,38 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hf_dl.reporting.grids import SEGMENT_COLOURS, colour_segments, image_grid
+from hf_dl.reporting.grids import SEGMENT_COLORS, color_segments, image_grid
 
 
-def plain(colour, size=8):
-    return np.full((size, size, 3), colour, dtype=np.uint8)
+def plain(color, size=8):
+    return np.full((size, size, 3), color, dtype=np.uint8)
 
 
-class TestColourSegments:
-    def test_each_label_has_its_colour(self):
+class TestColorSegments:
+    def test_each_label_has_its_color(self):
         mask = np.array([[0, 1], [11, 12]])
-        coloured = colour_segments(mask)
-        assert coloured.shape == (2, 2, 3) and coloured.dtype == np.uint8
+        colored = color_segments(mask)
+        assert colored.shape == (2, 2, 3) and colored.dtype == np.uint8
         for y in range(2):
             for x in range(2):
-                assert tuple(coloured[y, x]) == tuple(SEGMENT_COLOURS[mask[y, x] % 12])
+                assert tuple(colored[y, x]) == tuple(SEGMENT_COLORS[mask[y, x] % 12])
 
-    def test_twelve_colours_differ(self):
-        assert len({tuple(colour) for colour in SEGMENT_COLOURS.tolist()}) == 12
+    def test_twelve_colors_differ(self):
+        assert len({tuple(color) for color in SEGMENT_COLORS.tolist()}) == 12
 
 
 class TestImageGrid:
     def test_images_are_where_they_belong(self, tmp_path):
-        colours = [[(255, 0, 0), (0, 255, 0), (0, 0, 255)], [(255, 255, 0), (0, 255, 255)]]
-        rows = [[plain(colour) for colour in row] for row in colours]
+        colors = [[(255, 0, 0), (0, 255, 0), (0, 0, 255)], [(255, 255, 0), (0, 255, 255)]]
+        rows = [[plain(color) for color in row] for row in colors]
         path = image_grid(rows, tmp_path / "sheet.png", titles=["one", "two", "three"], cell=1.0)
         assert path == tmp_path / "sheet.png"
         sheet = Image.open(path).convert("RGB")
         head = 30  # a quarter of an inch
         assert sheet.size == (3 * 120, 2 * 120 + head)
-        for y, row in enumerate(colours):
-            for x, colour in enumerate(row):
-                assert sheet.getpixel((x * 120 + 58, head + y * 120 + 58)) == colour
+        for y, row in enumerate(colors):
+            for x, color in enumerate(row):
+                assert sheet.getpixel((x * 120 + 58, head + y * 120 + 58)) == color
         assert sheet.getpixel((2 * 120 + 58, head + 120 + 58)) == (255, 255, 255)  # the second row is shorter
 
     def test_titles_are_drawn_above_their_column(self, tmp_path):

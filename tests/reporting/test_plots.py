@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from hf_dl.reporting.experiment import collect, read_experiment
-from hf_dl.reporting.plots import COLOURS, draw_curves, plot_confusion, plot_curves, plot_run, plot_table
+from hf_dl.reporting.plots import COLORS, draw_curves, plot_confusion, plot_curves, plot_run, plot_table
 from tests.reporting.fake_runs import CONFUSION, TOML, write_run, write_runs
 
 
@@ -25,11 +25,11 @@ def report(tmp_path):
     return make
 
 
-def drawn_lines(path, colour):
-    """The points of the lines of a colour in an SVG, in the picture's coordinates."""
+def drawn_lines(path, color):
+    """The points of the lines of a color in an SVG, in the picture's coordinates."""
     lines = []
     for element in ElementTree.parse(path).iter("{http://www.w3.org/2000/svg}path"):
-        if f"stroke: {colour.lower()}" in element.get("style", "") and "fill: none" in element.get("style", ""):
+        if f"stroke: {color.lower()}" in element.get("style", "") and "fill: none" in element.get("style", ""):
             points = re.findall(r"[ML] (\S+) (\S+)", element.get("d"))
             lines.append(np.array(points, dtype=float))
     return lines
@@ -61,7 +61,7 @@ def test_line_is_the_mean_of_the_seeds_where_they_ran(tmp_path):
     # The second seed stops early and was logged at other steps: the mean is over the seeds that were still running.
     seeds = [([0, 10, 20], [0.0, 4.0, 4.0]), ([0, 5, 10], [2.0, 2.0, 2.0])]
     path = draw_curves(tmp_path / "a.svg", {"x": {"one": seeds}})
-    (line,) = [line for line in drawn_lines(path, COLOURS[0]) if len(line) == 4]
+    (line,) = [line for line in drawn_lines(path, COLORS[0]) if len(line) == 4]
     x, y = line.T
     np.testing.assert_allclose((x - x[0]) / (x[-1] - x[0]), [0, 0.25, 0.5, 1], atol=1e-4)
     # Means 1, 2, 3 and, of the first alone, 4: equal steps upwards.
@@ -78,7 +78,7 @@ def test_band_reaches_from_the_lowest_to_the_highest_seed(tmp_path):
 
     flat = [([0, 1], [value, value]) for value in (-1.0, 0.5, 3.0)]
     y = heights(flat)
-    other = next(line for line in drawn_lines(tmp_path / "a.svg", COLOURS[1]) if len(line) == 2)
+    other = next(line for line in drawn_lines(tmp_path / "a.svg", COLORS[1]) if len(line) == 2)
     scale = (other[0, 1] - other[1, 1]) / 18
     assert (y.max() - y.min()) / scale == pytest.approx(4.0, rel=1e-3)
     assert heights(flat[:1]) is None
@@ -131,4 +131,4 @@ def test_many_groups_have_different_looks(report, tmp_path):
     made = report(text)
     assert plot_curves(made, tmp_path / "a.svg") and plot_table(made, tmp_path / "b.svg")
     styles = set(re.findall(r"stroke-dasharray: [^;]+|stroke: #\w+", (tmp_path / "a.svg").read_text()))
-    assert {f"stroke: {colour.lower()}" for colour in COLOURS} <= styles
+    assert {f"stroke: {color.lower()}" for color in COLORS} <= styles

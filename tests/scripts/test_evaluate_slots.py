@@ -50,10 +50,10 @@ class TestEvaluate:
             output = model.eval()(torch.tensor(images, dtype=torch.float32))
             posterior = model.posterior(torch.tensor(images, dtype=torch.float32), output).argmax(1).numpy()
         segments = {"posterior": posterior, "decoder": output.masks.argmax(1).numpy(), "attention": []}
-        pixels, centres = np.arange(16), 2 * np.arange(8)  # of a convolution of stride 2
+        pixels, centers = np.arange(16), 2 * np.arange(8)  # of a convolution of stride 2
         for attention in output.attentions[-1].numpy():
-            rows = [[np.interp(pixels, centres, row) for row in slot.reshape(8, 8)] for slot in attention]
-            slots = [np.stack([np.interp(pixels, centres, c) for c in np.stack(r).T], axis=1) for r in rows]
+            rows = [[np.interp(pixels, centers, row) for row in slot.reshape(8, 8)] for slot in attention]
+            slots = [np.stack([np.interp(pixels, centers, c) for c in np.stack(r).T], axis=1) for r in rows]
             segments["attention"].append(np.float32(slots).argmax(0))  # half of 1 and half of 1e-9 are level
         for name, found in segments.items():
             every = [adjusted_rand_score(t.ravel(), p.ravel()) for t, p in zip(truth, found, strict=True)]
@@ -76,7 +76,7 @@ class TestEvaluate:
         torch.testing.assert_close(masks, one_draw, rtol=0, atol=1e-3)  # other batches, other rounding
 
     def test_a_perfect_and_a_constant_reconstruction(self):
-        """Explained variance is 1 for the images themselves, 0 for their mean colour."""
+        """Explained variance is 1 for the images themselves, 0 for their mean color."""
         model, batches = make_model(), make_batches()
         images = torch.cat([batch["image"] for batch in batches]) / 127.5 - 1
         mean = images.mean((0, 2, 3), keepdim=True)

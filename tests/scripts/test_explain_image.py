@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessor
 
-from hf_dl.data import images as labelled_images
-from hf_dl.explain import attention_maps, grad_cam, normalise, pointing_game, share_inside, upsample
+from hf_dl.data import images as labeled_images
+from hf_dl.explain import attention_maps, grad_cam, normalize, pointing_game, share_inside, upsample
 from hf_dl.models import SmallViTConfig, SmallViTForImageClassification, SmallViTImageProcessor
 from hf_dl.reporting.experiment import read_results
 from scripts import explain_image, run_experiment
@@ -22,7 +22,7 @@ def vit(tmp_path_factory):
     """A vision transformer of the 25 classes of the scenes, saved as training saves one."""
     torch.manual_seed(0)
     sizes = {"image_size": 32, "patch_size": 8, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-    names = dict(enumerate(labelled_images.CLASSES[25]))
+    names = dict(enumerate(labeled_images.CLASSES[25]))
     model = SmallViTForImageClassification(
         SmallViTConfig(
             **sizes,
@@ -100,13 +100,13 @@ def test_the_study_scores_maps_by_the_masks(vit, tmp_path, method):
     folder, model = vit
     flags = ["--method", method, "--num_images", "50", "--per_class", "2", "--study_classes", "striped cone", "3"]
     metrics, found = run(folder, tmp_path, *flags, "--batch_size", "20")
-    data = labelled_images.load("validation", size=32, num_images=50)
+    data = labeled_images.load("validation", size=32, num_images=50)
     pixels = torch.stack([torch.tensor(np.array(i)).permute(2, 0, 1) for i in data["image"]]) / 127.5 - 1
     masks = torch.stack([torch.tensor(np.array(m)) > 0 for m in data["mask"]])
     if method == "grad_cam":
         maps = grad_cam(model, pixels).maps
     else:
-        maps = normalise(upsample(attention_maps(model, pixels, method=method)[0], (32, 32)))
+        maps = normalize(upsample(attention_maps(model, pixels, method=method)[0], (32, 32)))
     inside = share_inside(maps, masks)
     assert metrics["share_inside"] == pytest.approx(inside[~inside.isnan()].mean().item(), abs=1e-3)
     assert metrics["pointing_game"] == pytest.approx(pointing_game(maps, masks).float().mean().item(), abs=0.021)
@@ -114,12 +114,12 @@ def test_the_study_scores_maps_by_the_masks(vit, tmp_path, method):
     assert metrics["accuracy"] == pytest.approx(
         (model(pixels).logits.argmax(-1) == torch.tensor(data["label"])).float().mean().item(), abs=0.021
     )
-    assert {e["class"] for e in found["images"]} <= {"striped cone", labelled_images.CLASSES[25][3]}
+    assert {e["class"] for e in found["images"]} <= {"striped cone", labeled_images.CLASSES[25][3]}
     for entry in found["images"]:
-        assert labelled_images.CLASSES[25][data[entry["image"]]["label"]] == entry["class"]
+        assert labeled_images.CLASSES[25][data[entry["image"]]["label"]] == entry["class"]
     assert {p.name for p in (tmp_path / "out").glob("class_*.png")} == {
-        f"class_{i}_{labelled_images.CLASSES[25][i].replace(' ', '_')}.png"
-        for i in (3, labelled_images.CLASSES[25].index("striped cone"))
+        f"class_{i}_{labeled_images.CLASSES[25][i].replace(' ', '_')}.png"
+        for i in (3, labeled_images.CLASSES[25].index("striped cone"))
     }
 
 

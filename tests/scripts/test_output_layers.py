@@ -123,11 +123,11 @@ def test_a_mistake_trains_and_its_scores_are_written(tmp_path):
 def landings():
     """Accuracy of each mistake after a short training on classes that are easy to tell apart; chance is 0.01."""
     generator = torch.Generator().manual_seed(0)
-    centres = torch.randn(100, 256, generator=generator)
+    centers = torch.randn(100, 256, generator=generator)
 
     def draw(count):
         labels = torch.randint(100, (count,), generator=generator)
-        return 0.3 * (centres[labels] + 1.5 * torch.randn(count, 256, generator=generator)).relu(), labels
+        return 0.3 * (centers[labels] + 1.5 * torch.randn(count, 256, generator=generator)).relu(), labels
 
     hidden, labels = draw(6000)
     test, truth = draw(1000)

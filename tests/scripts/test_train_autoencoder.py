@@ -81,15 +81,15 @@ def test_a_codebook_and_what_it_uses(tmp_path):
     assert 1 <= metrics["test_used_codes"] <= 4096
     assert "shift_factor" not in json.loads((tmp_path / "config.json").read_text())
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    last = [line for line in log if "regulariser" in line][-1]
-    assert last["loss"] == pytest.approx(last["l1"] + last["regulariser"], rel=1e-5)
+    last = [line for line in log if "regularizer" in line][-1]
+    assert last["loss"] == pytest.approx(last["l1"] + last["regularizer"], rel=1e-5)
 
 
 def test_the_loss_is_what_the_flags_say(finished):
     log = [json.loads(line) for line in (finished[0] / "log.jsonl").read_text().splitlines()]
-    lines = [line for line in log if "regulariser" in line]
+    lines = [line for line in log if "regularizer" in line]
     for line in lines:
-        expected = line["l1"] + 1e-4 * line["regulariser"] + 0.1 * line["perceptual"]
+        expected = line["l1"] + 1e-4 * line["regularizer"] + 0.1 * line["perceptual"]
         assert line["loss"] == pytest.approx(expected, rel=1e-5)
     assert any("val_l1" in line for line in log)
 
@@ -98,11 +98,11 @@ def test_the_divergence_is_that_of_the_formula():
     torch.manual_seed(0)
     model = evaluate_autoencoder.LatentAutoencoder(make_autoencoder("small", sample_size=32)).eval()
     images = torch.rand(2, 3, 32, 32) * 2 - 1
-    _, regulariser = model(images)
+    _, regularizer = model(images)
     posterior = model.autoencoder.encode(images).latent_dist
     mean, variance = posterior.mean.double(), posterior.var.double()
     expected = 0.5 * (mean**2 + variance - 1 - variance.log()).mean()
-    assert regulariser.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert regularizer.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_it_is_evaluated_from_its_folder(finished, tmp_path, capsys):

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
 
 from hf_dl.data import images
-from hf_dl.data.images import CLASSES, LabelledImages
+from hf_dl.data.images import CLASSES, LabeledImages
 from hf_dl.reporting.card import read_card
 from scripts import evaluate_classifier, train_classifier
 from tests.scripts.runs import reset
@@ -102,7 +102,7 @@ def test_the_saved_folder_classifies_images(finished):
     )
     data = images.load("test", num_images=25, size=32)
     pixel_values = processor(images=list(data["image"]), return_tensors="pt")["pixel_values"]
-    ours = evaluate_classifier.to_pixel_values(LabelledImages(data).__getitems__(range(25))["image"], processor)
+    ours = evaluate_classifier.to_pixel_values(LabeledImages(data).__getitems__(range(25))["image"], processor)
     assert torch.allclose(pixel_values, ours, atol=1e-4)
     with torch.no_grad():
         loss = model.eval()(pixel_values, labels=torch.tensor(data["label"][:])).loss.item()
@@ -212,7 +212,7 @@ def test_the_learning_rate_follows_the_batch_size():
 
 @pytest.mark.slow
 def test_two_processes_give_the_metrics_of_one(tmp_path):
-    # normalised within images: the statistics of batch normalisation are those of a process
+    # normalized within images: the statistics of batch normalization are those of a process
     flags = [
         *SMALL,
         *NARROW,

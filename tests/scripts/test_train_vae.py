@@ -92,7 +92,7 @@ def test_the_saved_folder_takes_pictures_and_makes_new_ones(finished):
     model, processor = AutoModel.from_pretrained(folder), AutoImageProcessor.from_pretrained(folder)
     data = images.load("test", num_images=16, size=32)
     pixel_values = processor(images=list(data["image"]), return_tensors="pt")["pixel_values"]
-    ours = evaluate_vae.to_pixel_values(images.LabelledImages(data).__getitems__(range(16))["image"])
+    ours = evaluate_vae.to_pixel_values(images.LabeledImages(data).__getitems__(range(16))["image"])
     assert torch.allclose(pixel_values, ours)
     assert model(pixel_values).reconstruction.shape == (16, 3, 32, 32) and model.sample(2).shape == (2, 3, 32, 32)
 
@@ -147,7 +147,7 @@ def write_idx(folder):
     return folder
 
 
-def test_grey_idx_files_with_a_gaussian_perceptron(tmp_path):
+def test_gray_idx_files_with_a_gaussian_perceptron(tmp_path):
     source = write_idx(tmp_path / "fashion")
     flags = "--architecture=mlp --likelihood=gaussian --image_size=12 --hidden_sizes 16 --epochs=2 --kl_warmup=0.5"
     metrics = train(tmp_path / "run", f"--source={source}", *flags.split(), "--save_every=0", "--log_every=1")
@@ -168,7 +168,7 @@ def test_grey_idx_files_with_a_gaussian_perceptron(tmp_path):
 def test_codes_of_few_numbers_are_drawn(tmp_path, latents):
     torch.manual_seed(0)
     model = ImageVaeModel(ImageVaeConfig(architecture="mlp", image_size=32, num_channels=3, latent_size=latents))
-    data = images.LabelledImages(images.load("test", num_images=16, size=32))
+    data = images.LabeledImages(images.load("test", num_images=16, size=32))
     evaluate_vae.draw(model, data, tmp_path)
     assert len(list(tmp_path.glob("*.png"))) == 4
 

@@ -43,7 +43,7 @@ def make_image(size=(60, 40), seed=0):
 
 
 def write_huge_png(path, side=20_000):
-    """A valid PNG of one colour, of which a decoder would need side² x 3 bytes."""
+    """A valid PNG of one color, of which a decoder would need side² x 3 bytes."""
     squeeze = zlib.compressobj(1)
     row = bytes(1 + side // 8)
     data = b"".join(squeeze.compress(row) for _ in range(side)) + squeeze.flush()

@@ -65,7 +65,7 @@ class TestExplain:
         image = make_image((16, 16))
         found = app.explain(classifier, image, label=3)
         output = grad_cam(classifier.model, classifier.prepare(image), classes=3)
-        expected = demo.colour_heat(demo.resize_heat(output.maps[0].numpy(), (384, 384)))
+        expected = demo.color_heat(demo.resize_heat(output.maps[0].numpy(), (384, 384)))
         assert np.array_equal(np.asarray(found.heat), expected)
         assert found.label == "fish" and found.layers == output.layers
         assert found.probability == pytest.approx(output.logits.softmax(-1)[0, 3].item())

@@ -83,11 +83,9 @@ class TestShow:
         found = app.show_map(solution)
         assert found.count("<tr>") == 1 + len(solution.symbols)
         assert found.count("<td ") == len(solution.symbols) * len(solution.words)
-        for number, value in enumerate(("120", "2", "5")):  # one colour for the word and for the symbol
-            assert f"<th class='word number' style='color: {app.colour_of(number)}'>{value}</th>" in found
-            assert (
-                f"<th class='symbol number' style='color: {app.colour_of(number)}'>n{number} = {value}</th>" in found
-            )
+        for number, value in enumerate(("120", "2", "5")):  # one color for the word and for the symbol
+            assert f"<th class='word number' style='color: {app.color_of(number)}'>{value}</th>" in found
+            assert f"<th class='symbol number' style='color: {app.color_of(number)}'>n{number} = {value}</th>" in found
         weights = [int(each) for each in re.findall(r"#[0-9a-f]{6} (\d+)%", found)]
         assert sum(weights) == pytest.approx(100 * len(solution.symbols), abs=len(weights) / 2)
 

@@ -101,12 +101,12 @@ class TestExplain:
         counts = torch.bincount(model.segment(image).flatten(), minlength=4) / (384 * 256)
         assert sorted(found.shares) == pytest.approx(sorted(counts.tolist()))
 
-    def test_segments_show_one_colour_a_slot(self, model):
+    def test_segments_show_one_color_a_slot(self, model):
         image = Image.new("RGB", (384, 384), "black")
         found = app.explain(model, image)
         pixels = np.asarray(found.segments).reshape(-1, 3)
-        for share, colour in zip(found.shares, app.SEGMENT_COLOURS, strict=False):
-            shown = (pixels == (0.6 * colour).astype(np.uint8)).all(axis=1).mean()
+        for share, color in zip(found.shares, app.SEGMENT_COLORS, strict=False):
+            shown = (pixels == (0.6 * color).astype(np.uint8)).all(axis=1).mean()
             assert shown == pytest.approx(share, abs=0.1) and shown <= share
 
     def test_reconstruction_is_the_models(self, model):

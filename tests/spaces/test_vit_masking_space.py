@@ -95,7 +95,7 @@ class TestChoice:
     attention = torch.arange(16.0).view(4, 4)
 
     @pytest.mark.parametrize(
-        ("place", "expected"), [("top", [13, 14, 15]), ("bottom", [0, 1, 2]), ("chosen", [4]), ("centre", [5, 6, 9])]
+        ("place", "expected"), [("top", [13, 14, 15]), ("bottom", [0, 1, 2]), ("chosen", [4]), ("center", [5, 6, 9])]
     )
     def test_mask(self, place, expected):
         mask = app.Choice(place=place, count=3, patches="5").mask(self.attention)
@@ -139,7 +139,7 @@ class TestCompare:
             assert found.patches == expected
 
     def test_after_is_the_answer_to_the_filled_image(self, classifier):
-        image, choice = make_image(), app.Choice("centre", 6, seed=3, way="noise")
+        image, choice = make_image(), app.Choice("center", 6, seed=3, way="noise")
         found = app.compare(classifier, image, choice)
         pixel_values = classifier.prepare(image)
         mask = choice.mask(torch.zeros(4, 4))
@@ -221,9 +221,9 @@ class TestExplorer:
 
     def test_clicks_take_and_give_back(self, explorer):
         picture = demo.Picture(make_image())
-        first = explorer.compare(picture, None, "centre", 4)
+        first = explorer.compare(picture, None, "center", 4)
         assert first.patches == [5, 6, 9, 10]
-        second = explorer.toggle((5, 5), picture, None, "centre", 4)
+        second = explorer.toggle((5, 5), picture, None, "center", 4)
         assert second.patches == [0, 5, 6, 9, 10]
         third = explorer.toggle((150, 150), picture, None, "chosen", 4, 0, app.format_patches(second.patches))
         assert third.patches == [0, 6, 9, 10]
@@ -311,7 +311,7 @@ def test_client(address, tmp_path):
     make_image().save(tmp_path / "a.png")
     client = Client(address, verbose=False, download_files=str(tmp_path))
     numbers, sentence, *pictures, before, after = client.predict(
-        handle_file(tmp_path / "a.png"), "chosen", 0, 0, "1-3", "grey", 3, -1, api_name="/compare"
+        handle_file(tmp_path / "a.png"), "chosen", 0, 0, "1-3", "gray", 3, -1, api_name="/compare"
     )
     assert numbers == "1-3" and "nats" in sentence and "Without 3 of 16 patches" in after
     for path in pictures:
@@ -374,7 +374,7 @@ class TestBrowser:
 
     def test_places_and_ways(self, browser, address):
         self.open(browser, address)
-        for name, label in (("place", "random"), ("way", "noise"), ("place", "centre"), ("way", "dropped as tokens")):
+        for name, label in (("place", "random"), ("way", "noise"), ("place", "center"), ("way", "dropped as tokens")):
             before = shown(browser, "given")
             press(browser, name, label)
             wait_for(lambda before=before: shown(browser, "given") not in (None, before))

@@ -43,7 +43,7 @@ def test_help_shows_groups_and_defaults(capsys):
         parse_args(ScriptArgs, ["--help"])
     assert stop.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    for words in ("this script:", "optimisation:", "Slots per image. (default: 5)", "(default: 0.0004)"):
+    for words in ("this script:", "optimization:", "Slots per image. (default: 5)", "(default: 0.0004)"):
         assert words in text
 
 

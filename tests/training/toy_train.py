@@ -19,7 +19,7 @@ from hf_dl.training import TrainingArgs, TrainingRun, checkpoint, parse_args
 
 @dataclass
 class ToyArgs(TrainingArgs):
-    batch_size: int = field(default=16, metadata={"help": "Examples per optimiser step."})
+    batch_size: int = field(default=16, metadata={"help": "Examples per optimizer step."})
     log_every: int = field(default=1, metadata={"help": "Steps between lines of the log."})
     num_examples: int = field(default=101, metadata={"help": "Examples, for training and for evaluation."})
     dropout: float = field(

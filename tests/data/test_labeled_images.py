@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from hf_dl.data import images
-from hf_dl.data.images import CLASSES, LabelledImages, augment, load, sample_scene
+from hf_dl.data.images import CLASSES, LabeledImages, augment, load, sample_scene
 
 
 def failure(action):
@@ -29,7 +29,7 @@ def array(image):
 # --- synthetic -------------------------------------------------------------------------------------------------------
 
 
-def test_the_classes_are_shape_by_material_and_by_colour():
+def test_the_classes_are_shape_by_material_and_by_color():
     assert {number: len(set(names)) for number, names in CLASSES.items()} == {25: 25, 100: 100}
     assert all(CLASSES[100][c].split(maxsplit=1)[1] == CLASSES[25][c // 4] for c in range(100))
 
@@ -103,7 +103,7 @@ COLORS = {"ant": (200, 30, 30), "bee": (30, 200, 30), "cat": (30, 30, 200)}
 
 
 def write_folder(root, count=10, classes=("ant", "bee", "cat")):
-    """Images of all sizes and kinds; the colour tells the class, the brightness of the red channel the number."""
+    """Images of all sizes and kinds; the color tells the class, the brightness of the red channel the number."""
     rng = np.random.default_rng(0)
     for name in classes:
         (root / name).mkdir(parents=True)
@@ -280,7 +280,7 @@ def idx(values):
 
 
 def write_idx(folder, counts, pack=True, name="{}-{}-idx{}-ubyte"):
-    """Splits of grey noise; returns their pixels and labels by the names of their files."""
+    """Splits of gray noise; returns their pixels and labels by the names of their files."""
     folder.mkdir(parents=True, exist_ok=True)
     rng, written = np.random.default_rng(0), {}
     for split, count in counts.items():
@@ -301,7 +301,7 @@ def write_idx(folder, counts, pack=True, name="{}-{}-idx{}-ubyte"):
         ("FashionMNIST/raw", False, "{}-{}-idx{}-ubyte"),
     ],
 )
-def test_idx_files_keep_every_grey(tmp_path, below, pack, name):
+def test_idx_files_keep_every_gray(tmp_path, below, pack, name):
     written = write_idx(tmp_path / below, {"train": 40, "t10k": 20}, pack, name)
     data = {split: load(split, tmp_path, size=12, holdout=0.25) for split in images.SPLITS}
     assert {split: len(part) for split, part in data.items()} == {"train": 30, "validation": 10, "test": 20}
@@ -309,11 +309,11 @@ def test_idx_files_keep_every_grey(tmp_path, below, pack, name):
     for split, part in data.items():
         pixels, labels = written["t10k" if split == "test" else "train"]
         known = {image.tobytes(): label for image, label in zip(pixels, labels, strict=True)}
-        grey, rgb = LabelledImages(part, channels=1), LabelledImages(part)
-        assert grey.pixels.shape == (len(part), 1, 12, 12) and rgb.pixels.shape == (len(part), 3, 12, 12)
-        assert (grey.pixels == rgb.pixels).all()
-        assert [known[image.tobytes()] for image in grey.pixels] == grey.labels.tolist()
-        assert len(grey.channel_statistics()[0]) == 1
+        gray, rgb = LabeledImages(part, channels=1), LabeledImages(part)
+        assert gray.pixels.shape == (len(part), 1, 12, 12) and rgb.pixels.shape == (len(part), 3, 12, 12)
+        assert (gray.pixels == rgb.pixels).all()
+        assert [known[image.tobytes()] for image in gray.pixels] == gray.labels.tolist()
+        assert len(gray.channel_statistics()[0]) == 1
 
 
 def test_fashion_mnist_is_known_by_its_labels(tmp_path, monkeypatch):
@@ -370,7 +370,7 @@ def png(color):
 
 
 def make_rows(count=8, **columns):
-    """A dataset in which the label is named by the colour."""
+    """A dataset in which the label is named by the color."""
     labels = [i % 3 for i in range(3 * count)]
     pictures = [{"bytes": png(list(COLORS.values())[label]), "path": f"{i}.png"} for i, label in enumerate(labels)]
     features = datasets.Features(img=datasets.Image(), coarse_label=datasets.ClassLabel(names=["animal"]))
@@ -456,9 +456,9 @@ def test_a_hub_id(monkeypatch):
 # --- batches ---------------------------------------------------------------------------------------------------------
 
 
-def test_labelled_images_hold_the_pixels(tmp_path):
+def test_labeled_images_hold_the_pixels(tmp_path):
     dataset = load("validation", num_images=30, size=32)
-    data = LabelledImages(dataset)
+    data = LabeledImages(dataset)
     assert len(data) == 30 and data.names == list(CLASSES[25])
     assert isinstance(data.pixels, np.memmap) and data.pixels.shape == (30, 3, 32, 32)
     batch = data.__getitems__([4, 0, 29])
@@ -474,17 +474,17 @@ def test_labelled_images_hold_the_pixels(tmp_path):
 
 def test_one_channel_is_the_luma(tmp_path):
     dataset = load("validation", num_images=5, size=32)
-    grey = LabelledImages(dataset, channels=1)
-    for row, pixels in zip(dataset, grey.pixels, strict=True):
+    gray = LabeledImages(dataset, channels=1)
+    for row, pixels in zip(dataset, gray.pixels, strict=True):
         assert np.array_equal(array(row["image"].convert("L")), pixels[0])
     with pytest.raises(ValueError, match="channels=2 is unknown; choose 1"):
-        LabelledImages(dataset, channels=2)
+        LabeledImages(dataset, channels=2)
 
 
 def test_the_pixels_are_written_once(monkeypatch):
-    data = LabelledImages(load("validation", num_images=20, size=32))
+    data = LabeledImages(load("validation", num_images=20, size=32))
     monkeypatch.setattr(images, "_write_pixels", None)
-    again = LabelledImages(load("validation", num_images=20, size=32))
+    again = LabeledImages(load("validation", num_images=20, size=32))
     assert np.array_equal(data.pixels, again.pixels)
 
 
@@ -496,11 +496,11 @@ def test_a_write_that_fails_leaves_nothing(tmp_path):
         images._write_pixels(dataset, tmp_path / "pixels.npy")
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(ValueError, match="'label' is missing"):
-        LabelledImages(dataset.remove_columns("label"))
+        LabeledImages(dataset.remove_columns("label"))
 
 
 def test_channel_statistics():
-    data = LabelledImages(load("validation", num_images=20, size=32))
+    data = LabeledImages(load("validation", num_images=20, size=32))
     mean, std = data.channel_statistics()
     pixels = data.pixels.astype(np.float64) / 255
     assert mean == pytest.approx(pixels.mean((0, 2, 3)), abs=1e-4)
