@@ -160,9 +160,10 @@ class TrainingArgs:
 
 
 ArgsT = TypeVar("ArgsT", bound=TrainingArgs)
+FlagsT = TypeVar("FlagsT")
 
 
-def flag_names(cls: type[TrainingArgs]) -> list[str]:
+def flag_names(cls: type) -> list[str]:
     """List the flags of a script, without dashes, so that the keys of an experiment file can be checked.
 
     Args:
@@ -188,24 +189,54 @@ def script_path(cls: type) -> Path:
 
 
 def parse_args(cls: type[ArgsT], argv: list[str] | None = None) -> ArgsT:
-    """Parse a script's flags, seed every generator, and set the number of CPU threads.
+    """Parse the flags of a training script, seed every generator, and set the number of CPU threads.
 
-    An unknown flag or a value out of range ends the program with a sentence and exit status 2; nothing is swallowed
-    and nothing abbreviated. Threads are set here because `accelerate launch` leaves each process with a single one.
+    An unknown flag or an invalid value ends the program with one sentence and exit status 2. Flags cannot be
+    abbreviated. Threads are set here because `accelerate launch` starts each process with a single one.
 
     Args:
         cls: `TrainingArgs` or a dataclass derived from it.
-        argv: The command line without the program's name; None reads `sys.argv`.
+        argv: The command line without the program's name. Defaults to `sys.argv[1:]`.
 
     Returns:
         The parsed flags.
 
     Raises:
-        SystemExit: If a flag is unknown or its value is refused.
+        SystemExit: If a flag is unknown or its value is invalid.
 
     Example:
         >>> parse_args(TrainingArgs, ["--batch_size", "64"]).batch_size
         64
+    """
+    args = parse_flags(cls, argv)
+    set_seed(args.seed)
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    torch.set_num_threads(args.cpu_threads or max(1, _num_cores() // processes))
+    return args
+
+
+def parse_flags(cls: type[FlagsT], argv: list[str] | None = None) -> FlagsT:
+    """Parse the flags of a script that does not train; nothing is seeded.
+
+    An unknown flag or an invalid value ends the program with one sentence and exit status 2. Flags cannot be
+    abbreviated.
+
+    Args:
+        cls: A dataclass of flags. Its `__post_init__` may raise ValueError for invalid values.
+        argv: The command line without the program's name. Defaults to `sys.argv[1:]`.
+
+    Returns:
+        The parsed flags.
+
+    Raises:
+        SystemExit: If a flag is unknown or its value is invalid.
+
+    Example:
+        >>> @dataclass
+        ... class Args:
+        ...     model: str = field(default="runs/train_slots", metadata={"help": "Folder of the model."})
+        >>> parse_flags(Args, ["--model", "runs/mine"]).model
+        'runs/mine'
     """
     path = script_path(cls)
     doc = getattr(sys.modules.get(cls.__module__), "__doc__", None) if cls is not TrainingArgs else None
@@ -222,16 +253,12 @@ def parse_args(cls: type[ArgsT], argv: list[str] | None = None) -> ArgsT:
         parser.error(_unknown_flag(unknown[0], flag_names(cls)))
     values = {name: value for group in groups for name, value in vars(group).items()}
     try:
-        args = cls(**values)
+        return cls(**values)
     except ValueError as error:
         parser.error(str(error))
-    set_seed(args.seed)
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    torch.set_num_threads(args.cpu_threads or max(1, _num_cores() // processes))
-    return args
 
 
-def _argument_groups(cls: type[TrainingArgs]) -> list[type]:
+def _argument_groups(cls: type) -> list[type]:
     """Cut the dataclass into one a group: that is how HfArgumentParser titles the groups of its help."""
     fields, hints = {f.name: f for f in dataclasses.fields(cls) if f.init}, get_type_hints(cls)
     titles = {name: title for title, names in _GROUPS.items() for name in names.split()}

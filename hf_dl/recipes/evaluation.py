@@ -1,0 +1,82 @@
+"""What the evaluation scripts of all families share: checked configs, quiet data loading, and evaluation.json.
+
+An evaluation script parses its flags, loads a model, calls the recipe of its family, and writes the report:
+
+    args = parse_flags(Args, argv)                      # from hf_dl.training.args
+    model = SlotAutoencoderModel.from_pretrained(args.model)
+    folder = make_output_folder(args)
+    metrics = evaluate(model, batches)
+    write_evaluation(folder, args, metrics)
+"""
+
+import json
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
+
+import datasets
+from huggingface_hub.errors import StrictDataclassError
+
+from hf_dl.reporting.experiment import portable
+
+ConfigT = TypeVar("ConfigT")
+
+
+def checked_config(make: Callable[..., ConfigT], **fields: Any) -> ConfigT:
+    """Create a config and report invalid fields in one sentence.
+
+    Args:
+        make: A config class, or a function that returns a config.
+        **fields: The fields of the config.
+
+    Returns:
+        The config.
+
+    Raises:
+        ValueError: If a field is unknown or has an invalid value.
+
+    Example:
+        >>> from hf_dl.models.image_vae import ImageVaeConfig
+        >>> checked_config(ImageVaeConfig, latent_size=8).latent_size
+        8
+    """
+    try:
+        return make(**fields)
+    except StrictDataclassError as error:
+        raise ValueError(str(error.__cause__ or error)) from error
+
+
+def hide_progress_bars() -> None:
+    """Disable the progress bars of `datasets` if stderr is not a terminal, so that log files stay readable."""
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+
+
+def make_output_folder(args: Any) -> Path:
+    """Create the folder for the results of an evaluation.
+
+    Args:
+        args: Flags with `output_dir` and `model`, both text. An empty `output_dir` selects the model's folder.
+
+    Returns:
+        The folder.
+    """
+    folder = Path(args.output_dir or args.model)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def write_evaluation(folder: Path, args: Any, metrics: Mapping[str, float]) -> None:
+    """Write evaluation.json, and print the metrics as a table.
+
+    Args:
+        folder: The folder of the results.
+        args: The flags, a dataclass. Absolute paths are cut to their last part, see `portable`.
+        metrics: The scores by name.
+    """
+    found = {"args": portable(asdict(args)), "metrics": dict(metrics)}
+    (folder / "evaluation.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    for name, value in metrics.items():
+        print(f"{name:45s} {value:.4f}")

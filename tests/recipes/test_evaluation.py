@@ -1,0 +1,86 @@
+import json
+from dataclasses import dataclass, field
+
+import datasets
+import pytest
+
+from hf_dl.models.slot_autoencoder import SlotAutoencoderConfig
+from hf_dl.recipes import evaluation
+from hf_dl.training.args import parse_flags
+
+
+@dataclass
+class Args:
+    model: str = field(default="runs/train_slots", metadata={"help": "Folder of the model."})
+    num_slots: list[int] = field(default_factory=list, metadata={"help": "Slots."})
+    output_dir: str = field(default="", metadata={"help": "Folder of the results."})
+
+    def __post_init__(self):
+        if any(count < 1 for count in self.num_slots):
+            raise ValueError(f"num_slots={self.num_slots} must be positive.")
+
+
+class TestFlags:
+    def test_values_and_defaults(self):
+        args = parse_flags(Args, ["--num_slots", "2", "3"])
+        assert args == Args(num_slots=[2, 3])
+        assert type(args) is Args
+
+    @pytest.mark.parametrize(
+        ("argv", "sentence"),
+        [
+            (["--num_slot", "3"], "--num_slot is an unknown flag. Did you mean --num_slots?"),
+            (["--num_slots", "x"], "invalid int value: 'x'"),
+            (["--num_slots", "0"], "num_slots=[0] must be positive."),
+            (["stray"], "'stray' is not a flag"),
+        ],
+    )
+    def test_wrong_flags_end_the_program_with_one_sentence(self, argv, sentence, capsys):
+        with pytest.raises(SystemExit) as stop:
+            parse_flags(Args, argv)
+        assert stop.value.code == 2
+        assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"), [({"num_slots": 0}, "num_slots=0 must be"), ({"encoder": "vit"}, "encoder")]
+)
+def test_an_invalid_config_is_reported_in_one_sentence(fields, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        evaluation.checked_config(SlotAutoencoderConfig, **fields)
+
+
+def test_a_valid_config_is_returned():
+    config = evaluation.checked_config(SlotAutoencoderConfig, num_slots=3)
+    assert isinstance(config, SlotAutoencoderConfig) and config.num_slots == 3
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_bars_are_for_terminals(terminal, monkeypatch):
+    was_enabled = datasets.is_progress_bar_enabled()
+    try:
+        datasets.enable_progress_bars()
+        monkeypatch.setattr("sys.stderr.isatty", lambda: terminal, raising=False)
+        evaluation.hide_progress_bars()
+        assert datasets.is_progress_bar_enabled() is terminal
+    finally:
+        (datasets.enable_progress_bars if was_enabled else datasets.disable_progress_bars)()
+
+
+def test_the_output_folder_defaults_to_the_models(tmp_path):
+    model = tmp_path / "model"
+    assert evaluation.make_output_folder(Args(model=str(model))) == model
+    other = tmp_path / "some" / "where"
+    assert evaluation.make_output_folder(Args(model=str(model), output_dir=str(other))) == other
+    assert model.is_dir() and other.is_dir()
+
+
+def test_write_evaluation(tmp_path, capsys):
+    args = Args(model=str(tmp_path / "model"), num_slots=[2])
+    evaluation.write_evaluation(tmp_path, args, {"test_loss": 0.25, "test_images": 16.0})
+    assert json.loads((tmp_path / "evaluation.json").read_text()) == {
+        "args": {"model": "model", "num_slots": [2], "output_dir": ""},  # without the folders of this machine
+        "metrics": {"test_loss": 0.25, "test_images": 16.0},
+    }
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines == [["test_loss", "0.2500"], ["test_images", "16.0000"]]
