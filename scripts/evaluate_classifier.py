@@ -27,7 +27,7 @@ from hf_dl.data.collate import as_is
 from hf_dl.data.images import LabeledImages
 from hf_dl.metrics.classification import classification_scores, confusion_matrix, per_class_scores, top_k_hits
 from hf_dl.models.conv_classifier import ConvClassifierConfig, ConvClassifierForImageClassification
-from hf_dl.models.layers_softmax import cluster_classes
+from hf_dl.models.layers_trees import cluster_classes
 from hf_dl.models.norm_resnet import NormResNetConfig, NormResNetForImageClassification
 from hf_dl.models.small_vit import SmallViTConfig, SmallViTForImageClassification
 from hf_dl.reporting.card import run_card

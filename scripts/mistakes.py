@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hf_dl.models.layers_softmax import AdaptiveHead, GumbelHead, OutputHead, gumbel_noise, make_head
+from hf_dl.models.layers_adaptive import AdaptiveHead
+from hf_dl.models.layers_heads import GumbelHead, gumbel_noise, make_head
+from hf_dl.models.layers_output_head import OutputHead
 
 
 class Wrong(nn.Module):

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # its neighbor is found also whe
 import evaluate_language_model as lm
 
 from hf_dl.data.text import TokenStream, encode
-from hf_dl.models.layers_softmax import make_optimizers
+from hf_dl.models.layers_heads import make_optimizers
 from hf_dl.training.args import Schedule, TrainingArgs, parse_args
 from hf_dl.training.run import TrainingRun
 

@@ -3,7 +3,7 @@
 The base network on which output layers are compared. Each 3x3 convolution is followed by an optional normalization,
 2x2 max pooling and a ReLU (in the usual order, ReLU first, the numbers are the same and the work is more); what is
 left of the image is flattened, a linear layer with ReLU and dropout makes hidden states of it, and an output layer of
-`HEADS` in layers_softmax.py names the class. With the default sizes and 100 classes there are 0.64 million parameters,
+`HEADS` in layers_heads.py names the class. With the default sizes and 100 classes there are 0.64 million parameters,
 82 % of them in the first linear layer.
 
 `logits` are log-probabilities, whichever the head, so `softmax`, `argmax`, top-k and cross-entropy take them as
@@ -25,6 +25,7 @@ from transformers.modeling_outputs import (
 )
 from transformers.utils import can_return_tuple
 
+from .layers_heads import check_options, make_head
 from .layers_norm import (
     NORMS,
     BatchInstanceNorm2d,
@@ -34,7 +35,7 @@ from .layers_norm import (
     LayerNorm2d,
     make_norm,
 )
-from .layers_softmax import OutputHead, check_options, make_head
+from .layers_output_head import OutputHead
 
 NORM_LAYERS = (BatchNorm2d, InstanceNorm2d, LayerNorm2d, GroupNorm2d)  # BatchInstanceNorm2d is a BatchNorm2d
 

@@ -2,7 +2,7 @@
 
 Mikolov et al. 2010, "Recurrent neural network based language model", with the LSTM and the dropout of Zaremba et al.
 2014, "Recurrent neural network regularization": on what goes up from layer to layer, not on what goes on in time.
-The output layer is any of `HEADS` in layers_softmax.py. `logits` are log-probabilities, whichever the head, so
+The output layer is any of `HEADS` in layers_heads.py. `logits` are log-probabilities, whichever the head, so
 `generate`, pipelines and perplexities take them as they do those of any language model.
 
 What differs from other language models of transformers: the state of the LSTM goes in and out as `state`, which is of
@@ -21,8 +21,9 @@ from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput, can_return_tuple
 
+from .layers_heads import SoftmaxHead, check_options, make_head
+from .layers_output_head import IGNORED, OutputHead
 from .layers_recurrent import LSTM
-from .layers_softmax import IGNORED, OutputHead, SoftmaxHead, check_options, make_head
 
 State = tuple[torch.Tensor, torch.Tensor]
 

@@ -11,7 +11,7 @@ What differs from the paper:
   `scaled_dot_product_attention`; the attention matrices are only built when they are asked for.
 - Images of another size than the config's are taken: the positions of the patches are interpolated to their grid.
 - No tanh layer between the CLS token and the head.
-- The head is any of `HEADS` in layers_softmax.py, with log-probabilities as logits; the default is the linear one.
+- The head is any of `HEADS` in layers_heads.py, with log-probabilities as logits; the default is the linear one.
 """
 
 import json
@@ -28,7 +28,8 @@ from transformers.image_utils import PILImageResampling
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.utils import can_return_tuple
 
-from .layers_softmax import OutputHead, check_options, make_head
+from .layers_heads import check_options, make_head
+from .layers_output_head import OutputHead
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
 

@@ -30,7 +30,9 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from torch import nn
 
-from hf_dl.models.layers_softmax import AdaptiveHead, GumbelHead, SoftmaxHead, TreeHead, TwoLevelHead
+from hf_dl.models.layers_adaptive import AdaptiveHead
+from hf_dl.models.layers_heads import GumbelHead, SoftmaxHead
+from hf_dl.models.layers_hierarchical import TreeHead, TwoLevelHead
 from hf_dl.reporting.plots import STYLE
 
 BATCH, DIM = 256, 128

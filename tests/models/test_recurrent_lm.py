@@ -7,7 +7,7 @@ from transformers import AutoModel, pipeline
 
 from hf_dl.data.text import build_tokenizer, load
 from hf_dl.models import RecurrentLMConfig, RecurrentLMForCausalLM, RecurrentLMModel
-from hf_dl.models.layers_softmax import make_optimizers
+from hf_dl.models.layers_heads import make_optimizers
 from tests.models.contract import ModelContract
 
 COUNTS = [0, 40, 20, 9, 5, 3, 1, 1, 1, 1, 1, 1]

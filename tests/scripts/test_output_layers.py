@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModelForImageClassification
 
 from hf_dl.data.images import CLASSES, SUPERCLASSES, superclasses
-from hf_dl.models.layers_softmax import make_head
+from hf_dl.models.layers_heads import make_head
 from hf_dl.reporting.experiment import read_experiment
 from scripts import evaluate_classifier, mistakes, run_experiment, train_broken_heads, train_classifier
 from scripts.benchmarks import softmax_heads

@@ -1,0 +1,227 @@
+"""The contract that all output layers keep, and the checks that they share.
+
+A head takes hidden states (batch, dim) and has its own parameters in place of a last linear layer:
+
+- `head(hidden, labels)` computes the loss. In evaluation it is the mean of -log P(label | hidden). The Gumbel head
+  adds noise during training; all other heads have the same loss in training.
+- `head.log_prob(hidden)` computes log P(class | hidden) of all classes, (batch, classes). Models return it as
+  `logits`. Since softmax(log p) = p, pipelines and metrics treat it as the logits of any classifier.
+- `head.predict(hidden, k)` finds the k most probable classes.
+
+layers_heads.py lists the heads and makes them by name.
+"""
+
+import abc
+import warnings
+from typing import Literal, NamedTuple
+
+import torch
+from torch import nn
+
+IGNORED = -100  # labels with this value are ignored, as in transformers
+_LOOKS = 3  # calls that check whether hidden states look like probabilities; wrong wiring shows in each call
+
+
+class Prediction(NamedTuple):
+    """The most probable classes, best first.
+
+    Args:
+        log_prob: log P(class | hidden), (batch, k), falling.
+        classes: Their numbers, int64 (batch, k).
+    """
+
+    log_prob: torch.Tensor
+    classes: torch.Tensor
+
+
+class OutputHead(nn.Module, abc.ABC):
+    """What the output layers share: checks, leading dimensions, precision and reduction.
+
+    A subclass has `_losses(hidden, labels, temperature, generator)` (batch,) and `_log_prob(hidden)` (batch, classes),
+    of hidden states (batch, dim) in the precision of its weights.
+
+    Args:
+        in_features: d, channels of the hidden states.
+        num_classes: V, at least 1.
+
+    Raises:
+        ValueError: If one of them is below 1.
+    """
+
+    def __init__(self, in_features: int, num_classes: int):
+        super().__init__()
+        for name, value in (("in_features", in_features), ("num_classes", num_classes)):
+            if value < 1:
+                raise ValueError(f"{name}={value} must be at least 1.")
+        self.in_features, self.num_classes = in_features, num_classes
+        self._looks = _LOOKS
+
+    def extra_repr(self) -> str:
+        """What `print` shows of the layer."""
+        return f"{self.in_features} -> {self.num_classes} classes"
+
+    def sparse_parameters(self) -> list[nn.Parameter]:
+        """The parameters whose gradients are sparse; `make_optimizers` gives them the optimizer they need."""
+        return []
+
+    def make_buffers(self) -> dict[str, torch.Tensor]:
+        """Compute the buffers anew from what the head was made of, for who fills them where a checkpoint lacks them.
+
+        They are part of the state dict. A model's `_init_weights` copies these into them: `from_pretrained` leaves the
+        buffers of a new head on a pretrained body as it found the memory.
+        """
+        return {}
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        labels: torch.Tensor,
+        *,
+        temperature: float = 1.0,
+        generator: torch.Generator | None = None,
+        reduction: Literal["mean", "sum", "none"] = "mean",
+    ) -> torch.Tensor:
+        """Compute the loss.
+
+        Args:
+            hidden: (..., dim), what the last hidden layer gives; any range.
+            labels: (...), integers in [0, num_classes), or -100 for what is to be left out.
+            temperature: Of the Gumbel noise, above 0; the other heads have none and leave it alone.
+            generator: Source of that noise, on the device of `hidden`.
+            reduction: "mean" over the labels that count (0 where none does), "sum", or "none" for (...).
+
+        Returns:
+            The loss in nats, a scalar, or (...) with `reduction="none"`.
+
+        Raises:
+            ValueError: If shapes, dtypes, labels or options are not as above.
+        """
+        if reduction not in ("mean", "sum", "none"):
+            raise ValueError(f"reduction={reduction!r} is unknown; choose one of mean, sum, none.")
+        flat = self._flat(hidden)
+        targets, counted = labels.flatten().to(flat.device).long(), None
+        if self._check_labels(hidden, labels):
+            counted = targets != IGNORED
+            targets = targets.where(counted, 0)
+        with torch.autocast(flat.device.type, enabled=False):
+            losses = self._losses(flat, targets, temperature, generator)
+        if counted is not None:
+            losses = losses.masked_fill(~counted, 0.0)
+        if reduction == "none":
+            return losses.view(labels.shape)
+        if reduction == "sum":
+            return losses.sum()
+        return losses.mean() if counted is None else losses.sum() / counted.sum().clamp(min=1)
+
+    def log_prob(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Compute log P(class | hidden) of all classes.
+
+        Args:
+            hidden: (..., dim).
+
+        Returns:
+            (..., classes), at most 0; exp of it sums to 1. In the order of the labels, float32 or wider.
+        """
+        flat = self._flat(hidden)
+        with torch.autocast(flat.device.type, enabled=False):
+            return self._log_prob(flat).view(*hidden.shape[:-1], self.num_classes)
+
+    @torch.no_grad()
+    def predict(self, hidden: torch.Tensor, k: int = 1) -> Prediction:
+        """Find the most probable classes; never at random, and exactly.
+
+        Args:
+            hidden: (..., dim).
+            k: How many classes, 1 to num_classes.
+
+        Returns:
+            Log-probabilities and classes, each (..., k), best first.
+
+        Raises:
+            ValueError: If k is out of range.
+        """
+        flat = self._flat(hidden)
+        if not 1 <= k <= self.num_classes:
+            raise ValueError(f"k={k} is out of range; expected 1 to num_classes={self.num_classes}.")
+        with torch.autocast(flat.device.type, enabled=False):
+            found = self._predict(flat, k)
+        return Prediction(*(values.view(*hidden.shape[:-1], k) for values in found))
+
+    def _predict(self, hidden: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return largest(self._log_prob(hidden), k)
+
+    @abc.abstractmethod
+    def _losses(
+        self, hidden: torch.Tensor, labels: torch.Tensor, temperature: float, generator: torch.Generator | None
+    ) -> torch.Tensor: ...
+
+    @abc.abstractmethod
+    def _log_prob(self, hidden: torch.Tensor) -> torch.Tensor: ...
+
+    def _flat(self, hidden: torch.Tensor) -> torch.Tensor:
+        if hidden.ndim < 2 or hidden.shape[-1] != self.in_features or not hidden.is_floating_point():
+            raise ValueError(
+                f"hidden has shape {tuple(hidden.shape)} and dtype {hidden.dtype}, expected floating point (batch, "
+                f"{self.in_features}): what the last hidden layer gives."
+            )
+        flat = hidden.flatten(0, -2)
+        if self._looks and not torch.compiler.is_compiling():
+            self._looks -= 1
+            self._warn_of_probabilities(flat.detach())
+        return flat.to(next(self.parameters()).dtype)
+
+    def _warn_of_probabilities(self, hidden: torch.Tensor) -> None:
+        if not len(hidden) or hidden.shape[1] < 2:
+            return
+        kinds = (("probabilities (softmax was applied)", hidden), ("log-probabilities", hidden.exp()))
+        for kind, values in kinds:
+            off = (values.float().sum(1) - 1).abs().max()
+            if values.min() >= 0 and off < (1e-3 if hidden.dtype in (torch.float32, torch.float64) else 3e-2):
+                warnings.warn(
+                    f"hidden looks like {kind}: its rows are not negative and sum to 1. {type(self).__name__} takes "
+                    "hidden states and has an output layer of its own; with probabilities it stays near chance. "
+                    "Remove the softmax, and the linear layer before it.",
+                    stacklevel=6,  # the caller of the module
+                )
+                self._looks = 0
+                return
+
+    def _check_labels(self, hidden: torch.Tensor, labels: torch.Tensor) -> bool:
+        """Refuse labels that there are not; whether some may be to be left out."""
+        if labels.shape != hidden.shape[:-1]:
+            raise ValueError(
+                f"labels has shape {tuple(labels.shape)}, expected {tuple(hidden.shape[:-1])}, a class number for "
+                "each hidden state (not one-hot vectors)."
+            )
+        if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+            raise ValueError(f"labels has dtype {labels.dtype}, expected integers; call .long().")
+        if torch.compiler.is_compiling() or not labels.numel():
+            return True
+        low, high = torch.stack(labels.aminmax()).tolist()
+        if low < 0:
+            low = min(labels[labels != IGNORED].tolist(), default=0)
+            ignored = True
+        else:
+            ignored = False
+        if low < 0 or high >= self.num_classes:
+            raise ValueError(
+                f"labels holds {high if high >= self.num_classes else low}, expected 0 to {self.num_classes - 1} in "
+                f"the order of the classes (the head sorts them itself where it needs to), or {IGNORED} to leave an "
+                "example out."
+            )
+        return ignored
+
+
+def at_least_float32(values: torch.Tensor) -> torch.Tensor:
+    """Logarithms and exponentials want float32 at least."""
+    return values if values.dtype == torch.float64 else values.float()
+
+
+def largest(values: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k largest of each row and where they are; looking for one is the faster for not being topk."""
+    return values.max(1, keepdim=True) if k == 1 else values.topk(k, dim=1)
+
+
+def uniform_like_linear_(parameter: nn.Parameter, fan_in: int) -> None:
+    """U(-1 / sqrt(fan_in), 1 / sqrt(fan_in)), as nn.Linear has it."""
+    nn.init.uniform_(parameter, -(fan_in**-0.5), fan_in**-0.5)
