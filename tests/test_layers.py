@@ -116,7 +116,7 @@ def test_only_the_package_itself_loads_the_models():
         ("models/x.py", "from hf_dl.models.slot_autoencoder import SlotAutoencoderConfig"),
         ("models/x.py", "def f():\n    from hf_dl.data import scenes"),
         ("models/__init__.py", "from hf_dl import training"),
-        ("programs.py", "from .data import scenes"),
+        ("programs/x.py", "from ..data import scenes"),
         ("data/x.py", "from hf_dl.models.slot_autoencoder import SlotAutoencoderModel"),
         ("data/x.py", "from ..metrics import segmentation"),
         ("metrics/x.py", "from ..data import scenes"),

@@ -1,0 +1,248 @@
+"""The numbers and the multiple-choice options of a word problem."""
+
+from __future__ import annotations
+
+import bisect
+import math
+import re
+from collections.abc import Sequence
+
+from .language import MAX_CHARACTERS
+from .operations import Number, check_choice, shorten
+
+CONVENTIONS = ("mathqa", "course")
+
+_PLAIN = re.compile(r"\d*\.\d+|\d+", re.ASCII)
+_COURSE_NUMBER = re.compile(r"[-+]?\d*\.\d+|\d+", re.ASCII)
+_THOUSANDS = re.compile(r"\b\d{1,3}(?:,\d{3})+\b", re.ASCII)
+
+
+def number_spans(text: str, *, convention: str = "mathqa") -> list[tuple[int, int, Number]]:
+    """Where the numbers of a problem are, and what they are.
+
+    Numbers count from left to right and as often as they occur; they have no sign, a fraction is two numbers, and
+    words such as "two" are none.
+
+    Args:
+        text: A problem.
+        convention: "mathqa" takes every comma inside a number away, as its annotators did: 1,200 is 1200, and so is
+            "2,3" 23. "course" only takes commas before three digits, and gives decimals a sign.
+
+    Returns:
+        Start and end in the text, and the value, for n0, n1, ...
+
+    Raises:
+        ValueError: The convention is unknown, the text is none, or a number is beyond 1e308.
+
+    Example:
+        >>> number_spans("3 pens cost 1,200 rs")
+        [(0, 1, 3), (12, 17, 1200)]
+    """
+    check_choice("convention", convention, CONVENTIONS)
+    if not isinstance(text, str):
+        raise ValueError(f"A problem is a text; got {type(text).__name__}.")
+    if convention == "mathqa":
+        commas = [i for i, character in enumerate(text) if character == ","]
+    else:
+        commas = [i for match in _THOUSANDS.finditer(text) for i in range(*match.span()) if text[i] == ","]
+    # places[i]: where the i-th comma would be in the text without commas
+    places = [comma - i for i, comma in enumerate(commas)]
+    if commas:
+        without = set(commas)
+        stripped = "".join(character for i, character in enumerate(text) if i not in without)
+    else:
+        stripped = text
+    found = []
+    for match in (_PLAIN if convention == "mathqa" else _COURSE_NUMBER).finditer(stripped):
+        value = float(match[0])
+        if math.isinf(value):
+            raise ValueError(f"n{len(found)} has {len(match[0])} digits; numbers of a problem are below 1e308.")
+        start, end = match.span()
+        start += bisect.bisect_right(places, start)
+        end += bisect.bisect_left(places, end)
+        found.append((start, end, int(value) if value.is_integer() and convention == "mathqa" else value))
+    return found
+
+
+def extract_numbers(text: str, *, convention: str = "mathqa") -> list[Number]:
+    """The numbers n0, n1, ... of a problem.
+
+    Args:
+        text: A problem.
+        convention: As of `number_spans`.
+
+    Returns:
+        The values; whole ones are int.
+
+    Raises:
+        ValueError: As `number_spans`.
+
+    Example:
+        >>> extract_numbers("1 / 2 of the 1,200 pens cost 0.5 rs")
+        [1, 2, 1200, 0.5]
+    """
+    return [value for _, _, value in number_spans(text, convention=convention)]
+
+
+def mask_numbers(text: str, *, convention: str = "mathqa") -> tuple[str, list[Number]]:
+    """Put `<n0>`, `<n1>`, ... in the place of the numbers of a problem.
+
+    A model that reads the mask instead of the digits can point to a number that it never saw.
+
+    Args:
+        text: A problem.
+        convention: As of `number_spans`.
+
+    Returns:
+        The masked text, in which each mask stands between spaces, and the numbers.
+
+    Raises:
+        ValueError: As `number_spans`.
+
+    Example:
+        >>> mask_numbers("1,200 pens cost $0.5 each")
+        ('<n0> pens cost $ <n1> each', [1200, 0.5])
+    """
+    spans = number_spans(text, convention=convention)
+    pieces, end = [], 0
+    for i, (start, stop, _) in enumerate(spans):
+        pieces += [text[end:start], f" <n{i}> "]
+        end = stop
+    return " ".join("".join([*pieces, text[end:]]).split()), [value for _, _, value in spans]
+
+
+_MARK = re.compile(r"(?:^|(?<=[,;\s\[('\"]))([a-eA-E])\s*\)", re.ASCII)
+_NUMBER = r"(?:\d+(?:\.\d+)?|\.\d+)"
+_IRRATIONAL = rf"(?:π|∏|\bpi\b|(?:√|\bsqrt\b|\broot\b)\s*{_NUMBER})"
+# 16 2 / 3, or 2 ^ 3, or 2.5, or √ 3
+_FACTOR = rf"(?:\d+\s+{_NUMBER}\s*/\s*{_NUMBER}|{_NUMBER}\s*\^\s*-?\s*{_NUMBER}|{_NUMBER}|{_IRRATIONAL})"
+_PRODUCT = re.compile(rf"{_FACTOR}(?:\s*[/:*×]\s*{_FACTOR}|\s*{_IRRATIONAL})*", re.ASCII)
+_OPERAND = re.compile(rf"([/:*×]?)\s*({_FACTOR})", re.ASCII)
+_SECOND = re.compile(r"(?:\band\b|\bor\b|\bto\b|,|&)\s*-?[^\d]{0,6}\d", re.ASCII)
+_CURRENCY = re.compile(r"\b(?:rs|s|usd|inr)\s*\.|[$€£₹]|â‚¬|â‚¹|\brs\b", re.IGNORECASE)
+
+
+def split_options(text: str | Sequence[str]) -> dict[str, str]:
+    """The options of a problem by their letters.
+
+    Args:
+        text: "a ) 24 , b ) 1,200 , c ) none", a list of such in the syntax of Python, or a sequence of options.
+
+    Returns:
+        The texts without letter, in order.
+
+    Raises:
+        ValueError: There is no option.
+
+    Example:
+        >>> split_options("a ) 24 , b ) 1,200 , c ) none")
+        {'a': '24', 'b': '1,200', 'c': 'none'}
+    """
+    if not isinstance(text, str):
+        text = " , ".join(str(part) for part in text)
+    options: dict[str, str] = {}
+    marks: list[re.Match] = []
+    for match in _MARK.finditer(text[:MAX_CHARACTERS]):
+        if match[1].lower() == "abcde"[min(len(marks), 4)] and len(marks) < 5:
+            marks.append(match)
+    ends = [match.start() for match in marks[1:]] + [len(text)]
+    for match, end in zip(marks, ends, strict=False):
+        letter = match[1].lower()
+        part = text[match.end() : end].strip(" ,;'\"[]")
+        # some options repeat their letter: "a ) a ) 51", "b ) b - 9000"
+        options[letter] = re.sub(rf"^{letter}\s*(?:\)|-|:|\.)\s*", "", part, flags=re.IGNORECASE)
+    if not options:
+        raise ValueError(f"{shorten(text)} holds no option; expected such as 'a ) 24 , b ) 120'.")
+    return options
+
+
+def parse_quantity(text: str) -> float | None:
+    """The number that an option is about.
+
+    Understood are signs, thousands ("1,785"), mixed numbers ("16 2 / 3 %" is 16.67), fractions, ratios ("4 : 5" is
+    0.8), powers ("2 ^ 3"), roots and pi ("4 π / √ 3"). Units are passed over, and "cm 2" and "cm ^ 2" are units.
+
+    Args:
+        text: An option without its letter.
+
+    Returns:
+        The value; None where there is none, or two, as in "18 and 19" and "1 minute , 12 seconds".
+
+    Example:
+        >>> parse_quantity("rs . 1,785"), parse_quantity("16 2 / 3 %"), parse_quantity("none of these")
+        (1785.0, 16.666666666666668, None)
+    """
+    text = re.sub("[−–—]", "-", text[:1000])
+    text = re.sub(r"(?<=\d),(?=\d)", "", _CURRENCY.sub(" ", text))
+    text = re.sub(r"(√|sqrt|root)\s*\(\s*([\d.]+)\s*\)", r"\1 \2", text)
+    match = _PRODUCT.search(text)
+    if match is None or _SECOND.search(text, match.end()):
+        return None
+    value = -1.0 if text[: match.start()].strip() == "-" else 1.0
+    try:
+        for operator, factor in _OPERAND.findall(match[0]):
+            value = value / _factor(factor) if operator in ("/", ":") else value * _factor(factor)
+    except (ZeroDivisionError, OverflowError):
+        return None
+    return value if math.isfinite(value) else None
+
+
+def _factor(text: str) -> float:
+    values = [float(number) for number in re.findall(_NUMBER, text, re.ASCII)]
+    if not values:
+        return math.pi
+    if "/" in text:
+        return values[0] + values[1] / values[2]
+    if "^" in text:
+        return values[0] ** (-values[1] if "-" in text else values[1])
+    return values[0] if text[0] in ".0123456789" else math.sqrt(values[0])
+
+
+def option_values(text: str | Sequence[str], *, convention: str = "mathqa") -> dict[str, float | None]:
+    """The values of the options of a problem.
+
+    Args:
+        text: As of `split_options`.
+        convention: "mathqa" reads them properly. "course" does as those who made the course's files: it splits on
+            every comma, keeps only digits and `./:-` of each part, and computes what is left. "1,785" is 1 there and
+            "16 2 / 3 %" is 162 / 3.
+
+    Returns:
+        A value by letter, None where there is none.
+
+    Raises:
+        ValueError: The convention is unknown, or there is no option.
+
+    Example:
+        >>> option_values("a ) 16 2 / 3 % , b ) 1,785")["a"], option_values("a ) 16 2 / 3 %", convention="course")["a"]
+        (16.666666666666668, 54.0)
+    """
+    check_choice("convention", convention, CONVENTIONS)
+    if convention == "mathqa":
+        return {letter: parse_quantity(option) for letter, option in split_options(text).items()}
+    text = text if isinstance(text, str) else " , ".join(map(str, text))
+    values: dict[str, float | None] = {}
+    for part in text[:MAX_CHARACTERS].split(","):
+        part = part.strip(" '\"[]")
+        if part[:1] in tuple("abcde") and part[:1] not in values:
+            values[part[0]] = _course_value(re.sub(r"[^0-9./:-]", "", part).replace(":", "/").strip("."))
+    if not values:
+        raise ValueError(f"{shorten(text)} holds no option; expected such as 'a ) 24 , b ) 120'.")
+    return values
+
+
+def _course_value(text: str) -> float | None:
+    """What Python makes of digits, points, slashes and minus signs."""
+    if re.fullmatch(r"-*[\d.]+(?:[/-]-*[\d.]+)*", text, re.ASCII) is None:
+        return None
+    total = 0.0
+    try:
+        for term in re.findall(r"-*[\d.]+(?:/-*[\d.]+)*", text):
+            value = None
+            for factor in term.split("/"):
+                number = (-1) ** factor.count("-") * float(factor.lstrip("-"))
+                value = number if value is None else value / number
+            total += value
+    except (ValueError, ZeroDivisionError):
+        return None
+    return total if math.isfinite(total) else None
