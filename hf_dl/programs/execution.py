@@ -151,7 +151,7 @@ def to_python(program: Program | str, *, semantics: str = "data", name: str = "s
 
     Example:
         ```python
-        >>> print(to_python("multiply(n0,n1)|divide(#0,const_100)"))
+        >>> print(to_python("multiply(n0,n1)|divide(#0,const_100)"), end="")
         def solve(n0, n1, *_):
             step_0 = n0 * n1  # multiply(n0,n1)
             return step_0 / 100  # divide(#0,const_100)
