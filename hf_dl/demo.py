@@ -29,7 +29,7 @@ from PIL import Image, ImageOps
 from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING as CLASSIFIERS
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 
-from .data import images
+from .data import object_images
 
 MAX_PIXELS = 50_000_000
 SIDE = 384  # longer side of the pictures on the pages
@@ -157,7 +157,7 @@ def draw_examples(seed: int, count: int = 8) -> tuple[Picture, ...]:
         seed: Other seeds give other scenes.
         count: How many.
     """
-    data = images.load("test", size=192, num_images=count, seed=seed, streaming=True)
+    data = object_images.load("test", size=192, num_images=count, seed=seed, streaming=True)
     names = data.features["label"].names
     return tuple(Picture(row["image"], names[row["label"]]) for row in data)
 

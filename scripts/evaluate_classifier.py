@@ -22,9 +22,10 @@ from matplotlib.figure import Figure
 from torch.utils.data import DataLoader
 from transformers import AutoImageProcessor, AutoModelForImageClassification, CLIPImageProcessor, HfArgumentParser
 
-from hf_dl.data import images
+from hf_dl.data import labeled_images
 from hf_dl.data.collate import as_is
-from hf_dl.data.images import LabeledImages
+from hf_dl.data.image_arrays import LabeledImages
+from hf_dl.data.superclasses import superclasses
 from hf_dl.metrics.classification import classification_scores, confusion_matrix, per_class_scores, top_k_hits
 from hf_dl.models.conv_classifier import ConvClassifierConfig, ConvClassifierForImageClassification
 from hf_dl.models.layers_trees import cluster_classes
@@ -170,7 +171,7 @@ def load_images(args: ImageData, split: str) -> LabeledImages:
     options = {"size": args.image_size, "num_classes": args.num_classes, "holdout": args.holdout}
     count = (args.num_train if split == "train" else args.num_test) or None
     columns = {"label_column": args.label_column or None, "corrupt": args.corrupt}
-    return LabeledImages(images.load(split, args.source, num_images=count, **options, **columns))
+    return LabeledImages(labeled_images.load(split, args.source, num_images=count, **options, **columns))
 
 
 def config_fields(args: Any) -> dict[str, Any]:
@@ -216,14 +217,14 @@ def head_options(args: Any, names: Sequence[str], labels: torch.Tensor) -> dict[
         return {"straight_through": args.straight_through}
     if head == "adaptive":
         options = {"cutoffs": args.cutoffs, "div_value": args.div_value, "class_counts": counts}
-        return options | ({"groups": images.superclasses(names)} if args.head == "adaptive:superclass" else {})
+        return options | ({"groups": superclasses(names)} if args.head == "adaptive:superclass" else {})
     if head != "hierarchical":
         return {}
     tree = tree_of(args)
     if tree in ("huffman", "balanced"):
         return {"tree": tree, "class_counts": counts}
     if tree in ("superclass", "two_level"):
-        return {"tree": tree.replace("superclass", "given"), "groups": images.superclasses(names)}
+        return {"tree": tree.replace("superclass", "given"), "groups": superclasses(names)}
     trained = AutoModelForImageClassification.from_pretrained(tree)
     if [trained.config.id2label[label] for label in range(trained.config.num_labels)] != list(names):
         raise ValueError(f"tree={tree!r} is a classifier of other classes; train one on these.")
@@ -349,7 +350,7 @@ def plain_confusion(confusion: torch.Tensor, names: Sequence[str]) -> dict[str, 
     Classes that are alike stand together where it is known which those are, or in their own order in one group.
     """
     try:
-        groups = images.superclasses(names)
+        groups = superclasses(names)
     except ValueError:
         groups = [list(range(len(names)))]
     order = [label for group in groups for label in group]

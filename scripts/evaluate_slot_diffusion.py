@@ -41,7 +41,8 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import HfArgumentParser
 
-from hf_dl.data.collate import ImageTensors, as_is
+from hf_dl.data.collate import as_is
+from hf_dl.data.image_arrays import ImageTensors
 from hf_dl.metrics import perceptual
 from hf_dl.metrics.images import default_features, fid
 from hf_dl.metrics.segmentation import segmentation_scores

@@ -21,8 +21,9 @@ from huggingface_hub.errors import StrictDataclassError
 from torch.utils.data import DataLoader
 from transformers import HfArgumentParser
 
-from hf_dl.data import clevrtex, scenes
-from hf_dl.data.collate import ImageTensors, as_is
+from hf_dl.data import masked_images, scenes
+from hf_dl.data.collate import as_is
+from hf_dl.data.image_arrays import ImageTensors
 from hf_dl.metrics import perceptual
 from hf_dl.metrics.images import default_features, fid
 from hf_dl.metrics.segmentation import segmentation_scores
@@ -95,7 +96,7 @@ def load_images(args: SlotData, split: str) -> ImageTensors:
     if args.source == "synthetic":
         options = {"style": args.style, "size": args.image_size, "num_objects": tuple(args.num_objects)}
         return ImageTensors(scenes.load(split, num_scenes=count, **options))
-    data = clevrtex.load(split, args.source, size=args.image_size, crop=args.crop or None)
+    data = masked_images.load(split, args.source, size=args.image_size, crop=args.crop or None)
     return ImageTensors(data if count is None else data.select(range(min(count, len(data)))))
 
 

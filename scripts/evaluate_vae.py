@@ -26,9 +26,9 @@ from matplotlib.figure import Figure
 from torch.utils.data import DataLoader, Subset
 from transformers import HfArgumentParser
 
-from hf_dl.data import images
+from hf_dl.data import labeled_images
 from hf_dl.data.collate import as_is
-from hf_dl.data.images import LabeledImages
+from hf_dl.data.image_arrays import LabeledImages
 from hf_dl.metrics.latents import active_units, posterior_collapse
 from hf_dl.models.image_vae import ImageVaeConfig, ImageVaeModel, ImageVaeProcessor, gaussian_kl
 from hf_dl.reporting.card import format_metric, run_card
@@ -140,7 +140,7 @@ def load_images(args: ImageData, split: str) -> LabeledImages:
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     count = (args.num_train if split == "train" else args.num_test) or None
-    data = images.load(split, args.source, size=args.image_size, num_images=count, holdout=args.holdout)
+    data = labeled_images.load(split, args.source, size=args.image_size, num_images=count, holdout=args.holdout)
     if not args.num_channels:
         some_images = [np.asarray(image.convert("RGB")) for image in data[:100]["image"]]
         args.num_channels = 1 if all((image == image[..., :1]).all() for image in some_images) else 3

@@ -27,7 +27,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers import AutoImageProcessor, AutoModelForImageClassification, HfArgumentParser
 
 from hf_dl import explain
-from hf_dl.data import images as labeled_images
+from hf_dl.data import labeled_images
 from hf_dl.reporting.experiment import find_run, portable
 from hf_dl.training.provenance import write_results
 
@@ -66,7 +66,7 @@ class Args:
     )
     mask_seeds: int = field(default=20, metadata={"help": "Draws of random patches."})
     mask_images: int = field(default=20, metadata={"help": "Images that patches are taken from, at most."})
-    source: str = field(default="synthetic", metadata={"help": "Data of the study, as of hf_dl.data.images."})
+    source: str = field(default="synthetic", metadata={"help": "Data of the study, as of hf_dl.data.labeled_images."})
     num_images: int = field(default=500, metadata={"help": "Validation images of the study, at most; 0: all."})
     study_classes: list[str] = field(default_factory=list, metadata={"help": "Classes that are shown; default: 7."})
     per_class: int = field(default=5, metadata={"help": "Right and wrong images of each class, each, at most."})

@@ -17,7 +17,7 @@ import evaluate_classifier as classifiers
 import mistakes
 
 from hf_dl.data.collate import as_is
-from hf_dl.data.images import augment
+from hf_dl.data.image_arrays import augment
 from hf_dl.training.args import Schedule, TrainingArgs, parse_args
 from hf_dl.training.run import TrainingRun
 

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # evaluate_classifier is found a
 import evaluate_classifier as classifiers
 
 from hf_dl.data.collate import as_is
-from hf_dl.data.images import augment
+from hf_dl.data.image_arrays import augment
 from hf_dl.training.args import Schedule, TrainingArgs, parse_args
 from hf_dl.training.run import TrainingRun
 

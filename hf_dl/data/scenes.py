@@ -15,8 +15,6 @@ How they are rendered, and why a scene has the same bytes in any batch, is in `h
 
 from __future__ import annotations
 
-import colorsys
-import io
 import itertools
 import math
 import random
@@ -28,25 +26,19 @@ from dataclasses import replace
 import datasets
 import numpy as np
 import torch
-from PIL import Image
 
 from .materials import TEXTURES
-from .raycast import HALF_FOV, RGB, SHAPES, Scene, SceneObject, Surface, _Batch, _shade, chunk_size, render
+from .png import encode_png
+from .raycast import chunk_size, render, shade
+from .raycast_geometry import SceneBatch
+from .scene_description import HALF_FOV, SHAPES, Scene, SceneObject, Surface
+from .surfaces import COLORS, LINEAR_COLORS, draw_ground, draw_surface, pick, uniform
 
 SPLITS = {"train": 8000, "validation": 500, "test": 500}
 STYLES = ("plain", "textured")
 __all__ = ["Scene", "SceneObject", "Surface", "load", "render", "sample_scene"]
 
-COLORS = {  # sRGB of CLEVR
-    "gray": (87, 87, 87),
-    "red": (173, 35, 35),
-    "blue": (42, 75, 215),
-    "green": (29, 105, 20),
-    "brown": (129, 74, 25),
-    "purple": (129, 38, 192),
-    "cyan": (41, 208, 208),
-    "yellow": (255, 238, 51),
-}
+
 SIZES = {"plain": {"small": 0.5, "large": 0.85}, "textured": {"small": 0.45, "medium": 0.65, "large": 0.9}}
 MATERIALS = {"plain": ("rubber", "metal"), "textured": tuple(TEXTURES)}
 ATTRIBUTES = ("size", "color", "material", "shape")
@@ -63,48 +55,8 @@ _NUMBERS = "no one two three four five six seven eight nine ten eleven twelve".s
 _RELATION_WORDS = {"left": "left of", "right": "right of", "front": "in front of", "behind": "behind"}
 
 
-def _to_linear(rgb: Sequence[int]) -> tuple[float, float, float]:
-    srgb = [c / 255 for c in rgb]
-    return tuple(c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in srgb)
-
-
-_LINEAR = {name: _to_linear(rgb) for name, rgb in COLORS.items()}
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Drawing a scene
-
-
-def _uniform(rng: random.Random, low: float, high: float) -> float:
-    return low + (high - low) * rng.random()
-
-
-def _pick(rng: random.Random, options: Sequence):
-    # random.choice has changed between versions of Python; random.random has not
-    return options[int(rng.random() * len(options))]
-
-
-def _draw_surface(rng: random.Random, material: str, color: RGB) -> Surface:
-    if material not in TEXTURES:
-        return Surface(material, color)
-    # the accent has no hue of its own, or the name of the color would be open to dispute
-    dark = tuple(0.18 * c + 0.01 for c in color)
-    light = tuple(0.25 * c + 0.55 for c in color)
-    brightness = 0.3 * color[0] + 0.6 * color[1] + 0.1 * color[2]
-    accent = dark if brightness > 0.3 else light if brightness < 0.05 else _pick(rng, (dark, light))
-    return Surface(material, color, accent, _uniform(rng, 1.0, 1.5), tuple(_uniform(rng, 0, 32) for _ in range(3)))
-
-
-def _draw_ground(rng: random.Random, style: str) -> Surface:
-    gray = _uniform(rng, 0.42, 0.52)
-    if style == "plain":
-        return Surface("rubber", (gray * _uniform(rng, 0.97, 1.03), gray, gray * _uniform(rng, 0.97, 1.03)))
-    colors = [
-        _to_linear([255 * c for c in colorsys.hsv_to_rgb(rng.random(), _uniform(rng, 0.08, 0.4), value)])
-        for value in (_uniform(rng, 0.45, 0.95), _uniform(rng, 0.35, 0.85))
-    ]
-    offset = tuple(_uniform(rng, 0, 32) for _ in range(3))
-    return Surface(_pick(rng, tuple(TEXTURES)), *colors, _uniform(rng, 0.5, 0.9), offset)
 
 
 def sample_scene(
@@ -136,23 +88,23 @@ def sample_scene(
     rng = random.Random(f"{stream} {attempt}")
     scene = Scene(
         objects=(),
-        elevation=_uniform(rng, 29, 35),
-        distance=_uniform(rng, 11.0, 12.0),
-        target=(_uniform(rng, -0.15, 0.15), _uniform(rng, -0.1, 0.2), _uniform(rng, 0.2, 0.4)),
-        light_azimuth=_uniform(rng, 200, 245),
-        light_elevation=_uniform(rng, 44, 60),
-        ground=_draw_ground(rng, style),
-        ground_rotation=_uniform(rng, 0, 360),
+        elevation=uniform(rng, 29, 35),
+        distance=uniform(rng, 11.0, 12.0),
+        target=(uniform(rng, -0.15, 0.15), uniform(rng, -0.1, 0.2), uniform(rng, 0.2, 0.4)),
+        light_azimuth=uniform(rng, 200, 245),
+        light_elevation=uniform(rng, 44, 60),
+        ground=draw_ground(rng, style),
+        ground_rotation=uniform(rng, 0, 360),
     )
     shrink = _shrink(count)
     objects: list[SceneObject] = []
     for _ in range(count):
-        size, shape = _pick(rng, tuple(SIZES[style])), _pick(rng, SHAPES)
-        material, color = _pick(rng, MATERIALS[style]), _pick(rng, tuple(COLORS))
-        surface = _draw_surface(rng, material, _LINEAR[color])
-        draft = SceneObject(shape, color, size, SIZES[style][size] * shrink, _uniform(rng, 0, 360), (0, 0, 0), surface)
+        size, shape = pick(rng, tuple(SIZES[style])), pick(rng, SHAPES)
+        material, color = pick(rng, MATERIALS[style]), pick(rng, tuple(COLORS))
+        surface = draw_surface(rng, material, LINEAR_COLORS[color])
+        draft = SceneObject(shape, color, size, SIZES[style][size] * shrink, uniform(rng, 0, 360), (0, 0, 0), surface)
         for _ in range(30):
-            item = replace(draft, position=(_uniform(rng, -2.8, 2.8), _uniform(rng, -2.8, 3.6), draft.extent[1]))
+            item = replace(draft, position=(uniform(rng, -2.8, 2.8), uniform(rng, -2.8, 3.6), draft.extent[1]))
             x, y, depth = scene.project(item.position, 2)  # the image is 2 wide: coordinates from 0 to 2
             inside = max(abs(x - 1), abs(y - 1)) + 1.05 * item.radius / (depth * HALF_FOV) < 0.97
             if inside and all(
@@ -185,7 +137,7 @@ def _visible_scenes(
                 scene = sample_scene(index, split, style=style, num_objects=num_objects, seed=seed, attempt=attempt)
                 attempt += 1
             drawn[index], pending[index] = scene, attempt
-        batch = _Batch(list(drawn.values()), size, "cpu")
+        batch = SceneBatch(list(drawn.values()), size, "cpu")
         masks, silhouette = batch.masks()
         width = batch.slots + 1
         flat = masks.flatten(1) + torch.arange(len(drawn))[:, None] * width
@@ -258,7 +210,7 @@ def _phrases(records: list[dict], rng: random.Random) -> list[dict]:
         return [i for i in everything if all(records[i][a] == record[a] for a in attributes)]
 
     def add(record: dict, attributes: Sequence[str], indices: list[int], before: str = "", after: str = "") -> None:
-        several = "both" if len(indices) == 2 else _pick(rng, ("all", f"the {_number(len(indices))}"))
+        several = "both" if len(indices) == 2 else pick(rng, ("all", f"the {_number(len(indices))}"))
         article = "the" if len(indices) == 1 else several
         words = (article, before, _noun(record, attributes, len(indices)), after)
         phrases[" ".join(word for word in words if word)] = indices
@@ -266,7 +218,7 @@ def _phrases(records: list[dict], rng: random.Random) -> list[dict]:
     def shortest(i: int) -> Sequence[str] | None:
         """Fewest attributes that tell an object from all others."""
         unique = [attributes for attributes in _SUBSETS if len(matches(records[i], attributes)) == 1]
-        return _pick(rng, [a for a in unique if len(a) == len(unique[0])]) if unique else None
+        return pick(rng, [a for a in unique if len(a) == len(unique[0])]) if unique else None
 
     names = [shortest(i) for i in everything]
     for i, record in enumerate(records):
@@ -274,15 +226,15 @@ def _phrases(records: list[dict], rng: random.Random) -> list[dict]:
         if names[i] is not None:
             add(record, names[i], [i])
     for _ in everything:  # some groups, and some places relative to another object
-        record, attributes = _pick(rng, records), _pick(rng, _SUBSETS)
+        record, attributes = pick(rng, records), pick(rng, _SUBSETS)
         add(record, attributes, matches(record, attributes))
-        direction, other = _pick(rng, DIRECTIONS), _pick(rng, everything)
+        direction, other = pick(rng, DIRECTIONS), pick(rng, everything)
         found = [i for i in matches(record, attributes) if i in records[other]["relations"][direction]]
         if found and names[other] is not None:
             after = f"{_RELATION_WORDS[direction]} the {_noun(records[other], names[other])}"
             add(record, attributes, found, after=after)
-    direction, attributes = _pick(rng, ("left", "right")), _pick(rng, ((), ("shape",)))
-    group = matches(_pick(rng, records), attributes)
+    direction, attributes = pick(rng, ("left", "right")), pick(rng, ((), ("shape",)))
+    group = matches(pick(rng, records), attributes)
     extreme = [i for i in group if set(group) - {i} <= {j for j in group if i in records[j]["relations"][direction]}]
     if len(group) > 1 and extreme:
         add(records[extreme[0]], attributes, extreme, before=f"{direction}most")
@@ -298,17 +250,17 @@ def _listing(nouns: Sequence[str]) -> str:
 
 def _caption(scene: Scene, records: list[dict], rng: random.Random) -> str:
     """One sentence about all objects."""
-    attributes = _pick(
+    attributes = pick(
         rng, (ATTRIBUTES, ATTRIBUTES, ("color", "shape"), ("size", "color", "shape"), ("color", "material", "shape"))
     )
     nouns = [_noun(record, attributes) for record in records]
     ground = "gray" if scene.ground.material == "rubber" else scene.ground.material
-    first = _pick(rng, range(len(records)))
-    direction = _pick(rng, DIRECTIONS)
+    first = pick(rng, range(len(records)))
+    direction = pick(rng, DIRECTIONS)
     others = records[first]["relations"][direction]
-    template = _pick(rng, ("stand", "picture", "relation", "relation"))
+    template = pick(rng, ("stand", "picture", "relation", "relation"))
     if template == "relation" and others:
-        second = _pick(rng, others)  # the relations list what is, for example, left of the first
+        second = pick(rng, others)  # the relations list what is, for example, left of the first
         rest = [noun for i, noun in enumerate(nouns) if i not in (first, second)]
         article = "another" if nouns[second] == nouns[first] else "a"
         place = {"left": "to the left of", "right": "to the right of"}.get(direction, _RELATION_WORDS[direction])
@@ -320,17 +272,11 @@ def _caption(scene: Scene, records: list[dict], rng: random.Random) -> str:
     return f"{listing[0].upper()}{listing[1:]} {'stands' if len(nouns) == 1 else 'stand'} on a {ground} floor."
 
 
-def _png(array: np.ndarray) -> dict:
-    buffer = io.BytesIO()
-    Image.fromarray(array).save(buffer, format="PNG", compress_level=1)
-    return {"bytes": buffer.getvalue(), "path": None}
-
-
 def _examples(
     indices: range, split: str, style: str, size: int, num_objects: tuple[int, int], seed: int
 ) -> list[dict]:
     drawn = _visible_scenes(indices, split, style, size, num_objects, seed)
-    images = _shade(_Batch([scene for scene, _ in drawn], size, "cpu")).numpy()
+    images = shade(SceneBatch([scene for scene, _ in drawn], size, "cpu")).numpy()
     examples = []
     for index, (scene, mask), image in zip(indices, drawn, images, strict=True):
         mask = mask.numpy()
@@ -338,8 +284,8 @@ def _examples(
         rng = random.Random(f"hf_dl.scenes words {style} {seed} {split} {index}")
         examples.append(
             {
-                "image": _png(image),
-                "mask": _png(mask),
+                "image": encode_png(image),
+                "mask": encode_png(mask),
                 "objects": records,
                 "caption": _caption(scene, records, rng),
                 "phrases": _phrases(records, rng),
@@ -411,7 +357,7 @@ def load(
 
     Args:
         split: "train", "validation" or "test": different scenes by construction.
-        source: "synthetic", the only one; real data of this kind is read by `hf_dl.data.clevrtex`.
+        source: "synthetic", the only one; `hf_dl.data.masked_images` reads real data of this kind.
         style: "plain" in the manner of CLEVR or "textured" in that of CLEVRTex.
         size: Width and height of the images in pixels, 32 to 256.
         num_objects: Smallest and largest number of objects of a scene.
@@ -435,7 +381,7 @@ def load(
     """
     if source != "synthetic":
         raise ValueError(
-            f"source={source!r} is unknown; scenes are 'synthetic', hf_dl.data.clevrtex reads real images."
+            f"source={source!r} is unknown; scenes are 'synthetic', hf_dl.data.masked_images reads real images."
         )
     for name, value, known in (("split", split, SPLITS), ("style", style, STYLES)):
         if value not in known:

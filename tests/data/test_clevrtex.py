@@ -8,11 +8,11 @@ import pytest
 from PIL import Image
 
 from hf_dl.data import clevrtex
+from hf_dl.data.instance_masks import SPLITS
 
+from .errors import failure
 
-@pytest.fixture(autouse=True)
-def private_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+pytestmark = pytest.mark.usefixtures("private_cache")
 
 
 def write_clevrtex(root, variant="full", indices=range(30), seed=0):
@@ -82,9 +82,9 @@ def test_scenes_of_several_folders_are_found_by_their_number(tmp_path):
     root = write_clevrtex(tmp_path, indices=[0, *range(1000, 1010)])  # only what is opened need be there
     stream = clevrtex.load("train", root, size=16, streaming=True)
     assert stream.num_shards == 1
-    shards = {split: clevrtex._split_range(clevrtex._count(root, "full"), split, "full") for split in clevrtex.SPLITS}
+    shards = {split: clevrtex._split_range(clevrtex._count(root, "full"), split, "full") for split in SPLITS}
     assert shards == {"test": (0, 101), "validation": (101, 202), "train": (202, 1010)}
-    (row,) = clevrtex._clevrtex([(1009, 1010)], str(root), "full", 192, 16, version=0)
+    (row,) = clevrtex._generate([(1009, 1010)], str(root), "full", 192, 16, version=0)
     assert np.array_equal(np.asarray(row["image"]), read(root, 1009, size=16)[0])
 
 
@@ -114,22 +114,12 @@ def test_metadata_is_optional(tmp_path):
     assert record["shape"] is None and record["visible_pixels"] > 0
 
 
-def failure(action):
-    """The message at the root of an error: `datasets` wraps what a generator raises."""
-    with pytest.raises((ValueError, FileNotFoundError, datasets.exceptions.DatasetGenerationError)) as caught:
-        action()
-    error = caught.value
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return f"{type(error).__name__}: {error}"
-
-
 def test_what_is_missing_is_said(tmp_path):
     root = write_clevrtex(tmp_path / "a", indices=range(10))
     assert "split='val' is unknown" in failure(lambda: clevrtex.load("val", root))
     assert "size=0" in failure(lambda: clevrtex.load("test", root, size=0))
     assert "crop=241 is larger than an image of 320x240" in failure(lambda: clevrtex.load("test", root, crop=241))
-    assert "is not a folder" in failure(lambda: clevrtex.load("test", tmp_path / "nowhere"))
+    assert "does not hold CLEVRTex" in failure(lambda: clevrtex.load("test", tmp_path / "nowhere"))
     assert "too few images" in failure(lambda: clevrtex.load("test", write_clevrtex(tmp_path / "b", indices=range(9))))
     outd = write_clevrtex(tmp_path / "c", "outd", range(10))
     assert "use split='test'" in failure(lambda: clevrtex.load("train", outd))
@@ -146,113 +136,3 @@ def test_missing_files_and_colored_masks_are_refused(tmp_path):
     path.unlink()
     message = failure(lambda: clevrtex.load("test", root, size=64))
     assert "FileNotFoundError" in message and "the mask of scene 1 of CLEVRTex" in message
-
-
-# --- datasets with an image and a mask column ------------------------------------------------------------------------
-
-
-def write_pairs(folder, count=4):
-    rng = np.random.default_rng(1)
-    (folder / "test").mkdir(parents=True)
-    lines, pairs = [], []
-    for i in range(count):
-        image = rng.integers(0, 255, (60, 80, 3), dtype=np.uint8)
-        mask = np.zeros((60, 80), np.uint8)
-        mask[10:30, 20 + i : 40] = 7
-        mask[35:50, 30:60] = 200
-        Image.fromarray(image).save(folder / "test" / f"{i}.png")
-        Image.fromarray(mask).save(folder / "test" / f"{i}_mask.png")
-        lines.append(json.dumps({"file_name": f"{i}.png", "mask_file_name": f"{i}_mask.png"}))
-        pairs.append((image, mask))
-    (folder / "test" / "metadata.jsonl").write_text("\n".join(lines))
-    return pairs
-
-
-def check_pairs(rows, pairs):
-    for row, (image, mask) in zip(rows, pairs, strict=True):
-        assert np.array_equal(np.asarray(row["image"]), image[5:55, 15:65])
-        mask = mask[5:55, 15:65]
-        assert np.array_equal(np.asarray(row["mask"]), np.select([mask == 7, mask == 200], [1, 2]).astype(np.uint8))
-        assert [o["visible_pixels"] for o in row["objects"]] == [(mask == 7).sum(), (mask == 200).sum()]
-
-
-@pytest.mark.parametrize("streaming", [False, True])
-def test_image_folder_with_masks(tmp_path, streaming):
-    pairs = write_pairs(tmp_path / "folder")
-    check_pairs(clevrtex.load("test", tmp_path / "folder", size=50, crop=50, streaming=streaming), pairs)
-
-
-@pytest.mark.parametrize("streaming", [False, True])
-def test_saved_datasets_and_column_names(tmp_path, streaming):
-    pairs = write_pairs(tmp_path / "folder")
-    palette = [Image.frombytes("P", (80, 60), mask.tobytes()) for _, mask in pairs]
-    for image in palette:
-        image.putpalette([255, 0, 0] * 256)
-    columns = {"photo": [Image.fromarray(image) for image, _ in pairs], "parts": palette, "note": ["x"] * 4}
-    features = datasets.Features(photo=datasets.Image(), parts=datasets.Image(), note=datasets.Value("string"))
-    datasets.Dataset.from_dict(columns, features).save_to_disk(tmp_path / "saved")
-    options = {"size": 50, "crop": 50, "streaming": streaming, "image_column": "photo"}
-    check_pairs(clevrtex.load("test", tmp_path / "saved", mask_column="parts", **options), pairs)
-    with pytest.raises(ValueError, match="mask_column='mask' is not in .*, whose columns are photo, parts, note"):
-        clevrtex.load("test", tmp_path / "saved", **options)
-    with pytest.raises(ValueError, match="Column 'note' holds str; expected images"):
-        list(clevrtex.load("test", tmp_path / "saved", mask_column="note", **options))
-
-
-# --- COCO ------------------------------------------------------------------------------------------------------------
-
-
-def write_coco(folder):
-    folder.mkdir()
-    image = np.random.default_rng(2).integers(0, 255, (40, 60, 3), dtype=np.uint8)
-    Image.fromarray(image).save(folder / "a.jpg", quality=95)
-    Image.fromarray(image).save(folder / "b.png")
-    square = np.zeros((40, 60), int)
-    square[20:30, 25:35] = 1
-    runs, value = [0], 0
-    for pixel in square.T.flatten():  # down the columns
-        if pixel != value:
-            runs, value = [*runs, 0], pixel
-        runs[-1] += 1
-    content = {
-        "images": [{"id": 5, "file_name": "a.jpg", "width": 60, "height": 40},
-                   {"id": 9, "file_name": "b.png", "width": 60, "height": 40}],
-        "annotations": [
-            {"image_id": 5, "category_id": 2, "iscrowd": 0, "segmentation": {"size": [40, 60], "counts": runs}},
-            {"image_id": 5, "category_id": 1, "iscrowd": 0, "segmentation": [[15, 10, 44, 10, 44, 34, 15, 34]]},
-            {"image_id": 5, "category_id": 1, "iscrowd": 1, "segmentation": {"size": [40, 60], "counts": [0, 2400]}},
-        ],
-        "categories": [{"id": 1, "name": "table"}, {"id": 2, "name": "cup"}],
-    }  # fmt: skip
-    (folder / "instances.json").write_text(json.dumps(content))
-    return content
-
-
-@pytest.mark.parametrize("streaming", [False, True])
-def test_coco(tmp_path, streaming):
-    write_coco(tmp_path / "coco")
-    load = clevrtex.load("test", tmp_path / "coco", size=40, crop=None, streaming=streaming,
-                         annotations=tmp_path / "coco" / "instances.json")  # fmt: skip
-    first, second = list(load)
-    expected = np.zeros((40, 60), np.uint8)
-    expected[10:35, 15:45] = 2  # the corners of a polygon are filled, as PIL draws it
-    expected[20:30, 25:35] = 1  # the cup is painted over the table, which is larger
-    assert np.array_equal(np.asarray(first["mask"]), expected[:, 10:50])
-    assert [(o["label"], o["visible_pixels"]) for o in first["objects"]] == [("cup", 100), ("table", 650)]
-    assert second["objects"] == [] and not np.asarray(second["mask"]).any()
-
-
-def test_coco_mistakes(tmp_path):
-    content = write_coco(tmp_path / "coco")
-    path = tmp_path / "coco" / "instances.json"
-
-    def load():
-        return clevrtex.load("test", tmp_path / "coco", size=40, crop=40, annotations=path)
-
-    content["annotations"][0]["segmentation"]["counts"] = "compressed"
-    path.write_text(json.dumps(content))
-    assert "decode compressed ones first" in failure(load)
-    path.write_text("[]")
-    assert "has no annotations and no images" in failure(load)
-    path.unlink()
-    assert "instances.json' is missing" in failure(load)

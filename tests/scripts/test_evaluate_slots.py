@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from sklearn.metrics import adjusted_rand_score
 
-from hf_dl.data.collate import ImageTensors
+from hf_dl.data.image_arrays import ImageTensors
 from hf_dl.metrics import perceptual
 from hf_dl.metrics.images import default_features, fid
 from hf_dl.models.slot_autoencoder import SlotAutoencoderConfig, SlotAutoencoderModel, SlotImageProcessor

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessor
 
-from hf_dl.data import images as labeled_images
+from hf_dl.data import labeled_images, object_images
 from hf_dl.explain import attention_maps, grad_cam, normalize, pointing_game, share_inside, upsample
 from hf_dl.models import SmallViTConfig, SmallViTForImageClassification, SmallViTImageProcessor
 from hf_dl.reporting.experiment import read_results
@@ -22,7 +22,7 @@ def vit(tmp_path_factory):
     """A vision transformer of the 25 classes of the scenes, saved as training saves one."""
     torch.manual_seed(0)
     sizes = {"image_size": 32, "patch_size": 8, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-    names = dict(enumerate(labeled_images.CLASSES[25]))
+    names = dict(enumerate(object_images.CLASSES[25]))
     model = SmallViTForImageClassification(
         SmallViTConfig(
             **sizes,
@@ -114,12 +114,12 @@ def test_the_study_scores_maps_by_the_masks(vit, tmp_path, method):
     assert metrics["accuracy"] == pytest.approx(
         (model(pixels).logits.argmax(-1) == torch.tensor(data["label"])).float().mean().item(), abs=0.021
     )
-    assert {e["class"] for e in found["images"]} <= {"striped cone", labeled_images.CLASSES[25][3]}
+    assert {e["class"] for e in found["images"]} <= {"striped cone", object_images.CLASSES[25][3]}
     for entry in found["images"]:
-        assert labeled_images.CLASSES[25][data[entry["image"]]["label"]] == entry["class"]
+        assert object_images.CLASSES[25][data[entry["image"]]["label"]] == entry["class"]
     assert {p.name for p in (tmp_path / "out").glob("class_*.png")} == {
-        f"class_{i}_{labeled_images.CLASSES[25][i].replace(' ', '_')}.png"
-        for i in (3, labeled_images.CLASSES[25].index("striped cone"))
+        f"class_{i}_{object_images.CLASSES[25][i].replace(' ', '_')}.png"
+        for i in (3, object_images.CLASSES[25].index("striped cone"))
     }
 
 

@@ -10,7 +10,8 @@ from PIL import Image
 from torch import nn
 from transformers import AutoModelForImageClassification
 
-from hf_dl.data.images import CLASSES, SUPERCLASSES, superclasses
+from hf_dl.data.object_images import CLASSES
+from hf_dl.data.superclasses import superclasses
 from hf_dl.models.layers_heads import make_head
 from hf_dl.reporting.experiment import read_experiment
 from scripts import evaluate_classifier, mistakes, run_experiment, train_broken_heads, train_classifier
@@ -91,21 +92,6 @@ def test_smoothing_is_that_of_the_cross_entropy():
     for smoothing in (0.0, 0.3):
         expected = nn.functional.cross_entropy(scores, labels, label_smoothing=smoothing)
         torch.testing.assert_close(evaluate_classifier.smoothed(Output, smoothing), expected)
-
-
-def test_superclasses():
-    fine = sorted(name for members in SUPERCLASSES.values() for name in members.split())  # as CIFAR-100 numbers them
-    assert len(fine) == len(set(fine)) == 100
-    groups = superclasses(fine)
-    assert [fine[label] for label in groups[1]] == ["aquarium_fish", "flatfish", "ray", "shark", "trout"]
-    assert sorted(label for group in groups for label in group) == list(range(100))
-    assert {len(group) for group in groups} == {5}
-    assert [CLASSES[100][label] for label in superclasses(CLASSES[100])[1]] == [
-        f"{color} striped sphere" for color in ("red", "green", "blue", "yellow")
-    ]
-    assert {CLASSES[25][label].split()[1] for label in superclasses(CLASSES[25])[4]} == {"disc"}
-    with pytest.raises(ValueError, match="superclasses of these 2 classes .cat, dog, .... are not known"):
-        superclasses(["cat", "dog"])
 
 
 @pytest.mark.filterwarnings("ignore:hidden looks like probabilities")

@@ -12,8 +12,9 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
 
-from hf_dl.data import images
-from hf_dl.data.images import CLASSES, LabeledImages
+from hf_dl.data import labeled_images
+from hf_dl.data.image_arrays import LabeledImages
+from hf_dl.data.object_images import CLASSES
 from hf_dl.reporting.card import read_card
 from scripts import evaluate_classifier, train_classifier
 from tests.scripts.runs import reset
@@ -100,7 +101,7 @@ def test_the_saved_folder_classifies_images(finished):
         AutoModelForImageClassification.from_pretrained(folder),
         AutoImageProcessor.from_pretrained(folder),
     )
-    data = images.load("test", num_images=25, size=32)
+    data = labeled_images.load("test", num_images=25, size=32)
     pixel_values = processor(images=list(data["image"]), return_tensors="pt")["pixel_values"]
     ours = evaluate_classifier.to_pixel_values(LabeledImages(data).__getitems__(range(25))["image"], processor)
     assert torch.allclose(pixel_values, ours, atol=1e-4)

@@ -10,7 +10,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModel
 
-from hf_dl.data import images
+from hf_dl.data import idx_files, labeled_images, object_images
+from hf_dl.data.image_arrays import LabeledImages
 from hf_dl.models import ImageVaeConfig, ImageVaeModel
 from hf_dl.reporting.card import read_card
 from scripts import evaluate_vae, train_vae
@@ -90,9 +91,9 @@ def test_the_epochs_are_means_of_their_logged_lines(finished):
 def test_the_saved_folder_takes_pictures_and_makes_new_ones(finished):
     folder, _ = finished
     model, processor = AutoModel.from_pretrained(folder), AutoImageProcessor.from_pretrained(folder)
-    data = images.load("test", num_images=16, size=32)
+    data = labeled_images.load("test", num_images=16, size=32)
     pixel_values = processor(images=list(data["image"]), return_tensors="pt")["pixel_values"]
-    ours = evaluate_vae.to_pixel_values(images.LabeledImages(data).__getitems__(range(16))["image"])
+    ours = evaluate_vae.to_pixel_values(LabeledImages(data).__getitems__(range(16))["image"])
     assert torch.allclose(pixel_values, ours)
     assert model(pixel_values).reconstruction.shape == (16, 3, 32, 32) and model.sample(2).shape == (2, 3, 32, 32)
 
@@ -168,16 +169,16 @@ def test_gray_idx_files_with_a_gaussian_perceptron(tmp_path):
 def test_codes_of_few_numbers_are_drawn(tmp_path, latents):
     torch.manual_seed(0)
     model = ImageVaeModel(ImageVaeConfig(architecture="mlp", image_size=32, num_channels=3, latent_size=latents))
-    data = images.LabeledImages(images.load("test", num_images=16, size=32))
+    data = LabeledImages(labeled_images.load("test", num_images=16, size=32))
     evaluate_vae.draw(model, data, tmp_path)
     assert len(list(tmp_path.glob("*.png"))) == 4
 
 
 def test_many_classes_are_grouped_by_their_last_word():
-    groups, names = evaluate_vae.class_groups(torch.tensor([0, 24]), list(images.CLASSES[25]))
-    assert names == list(images.SHAPES) and groups.tolist() == [0, 4]
-    labels, names = evaluate_vae.class_groups(torch.tensor([3, 1]), list(images.FASHION))
-    assert names == list(images.FASHION) and labels.tolist() == [3, 1]
+    groups, names = evaluate_vae.class_groups(torch.tensor([0, 24]), list(object_images.CLASSES[25]))
+    assert names == list(object_images.SHAPES) and groups.tolist() == [0, 4]
+    labels, names = evaluate_vae.class_groups(torch.tensor([3, 1]), list(idx_files.FASHION))
+    assert names == list(idx_files.FASHION) and labels.tolist() == [3, 1]
 
 
 def test_each_architecture_has_its_recipe_and_flags_go_before_it():
