@@ -12,6 +12,8 @@ A script adds its own flags in a subclass of `TrainingArgs` and calls `parse_arg
 
 import dataclasses
 import difflib
+import inspect
+import json
 import os
 import sys
 import types
@@ -23,6 +25,8 @@ import torch
 from accelerate.utils import set_seed
 from transformers import HfArgumentParser
 
+from .schedules import SCHEDULES
+
 _GROUPS = {
     "run": "output_dir seed max_steps epochs batch_size accumulation num_workers",
     "optimization": "optimizer learning_rate weight_decay momentum beta2 schedule warmup_steps half_life decay_at "
@@ -32,7 +36,7 @@ _GROUPS = {
     "hardware": "mixed_precision compile cpu_threads",
 }
 
-Schedule = Literal["constant", "linear", "cosine", "halving", "step"]
+Schedule = Literal[tuple(SCHEDULES)]
 
 
 @dataclass
@@ -71,8 +75,8 @@ class TrainingArgs:
     schedule: Schedule = field(
         default="constant",
         metadata={
-            "help": "After warm-up: constant, to 0 linearly or as a cosine, halved every half_life steps, or times "
-            "decay_factor at each part of decay_at."
+            "help": "Learning-rate schedule after the warm-up. "
+            + " ".join(f"{name}: {inspect.getdoc(function).splitlines()[0]}" for name, function in SCHEDULES.items())
         },
     )
     warmup_steps: int = field(default=0, metadata={"help": "Steps over which the learning rate rises from 0."})
@@ -157,6 +161,10 @@ class TrainingArgs:
             raise ValueError(f"patience={self.patience} needs monitor, the name of the logged metric to watch.")
         if self.monitor and not (self.eval_every or self.eval_epochs):
             raise ValueError(f"monitor={self.monitor!r} needs eval_every or eval_epochs: how often to evaluate.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the flags as JSON can hold them."""
+        return json.loads(json.dumps(dataclasses.asdict(self), default=str))
 
 
 ArgsT = TypeVar("ArgsT", bound=TrainingArgs)

@@ -168,6 +168,24 @@ def _as_is(batch: Any) -> Any:
     return batch
 
 
+def dataset_length(data: Any, needed_by: str, *, instead: str) -> int:
+    """Return the number of examples of a dataset.
+
+    Args:
+        data: The dataset.
+        needed_by: The flag that needs the length, with its value, for the error message.
+        instead: The flag to use for a stream.
+
+    Raises:
+        ValueError: If the dataset is a stream, which has no length.
+    """
+    if not hasattr(data, "__len__"):
+        raise ValueError(
+            f"{needed_by} needs a dataset with a length, but train_data is a stream. Set {instead} instead."
+        )
+    return len(data)
+
+
 def batches(
     data: Any,
     share: Share,

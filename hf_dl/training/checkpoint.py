@@ -7,6 +7,7 @@ leaves either the whole checkpoint or a temporary folder, which the next run cle
 
 import contextlib
 import hashlib
+import inspect
 import json
 import os
 import shutil
@@ -15,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file, save, save_file
+from torch import nn
+from transformers.utils import logging as transformers_logging
 
 _TEMPORARY = ".writing-"
 _FORMER = ".former-"
@@ -31,6 +34,43 @@ def write_file(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write a file aside, then rename it, so that readers see either the old or the new content."""
+    aside = path.with_name(f".{path.name}")
+    write_file(aside, data)
+    os.replace(aside, path)
+
+
+def merge_folder(source: Path, target: Path) -> None:
+    """Move the content of a folder into another one, replacing files and folders of the same name."""
+    for path in source.iterdir():
+        if path.is_dir():
+            shutil.rmtree(target / path.name, ignore_errors=True)
+        os.replace(path, target / path.name)
+    source.rmdir()
+
+
+def clear_run(folder: Path) -> Path | None:
+    """Prepare the folder of a run for a fresh start: remove its log and results, and rename its checkpoints.
+
+    Args:
+        folder: The folder of the run; created if it does not exist.
+
+    Returns:
+        The folder with the former checkpoints, `checkpoints_old`, or None if there were none.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoints, former = folder / "checkpoints", None
+    if any(checkpoints.glob("step_*")):
+        former = folder / "checkpoints_old"
+        shutil.rmtree(former, ignore_errors=True)
+        os.rename(checkpoints, former)
+    for name in ("log.jsonl", "results.json"):
+        (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / "best", ignore_errors=True)
+    return former
 
 
 def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
@@ -90,6 +130,33 @@ def save_checkpoint(folder: Path, tensors: dict[str, dict[str, torch.Tensor]], s
             write_file(aside / name, data)
             manifest[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
         write_file(aside / "manifest.json", json.dumps(manifest, indent=2).encode())
+
+    replace_folder(folder, write)
+
+
+def save_model(folder: Path, model: nn.Module, weights: dict[str, torch.Tensor], processor: Any = None) -> None:
+    """Write a model and its processor into a folder, replacing the folder if it exists.
+
+    Args:
+        folder: The folder.
+        model: The model; its `save_pretrained` is used if it has one, otherwise only `model.safetensors` is written.
+        weights: The weights to save.
+        processor: Image processor, tokenizer or other processor with `save_pretrained`.
+
+    Raises:
+        OSError: If a file cannot be written.
+    """
+
+    def write(aside: Path) -> None:
+        transformers_logging.disable_progress_bar()  # a bar for every save would break the bar of the run
+        if not hasattr(model, "save_pretrained"):
+            save_file({name: value.contiguous() for name, value in weights.items()}, aside / "model.safetensors")
+        elif "state_dict" in inspect.signature(model.save_pretrained).parameters:
+            model.save_pretrained(aside, state_dict=weights)
+        else:
+            model.save_pretrained(aside)
+        if processor is not None:
+            processor.save_pretrained(aside)
 
     replace_folder(folder, write)
 

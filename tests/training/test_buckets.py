@@ -103,5 +103,5 @@ def test_parts_of_a_model_have_learning_rates_of_their_own(tmp_path):
 
 @pytest.mark.parametrize("rates", [{"encodr.": 0.1}, {"encoder.": 0.0}])
 def test_learning_rates_of_nothing_are_refused(tmp_path, rates):
-    with pytest.raises(ValueError, match=r"must name parameters of Parts and be above 0"):
+    with pytest.raises(ValueError, match=r"prefix of a parameter name of Parts, and the rate must be above 0"):
         train_parts(tmp_path, **rates)

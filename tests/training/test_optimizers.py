@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_dl.training.joined import JoinedOptimizer
+from hf_dl.training.optimizers import JoinedOptimizer
 
 
 class Pair(nn.Module):
