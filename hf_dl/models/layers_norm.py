@@ -6,11 +6,8 @@ and apply a learned scale and shift for each channel:
 
     y = weight * (x - mean) / sqrt(var + eps) + bias
 
-and differ only in which values share a mean and a variance. Each value that is shared is a mean over the moments of
-single channels of single images, by the law of total variance: var = E[var_nc] + Var[mean_nc]. So one pass over x for
-the moments of each (image, channel) serves all five, what is pooled is of (batch, channels) and costs nothing, and a
-second pass over x writes y = scale * (x - pivot) + shift. The backward pass likewise needs two sums for each (image,
-channel) and writes one combination of x and the gradient. Both are written out in `_Standardize`.
+and differ only in which values share a mean and a variance. `standardize_plainly` is the formula in plain operations;
+layers_norm_kernel.py computes the same in fewer passes over x, and is what runs unless a compiler does.
 
 What differs from torch.nn's layers:
 
@@ -22,274 +19,27 @@ What differs from torch.nn's layers:
 - No second derivatives in eager mode (asking for them raises).
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-_BLOCK_BYTES = 2**18  # a few of them stay in a core's cache between the passes
+from .layers_norm_kernel import Given, Pool, Standardize, compute_dtypes, pool_moments, shares_of
 
 
-@dataclass(frozen=True)
-class _Pool:
-    """Which (image, channel) pairs share a mean and a variance; the default is none, each has its own.
-
-    Args:
-        over_batch: All images share them.
-        sync: So do the images of all processes.
-        groups: The channels of each of so many groups share them; 0 for none.
-    """
-
-    over_batch: bool = False
-    sync: bool = False
-    groups: int = 0
-
-    def average(self, values: torch.Tensor, pixels: int) -> tuple[torch.Tensor, torch.Tensor | float]:
-        """Average over what shares.
-
-        Args:
-            values: (batch, channels), each a mean over the pixels of one channel of one image.
-            pixels: How many.
-
-        Returns:
-            The averages, of a shape that broadcasts to (batch, channels), and how many pixels each is over.
-        """
-        batch, channels = values.shape
-        if self.groups:
-            grouped = values.unflatten(1, (self.groups, -1)).mean(2, keepdim=True)
-            return grouped.expand(-1, -1, channels // self.groups).flatten(1), pixels * channels // self.groups
-        if not self.over_batch:
-            return values, pixels
-        if not self.sync:
-            return values.mean(0, keepdim=True), batch * pixels
-        # Processes may hold different numbers of images, of different sizes: sums and counts travel, not means.
-        total = torch.cat([values.sum(0) * pixels, values.new_tensor([batch * pixels])])
-        dist.all_reduce(total)
-        return total[:-1].unsqueeze(0) / total[-1], total[-1]
-
-
-# Statistics that are given, as a BatchNorm2d has them in evaluation: (mean, variance), each (channels,).
-_Given = tuple[torch.Tensor, torch.Tensor]
-
-
-def _statistics(
-    source: _Pool | _Given, mean: torch.Tensor | None, var: torch.Tensor | None, pixels: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | float]:
-    """Pool moments of (batch, channels): the mean, the variance, and how many pixels they are over."""
-    if not isinstance(source, _Pool):
-        return source[0].unsqueeze(0), source[1].unsqueeze(0), 0
-    pooled_mean, count = source.average(mean, pixels)
-    pooled_var, _ = source.average(var + (mean - pooled_mean).square(), pixels)  # law of total variance
-    return pooled_mean, pooled_var, count
-
-
-def _shares(gate: torch.Tensor | None) -> tuple[torch.Tensor | float, ...]:
-    """How much of each standardized x the result has: all of the only one, or rho and 1 - rho of the two."""
-    return (1.0,) if gate is None else (gate, 1 - gate)
-
-
-def _dtypes(x: torch.Tensor) -> tuple[torch.dtype, torch.dtype]:
-    """The dtypes of the passes over x and of the pooled statistics."""
-    if x.dtype == torch.float64:
-        return torch.float64, torch.float64
-    return torch.float32, torch.float32 if x.device.type == "mps" else torch.float64  # Metal has no float64
-
-
-def _rows(x: torch.Tensor) -> torch.Tensor:
-    """View x as (rows, columns, pixels), rows being what blocks are cut along.
-
-    Rows are channels of images, or whole images where the channels of a pixel lie together (channels_last).
-    """
-    batch, channels, height, width = x.shape
-    if x.is_contiguous():
-        return x.view(batch * channels, 1, height * width)
-    return x.permute(0, 2, 3, 1).view(batch, height * width, channels).transpose(1, 2)
-
-
-def _blocks(
-    x: torch.Tensor, *others: torch.Tensor, scratch: Sequence[torch.dtype] = ()
-) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Cut tensors of as many rows as x along them into blocks that fit the cache.
-
-    For each dtype of `scratch`, blocks come with room for a result of their shape, the same for all, so that it stays
-    in the cache.
-    """
-    size = _BLOCK_BYTES
-    if x.device.type != "cpu":
-        size *= 256  # so that launches do not count
-    elif (threads := torch.get_num_threads()) > 1:
-        size *= 4 * threads  # each pass over a block ends in a wait for the slowest thread; so fewer of them
-    step = max(1, size // max(1, x[:1].numel() * max(4, x.element_size())))
-    blocks = [tensor.split(step) for tensor in (x, *others)]
-    first, last = blocks[0][0], blocks[0][-1]
-    for dtype in scratch:
-        room = torch.empty_strided(first.shape, first.stride(), dtype=dtype, device=x.device)
-        blocks.append([room] * (len(blocks[0]) - 1) + [room[: len(last)]])
-    return zip(*blocks, strict=True)
-
-
-class _Standardize(torch.autograd.Function):
-    """y = weight * sum_k share_k (x - mean_k) / sqrt(var_k + eps) + bias, for one or two sources of statistics.
-
-    With inv = 1 / sqrt(var + eps), xhat = (x - mean) * inv and g = weight * share * dy, the gradient through one
-    source is (Ioffe & Szegedy 2015, section 3, its three paths added up)
-
-        dx = inv * (g - E[g] - xhat * E[g * xhat])
-
-    with E the average over what shares the statistics; both averages vanish for statistics that are given.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        weight: torch.Tensor | None,
-        bias: torch.Tensor | None,
-        gate: torch.Tensor | None,
-        sources: Sequence[_Pool | _Given],
-        eps: float,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | float]:
-        """Standardize; also returns the first source's mean, variance and count."""
-        if not x.is_contiguous():
-            last = x.is_contiguous(memory_format=torch.channels_last)
-            x = x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
-        dtype, wide = _dtypes(x)
-        batch, channels = x.shape[:2]
-        rows, pixels = _rows(x), x.shape[2] * x.shape[3]
-        columns = (*rows.shape[:2], 1)
-
-        if any(isinstance(source, _Pool) for source in sources):
-            # Two steps: x minus its mean as far as float32 holds it, then the mean and the square of the rest.
-            pivot, rest, square = (x.new_empty(columns, dtype=dtype) for _ in range(3))
-            for block, m, r, s, d, d2 in _blocks(rows, pivot, rest, square, scratch=(dtype, dtype)):
-                torch.sum(block, 2, True, dtype=dtype, out=m).mul_(1 / pixels)
-                torch.sub(block, m, out=d)
-                torch.sum(d, 2, True, out=r)
-                torch.sum(torch.mul(d, d, out=d2), 2, True, out=s)
-            pivot, rest, square = (values.view(batch, channels).to(wide) for values in (pivot, rest, square))
-            rest, square = rest / pixels, square / pixels
-            mean, var = pivot + rest, (square - rest.square()).clamp_(min=0)
-        else:
-            mean = var = None
-            pivot = sources[0][0].to(dtype).expand(batch, channels).to(wide)
-        # x whose mean is within a few deviations of zero loses nothing by not being shifted, and saves three passes.
-        # Looking costs a wait on other devices.
-        spread = sources[0][1].to(wide) if var is None else var
-        center = x.device.type != "cpu" or bool((pivot.square() > 16 * (spread + eps)).any())
-        if not center:
-            pivot = torch.zeros_like(pivot)
-
-        shares = _shares(None if gate is None else gate.to(wide))
-        factor = pivot.new_ones(()) if weight is None else weight.to(wide)
-        scale = shift = 0.0
-        saved = []
-        for share, source in zip(shares, sources, strict=True):
-            pooled_mean, pooled_var, count = _statistics(source, mean, var, pixels)
-            pooled_mean, pooled_var = pooled_mean.to(wide), pooled_var.to(wide)
-            inv = (pooled_var + eps).rsqrt()
-            offset = (pivot - pooled_mean) * inv  # xhat where x is the pivot
-            scale = scale + factor * share * inv
-            shift = shift + factor * share * offset
-            if not saved:
-                first = (pooled_mean.squeeze(0), pooled_var.squeeze(0), count)
-            saved += [inv, offset]
-        shift = shift if bias is None else shift + bias.to(wide)
-
-        y = torch.empty_like(x)
-        pivot = pivot.to(dtype).contiguous()
-        scale, shift = (values.expand(batch, channels).to(dtype) for values in (scale, shift))
-        views = (rows, _rows(y), *(values.reshape(columns) for values in (pivot, scale, shift)))
-        if y.dtype == dtype:
-            for block, out, m, a, b in _blocks(*views):
-                (torch.sub(block, m, out=out).mul_(a) if center else torch.mul(block, a, out=out)).add_(b)
-        else:
-            for block, out, m, a, b, result in _blocks(*views, scratch=(dtype,)):
-                out.copy_(torch.sub(block, m, out=result).mul_(a).add_(b))
-
-        ctx.save_for_backward(x, weight, gate, pivot, scale, *saved)
-        ctx.sources, ctx.center, ctx.bias_dtype = sources, center, None if bias is None else bias.dtype
-        ctx.mark_non_differentiable(*(value for value in first if isinstance(value, torch.Tensor)))
-        return y, *first
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dy: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
-        """The gradients of x, weight, bias and gate."""
-        x, weight, gate, pivot, scale, *saved = ctx.saved_tensors
-        dy = dy.contiguous(memory_format=torch.contiguous_format if x.is_contiguous() else torch.channels_last)
-        dtype, wide = _dtypes(x)
-        batch, channels = x.shape[:2]
-        rows, gradients, pixels = _rows(x), _rows(dy), x.shape[2] * x.shape[3]
-        columns = (*rows.shape[:2], 1)
-        pivots = pivot.view(columns)
-
-        # For each (image, channel): the means of dy and of dy * (x - pivot).
-        dy_mean, dy_x_mean = (x.new_empty(columns, dtype=dtype) for _ in range(2))
-        views = (rows, gradients, pivots, dy_mean, dy_x_mean)
-        for block, g, m, sum_g, sum_gx, d, product in _blocks(*views, scratch=(dtype, dtype)):
-            d = torch.sub(block, m, out=d) if ctx.center else block
-            torch.sum(g, 2, True, dtype=dtype, out=sum_g)
-            torch.sum(torch.mul(d, g, out=product), 2, True, out=sum_gx)
-        dy_mean, dy_x_mean = (values.view(batch, channels).to(wide) / pixels for values in (dy_mean, dy_x_mean))
-
-        factor = dy_mean.new_ones(()) if weight is None else weight.to(wide)
-        shares = _shares(None if gate is None else gate.to(wide))
-        slope = constant = None  # dx = scale * dy + slope * (x - pivot) + constant
-        standardized = []  # E[dy * xhat] of each source
-        for share, source, inv, offset in zip(shares, ctx.sources, saved[::2], saved[1::2], strict=True):
-            dy_xhat_mean = dy_x_mean * inv + dy_mean * offset
-            standardized.append(dy_xhat_mean)
-            if isinstance(source, _Pool):
-                g, _ = source.average(factor * share * dy_mean, pixels)
-                g_xhat, _ = source.average(factor * share * dy_xhat_mean, pixels)
-                slope = (0.0 if slope is None else slope) - inv * inv * g_xhat
-                constant = (0.0 if constant is None else constant) - inv * (g + offset * g_xhat)
-
-        dx = None
-        if ctx.needs_input_grad[0]:
-            dx = torch.empty_like(x)
-            rescaled = scale.reshape(columns)
-            if slope is None:  # the statistics were given
-                for g, out, a, result in _blocks(gradients, _rows(dx), rescaled, scratch=(dtype,)):
-                    out.copy_(torch.mul(g, a, out=result))
-            else:
-                slope, constant = (v.expand(batch, channels).to(dtype).reshape(columns) for v in (slope, constant))
-                views = (rows, gradients, _rows(dx), pivots, rescaled, slope, constant)
-                if dx.dtype == dtype:
-                    for block, g, out, m, a, c1, c0 in _blocks(*views):
-                        d = torch.sub(block, m, out=out).mul_(c1) if ctx.center else torch.mul(block, c1, out=out)
-                        d.add_(c0).addcmul_(g, a)
-                else:
-                    for block, g, out, m, a, c1, c0, result in _blocks(*views, scratch=(dtype,)):
-                        out.copy_(torch.sub(block, m, out=result).mul_(c1).add_(c0).addcmul_(g, a))
-
-        dweight = dbias = dgate = None
-        if weight is not None and ctx.needs_input_grad[1]:
-            mixed = sum(share * values for share, values in zip(shares, standardized, strict=True))
-            dweight = (mixed.sum(0) * pixels).to(weight.dtype)
-        if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
-            dbias = (dy_mean.sum(0) * pixels).to(ctx.bias_dtype)
-        if gate is not None and ctx.needs_input_grad[3]:
-            of_batch, of_instance = standardized
-            dgate = ((factor * (of_batch - of_instance)).sum(0) * pixels).to(gate.dtype)
-        return dx, dweight, dbias, dgate, None, None
-
-
-def _standardize_for_compilers(
+def standardize_plainly(
     x: torch.Tensor,
     weight: torch.Tensor | None,
     bias: torch.Tensor | None,
     gate: torch.Tensor | None,
-    sources: Sequence[_Pool | _Given],
+    sources: Sequence[Pool | Given],
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | float]:
     """The definition in plain operations, which a compiler fuses; eager, each would be a pass over x of its own."""
-    dtype, wide = _dtypes(x)
+    dtype, wide = compute_dtypes(x)
     pixels, values = x.shape[2] * x.shape[3], x.to(dtype)
-    if any(isinstance(source, _Pool) for source in sources):
+    if any(isinstance(source, Pool) for source in sources):
         pivot = values.detach().mean((2, 3))
         centered = values - pivot[:, :, None, None]
         rest = centered.mean((2, 3))
@@ -301,8 +51,8 @@ def _standardize_for_compilers(
         pivot = sources[0][0].to(dtype).expand(x.shape[:2]).to(wide)
         centered = values - pivot.to(dtype)[:, :, None, None]
     scale, shift, first = 0.0, 0.0, None
-    for share, source in zip(_shares(None if gate is None else gate.to(wide)), sources, strict=True):
-        pooled_mean, pooled_var, count = _statistics(source, mean, var, pixels)
+    for share, source in zip(shares_of(None if gate is None else gate.to(wide)), sources, strict=True):
+        pooled_mean, pooled_var, count = pool_moments(source, mean, var, pixels)
         pooled_mean, pooled_var = pooled_mean.to(wide), pooled_var.to(wide)
         inv = (pooled_var + eps).rsqrt()
         scale = scale + share * inv
@@ -316,25 +66,42 @@ def _standardize_for_compilers(
     return (centered * scale + shift).to(x.dtype), *first
 
 
-_standardize_outside_graphs = torch.compiler.disable(_Standardize.apply)
+_standardize_outside_graphs = torch.compiler.disable(Standardize.apply)
 
 
-def _standardize(
+def standardize(
     x: torch.Tensor,
     weight: torch.Tensor | None,
     bias: torch.Tensor | None,
-    sources: Sequence[_Pool | _Given],
+    sources: Sequence[Pool | Given],
     *,
     eps: float,
     gate: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | float]:
+    """Subtract the mean, divide by the standard deviation, then scale and shift.
+
+    Args:
+        x: (batch, channels, height, width).
+        weight: Scale per channel, (channels,). `None` for 1.
+        bias: Shift per channel, (channels,). `None` for 0.
+        sources: One source of mean and variance, or two that `gate` mixes. A `Pool` computes them from x; a pair
+            (mean, variance) is used as it is.
+        eps: Added to the variance.
+        gate: Share of the first of two sources per channel, (channels,), in [0, 1].
+
+    Returns:
+        y, of the shape and dtype of x; and the mean, the variance and the pixel count of the first source.
+
+    Raises:
+        ValueError: If x does not have four dimensions.
+    """
     if x.ndim != 4:
         raise ValueError(f"x has shape {tuple(x.shape)}, expected (batch, channels, height, width).")
     if not torch.compiler.is_compiling():
-        return _Standardize.apply(x, weight, bias, gate, sources, eps)
-    if any(isinstance(source, _Pool) and source.sync for source in sources):
+        return Standardize.apply(x, weight, bias, gate, sources, eps)
+    if any(isinstance(source, Pool) and source.sync for source in sources):
         return _standardize_outside_graphs(x, weight, bias, gate, sources, eps)
-    return _standardize_for_compilers(x, weight, bias, gate, sources, eps)
+    return standardize_plainly(x, weight, bias, gate, sources, eps)
 
 
 class _Norm2d(nn.Module):
@@ -432,11 +199,11 @@ class BatchNorm2d(_Norm2d):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalize x of (batch, channels, height, width), and in training take note of its statistics."""
-        y, *statistics = _standardize(x, self.weight, self.bias, [self._source(x)], eps=self.eps)
+        y, *statistics = standardize(x, self.weight, self.bias, [self._source(x)], eps=self.eps)
         self._track(*statistics)
         return y
 
-    def _source(self, x: torch.Tensor) -> _Pool | _Given:
+    def _source(self, x: torch.Tensor) -> Pool | Given:
         self._check(x)
         if not self.training and self.track_running_stats:
             return self.running_mean, self.running_var
@@ -446,7 +213,7 @@ class BatchNorm2d(_Norm2d):
                 f"x has shape {tuple(x.shape)}, a single value for each channel or none, which has no variance; "
                 "train on larger batches or images, or call eval()."
             )
-        return _Pool(over_batch=True, sync=sync)
+        return Pool(over_batch=True, sync=sync)
 
     @torch.no_grad()
     def _track(self, mean: torch.Tensor, var: torch.Tensor, count: torch.Tensor | float) -> None:
@@ -485,7 +252,7 @@ class InstanceNorm2d(_Norm2d):
                 f"x has shape {tuple(x.shape)}: the instance norm of a single pixel is zero whatever it was; "
                 "use larger images, or another norm."
             )
-        return _standardize(x, self.weight, self.bias, [_Pool()], eps=self.eps)[0]
+        return standardize(x, self.weight, self.bias, [Pool()], eps=self.eps)[0]
 
 
 class BatchInstanceNorm2d(BatchNorm2d):
@@ -536,8 +303,8 @@ class BatchInstanceNorm2d(BatchNorm2d):
         # The gradient goes past the bound that the value is kept within, or a gate beyond it would never come back.
         multiplied = self.gate * self.gate_multiplier
         rho = multiplied + (self.gate.clamp(0, 1) - multiplied).detach()
-        sources = [self._source(x), _Pool()]
-        y, *statistics = _standardize(x, self.weight, self.bias, sources, eps=self.eps, gate=rho)
+        sources = [self._source(x), Pool()]
+        y, *statistics = standardize(x, self.weight, self.bias, sources, eps=self.eps, gate=rho)
         self._track(*statistics)
         return y
 
@@ -570,7 +337,7 @@ class GroupNorm2d(_Norm2d):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalize x of (batch, channels, height, width)."""
         self._check(x)
-        return _standardize(x, self.weight, self.bias, [_Pool(groups=self.num_groups)], eps=self.eps)[0]
+        return standardize(x, self.weight, self.bias, [Pool(groups=self.num_groups)], eps=self.eps)[0]
 
 
 class LayerNorm2d(_Norm2d):
@@ -618,17 +385,17 @@ class LayerNorm2d(_Norm2d):
         if self.over == "channels":
             # Pixels are the images of this view, so that channels are what is averaged over.
             pixels = x.permute(0, 2, 3, 1).flatten(0, 2)[:, :, None, None]
-            y = _standardize(pixels, self.weight, self.bias, [_Pool(groups=1)], eps=self.eps)[0]
+            y = standardize(pixels, self.weight, self.bias, [Pool(groups=1)], eps=self.eps)[0]
             y = y.view(len(x), *x.shape[2:], x.shape[1]).permute(0, 3, 1, 2)
             return y.contiguous() if x.is_contiguous() else y
         if self.image_size is None:
-            return _standardize(x, self.weight, self.bias, [_Pool(groups=1)], eps=self.eps)[0]
+            return standardize(x, self.weight, self.bias, [Pool(groups=1)], eps=self.eps)[0]
         if tuple(x.shape[2:]) != self.image_size:
             raise ValueError(
                 f"x has shape {tuple(x.shape)}, but the layer has a scale for each of "
                 f"{self.image_size[0]}x{self.image_size[1]} pixels; without image_size it takes any."
             )
-        y = _standardize(x, None, None, [_Pool(groups=1)], eps=self.eps)[0]
+        y = standardize(x, None, None, [Pool(groups=1)], eps=self.eps)[0]
         return y * self.weight.to(y.dtype) + self.bias.to(y.dtype) if self.affine else y
 
 

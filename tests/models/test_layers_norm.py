@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from hf_dl.models import layers_norm
+from hf_dl.models import layers_norm_kernel
 from hf_dl.models.layers_norm import (
     NORMS,
     BatchInstanceNorm2d,
@@ -15,7 +15,9 @@ from hf_dl.models.layers_norm import (
     InstanceNorm2d,
     LayerNorm2d,
     make_norm,
+    standardize,
 )
+from hf_dl.models.layers_norm_kernel import Pool
 
 CHANNELS, SHAPE = 8, (4, 8, 6, 5)
 
@@ -101,7 +103,7 @@ def assert_same(found, expected, tolerance):
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("name", PAIRS)
 def test_values_and_gradients_are_torchs(name, dtype, tolerance, memory_format, monkeypatch):
-    monkeypatch.setattr(layers_norm, "_BLOCK_BYTES", 2000)  # several blocks, the last of them smaller
+    monkeypatch.setattr(layers_norm_kernel, "_BLOCK_BYTES", 2000)  # several blocks, the last of them smaller
     ours, theirs = make_pair(name, dtype)
     _, exact = make_pair(name, torch.float64)
     # From 4 deviations on, x is shifted; there torch's group norm in float32 and channels_last is itself off by 4e-5.
@@ -194,7 +196,7 @@ def test_the_variance_is_exact_to_a_millionth(mean):
     norm(x)
     expected = x.double().var((0, 2, 3))
     assert ((norm.running_var.double() - expected) / expected).abs().max() < 1e-6
-    _, mean_of, var_of, _ = layers_norm._standardize(x, None, None, [layers_norm._Pool()], eps=1e-5)
+    _, mean_of, var_of, _ = standardize(x, None, None, [Pool()], eps=1e-5)
     expected = x.double().var((2, 3), correction=0)
     assert ((var_of - expected) / expected).abs().max() < 1e-6
     torch.testing.assert_close(mean_of, x.double().mean((2, 3)), rtol=1e-9, atol=1e-5)
