@@ -90,16 +90,12 @@ def check_space(name):
 
 
 @contextlib.contextmanager
-def serve(name, model, folder, **more):
-    """The app as it is started by hand: its address, and the file it writes its output to."""
-    settings = {"HF_DL_MODEL": model, "GRADIO_TEMP_DIR": folder / "gradio", "PYTHONUNBUFFERED": "1", **more}
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", **{key: str(value) for key, value in settings.items()}}
+def serve_command(command, folder, **env):
+    """Run a command that serves a page: its address, and the file it writes its output to."""
     output = folder / "output.txt"
+    more = {"GRADIO_TEMP_DIR": str(folder / "gradio"), "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", **env}
     with open(output, "wb") as file:
-        process = subprocess.Popen(
-            [sys.executable, str(ROOT / "spaces" / name / "app.py")],
-            cwd=folder, env=environment, stdout=file, stderr=file,
-        )  # fmt: skip
+        process = subprocess.Popen(command, cwd=folder, env={**os.environ, **more}, stdout=file, stderr=file)
     try:
         wait_for(lambda: "http://" in output.read_text() or process.poll() is not None, seconds=600)
         found = re.search(r"http://\S+", output.read_text())
@@ -108,6 +104,12 @@ def serve(name, model, folder, **more):
     finally:
         process.terminate()
         process.wait(30)
+
+
+def serve(name, model, folder, **more):
+    """The app as it is started by hand: its address, and the file it writes its output to."""
+    settings = {name: str(value) for name, value in {"HF_DL_MODEL": model, **more}.items()}
+    return serve_command([sys.executable, str(ROOT / "spaces" / name / "app.py")], folder, **settings)
 
 
 def shown(browser, name):
