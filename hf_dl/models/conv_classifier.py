@@ -26,18 +26,8 @@ from transformers.modeling_outputs import (
 from transformers.utils import can_return_tuple
 
 from .layers_heads import check_options, make_head
-from .layers_norm import (
-    NORMS,
-    BatchInstanceNorm2d,
-    BatchNorm2d,
-    GroupNorm2d,
-    InstanceNorm2d,
-    LayerNorm2d,
-    make_norm,
-)
+from .layers_norm import NORMS, NormLayer, check_norm, make_norm
 from .layers_output_head import OutputHead
-
-NORM_LAYERS = (BatchNorm2d, InstanceNorm2d, LayerNorm2d, GroupNorm2d)  # BatchInstanceNorm2d is a BatchNorm2d
 
 
 @strict
@@ -93,10 +83,7 @@ class ConvClassifierConfig(PreTrainedConfig):
             raise ValueError(f"widths={self.widths} must be the channels of the three convolutions, each at least 1.")
         if self.image_size % 8:
             raise ValueError(f"image_size={self.image_size} must be a multiple of 8: it is halved three times.")
-        if self.norm not in NORMS:
-            raise ValueError(f"norm={self.norm!r} is unknown; choose one of {', '.join(NORMS)}.")
-        if self.norm == "group" and any(width % min(8, width) for width in self.widths):
-            raise ValueError(f"widths={self.widths} must be multiples of the 8 groups of norm='group'.")
+        check_norm(self.norm, self.widths)
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout} must be at least 0 and below 1.")
         check_options(self.head, self.head_options)
@@ -126,20 +113,9 @@ class ConvClassifierPreTrainedModel(PreTrainedModel):
             if module.bias is not None:
                 init.zeros_(module.bias)
         elif isinstance(module, OutputHead):
-            bound = module.in_features**-0.5
-            for parameter in module.parameters(recurse=False):
-                init.uniform_(parameter, -bound, bound)
-            for name, values in module.make_buffers().items():
-                init.copy_(getattr(module, name), values)
-        elif isinstance(module, (*NORM_LAYERS, nn.BatchNorm2d)):
-            init.ones_(module.weight)
-            init.zeros_(module.bias)
-            if getattr(module, "running_mean", None) is not None:
-                init.zeros_(module.running_mean)
-                init.ones_(module.running_var)
-                init.zeros_(module.num_batches_tracked)
-            if isinstance(module, BatchInstanceNorm2d):
-                init.ones_(module.gate)
+            module.init_weights()
+        elif isinstance(module, NormLayer):
+            module.reset_parameters()
 
 
 class ConvClassifierModel(ConvClassifierPreTrainedModel):
@@ -160,7 +136,7 @@ class ConvClassifierModel(ConvClassifierPreTrainedModel):
         self.stages = nn.ModuleList()
         channels = config.num_channels
         for width in config.widths:
-            convolution = nn.Conv2d(channels, width, 3, padding=1, bias=config.norm == "none")
+            convolution = nn.Conv2d(channels, width, 3, padding=1, bias=not NORMS[config.norm].has_shift)
             self.stages.append(nn.Sequential(convolution, make_norm(config.norm, width), nn.MaxPool2d(2), nn.ReLU()))
             channels = width
         self.hidden = nn.Linear(config.flat_size, config.hidden_size)

@@ -199,13 +199,6 @@ class AdaptiveHead(OutputHead):
         order = np.lexsort((self._places, -self._counts))
         return {"order": torch.from_numpy(order), "rank": torch.from_numpy(np.argsort(order, kind="stable"))}
 
-    def reset_parameters(self) -> None:
-        """Draw new weights, uniform within 1 / sqrt(fan in), as nn.Linear does."""
-        self.head.reset_parameters()
-        for projection, output in self.tail:
-            projection.reset_parameters()
-            output.reset_parameters()
-
     def extra_repr(self) -> str:
         """What `print` shows of the layer."""
         return f"{super().extra_repr()}, cutoffs={self.cutoffs}, div_value={self.div_value}"

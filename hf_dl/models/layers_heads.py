@@ -31,9 +31,8 @@ What differs from them: the heads compute in float32 or wider also under autocas
 everywhere in transformers; adaptive softmax sorts the classes by frequency itself.
 """
 
-import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -41,8 +40,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from .layers_adaptive import AdaptiveHead
-from .layers_hierarchical import TreeHead, TwoLevelHead, hierarchical
-from .layers_output_head import OutputHead, at_least_float32, largest, uniform_like_linear_
+from .layers_hierarchical import HierarchicalHead
+from .layers_output_head import OutputHead, at_least_float32, largest
 
 
 class SoftmaxHead(OutputHead):
@@ -64,16 +63,13 @@ class SoftmaxHead(OutputHead):
         ```
     """
 
+    has_class_rows = True
+
     def __init__(self, in_features: int, num_classes: int, *, bias: bool = True):
         super().__init__(in_features, num_classes)
         self.weight = nn.Parameter(torch.empty(num_classes, in_features))
         self.bias = nn.Parameter(torch.empty(num_classes)) if bias else None
         self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draw new weights, uniform within 1 / sqrt(dim), as nn.Linear does."""
-        for parameter in self.parameters():
-            uniform_like_linear_(parameter, self.in_features)
 
     def scores(self, hidden: torch.Tensor) -> torch.Tensor:
         """Compute z = W h + b of (batch, dim): (batch, classes), not normalized."""
@@ -194,52 +190,50 @@ class GumbelHead(SoftmaxHead):
         return F.cross_entropy(self._perturbed(hidden, temperature, generator), labels, reduction="none")
 
 
-# From name to head, of channels, a number of classes and options.
-HEADS: dict[str, Callable[..., OutputHead]] = {
+# From name to class. To add a head, write a subclass of `OutputHead` and enter it here.
+HEADS: dict[str, type[OutputHead]] = {
     "softmax": SoftmaxHead,
     "gumbel": GumbelHead,
-    "hierarchical": hierarchical,
+    "hierarchical": HierarchicalHead,
     "adaptive": AdaptiveHead,
 }
 
 
 def check_options(head: str, options: Mapping[str, Any] | None) -> None:
-    """Refuse a head that there is not, and options that it does not have.
+    """Check the name of a head and the names of its options.
 
     Args:
         head: A key of `HEADS`.
-        options: Keyword arguments of that head, or None.
+        options: Keyword arguments of that head, or `None`.
 
     Raises:
-        ValueError: With the name and what was expected.
+        ValueError: If the head or an option is unknown.
     """
     if head not in HEADS:
-        raise ValueError(f"head={head!r} is unknown; choose one of {', '.join(HEADS)}.")
-    makers = (TreeHead, TwoLevelHead) if head == "hierarchical" else (HEADS[head],)
-    if head == "hierarchical" and "tree" in (options or {}):
-        makers = (TwoLevelHead,) if options["tree"] == "two_level" else (TreeHead,)
-    known = dict.fromkeys(name for make in makers for name in list(inspect.signature(make).parameters)[2:])
-    known |= {"tree": None} if head == "hierarchical" else {}
+        raise ValueError(f"head={head!r} is unknown. Choose one of: {', '.join(HEADS)}.")
+    known = HEADS[head].option_names(options or {})
     for name in options or {}:
         if name not in known:
-            raise ValueError(f"head_options has {name!r}, which head={head!r} lacks; it has {', '.join(known)}.")
+            raise ValueError(
+                f"head_options has the unknown option {name!r}. The options of head={head!r} are: {', '.join(known)}."
+            )
 
 
 def make_head(head: str, in_features: int, num_classes: int, **options: Any) -> OutputHead:
-    """Make the output layer that a name stands for.
+    """Make an output layer by name.
 
     Args:
         head: A key of `HEADS`.
         in_features: d, channels of the hidden states.
         num_classes: V.
-        **options: Of that head: `straight_through` of gumbel; `tree`, `class_counts`, `groups`, `sparse` of
+        **options: Options of that head: `straight_through` of gumbel; `tree`, `class_counts`, `groups`, `sparse` of
             hierarchical; `cutoffs`, `class_counts`, `groups`, `div_value`, `min_rank`, `head_bias` of adaptive.
 
     Returns:
         A layer with `forward(hidden, labels)`, `log_prob(hidden)` and `predict(hidden, k)`.
 
     Raises:
-        ValueError: If there is no such head or option, or an option's value does not fit.
+        ValueError: If the head or an option is unknown, or the value of an option is invalid.
 
     Example:
         ```python
@@ -249,7 +243,7 @@ def make_head(head: str, in_features: int, num_classes: int, **options: Any) -> 
         ```
     """
     check_options(head, options)
-    return HEADS[head](in_features, num_classes, **options)
+    return HEADS[head].make(in_features, num_classes, **options)
 
 
 def make_optimizers(
@@ -275,7 +269,7 @@ def make_optimizers(
 
     Example:
         ```python
-        >>> head = TreeHead(16, 1000, sparse=True)
+        >>> head = make_head("hierarchical", 16, 1000, sparse=True)
         >>> model = nn.Sequential(nn.Linear(8, 16), head)
         >>> [type(optimizer).__name__ for optimizer in make_optimizers(model, learning_rate=1e-3)]
         ['AdamW', 'SparseAdam']

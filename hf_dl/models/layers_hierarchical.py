@@ -4,6 +4,7 @@ Sources: Goodman 2001, "Classes for fast maximum entropy training" (two levels);
 2013, "Distributed representations of words and phrases" section 2.1 (binary tree, Huffman).
 """
 
+import inspect
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .layers_hierarchical_kernel import PathLosses, RowScores
-from .layers_output_head import OutputHead, Prediction, at_least_float32, uniform_like_linear_
+from .layers_output_head import OutputHead, Prediction, at_least_float32
 from .layers_trees import (
     check_counts,
     check_groups,
@@ -30,8 +31,35 @@ _SCAN = 4096  # up to so many classes all probabilities cost less than a search
 _CHUNK = 2**26  # values that a search keeps at most where it has to look at all classes
 
 
-class _TreeLike(OutputHead):
-    """Heads that hold a tree in buffers, and take that of the checkpoint with its weights."""
+class HierarchicalHead(OutputHead):
+    """Base class of the hierarchical heads; `make` chooses between them by the option `tree`.
+
+    Subclasses hold their tree in buffers. Loading a state dict replaces it by the tree that was saved, which may have
+    another shape.
+    """
+
+    @classmethod
+    def make(cls, in_features: int, num_classes: int, *, tree: str = "huffman", **options: Any) -> "HierarchicalHead":
+        """Make a `TwoLevelHead` for tree="two_level", and a `TreeHead` for any other tree.
+
+        Args:
+            in_features: d, channels of the hidden states.
+            num_classes: V.
+            tree: "huffman", "balanced", "given" or "two_level".
+            **options: `class_counts`, `groups`, `sparse`.
+
+        Returns:
+            The head.
+        """
+        if tree == "two_level":
+            return TwoLevelHead(in_features, num_classes, **options)
+        return TreeHead(in_features, num_classes, tree=tree, **options)
+
+    @classmethod
+    def option_names(cls, options: Mapping[str, Any]) -> list[str]:
+        """List the options of the head that `make` chooses."""
+        chosen = TwoLevelHead if options.get("tree") == "two_level" else TreeHead
+        return list(dict.fromkeys(["tree", *list(inspect.signature(chosen).parameters)[2:]]))
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         for name, buffer in self._buffers.items():
@@ -41,7 +69,7 @@ class _TreeLike(OutputHead):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-class TreeHead(_TreeLike):
+class TreeHead(HierarchicalHead):
     """Hierarchical softmax over a binary tree of classes.
 
     Each of the V - 1 inner nodes n is a logistic classifier: left with probability sigmoid(z_n), z_n = w_n h + b_n.
@@ -116,11 +144,6 @@ class TreeHead(_TreeLike):
             branches = huffman_tree(self._counts if self.tree == "huffman" else np.ones(self.num_classes))
         layout = lay_out_tree(branches, self.num_classes)
         return {name: torch.from_numpy(array) for name, array in layout._asdict().items()}
-
-    def reset_parameters(self) -> None:
-        """Draw new weights, uniform within 1 / sqrt(dim), as nn.Linear does."""
-        for parameter in self.parameters():
-            uniform_like_linear_(parameter, self.in_features)
 
     def extra_repr(self) -> str:
         """What `print` shows of the layer."""
@@ -256,7 +279,7 @@ class TreeHead(_TreeLike):
         return Prediction(scores, classes), visits
 
 
-class TwoLevelHead(_TreeLike):
+class TwoLevelHead(HierarchicalHead):
     """Hierarchical softmax of two levels: which group, then which class of it (Goodman 2001).
 
         log P(c | h) = log softmax(U h + a)_{group of c} + log softmax(W_{group of c} h + b)_c
@@ -322,11 +345,6 @@ class TwoLevelHead(_TreeLike):
             slot[list(group)] = number * widest + np.arange(len(group))
         return {"members": torch.from_numpy(members), "slot": torch.from_numpy(slot)}
 
-    def reset_parameters(self) -> None:
-        """Draw new weights, uniform within 1 / sqrt(dim), as nn.Linear does."""
-        for parameter in self.parameters():
-            uniform_like_linear_(parameter, self.in_features)
-
     def extra_repr(self) -> str:
         """What `print` shows of the layer."""
         return f"{super().extra_repr()} in {len(self.group_weight)} groups, sparse={self.sparse}"
@@ -363,20 +381,3 @@ class TwoLevelHead(_TreeLike):
         inside = padded.masked_fill(self.members < 0, -math.inf).log_softmax(2)
         # the absent ones are -inf and are not picked
         return (of_groups[:, :, None] + inside).flatten(1).index_select(1, self.slot)
-
-
-def hierarchical(in_features: int, num_classes: int, *, tree: str = "huffman", **options: Any) -> OutputHead:
-    """Make a hierarchical softmax: "two_level" is a `TwoLevelHead`, any other tree a `TreeHead`.
-
-    Args:
-        in_features: d, channels of the hidden states.
-        num_classes: V.
-        tree: "huffman", "balanced", "given" or "two_level".
-        **options: `class_counts`, `groups`, `sparse`.
-
-    Returns:
-        The head.
-    """
-    if tree == "two_level":
-        return TwoLevelHead(in_features, num_classes, **options)
-    return TreeHead(in_features, num_classes, tree=tree, **options)

@@ -19,11 +19,13 @@ What differs from torch.nn's layers:
 - No second derivatives in eager mode (asking for them raises).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from transformers import initialization as init
 
 from .layers_norm_kernel import Given, Pool, Standardize, compute_dtypes, pool_moments, shares_of
 
@@ -104,10 +106,71 @@ def standardize(
     return standardize_plainly(x, weight, bias, gate, sources, eps)
 
 
-class _Norm2d(nn.Module):
-    """Scale and shift for each channel, and what all layers check."""
+class NormLayer:
+    """The methods of a normalization class that models use; every class in `NORMS` has them.
 
-    def __init__(self, channels: int, *, eps: float, affine: bool, shape: Sequence[int] | None = None):
+    Models call `make` to create a layer and `reset_parameters` to initialize it; their configs call `check_channels`.
+    """
+
+    has_shift = True  # whether the layer shifts each channel; if not, the convolution before it has a bias
+
+    @classmethod
+    def make(cls, channels: int, **options: Any) -> nn.Module:
+        """Make a layer.
+
+        Args:
+            channels: Channels of the images.
+            **options: Options of any layer in `NORMS`. A layer takes its own and ignores the others.
+
+        Returns:
+            The layer.
+        """
+        return cls(channels)
+
+    @classmethod
+    def check_channels(cls, channels: int, **options: Any) -> None:
+        """Check that `make` accepts a number of channels; it always does by default.
+
+        Args:
+            channels: Channels of the images.
+            **options: As in `make`.
+
+        Raises:
+            ValueError: If the layer cannot have so many channels.
+        """
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Set the scale to 1 and the shift to 0, and forget the running averages.
+
+        Values that `from_pretrained` loaded are not changed.
+        """
+        if getattr(self, "weight", None) is not None:
+            init.ones_(self.weight)
+        if getattr(self, "bias", None) is not None:
+            init.zeros_(self.bias)
+        if getattr(self, "running_mean", None) is not None:
+            init.zeros_(self.running_mean)
+            init.ones_(self.running_var)
+            init.zeros_(self.num_batches_tracked)
+
+
+class Norm2d(NormLayer, nn.Module):
+    """Base class of the normalization layers: a learned scale and shift per channel, and a check of the input.
+
+    A new layer needs a `forward`, and a `reset_parameters` if it has parameters besides scale and shift.
+
+    Args:
+        channels: Channels of the images, at least 1.
+        eps: Added to the variance.
+        affine: Whether to learn a scale and a shift.
+        shape: Shape of scale and shift. Defaults to (channels,).
+
+    Raises:
+        ValueError: If `channels` is less than 1.
+    """
+
+    def __init__(self, channels: int, eps: float = 1e-5, *, affine: bool = True, shape: Sequence[int] | None = None):
         super().__init__()
         if channels < 1:
             raise ValueError(f"The number of channels is {channels}; it must be at least 1.")
@@ -116,13 +179,6 @@ class _Norm2d(nn.Module):
         shape = (channels,) if shape is None else tuple(shape)
         self.weight = nn.Parameter(torch.ones(shape)) if affine else None
         self.bias = nn.Parameter(torch.zeros(shape)) if affine else None
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Set the scale to 1 and the shift to 0."""
-        if self.affine:
-            self.weight.fill_(1.0)
-            self.bias.fill_(0.0)
 
     def _check(self, x: torch.Tensor) -> None:
         if x.ndim != 4 or x.shape[1] != self._channels:
@@ -136,7 +192,7 @@ class _Norm2d(nn.Module):
         return f"{self._channels}, eps={self.eps}, affine={self.affine}"
 
 
-class BatchNorm2d(_Norm2d):
+class BatchNorm2d(Norm2d):
     """All values of a channel share a mean and a variance: over batch, height and width.
 
     In training they are the batch's own, and running averages of them are kept, the variance's unbiased (divided by
@@ -183,15 +239,6 @@ class BatchNorm2d(_Norm2d):
         self.register_buffer("running_var", torch.ones(num_features) if track_running_stats else None)
         self.register_buffer("num_batches_tracked", torch.tensor(0) if track_running_stats else None)
 
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Set scale and shift to 1 and 0, and forget the running averages."""
-        super().reset_parameters()
-        if self.track_running_stats:
-            self.running_mean.fill_(0.0)
-            self.running_var.fill_(1.0)
-            self.num_batches_tracked.fill_(0)
-
     def extra_repr(self) -> str:
         """What `print` shows of the layer."""
         shared = ", sync=True" if self.sync else ""
@@ -226,7 +273,7 @@ class BatchNorm2d(_Norm2d):
             running.copy_(running.to(new.dtype) * (1 - momentum) + new * momentum)
 
 
-class InstanceNorm2d(_Norm2d):
+class InstanceNorm2d(Norm2d):
     """Each channel of each image has its own mean and variance: over height and width.
 
     State dicts are those of `torch.nn.InstanceNorm2d(affine=True)`, both ways. Running averages are not kept.
@@ -293,7 +340,7 @@ class BatchInstanceNorm2d(BatchNorm2d):
     def reset_parameters(self) -> None:
         """Set scale, shift and rho to 1, 0 and 1, and forget the running averages."""
         super().reset_parameters()
-        self.gate.fill_(1.0)
+        init.ones_(self.gate)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalize x of (batch, channels, height, width), and in training take note of its statistics."""
@@ -309,7 +356,7 @@ class BatchInstanceNorm2d(BatchNorm2d):
         return y
 
 
-class GroupNorm2d(_Norm2d):
+class GroupNorm2d(Norm2d):
     """The channels of a group share a mean and a variance for each image: over channels, height and width.
 
     State dicts are those of `torch.nn.GroupNorm`, both ways.
@@ -326,9 +373,20 @@ class GroupNorm2d(_Norm2d):
 
     def __init__(self, num_groups: int, num_channels: int, eps: float = 1e-5, *, affine: bool = True):
         super().__init__(num_channels, eps=eps, affine=affine)
-        if num_groups < 1 or num_channels % num_groups:
-            raise ValueError(f"num_groups={num_groups} must divide num_channels={num_channels}.")
+        self.check_channels(num_channels, num_groups=num_groups)
         self.num_groups, self.num_channels = num_groups, num_channels
+
+    @classmethod
+    def make(cls, channels: int, *, num_groups: int | None = None, **options: Any) -> "GroupNorm2d":
+        """Make a layer of `num_groups` groups; by default 8, or one per channel if there are fewer channels."""
+        return cls(min(8, channels) if num_groups is None else num_groups, channels)
+
+    @classmethod
+    def check_channels(cls, channels: int, *, num_groups: int | None = None, **options: Any) -> None:
+        """Raise ValueError unless the groups divide the channels."""
+        num_groups = min(8, channels) if num_groups is None else num_groups
+        if num_groups < 1 or channels % num_groups:
+            raise ValueError(f"num_groups={num_groups} must divide num_channels={channels}.")
 
     def extra_repr(self) -> str:
         """What `print` shows of the layer."""
@@ -340,7 +398,7 @@ class GroupNorm2d(_Norm2d):
         return standardize(x, self.weight, self.bias, [Pool(groups=self.num_groups)], eps=self.eps)[0]
 
 
-class LayerNorm2d(_Norm2d):
+class LayerNorm2d(Norm2d):
     """All values of an image share a mean and a variance: over channels, height and width.
 
     Args:
@@ -374,6 +432,11 @@ class LayerNorm2d(_Norm2d):
         self.num_channels, self.over = num_channels, over
         self.image_size = None if image_size is None else tuple(image_size)
 
+    @classmethod
+    def make(cls, channels: int, *, image_size: tuple[int, int] | None = None, **options: Any) -> "LayerNorm2d":
+        """Make a layer; with `image_size` it has a scale and a shift for each value of an image."""
+        return cls(channels, image_size=image_size)
+
     def extra_repr(self) -> str:
         """What `print` shows of the layer."""
         size = "" if self.image_size is None else f", image_size={self.image_size}"
@@ -399,32 +462,62 @@ class LayerNorm2d(_Norm2d):
         return y * self.weight.to(y.dtype) + self.bias.to(y.dtype) if self.affine else y
 
 
-# From name to layer, of a number of channels.
-NORMS: dict[str, Callable[[int], nn.Module]] = {
-    "none": lambda channels: nn.Identity(),
+class NoNorm(NormLayer, nn.Identity):
+    """No normalization: returns its input. The convolution before it has a bias."""
+
+    has_shift = False
+
+
+class TorchBatchNorm2d(NormLayer, nn.BatchNorm2d):
+    """`torch.nn.BatchNorm2d`, to compare `BatchNorm2d` with."""
+
+
+# From name to class. To add a normalization, write a subclass of `Norm2d` and enter it here.
+NORMS: dict[str, type[NormLayer]] = {
+    "none": NoNorm,
     "batch": BatchNorm2d,
     "instance": InstanceNorm2d,
     "batch_instance": BatchInstanceNorm2d,
     "layer": LayerNorm2d,
-    "group": lambda channels: GroupNorm2d(min(8, channels), channels),
-    # torch's own, to compare with
-    "torch_batch": nn.BatchNorm2d,
+    "group": GroupNorm2d,
+    "torch_batch": TorchBatchNorm2d,
 }
 
 
-def make_norm(norm: str, channels: int, *, num_groups: int | None = None) -> nn.Module:
-    """Make the layer that a name stands for.
+def check_norm(norm: str, widths: Sequence[int] = (), **options: Any) -> None:
+    """Check the name of a normalization, and that it accepts the channels of a network.
 
     Args:
         norm: A key of `NORMS`.
-        channels: C.
-        num_groups: Groups of "group", which otherwise has 8.
-
-    Returns:
-        A layer that takes and gives (batch, channels, height, width).
+        widths: Channels of the layers of the network.
+        **options: Options of any layer, as in `make_norm`.
 
     Raises:
-        ValueError: If there is no such name.
+        ValueError: If the name is unknown, or the layer does not accept one of `widths`.
+    """
+    if norm not in NORMS:
+        raise ValueError(f"norm={norm!r} is unknown. Choose one of: {', '.join(NORMS)}.")
+    for channels in widths:
+        try:
+            NORMS[norm].check_channels(channels, **options)
+        except ValueError as error:
+            raise ValueError(f"widths={list(widths)} do not fit norm={norm!r}: {error}") from error
+
+
+def make_norm(norm: str, channels: int, **options: Any) -> nn.Module:
+    """Make a normalization layer by name.
+
+    Args:
+        norm: A key of `NORMS`.
+        channels: Channels of the images.
+        **options: Options of any layer: `num_groups` of "group", `image_size` of "layer". A layer takes its own and
+            ignores the others.
+
+    Returns:
+        A layer from (batch, channels, height, width) to the same shape.
+
+    Raises:
+        ValueError: If the name is unknown.
 
     Example:
         ```python
@@ -433,8 +526,5 @@ def make_norm(norm: str, channels: int, *, num_groups: int | None = None) -> nn.
 
         ```
     """
-    if norm not in NORMS:
-        raise ValueError(f"norm={norm!r} is unknown; choose one of {', '.join(NORMS)}.")
-    if norm == "group" and num_groups is not None:
-        return GroupNorm2d(num_groups, channels)
-    return NORMS[norm](channels)
+    check_norm(norm)
+    return NORMS[norm].make(channels, **options)

@@ -12,11 +12,14 @@ layers_heads.py lists the heads and makes them by name.
 """
 
 import abc
+import inspect
 import warnings
-from typing import Literal, NamedTuple
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
+from transformers import initialization as init
 
 IGNORED = -100  # labels with this value are ignored, as in transformers
 _LOOKS = 3  # calls that check whether hidden states look like probabilities; wrong wiring shows in each call
@@ -37,8 +40,13 @@ class Prediction(NamedTuple):
 class OutputHead(nn.Module, abc.ABC):
     """What the output layers share: checks, leading dimensions, precision and reduction.
 
-    A subclass has `_losses(hidden, labels, temperature, generator)` (batch,) and `_log_prob(hidden)` (batch, classes),
-    of hidden states (batch, dim) in the precision of its weights.
+    A new head needs two methods. Both take hidden states (batch, dim) in the precision of the head's weights:
+
+    - `_losses(hidden, labels, temperature, generator)` returns the losses, (batch,);
+    - `_log_prob(hidden)` returns log P(class | hidden), (batch, classes).
+
+    It overrides `make` and `option_names` if options choose between classes, `reset_parameters` if its parameters need
+    another initialization, `make_buffers` if it has buffers, and `sparse_parameters` if it has sparse gradients.
 
     Args:
         in_features: d, channels of the hidden states.
@@ -47,6 +55,8 @@ class OutputHead(nn.Module, abc.ABC):
     Raises:
         ValueError: If one of them is below 1.
     """
+
+    has_class_rows = False  # whether `weight` has one row per class, so that a language model can tie its embedding
 
     def __init__(self, in_features: int, num_classes: int):
         super().__init__()
@@ -63,6 +73,59 @@ class OutputHead(nn.Module, abc.ABC):
     def sparse_parameters(self) -> list[nn.Parameter]:
         """The parameters whose gradients are sparse; `make_optimizers` gives them the optimizer they need."""
         return []
+
+    @classmethod
+    def make(cls, in_features: int, num_classes: int, **options: Any) -> "OutputHead":
+        """Make a head.
+
+        Args:
+            in_features: Channels of the hidden states.
+            num_classes: Number of classes.
+            **options: Those in `option_names`.
+
+        Returns:
+            The head.
+        """
+        return cls(in_features, num_classes, **options)
+
+    @classmethod
+    def option_names(cls, options: Mapping[str, Any]) -> list[str]:
+        """List the options that `make` takes.
+
+        Args:
+            options: The options that are set, in case the others depend on them.
+
+        Returns:
+            Names, in the order of the signature.
+        """
+        return list(inspect.signature(cls).parameters)[2:]
+
+    def reset_parameters(self, std: float | None = None) -> None:
+        """Draw new values for the head's own parameters; submodules such as `nn.Linear` are not changed.
+
+        Parameters that `from_pretrained` loaded are not changed.
+
+        Args:
+            std: Standard deviation of the weights, which then come from a truncated normal distribution, with biases
+                of 0. `None` draws all parameters uniformly within 1 / sqrt(in_features), as `nn.Linear` does.
+        """
+        for parameter in self.parameters(recurse=False):
+            if std is None:
+                uniform_like_linear_(parameter, self.in_features)
+            elif parameter.ndim > 1:
+                init.trunc_normal_(parameter, std=std)
+            else:
+                init.zeros_(parameter)
+
+    def init_weights(self, std: float | None = None) -> None:
+        """Initialize parameters and buffers; `_init_weights` of a model calls this.
+
+        Args:
+            std: As in `reset_parameters`.
+        """
+        self.reset_parameters(std)
+        for name, values in self.make_buffers().items():
+            init.copy_(getattr(self, name), values)
 
     def make_buffers(self) -> dict[str, torch.Tensor]:
         """Compute the buffers anew from what the head was made of, for who fills them where a checkpoint lacks them.
@@ -224,4 +287,4 @@ def largest(values: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def uniform_like_linear_(parameter: nn.Parameter, fan_in: int) -> None:
     """U(-1 / sqrt(fan_in), 1 / sqrt(fan_in)), as nn.Linear has it."""
-    nn.init.uniform_(parameter, -(fan_in**-0.5), fan_in**-0.5)
+    init.uniform_(parameter, -(fan_in**-0.5), fan_in**-0.5)

@@ -30,17 +30,7 @@ from transformers.modeling_outputs import (
 )
 from transformers.utils import can_return_tuple
 
-from .layers_norm import (
-    NORMS,
-    BatchInstanceNorm2d,
-    BatchNorm2d,
-    GroupNorm2d,
-    InstanceNorm2d,
-    LayerNorm2d,
-    make_norm,
-)
-
-NORM_LAYERS = (BatchNorm2d, InstanceNorm2d, LayerNorm2d, GroupNorm2d)  # BatchInstanceNorm2d is a BatchNorm2d
+from .layers_norm import NORMS, NormLayer, check_norm, make_norm
 
 
 @strict
@@ -95,8 +85,6 @@ class NormResNetConfig(PreTrainedConfig):
         for name in ("n", "num_groups", "image_size", "num_channels"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
-        if self.norm not in NORMS:
-            raise ValueError(f"norm={self.norm!r} is unknown; choose one of {', '.join(NORMS)}.")
         if len(self.widths) != 3 or min(self.widths) < 1:
             raise ValueError(f"widths={self.widths} must be the channels of the three stages, each at least 1.")
         if self.shortcut == "identity" and sorted(self.widths) != self.widths:
@@ -104,8 +92,7 @@ class NormResNetConfig(PreTrainedConfig):
                 f"widths={self.widths} must not fall: shortcut='identity' can only add channels; "
                 "shortcut='projection' changes them at will."
             )
-        if self.norm == "group" and any(width % self.num_groups for width in self.widths):
-            raise ValueError(f"num_groups={self.num_groups} must divide each of widths={self.widths}.")
+        check_norm(self.norm, self.widths, num_groups=self.num_groups)
 
     @property
     def num_layers(self) -> int:
@@ -147,12 +134,10 @@ class ConvNorm(nn.Sequential):
 
     def __init__(self, config: NormResNetConfig, inputs: int, outputs: int, *, kernel: int, stride: int, size: int):
         convolution = nn.Conv2d(
-            inputs, outputs, kernel, stride=stride, padding=kernel // 2, bias=config.norm == "none"
+            inputs, outputs, kernel, stride=stride, padding=kernel // 2, bias=not NORMS[config.norm].has_shift
         )
-        if config.norm == "layer" and config.layer_norm_affine == "pixel":
-            norm = LayerNorm2d(outputs, image_size=(size, size))
-        else:
-            norm = make_norm(config.norm, outputs, num_groups=config.num_groups)
+        image_size = (size, size) if config.layer_norm_affine == "pixel" else None
+        norm = make_norm(config.norm, outputs, num_groups=config.num_groups, image_size=image_size)
         super().__init__(convolution, norm)
 
 
@@ -195,15 +180,8 @@ class NormResNetPreTrainedModel(PreTrainedModel):
             init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         elif isinstance(module, nn.Linear):
             init.kaiming_uniform_(module.weight, a=5**0.5)
-        elif isinstance(module, NORM_LAYERS):
-            init.ones_(module.weight)
-            init.zeros_(module.bias)
-            if getattr(module, "running_mean", None) is not None:
-                init.zeros_(module.running_mean)
-                init.ones_(module.running_var)
-                init.zeros_(module.num_batches_tracked)
-            if isinstance(module, BatchInstanceNorm2d):
-                init.ones_(module.gate)
+        elif isinstance(module, NormLayer):
+            module.reset_parameters()
 
 
 class NormResNetModel(NormResNetPreTrainedModel):

@@ -21,7 +21,7 @@ from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput, can_return_tuple
 
-from .layers_heads import SoftmaxHead, check_options, make_head
+from .layers_heads import HEADS, check_options, make_head
 from .layers_output_head import IGNORED, OutputHead
 from .layers_recurrent import LSTM
 
@@ -93,10 +93,11 @@ class RecurrentLMConfig(PreTrainedConfig):
         check_options(self.head, self.head_options)
         if not self.tie_word_embeddings:
             return
-        if self.head not in ("softmax", "gumbel"):
+        if not HEADS[self.head].has_class_rows:
+            able = ", ".join(name for name, head in HEADS.items() if head.has_class_rows)
             raise ValueError(
-                f"tie_word_embeddings=True does not go with head={self.head!r}, which has no row of weights for each "
-                "token; choose softmax or gumbel."
+                f"tie_word_embeddings=True does not work with head={self.head!r}: its weight does not have one row "
+                f"per token. Choose one of: {able}."
             )
         if self.embedding_size != self.hidden_size:
             raise ValueError(
@@ -162,11 +163,7 @@ class RecurrentLMPreTrainedModel(PreTrainedModel):
             if module.bias is not None:
                 init.zeros_(module.bias)
         elif isinstance(module, OutputHead):
-            bound = module.in_features**-0.5
-            for parameter in module.parameters(recurse=False):
-                init.uniform_(parameter, -bound, bound)
-            for name, values in module.make_buffers().items():
-                init.copy_(getattr(module, name), values)
+            module.init_weights()
 
 
 class RecurrentLMModel(RecurrentLMPreTrainedModel):
@@ -268,7 +265,7 @@ class RecurrentLMForCausalLM(RecurrentLMPreTrainedModel, GenerationMixin):
 
     def get_output_embeddings(self) -> nn.Module | None:
         """Return the output layer where it has a row of weights for each token."""
-        return self.head if isinstance(self.head, SoftmaxHead) else None
+        return self.head if self.head.has_class_rows else None
 
     @can_return_tuple
     def forward(

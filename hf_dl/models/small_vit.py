@@ -16,7 +16,7 @@ What differs from the paper:
 
 import json
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -71,7 +71,7 @@ class SmallViTConfig(PreTrainedConfig):
     num_hidden_layers: int = 4
     num_attention_heads: int = 4
     intermediate_size: int = 128
-    hidden_act: Literal["gelu", "relu", "silu"] = "gelu"
+    hidden_act: str = "gelu"
     hidden_dropout_prob: float = 0.0
     attention_probs_dropout_prob: float = 0.0
     initializer_range: float = 0.02
@@ -110,6 +110,8 @@ class SmallViTConfig(PreTrainedConfig):
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and below 1.")
+        if self.hidden_act not in ACTIVATIONS:
+            raise ValueError(f"hidden_act={self.hidden_act!r} is unknown. Choose one of: {', '.join(ACTIVATIONS)}.")
         check_options(self.head, self.head_options)
 
     @property
@@ -239,10 +241,7 @@ class SmallViTPreTrainedModel(PreTrainedModel):
             if module.bias is not None:
                 init.zeros_(module.bias)
         elif isinstance(module, OutputHead):
-            for parameter in module.parameters(recurse=False):
-                init.trunc_normal_(parameter, std=std) if parameter.ndim > 1 else init.zeros_(parameter)
-            for name, values in module.make_buffers().items():
-                init.copy_(getattr(module, name), values)
+            module.init_weights(std)
         elif isinstance(module, nn.LayerNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from hf_dl.models.layers_norm import GroupNorm2d, make_norm
+from hf_dl.models.layers_norm import make_norm
 
 SHAPES = ((32, 16, 128, 128), (32, 64, 32, 32))
 GROUPS = 8
@@ -114,7 +114,7 @@ def peak_of(step: Step) -> float:
 def compare(norm: str, shape: tuple[int, ...], repetitions: int) -> dict[str, float]:
     """Ours beside torch's: milliseconds, megabytes and the largest difference."""
     channels = shape[1]
-    layer = GroupNorm2d(GROUPS, channels) if norm == "group" else make_norm(norm, channels)
+    layer = make_norm(norm, channels, num_groups=GROUPS)
     ours, theirs = Step(layer, shape), Step(TORCHS[norm](channels), shape)
     milliseconds = time_steps([ours, theirs], repetitions)
     differences = zip(ours.results(), theirs.results(), strict=True)

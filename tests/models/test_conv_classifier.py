@@ -180,12 +180,15 @@ def test_dropout_and_noise_are_of_training_only(images):
     [
         ({"widths": (4, 4)}, "widths=\\[4, 4\\] must be the channels of the three"),
         ({"image_size": 20}, "image_size=20 must be a multiple of 8"),
-        ({"norm": "bath"}, "norm='bath' is unknown; choose one of none, batch"),
-        ({"norm": "group", "widths": (8, 12, 8)}, "must be multiples of the 8 groups"),
+        ({"norm": "bath"}, "norm='bath' is unknown. Choose one of: none, batch"),
+        ({"norm": "group", "widths": (8, 12, 8)}, r"widths=\[8, 12, 8\] do not fit .* must divide num_channels=12"),
         ({"dropout": 1.0}, "dropout=1.0 must be at least 0 and below 1"),
         ({"hidden_size": 0}, "hidden_size=0 must be at least 1"),
-        ({"head": "gumble"}, "head='gumble' is unknown; choose one of softmax, gumbel"),
-        ({"head": "adaptive", "head_options": {"cutoff": [2]}}, "head_options has 'cutoff', which head='adaptive'"),
+        ({"head": "gumble"}, "head='gumble' is unknown. Choose one of: softmax, gumbel"),
+        (
+            {"head": "adaptive", "head_options": {"cutoff": [2]}},
+            "unknown option 'cutoff'. The options of head='adaptive' are: cutoffs",
+        ),
     ],
 )
 def test_fields_that_do_not_fit_are_refused(fields, sentence):

@@ -312,9 +312,13 @@ def test_labels_that_there_are_not_are_refused(kind):
 @pytest.mark.parametrize(
     ("head", "options", "sentence"),
     [
-        ("sofmax", {}, "head='sofmax' is unknown; choose one of softmax, gumbel, hierarchical, adaptive"),
-        ("softmax", {"tree": "huffman"}, "head_options has 'tree', which head='softmax' lacks; it has bias"),
-        ("hierarchical", {"cutoffs": [2]}, "'cutoffs', which head='hierarchical' lacks; it has tree"),
+        ("sofmax", {}, "head='sofmax' is unknown. Choose one of: softmax, gumbel, hierarchical, adaptive"),
+        ("softmax", {"tree": "huffman"}, "unknown option 'tree'. The options of head='softmax' are: bias"),
+        (
+            "hierarchical",
+            {"cutoffs": [2]},
+            "option 'cutoffs'. The options of head='hierarchical' are: tree, class_counts",
+        ),
         ("hierarchical", {"tree": "oak"}, "tree='oak' is unknown; choose one of huffman, balanced, given"),
         ("hierarchical", {"tree": "given"}, "tree='given' needs groups"),
         ("hierarchical", {"groups": [[0, 1], [2, 3, 4]]}, "tree='huffman' takes no groups"),

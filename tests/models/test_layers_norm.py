@@ -14,6 +14,7 @@ from hf_dl.models.layers_norm import (
     GroupNorm2d,
     InstanceNorm2d,
     LayerNorm2d,
+    check_norm,
     make_norm,
     standardize,
 )
@@ -428,17 +429,24 @@ def test_two_processes_have_their_own_statistics_or_with_sync_shared_ones(tmp_pa
 # ---------------------------------------------------------------------------------------- names and refusals
 
 
-def test_norms_are_the_six_of_the_study_and_torchs_own():
-    assert list(NORMS) == ["none", "batch", "instance", "batch_instance", "layer", "group", "torch_batch"]
-    x = make_images(torch.float32)
-    for name in NORMS:
-        norm = make_norm(name, CHANNELS)
-        assert isinstance(norm, nn.Module) and norm(x).shape == x.shape
-        parameters = sum(p.numel() for p in norm.parameters())
-        assert parameters == CHANNELS * {"none": 0, "batch_instance": 3}.get(name, 2)
-    assert torch.equal(make_norm("none", CHANNELS)(x), x)
-    assert isinstance(make_norm("torch_batch", CHANNELS), nn.BatchNorm2d)
+def test_each_norm_has_a_pair_above():
+    assert {name.partition(",")[0] for name in PAIRS} == set(OURS)
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_make_norm_makes_each_norm(name):
+    norm, x = make_norm(name, CHANNELS, num_groups=2, image_size=SHAPE[2:]), make_images(torch.float32)
+    assert type(norm) is NORMS[name] and norm(x).shape == x.shape
+    assert (getattr(norm, "bias", None) is not None) == norm.has_shift
+
+
+def test_options_reach_the_norm_that_has_them():
     assert make_norm("group", 16, num_groups=2).num_groups == 2
+    assert make_norm("group", 16).num_groups == 8 and make_norm("group", 4).num_groups == 4
+    assert make_norm("layer", 16, image_size=(4, 5)).weight.shape == (16, 4, 5)
+    assert isinstance(make_norm("torch_batch", CHANNELS), nn.BatchNorm2d)
+    x = make_images(torch.float32)
+    assert torch.equal(make_norm("none", CHANNELS)(x), x)
 
 
 @pytest.mark.parametrize("name", OURS)
@@ -454,11 +462,13 @@ def test_reset_parameters(name):
 
 def test_what_does_not_fit_is_refused():
     with pytest.raises(
-        ValueError, match="norm='bath' is unknown; choose one of none, batch, instance, batch_instance"
+        ValueError, match="norm='bath' is unknown. Choose one of: none, batch, instance, batch_instance"
     ):
         make_norm("bath", 8)
     with pytest.raises(ValueError, match="num_groups=3 must divide num_channels=8"):
         GroupNorm2d(3, 8)
+    with pytest.raises(ValueError, match=r"widths=\[9, 12\] do not fit norm='group': num_groups=8 .* num_channels=9"):
+        check_norm("group", [9, 12])
     with pytest.raises(ValueError, match="number of channels is 0; it must be at least 1"):
         BatchNorm2d(0)
     with pytest.raises(ValueError, match="over='pixels' is unknown; choose one of image, channels"):

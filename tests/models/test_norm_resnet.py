@@ -277,11 +277,11 @@ def test_the_option_of_pixel_affine_takes_one_size_only():
         ({"n": 0}, "n=0 must be at least 1"),
         (
             {"norm": "bath"},
-            "norm='bath' is unknown; choose one of none, batch, instance, batch_instance, layer, group",
+            "norm='bath' is unknown. Choose one of: none, batch, instance, batch_instance, layer, group",
         ),
         ({"widths": (16, 32)}, "must be the channels of the three stages"),
         ({"widths": (32, 16, 64)}, "must not fall: shortcut='identity' can only add channels"),
-        ({"norm": "group", "num_groups": 12}, "num_groups=12 must divide each of widths"),
+        ({"norm": "group", "num_groups": 12}, "do not fit norm='group': num_groups=12 must divide num_channels=16"),
         ({"shortcut": "none"}, "shortcut"),
     ],
 )

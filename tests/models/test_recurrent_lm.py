@@ -244,8 +244,11 @@ def test_the_pipeline_writes_text(tmp_path):
         ({"vocab_size": 0}, "vocab_size=0 must be at least 1"),
         ({"dropout": 1.0}, "dropout=1.0 must be at least 0 and below 1"),
         ({"head": "sofmax"}, "head='sofmax' is unknown"),
-        ({"head_options": {"tree": "huffman"}}, "head_options has 'tree', which head='softmax' lacks"),
-        ({"tie_word_embeddings": True, "head": "adaptive"}, "does not go with head='adaptive'"),
+        ({"head_options": {"tree": "huffman"}}, "unknown option 'tree'"),
+        (
+            {"tie_word_embeddings": True, "head": "adaptive"},
+            "head='adaptive': its weight does not have one row per token. Choose one of: softmax, gumbel.",
+        ),
         ({"tie_word_embeddings": True, "hidden_size": 16}, "needs embedding_size=128 to equal hidden_size=16"),
         ({"tie_word_embeddings": True, "sparse_embedding": True}, "does not go with sparse_embedding=True"),
     ],

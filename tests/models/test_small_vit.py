@@ -215,9 +215,9 @@ def test_dropout_is_of_training_only():
         ({"num_attention_heads": 3}, "hidden_size=16 must be a multiple of num_attention_heads=3"),
         ({"num_hidden_layers": 0}, "num_hidden_layers=0 must be at least 1"),
         ({"hidden_dropout_prob": 1.0}, "hidden_dropout_prob=1.0 must be at least 0 and below 1"),
-        ({"hidden_act": "tanh"}, "hidden_act"),
-        ({"head": "gumble"}, "head='gumble' is unknown; choose one of softmax, gumbel"),
-        ({"head_options": {"tree": "huffman"}}, "head_options has 'tree', which head='softmax' lacks"),
+        ({"hidden_act": "tanh"}, "hidden_act='tanh' is unknown. Choose one of: gelu"),
+        ({"head": "gumble"}, "head='gumble' is unknown. Choose one of: softmax, gumbel"),
+        ({"head_options": {"tree": "huffman"}}, "unknown option 'tree'"),
     ],
 )
 def test_fields_that_do_not_fit_are_refused(fields, sentence):

@@ -68,7 +68,7 @@ def test_the_vision_transformer_takes_a_head_too(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        (["--model=conv_classifier", "--head=sofmax"], "head='sofmax' is unknown; choose one of softmax, gumbel"),
+        (["--model=conv_classifier", "--head=sofmax"], "head='sofmax' is unknown. Choose one of: softmax, gumbel"),
         (["--model=conv_classifier", "--head=hierarchical:oak"], "tree='oak' is unknown; choose one of huffman"),
         (["--model=conv_classifier", "--head=adaptive:oak"], "head='adaptive:oak' is unknown; write adaptive or ad"),
         (["--model=conv_classifier", "--temperature=0"], "temperature=0.0 must be above 0"),

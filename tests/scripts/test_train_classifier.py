@@ -175,7 +175,7 @@ def test_a_folder_of_images_of_two_classes(tmp_path):
     "flags, sentence",
     [
         (["--nrom=batch"], "--nrom is an unknown flag. Did you mean --norm?"),
-        (["--norm=bath"], "norm='bath' is unknown; choose one of none, batch"),
+        (["--norm=bath"], "norm='bath' is unknown. Choose one of: none, batch"),
         (["--n=0"], "n=0 must be at least 1"),
         (["--model=small_vit", "--norm=batch"], "norm=batch is no part of model='small_vit', which has patch_size,"),
         (["--model=small_vit", "--patch_size=5"], "image_size=32 must be a multiple of patch_size=5"),

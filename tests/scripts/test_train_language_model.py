@@ -148,7 +148,7 @@ def test_characters(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        (["--head=sofmax"], "head='sofmax' is unknown; choose one of softmax, gumbel"),
+        (["--head=sofmax"], "head='sofmax' is unknown. Choose one of: softmax, gumbel"),
         (
             ["--head=hierarchical:oak"],
             "head='hierarchical:oak' is unknown; trees are hierarchical: and one of huffman",
@@ -158,7 +158,7 @@ def test_characters(tmp_path):
         (["--sparse=true", "--optimizer=sgd"], "optimizer='sgd' does not go with sparse=True; choose adamw"),
         (["--temperature=0"], "temperature=0.0 must be above 0"),
         (["--window=0"], "window=0 must be at least 1"),
-        (["--tie_word_embeddings=true", "--head=adaptive"], "does not go with head='adaptive'"),
+        (["--tie_word_embeddings=true", "--head=adaptive"], "does not work with head='adaptive'"),
     ],
 )
 def test_wrong_flags_are_refused_in_a_sentence(flags, sentence, tmp_path, capsys):
