@@ -48,8 +48,10 @@ from hf_dl.metrics.images import default_features, fid
 from hf_dl.metrics.segmentation import segmentation_scores
 from hf_dl.models.latent_autoencoder import encode_latents
 from hf_dl.models.layers_attention import attention_masks
-from hf_dl.models.slot_autoencoder import ARCHITECTURES, SlotDecoderModel, SlotEncoderModel, mixture_posterior
+from hf_dl.models.slot_autoencoder import SlotDecoderModel, SlotEncoderModel
+from hf_dl.models.slot_config import ARCHITECTURES
 from hf_dl.models.slot_library import SlotLibrary
+from hf_dl.models.slot_segmentation import mixture_posterior
 from hf_dl.models.slot_unet import ARCHITECTURES as UNETS
 from hf_dl.models.slot_unet import SlotUNetModel
 from hf_dl.pipelines.slot_diffusion import SlotDiffusionPipeline, noise_schedule

@@ -13,7 +13,8 @@ import evaluate_slots as slots
 
 from hf_dl.data.collate import as_is
 from hf_dl.metrics.binding import failure_to_bind
-from hf_dl.models.slot_autoencoder import ARCHITECTURES, SlotAutoencoderModel, SlotImageProcessor
+from hf_dl.models.slot_autoencoder import SlotAutoencoderModel, SlotImageProcessor
+from hf_dl.models.slot_config import ARCHITECTURES
 from hf_dl.training.args import TrainingArgs, parse_args
 from hf_dl.training.run import TrainingRun
 

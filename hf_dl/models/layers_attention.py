@@ -12,12 +12,17 @@ the tokens, GRU, residual MLP. Two things are done differently, neither of which
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
 
-GRADIENTS = ("full", "implicit", "bilevel")
+GRADIENTS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "full": lambda slots, initial: slots,
+    "implicit": lambda slots, initial: slots.detach(),
+    "bilevel": lambda slots, initial: slots.detach() + initial - initial.detach(),
+}
+"""What the last iteration of slot attention starts from, given the slots so far and the initial slots, by name."""
 
 
 def attention_masks(attention: torch.Tensor, size: Sequence[int], *, image_size: int) -> torch.Tensor:
@@ -186,10 +191,8 @@ class SlotAttention(nn.Module):
             slots, attentions = initial, []
             for iteration in range(num_iterations):
                 last = iteration == num_iterations - 1
-                if last and gradient == "implicit":
-                    slots = slots.detach()
-                elif last and gradient == "bilevel":
-                    slots = slots.detach() + initial - initial.detach()
+                if last:
+                    slots = GRADIENTS[gradient](slots, initial)
                 with torch.set_grad_enabled(torch.is_grad_enabled() and (last or gradient == "full")):
                     slots, attention = self._iterate(keys, values, slots, absorb)
                 attentions.append(attention)

@@ -22,7 +22,7 @@ import torch
 
 from hf_dl.models import ProgramSeq2SeqConfig, ProgramSeq2SeqForConditionalGeneration
 from hf_dl.models.beam_search import Constraint
-from hf_dl.models.program_seq2seq import program_vocabulary
+from hf_dl.models.program_config import program_vocabulary
 
 EXPECTED = {"one by one": 5.0, "transformers": 1.0}  # least CPU time, as multiples of ours
 EXPECTED_SAME = 0.9

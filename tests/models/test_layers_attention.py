@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 
 from hf_dl.models.layers_attention import AdditiveAttention, SlotAttention, attention_masks
-from hf_dl.models.slot_autoencoder import SlotAutoencoderConfig, SlotEncoder
+from hf_dl.models.slot_config import SlotAutoencoderConfig
+from hf_dl.models.slot_encoders import SlotEncoder
 
 
 def textbook(module, inputs, slots, num_iterations):

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForSeq2SeqLM, BertConfig, BertModel
 
 from hf_dl.models import ProgramSeq2SeqConfig, ProgramSeq2SeqForConditionalGeneration
-from hf_dl.models.program_seq2seq import program_vocabulary
+from hf_dl.models.program_config import program_vocabulary
 from tests.memory import aligned
 from tests.models.contract import ModelContract
 
@@ -365,14 +365,16 @@ def test_the_config_goes_through_the_views_of_it():
         ({"encoder_vocab_size": 0}, "encoder_vocab_size=0 must be at least 1"),
         (
             {"vocab_size": 20},
-            "vocab_size=20 must be the 14 of program_tokens; the words of problems",
+            "vocab_size=20 must be 14, the number of program_tokens",
         ),
         ({"dropout": 1.0}, "dropout=1.0 must be at least 0 and below 1"),
         ({"teacher_forcing_ratio": 1.5}, "teacher_forcing_ratio=1.5 must be from 0 to 1"),
         ({"eos_token_id": 14}, "eos_token_id=14 must be one of the 14 program_tokens"),
         ({"pad_token_id": 3}, "pad_token_id=3 must differ from eos_token_id"),
         ({"program_tokens": [*TOKENS, "n1"]}, "program_tokens has n1 more than once"),
-        ({"operations": {"log": 1}}, "operations names none of program_tokens"),
+        ({"operations": {"log": 1}}, "operations has no key among program_tokens"),
+        ({"encoder": "gpt"}, "encoder='gpt' is unknown; choose one of bilstm, bert"),
+        ({"number_embeddings": "bound"}, "number_embeddings='bound' is unknown; choose one of free, tied"),
         ({"operations": {"add": 2, "volume": 3}}, "operations lacks the arity of negate"),
         ({"number_embeddings": "tied"}, "number_embeddings='tied' needs number_token_ids: 1 to 3 ids below"),
         ({"number_embeddings": "pointer", "number_token_ids": [20]}, "below encoder_vocab_size=20, .*; got \\[20\\]"),

@@ -1,10 +1,13 @@
+import math
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from hf_dl.models import SlotAutoencoderConfig, SlotAutoencoderModel, SlotImageProcessor
-from hf_dl.models.slot_autoencoder import SlotAutoencoderOutput, mixture_posterior
+from hf_dl.models.slot_decoders import DECODERS, SlotDecoder, blend_slots
+from hf_dl.models.slot_segmentation import find_needed_slots, mixture_posterior
 from tests.models.contract import ModelContract
 
 TINY = {
@@ -115,8 +118,7 @@ def test_evaluation_keeps_the_best_of_its_draws_image_by_image(gaussian_model):
     errors = []
     for draw in start.split(3, dim=1):
         slots, _ = gaussian_model.slot_attention(tokens, draw)
-        contents, masks = gaussian_model.decode_parts(slots)
-        painted = (contents * masks[:, :, None]).sum(1)
+        painted, _, _ = blend_slots(gaussian_model.decoder, gaussian_model.config, slots)
         errors.append((painted - pixel_values).square().mean((1, 2, 3)))
     least, which = torch.stack(errors).min(0)
     assert len(which.unique()) > 1  # or the test could not tell the images apart
@@ -163,7 +165,7 @@ def test_decode_paints_what_forward_reconstructs_and_leaves_slots_out(gaussian_m
     expected = (output.reconstruction / 2 + 0.5).clamp(0, 1)
     torch.testing.assert_close(gaussian_model.decode(output.slots), expected)
     keep = torch.tensor([[True, False, True], [False, False, True]])
-    contents, masks = gaussian_model.decode_parts(output.slots, keep=keep)
+    _, _, masks = blend_slots(gaussian_model.decoder, gaussian_model.config, output.slots, keep)
     assert (masks[~keep] == 0).all()
     torch.testing.assert_close(masks.sum(1), torch.ones(2, 16, 16))
     kept_only = gaussian_model.decode(output.slots[:1, [0, 2]])
@@ -189,7 +191,7 @@ def test_segment_is_the_largest_posterior(gaussian_model):
 def test_posterior_is_bayes_rule_over_the_needed_slots(gaussian_model):
     pixel_values = torch.rand(4, 3, 16, 16) * 2 - 1
     output = gaussian_model(pixel_values)
-    keep = gaussian_model.needed_slots(pixel_values, output)
+    keep = find_needed_slots(pixel_values, output.contents, output.masks, max_error=gaussian_model.config.prune_error)
     mean, std = output.contents.double(), torch.tensor(gaussian_model.config.pixel_std).double()
     likelihood = torch.distributions.Normal(mean, std).log_prob(pixel_values.double()[:, None]).sum(2).exp()
     joint = likelihood * output.masks.double() * keep[:, :, None, None]
@@ -200,28 +202,26 @@ def test_posterior_is_bayes_rule_over_the_needed_slots(gaussian_model):
     torch.testing.assert_close(found, (joint / joint.sum(1, keepdim=True)).float(), rtol=1e-3, atol=1e-5)
 
 
-def test_slots_that_nothing_needs_are_left_out(gaussian_model):
+def test_slots_that_nothing_needs_are_left_out():
     """Slot 0 paints the left half red, 1 the right half blue; 2 paints what 1 does, half of it."""
     left = torch.arange(16).expand(1, 16, 16) < 8
     masks = torch.stack([left.float(), 0.5 * ~left, 0.5 * ~left], dim=1).clamp_min(1e-6)
     masks = masks / masks.sum(1, keepdim=True)
     red, blue = torch.tensor([1.0, -1, -1]), torch.tensor([-1.0, -1, 1])
     contents = torch.stack([red, blue, blue])[None, :, :, None, None].expand(1, 3, 3, 16, 16)
-    output = SlotAutoencoderOutput(masks=masks, contents=contents)
     pixel_values = (contents * masks.unsqueeze(2)).sum(1)
-    keep = gaussian_model.needed_slots(pixel_values, output)
+    keep = find_needed_slots(pixel_values, contents, masks, max_error=2e-3)
     assert keep.sum() == 2 and keep[0, 0]
     plain = torch.full((1, 3, 16, 16), -1.0)
     one = torch.full_like(contents, -1.0)
-    assert gaussian_model.needed_slots(plain, SlotAutoencoderOutput(masks=masks, contents=one)).sum() == 1
+    assert find_needed_slots(plain, one, masks, max_error=2e-3).sum() == 1
 
 
 def test_needed_slots_drops_the_least_missed_first(gaussian_model):
     """Against a plain loop over every image and slot."""
     pixel_values = torch.rand(6, 3, 16, 16) * 2 - 1
     output = gaussian_model(pixel_values, num_slots=5)
-    gaussian_model.config.prune_error = 0.02
-    found = gaussian_model.needed_slots(pixel_values, output)
+    found = find_needed_slots(pixel_values, output.contents, output.masks, max_error=0.02)
     for image, mask, content, keep in zip(pixel_values, output.masks, output.contents, found, strict=True):
 
         def error(kept, image=image, mask=mask, content=content):
@@ -263,10 +263,13 @@ def test_published_shapes():
         ({"num_slots": 0}, "num_slots=0 must be at least 1"),
         ({"encoder_channels": (8,)}, "must have one entry for each convolution"),
         ({"decoder_channels": ()}, "decoder_channels=\\[\\] must have at least one entry"),
-        ({"image_size": 18}, "image_size=18 must be a multiple of 16, the last of the decoder's grids"),
+        ({"image_size": 18}, "image_size=18 must be a multiple of 16, the finest of the decoder's grids"),
         ({"decoder": "broadcast", "image_size": 24}, "must be decoder_size=8 times a power of two"),
         ({"decoder": "broadcast", "image_size": 64, "decoder_channels": (8,)}, "must have at least 3 entries"),
-        ({"encoder": "vgg"}, "encoder"),
+        ({"encoder": "vgg"}, "encoder='vgg' is unknown; choose one of cnn, resnet18"),
+        ({"decoder": "vit"}, "decoder='vit' is unknown; choose one of broadcast, pixel_shuffle"),
+        ({"slot_init": "zero"}, "slot_init='zero' is unknown; choose one of gaussian, learned"),
+        ({"gradient": "none"}, "gradient='none' is unknown; choose one of full, implicit, bilevel"),
         ({"pixel_std": 0.0}, "pixel_std=0.0 must be above 0"),
         ({"prune_error": -1.0}, "prune_error=-1.0 must be 0 or above"),
     ],
@@ -291,6 +294,45 @@ def test_calls_that_do_not_fit_are_refused(gaussian_model):
     with pytest.raises(ValueError, match="num_slots=4 is more than the 3 slots this model has learned"):
         learned(torch.zeros(1, 3, 16, 16), num_slots=4)
     assert learned(torch.zeros(1, 3, 16, 16), num_slots=2).slots.shape == (1, 2, 12)
+
+
+class LinearDecoder(SlotDecoder):
+    """A toy decoder: one linear map from a slot to all pixels."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.shape = (config.num_channels + 1, config.image_size, config.image_size)
+        self.linear = torch.nn.Linear(config.slot_dim, math.prod(self.shape))
+
+    @staticmethod
+    def check_config(config):
+        if config.image_size > 32:
+            raise ValueError(f"image_size={config.image_size} must be at most 32.")
+
+    def forward(self, slots):
+        return self.linear(slots).unflatten(-1, self.shape)
+
+
+def test_a_new_decoder_needs_a_class_and_an_entry(monkeypatch, tmp_path):
+    monkeypatch.setitem(DECODERS, "linear", LinearDecoder)
+    with pytest.raises(Exception, match="image_size=64 must be at most 32"):
+        SlotAutoencoderConfig(decoder="linear")
+    with pytest.raises(Exception, match="choose one of broadcast, pixel_shuffle, linear"):
+        SlotAutoencoderConfig(decoder="lineal")
+    torch.manual_seed(0)
+    model = SlotAutoencoderModel(SlotAutoencoderConfig(**TINY, decoder="linear")).train()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    pixel_values, losses = torch.rand(4, 3, 16, 16) * 2 - 1, []
+    for _ in range(3):
+        loss = model(pixel_values, generator=torch.Generator().manual_seed(0)).loss
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[0] > losses[1] > losses[2]
+    model.save_pretrained(tmp_path)
+    again = SlotAutoencoderModel.from_pretrained(tmp_path)
+    torch.testing.assert_close(again(pixel_values).masks, model.eval()(pixel_values).masks)
 
 
 def test_a_truncated_checkpoint_is_refused(gaussian_model, tmp_path):

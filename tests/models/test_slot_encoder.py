@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from hf_dl.models import SlotAutoencoderConfig, SlotAutoencoderModel, SlotDecoderModel, SlotEncoderModel
+from hf_dl.models.slot_decoders import DECODERS, blend_slots
+from hf_dl.models.slot_inits import SLOT_INITS
 
 TINY = {
     "image_size": 16,
@@ -22,7 +24,7 @@ def make_encoder(**fields):
     return SlotEncoderModel(SlotAutoencoderConfig(**TINY, **fields)).eval()
 
 
-@pytest.mark.parametrize("slot_init", ["gaussian", "learned"])
+@pytest.mark.parametrize("slot_init", SLOT_INITS)
 def test_it_is_the_encoder_of_the_autoencoder(slot_init, tmp_path):
     torch.manual_seed(0)
     autoencoder = SlotAutoencoderModel(SlotAutoencoderConfig(**TINY, slot_init=slot_init)).eval()
@@ -42,7 +44,7 @@ def test_it_is_the_encoder_of_the_autoencoder(slot_init, tmp_path):
     assert torch.equal(again(pixel_values, return_dict=False)[0], found.slots)
 
 
-@pytest.mark.parametrize("kind", ["broadcast", "pixel_shuffle"])
+@pytest.mark.parametrize("kind", DECODERS)
 def test_the_decoder_is_that_of_the_autoencoder(kind, tmp_path):
     torch.manual_seed(0)
     autoencoder = SlotAutoencoderModel(SlotAutoencoderConfig(**TINY, decoder=kind)).eval()
@@ -51,7 +53,7 @@ def test_the_decoder_is_that_of_the_autoencoder(kind, tmp_path):
     assert not report["missing_keys"] and not report["unexpected_keys"] and not decoder.training
     slots, keep = torch.randn(2, 3, 12), torch.tensor([[True, False, True], [True, True, True]])
     for kept in (None, keep):
-        contents, masks = autoencoder.decode_parts(slots, keep=kept)
+        _, contents, masks = blend_slots(autoencoder.decoder, autoencoder.config, slots, kept)
         found = decoder(slots, kept)
         assert torch.equal(found.contents, contents) and torch.equal(found.masks, masks)
         mixed = (contents * masks[:, :, None]).sum(1)

@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from hf_dl.models.slot_autoencoder import SlotAutoencoderConfig, SlotAutoencoderModel
+from hf_dl.models.slot_decoders import blend_slots
 from hf_dl.pipelines.slot_diffusion import SlotDiffusionPipeline, noise_schedule
 from scripts.publish import main as publish
 
@@ -117,7 +118,7 @@ class TestExplain:
 
     def test_largest_slot_comes_first(self, model):
         found = app.explain(model, make_image())
-        _, masks = model.decode_parts(found.slots)
+        _, _, masks = blend_slots(model.decoder, model.config, found.slots)
         areas = masks.mean(dim=(2, 3))[0]
         assert areas.tolist() == sorted(areas.tolist(), reverse=True)
 

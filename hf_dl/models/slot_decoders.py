@@ -1,0 +1,175 @@
+"""Decoders of the slot autoencoder: each slot paints an image and an alpha mask, and the masks blend the images.
+
+To add a decoder, subclass `SlotDecoder` and add the class to `DECODERS`.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedConfig
+
+from .layers_position import PositionEmbedding
+
+
+class SlotDecoder(nn.Module):
+    """Base class of the decoders.
+
+    Args:
+        config: A `SlotAutoencoderConfig`.
+
+    Attributes:
+        patch: Side of the pixel patch that each cell of the output contains; 1 if a cell is a pixel.
+    """
+
+    patch = 1
+
+    @staticmethod
+    def check_config(config: PreTrainedConfig) -> None:
+        """Raise ValueError if the fields of the config do not fit this decoder."""
+
+    def forward(self, slots: torch.Tensor) -> torch.Tensor:
+        """Paint each slot on its own.
+
+        Args:
+            slots: (batch * slots, slot_dim).
+
+        Returns:
+            (batch * slots, (num_channels + 1) * patch^2, image_size / patch, image_size / patch): the colors of each
+            pixel, then its alpha before the softmax over the slots. The pixels of a patch are in the order of
+            `torch.nn.functional.pixel_shuffle`.
+        """
+        raise NotImplementedError
+
+
+class BroadcastDecoder(SlotDecoder):
+    """Spatial broadcast decoder (Watters et al. 2019) with transposed 5x5 convolutions, as in the paper."""
+
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__()
+        self.size = config.decoder_size
+        self.position = PositionEmbedding(config.slot_dim, frequencies=config.decoder_frequencies)
+        layers, channels = [], config.slot_dim
+        for index, width in enumerate(config.decoder_channels):
+            if index < self.num_upsamplings(config):
+                layers += [nn.ConvTranspose2d(channels, width, 5, stride=2, padding=2, output_padding=1), nn.ReLU()]
+            else:
+                layers += [nn.Conv2d(channels, width, 5, padding=2), nn.ReLU()]
+            channels = width
+        self.layers = nn.Sequential(*layers, nn.Conv2d(channels, config.num_channels + 1, 3, padding=1))
+
+    @staticmethod
+    def num_upsamplings(config: PreTrainedConfig) -> int:
+        """Return how many times the grid is doubled from `decoder_size` to `image_size`."""
+        return (config.image_size // config.decoder_size).bit_length() - 1
+
+    @staticmethod
+    def check_config(config: PreTrainedConfig) -> None:
+        """Raise ValueError if `decoder_channels` cannot double `decoder_size` up to `image_size`."""
+        doublings = BroadcastDecoder.num_upsamplings(config)
+        if config.decoder_size * 2**doublings != config.image_size:
+            raise ValueError(
+                f"image_size={config.image_size} must be decoder_size={config.decoder_size} times a power of two."
+            )
+        if len(config.decoder_channels) < doublings:
+            raise ValueError(
+                f"decoder_channels={config.decoder_channels} must have at least {doublings} entries, one for each "
+                f"doubling from decoder_size={config.decoder_size} to image_size={config.image_size}."
+            )
+
+    def forward(self, slots: torch.Tensor) -> torch.Tensor:
+        """Paint slots (batch * slots, slot_dim) as (batch * slots, channels + 1, image_size, image_size)."""
+        grid = slots[:, None, None, :] + self.position.grid(self.size, self.size)  # (batch * slots, size, size, dim)
+        return self.layers(grid.permute(0, 3, 1, 2))
+
+
+class PixelShuffleDecoder(SlotDecoder):
+    """Spatial broadcast to a coarse grid, 3x3 convolutions on this and finer grids, then a pixel patch per cell.
+
+    The paper adds the slot to the position embedding. This decoder multiplies them as well (feature-wise modulation,
+    Perez et al. 2018). With the Fourier features p(x, y) and the slot s,
+
+        grid(x, y) = A s + C ((B s) * (D p(x, y)))
+
+    Products of sines and cosines are sines and cosines of sums and differences. A linear map of the slot can therefore
+    move its shape, and the decoder does not learn each shape again at each position.
+    """
+
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__()
+        self.size = config.decoder_size
+        channels, *finer = config.decoder_channels
+        self.from_slot = nn.Linear(config.slot_dim, channels)
+        self.scale = nn.Linear(config.slot_dim, 2 * channels)
+        self.position = PositionEmbedding(2 * channels, frequencies=config.decoder_frequencies)
+        self.mix = nn.Linear(2 * channels, channels)
+        layers = [nn.ReLU(), nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU()]
+        for width in finer:
+            layers += [nn.Conv2d(channels, 4 * width, 1), nn.PixelShuffle(2), nn.ReLU()]
+            layers += [nn.Conv2d(width, width, 3, padding=1), nn.ReLU()]
+            channels = width
+        patch = config.image_size // (self.size * 2 ** len(finer))
+        layers.append(nn.Conv2d(channels, (config.num_channels + 1) * patch**2, 1))
+        self.layers, self.patch = nn.Sequential(*layers), patch
+
+    @staticmethod
+    def check_config(config: PreTrainedConfig) -> None:
+        """Raise ValueError if `image_size` is not a multiple of the finest grid."""
+        finest = config.decoder_size * 2 ** (len(config.decoder_channels) - 1)
+        if config.image_size % finest:
+            raise ValueError(
+                f"image_size={config.image_size} must be a multiple of {finest}, the finest of the decoder's grids. "
+                f"The grids start at decoder_size={config.decoder_size} and double for each further entry of "
+                f"decoder_channels={config.decoder_channels}."
+            )
+
+    def forward(self, slots: torch.Tensor) -> torch.Tensor:
+        """Paint slots (batch * slots, slot_dim) as (batch * slots, (channels + 1) * patch^2, size, size)."""
+        moved = self.scale(slots)[:, None, None, :] * self.position.grid(self.size, self.size)
+        grid = self.from_slot(slots)[:, None, None, :] + self.mix(moved)  # (batch * slots, size, size, channels)
+        return self.layers(grid.permute(0, 3, 1, 2))
+
+
+DECODERS: dict[str, type[SlotDecoder]] = {"broadcast": BroadcastDecoder, "pixel_shuffle": PixelShuffleDecoder}
+"""The decoders by name."""
+
+
+def blend_slots(
+    decoder: SlotDecoder, config: PreTrainedConfig, slots: torch.Tensor, keep: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Paint each slot and blend the results with the alpha masks.
+
+    Args:
+        decoder: The decoder.
+        config: Its `SlotAutoencoderConfig`.
+        slots: (batch, slots, slot_dim).
+        keep: The slots to paint, bool (batch, slots). The remaining slots share the pixels of a removed slot according
+            to their alphas. Defaults to all slots.
+
+    Returns:
+        The blended image, (batch, channels, height, width); the image of each slot, (batch, slots, channels, height,
+        width); and the masks, (batch, slots, height, width), which sum to 1 over the slots.
+
+    Raises:
+        ValueError: If `slots` has the wrong shape, or `keep` has the wrong shape or keeps no slot of an image.
+    """
+    if slots.ndim != 3 or slots.shape[-1] != config.slot_dim:
+        raise ValueError(f"slots has shape {tuple(slots.shape)}, expected (batch, slots, {config.slot_dim}).")
+    patch = decoder.patch
+    painted = decoder(slots.flatten(0, 1)).unflatten(0, slots.shape[:2])
+    contents, alphas = painted.split([config.num_channels * patch**2, patch**2], dim=2)
+    if keep is not None:
+        if keep.shape != slots.shape[:2] or not keep.any(dim=1).all():
+            raise ValueError(
+                f"keep has shape {tuple(keep.shape)}, expected {tuple(slots.shape[:2])} with at least one slot "
+                "kept in each image."
+            )
+        alphas = alphas.masked_fill(~keep[:, :, None, None, None].to(alphas.device), float("-inf"))
+    masks = alphas.softmax(dim=1)
+    # Blend while each cell still holds its patch of pixels: only the sum has to be rearranged for the loss.
+    by_channel = contents.unflatten(2, (config.num_channels, patch**2))
+    reconstruction = (by_channel * masks.unsqueeze(2)).sum(dim=1).flatten(1, 2)
+    return (
+        F.pixel_shuffle(reconstruction, patch),
+        F.pixel_shuffle(contents, patch),
+        F.pixel_shuffle(masks, patch).squeeze(2),
+    )

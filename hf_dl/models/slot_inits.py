@@ -1,0 +1,116 @@
+"""Initial slots of slot attention: draws from a learned Gaussian, or learned vectors.
+
+The parameters belong to the model itself, so each class consists of functions of the model. To add an initialization,
+subclass `SlotInit` and add the class to `SLOT_INITS`.
+"""
+
+import math
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+
+
+class SlotInit:
+    """Base class of the initializations.
+
+    Attributes:
+        parameters: Names of the parameters that the initialization adds to the model. With `gradient="implicit"` no
+            gradient reaches them, and they are frozen.
+        random: Whether two draws differ. Evaluation tries several draws only if they do.
+    """
+
+    parameters: tuple[str, ...] = ()
+    random = False
+
+    @staticmethod
+    def add_parameters(model: PreTrainedModel) -> None:
+        """Add the parameters to the model, without values."""
+        raise NotImplementedError
+
+    @staticmethod
+    def init_weights(model: PreTrainedModel) -> None:
+        """Initialize the parameters of the model in place."""
+        raise NotImplementedError
+
+    @staticmethod
+    def draw(
+        model: PreTrainedModel, batch: int, num_slots: int, num_draws: int, generator: torch.Generator | None
+    ) -> torch.Tensor:
+        """Return initial slots, (batch, num_draws * num_slots, slot_dim), one draw after the other."""
+        raise NotImplementedError
+
+
+class GaussianSlots(SlotInit):
+    """Slots drawn from one learned Gaussian; any number of slots works at inference.
+
+    In evaluation without a `generator`, all images and all calls get the same draws.
+    """
+
+    parameters = ("slot_mean", "slot_log_std")
+    random = True
+
+    @staticmethod
+    def add_parameters(model: PreTrainedModel) -> None:
+        """Add mean and logarithm of the standard deviation, one value per channel."""
+        model.slot_mean = nn.Parameter(torch.empty(model.config.slot_dim))
+        model.slot_log_std = nn.Parameter(torch.empty(model.config.slot_dim))
+
+    @staticmethod
+    def init_weights(model: PreTrainedModel) -> None:
+        """Draw the mean from a Glorot uniform distribution times `slot_std`; set all deviations to `slot_std`."""
+        scale, bound = model.config.slot_std, (6 / (1 + model.config.slot_dim)) ** 0.5
+        init.uniform_(model.slot_mean, -bound * scale, bound * scale)
+        # One deviation for all channels: with Glorot draws as in the original code, fewer runs find the objects.
+        init.constant_(model.slot_log_std, math.log(scale))
+
+    @staticmethod
+    def draw(
+        model: PreTrainedModel, batch: int, num_slots: int, num_draws: int, generator: torch.Generator | None
+    ) -> torch.Tensor:
+        """Draw slots; see `SlotInit.draw`."""
+        rows = batch
+        if generator is None and not model.training:
+            generator, rows = torch.Generator().manual_seed(0), 1
+        device = model.slot_mean.device if generator is None else generator.device
+        shape = (rows, num_slots, model.config.slot_dim)
+        noise = torch.cat([torch.randn(shape, generator=generator, device=device) for _ in range(num_draws)], dim=1)
+        slots = model.slot_mean + model.slot_log_std.exp() * noise.to(model.slot_mean)
+        return slots.expand(batch, -1, -1)
+
+
+class LearnedSlots(SlotInit):
+    """One learned vector per slot; at inference, at most `config.num_slots` slots."""
+
+    parameters = ("slot_vectors",)
+
+    @staticmethod
+    def add_parameters(model: PreTrainedModel) -> None:
+        """Add one vector per slot."""
+        model.slot_vectors = nn.Parameter(torch.empty(model.config.num_slots, model.config.slot_dim))
+
+    @staticmethod
+    def init_weights(model: PreTrainedModel) -> None:
+        """Draw the vectors from the standard normal distribution."""
+        init.normal_(model.slot_vectors, std=1.0)
+
+    @staticmethod
+    def draw(
+        model: PreTrainedModel, batch: int, num_slots: int, num_draws: int, generator: torch.Generator | None
+    ) -> torch.Tensor:
+        """Return the first `num_slots` vectors for each image.
+
+        Raises:
+            ValueError: If the model has learned fewer slots.
+        """
+        if num_slots > model.config.num_slots:
+            raise ValueError(
+                f"num_slots={num_slots} is more than the {model.config.num_slots} slots this model has learned; "
+                "use fewer, or train with slot_init='gaussian', which takes any number."
+            )
+        return model.slot_vectors[:num_slots].expand(batch, -1, -1)
+
+
+SLOT_INITS: dict[str, type[SlotInit]] = {"gaussian": GaussianSlots, "learned": LearnedSlots}
+"""The initializations by name."""
