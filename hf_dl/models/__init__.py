@@ -1,7 +1,7 @@
-"""Everything that travels with a checkpoint, and the one list of it: importing this registers the Auto classes.
+"""The models, and their registration with the Auto classes, which importing this package does.
 
-What is built on diffusers is imported when it is first asked for: this file is part of importing transformers, which
-diffusers imports in its turn.
+Models that are built on diffusers are imported on first use: importing transformers imports this file, and diffusers
+imports transformers.
 """
 
 import importlib
@@ -31,6 +31,42 @@ from .slot_autoencoder import (
 )
 from .small_vit import SmallViTConfig, SmallViTForImageClassification, SmallViTImageProcessor, SmallViTModel
 
+# One row per model type: the config, the model for each Auto class, and the image processor if it has one.
+REGISTERED = [
+    (SlotAutoencoderConfig, {AutoModel: SlotAutoencoderModel}, SlotImageProcessor),
+    (ImageVaeConfig, {AutoModel: ImageVaeModel}, ImageVaeProcessor),
+    (
+        SmallViTConfig,
+        {AutoModel: SmallViTModel, AutoModelForImageClassification: SmallViTForImageClassification},
+        SmallViTImageProcessor,
+    ),
+    (
+        NormResNetConfig,
+        {AutoModel: NormResNetModel, AutoModelForImageClassification: NormResNetForImageClassification},
+        ViTImageProcessor,
+    ),
+    (
+        ConvClassifierConfig,
+        {AutoModel: ConvClassifierModel, AutoModelForImageClassification: ConvClassifierForImageClassification},
+        ViTImageProcessor,
+    ),
+    (ProgramSeq2SeqConfig, {AutoModelForSeq2SeqLM: ProgramSeq2SeqForConditionalGeneration}, None),
+    (RecurrentLMConfig, {AutoModel: RecurrentLMModel, AutoModelForCausalLM: RecurrentLMForCausalLM}, None),
+]
+
+# `register_for_auto_class` saves the code of a class with each checkpoint, so that the checkpoint loads with
+# trust_remote_code=True where hf_dl is not installed. ViTImageProcessor is part of transformers and needs no code.
+for _config, _models, _processor in REGISTERED:
+    AutoConfig.register(_config.model_type, _config)
+    _config.register_for_auto_class()
+    for _auto_class, _model in _models.items():
+        _auto_class.register(_config, _model)
+        _model.register_for_auto_class(_auto_class.__name__)
+    if _processor is not None:
+        AutoImageProcessor.register(_config, image_processor_classes={"torchvision": _processor})
+        if _processor is not ViTImageProcessor:
+            _processor.register_for_auto_class("AutoImageProcessor")
+
 _WITH_DIFFUSERS = {
     "SlotUNetModel": "slot_unet",
     "decode_latents": "latent_autoencoder",
@@ -40,64 +76,11 @@ _WITH_DIFFUSERS = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import what needs diffusers."""
+    """Import a name of `_WITH_DIFFUSERS` on first use."""
     if name in _WITH_DIFFUSERS:
         return getattr(importlib.import_module(f".{_WITH_DIFFUSERS[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
-
-AutoConfig.register("slot_autoencoder", SlotAutoencoderConfig)
-AutoModel.register(SlotAutoencoderConfig, SlotAutoencoderModel)
-AutoImageProcessor.register(SlotAutoencoderConfig, image_processor_classes={"torchvision": SlotImageProcessor})
-
-AutoConfig.register("image_vae", ImageVaeConfig)
-AutoModel.register(ImageVaeConfig, ImageVaeModel)
-AutoImageProcessor.register(ImageVaeConfig, image_processor_classes={"torchvision": ImageVaeProcessor})
-
-AutoConfig.register("small_vit", SmallViTConfig)
-AutoModel.register(SmallViTConfig, SmallViTModel)
-AutoModelForImageClassification.register(SmallViTConfig, SmallViTForImageClassification)
-AutoImageProcessor.register(SmallViTConfig, image_processor_classes={"torchvision": SmallViTImageProcessor})
-
-AutoConfig.register("norm_resnet", NormResNetConfig)
-AutoModel.register(NormResNetConfig, NormResNetModel)
-AutoModelForImageClassification.register(NormResNetConfig, NormResNetForImageClassification)
-AutoImageProcessor.register(NormResNetConfig, image_processor_classes={"torchvision": ViTImageProcessor})
-
-AutoConfig.register("conv_classifier", ConvClassifierConfig)
-AutoModel.register(ConvClassifierConfig, ConvClassifierModel)
-AutoModelForImageClassification.register(ConvClassifierConfig, ConvClassifierForImageClassification)
-AutoImageProcessor.register(ConvClassifierConfig, image_processor_classes={"torchvision": ViTImageProcessor})
-
-AutoConfig.register("program_seq2seq", ProgramSeq2SeqConfig)
-AutoModelForSeq2SeqLM.register(ProgramSeq2SeqConfig, ProgramSeq2SeqForConditionalGeneration)
-
-AutoConfig.register("recurrent_lm", RecurrentLMConfig)
-AutoModel.register(RecurrentLMConfig, RecurrentLMModel)
-AutoModelForCausalLM.register(RecurrentLMConfig, RecurrentLMForCausalLM)
-
-# Checkpoints carry their own code, so that they load with trust_remote_code=True where hf_dl is not installed.
-SlotAutoencoderConfig.register_for_auto_class()
-SlotAutoencoderModel.register_for_auto_class("AutoModel")
-SlotImageProcessor.register_for_auto_class("AutoImageProcessor")
-ImageVaeConfig.register_for_auto_class()
-ImageVaeModel.register_for_auto_class("AutoModel")
-ImageVaeProcessor.register_for_auto_class("AutoImageProcessor")
-SmallViTConfig.register_for_auto_class()
-SmallViTModel.register_for_auto_class("AutoModel")
-SmallViTForImageClassification.register_for_auto_class("AutoModelForImageClassification")
-SmallViTImageProcessor.register_for_auto_class("AutoImageProcessor")
-NormResNetConfig.register_for_auto_class()
-NormResNetModel.register_for_auto_class("AutoModel")
-NormResNetForImageClassification.register_for_auto_class("AutoModelForImageClassification")
-ConvClassifierConfig.register_for_auto_class()
-ConvClassifierModel.register_for_auto_class("AutoModel")
-ConvClassifierForImageClassification.register_for_auto_class("AutoModelForImageClassification")
-ProgramSeq2SeqConfig.register_for_auto_class()
-ProgramSeq2SeqForConditionalGeneration.register_for_auto_class("AutoModelForSeq2SeqLM")
-RecurrentLMConfig.register_for_auto_class()
-RecurrentLMModel.register_for_auto_class("AutoModel")
-RecurrentLMForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 
 __all__ = [
     "ConvClassifierConfig",

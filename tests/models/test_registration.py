@@ -1,0 +1,50 @@
+"""The table of models in hf_dl.models, and what it registers."""
+
+import importlib
+import inspect
+from pathlib import Path
+
+import pytest
+import transformers
+from transformers import AutoConfig, AutoImageProcessor, PreTrainedConfig
+
+import hf_dl.models
+
+ROWS = {config.model_type: (config, models, processor) for config, models, processor in hf_dl.models.REGISTERED}
+
+
+@pytest.mark.parametrize("model_type", ROWS)
+def test_each_row_is_found_by_its_auto_classes(model_type, tmp_path):
+    config_class, models, processor = ROWS[model_type]
+    config = config_class()
+    config.save_pretrained(tmp_path)
+    assert type(AutoConfig.from_pretrained(tmp_path)) is config_class
+    for auto_class, model in models.items():
+        assert getattr(transformers, auto_class.__name__) is auto_class
+        assert auto_class._model_mapping[config_class] is model and model.config_class is config_class
+    if processor is not None:
+        # The folder's config alone is enough to find the class.
+        processor().save_pretrained(tmp_path)
+        assert type(AutoImageProcessor.from_pretrained(tmp_path)) is processor
+
+
+@pytest.mark.parametrize("model_type", ROWS)
+def test_each_class_of_ours_saves_its_code(model_type):
+    config, models, processor = ROWS[model_type]
+    assert config._auto_class == "AutoConfig"
+    assert all(model._auto_class == auto_class.__name__ for auto_class, model in models.items())
+    if processor is not None and processor.__module__.startswith("hf_dl"):
+        assert processor._auto_class == "AutoImageProcessor"
+
+
+def test_no_config_is_missing_from_the_table():
+    found = set()
+    for path in Path(hf_dl.models.__file__).parent.glob("*.py"):
+        module = importlib.import_module(f"hf_dl.models.{path.stem}")
+        found |= {
+            value
+            for _, value in inspect.getmembers(module, inspect.isclass)
+            if issubclass(value, PreTrainedConfig) and value.__module__ == module.__name__
+        }
+    assert found == {config for config, _, _ in ROWS.values()}
+    assert all(hasattr(hf_dl.models, name) for name in hf_dl.models.__all__)
