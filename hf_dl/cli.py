@@ -19,7 +19,7 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from hf_dl import __version__
+import hf_dl
 
 # Training scripts and `accelerate launch` both have these options. Without `--` the script gets them.
 SHARED_OPTIONS = {"--mixed_precision", "--max_restarts"}
@@ -321,7 +321,7 @@ def main(argv: list[str] | None = None) -> int:
         print(describe_all())
         return 0 if words else 2
     if words[0] == "--version":
-        print(f"hf_dl {__version__}")
+        print(f"hf_dl {hf_dl.__version__}")
         return 0
     try:
         name = choose("command", words[0], COMMANDS)

@@ -22,6 +22,7 @@ ALLOWED = {
     "recipes": BELOW,
     "demo": {*BELOW, "recipes"},
     "cli": {*BELOW, "recipes", "demo", "publishing"},
+    "__main__": {"cli"},
     "publishing": {*BELOW, "recipes", "demo"},
 }
 OUTSIDE = {"scripts", "spaces", "tests"}

@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,8 +19,8 @@ from hf_dl.models import (
     make_autoencoder,
 )
 from hf_dl.pipelines.slot_diffusion import SlotDiffusionPipeline, noise_schedule
+from hf_dl.publishing.command import main, make_parser, prepare
 from hf_dl.reporting.card import LOCAL_ID, run_card
-from scripts.publish import main
 from tests.loopback_hub import TOKEN, LoopbackHub
 from tests.reporting.fake_runs import write_run
 
@@ -140,7 +141,7 @@ def test_published_slots_load_with_and_without_hf_dl(slots_run, tmp_path):
 # One process for many calls: huggingface_hub takes a second to import, and reads HF_TOKEN anew at each call.
 CALLS = """
 import json, os, sys
-from scripts.publish import main
+from hf_dl.publishing.command import main, make_parser, prepare
 for token, argv in json.loads(sys.argv[1]):
     os.environ.pop("HF_TOKEN", None)
     os.environ.update({"HF_TOKEN": token} if token else {})
@@ -168,12 +169,12 @@ def test_published_space_and_what_the_hub_refuses(space, tmp_path):
             (me, name, "--tag", "v1"),
         )
         assert [line for line in said if line.startswith("status")] == [f"status {n}" for n in (0, 1, 1, 1, 0, 1)]
-        sentences = [line for line in said if line.startswith("publish.py: ")]
+        sentences = [line for line in said if line.startswith("publish: ")]
         assert len(sentences) == 4
-        assert "You are not logged in; run `hf auth login`" in sentences[0]
-        assert "does not know your token" in sentences[1]
+        assert "You are not logged in. Run `hf auth login`" in sentences[0]
+        assert "does not accept your token" in sentences[1]
         assert "me may not write to 'you/explorer'" in sentences[2]
-        assert "tag='v1' exists already" in sentences[3]
+        assert "tag='v1' already exists" in sentences[3]
         repo = hub.repos["space", name]
         assert repo.sdk == "gradio" and repo.private and repo.messages == ["initial commit", "First"]
         files = hub.files(name, "v1", type="space")
@@ -265,7 +266,7 @@ for name in ("slots", "vit", "bad"):
 def test_dry_run_lists_what_would_go(slots_run, capsys):
     assert main([str(slots_run), "me/slots", "--dry_run", "--revision", "next"]) == 0
     out = capsys.readouterr().out
-    assert "/me/slots, branch next" in out and "model.safetensors" in out and "nothing was sent" in out
+    assert "/me/slots, branch next" in out and "model.safetensors" in out and "Nothing was sent" in out
     assert "checkpoints" not in out and "log.jsonl" not in out and "best" not in out
     assert not (slots_run / "README.md").exists()
 
@@ -287,8 +288,8 @@ def test_stock_model_with_a_head(vit_run, capsys):
     results["metrics"]["test_accuracy"] = 0.8
     (vit_run / "results.json").write_text(json.dumps(results))
     error = problems_of(capsys, vit_run, "me/vit")
-    assert "README.md says test_accuracy = 0.9, results.json says 0.8" in error
-    assert "The table of README.md says test_accuracy = 0.9000, results.json says 0.8000" in error
+    assert "README.md says test_accuracy = 0.9, but results.json says 0.8" in error
+    assert "The table of README.md says test_accuracy = 0.9000, but results.json says 0.8000" in error
 
 
 def damage_truncate(folder):
@@ -361,7 +362,7 @@ def test_a_pipeline_and_a_model_of_diffusers(tmp_path, capsys):
     whole = weights.read_bytes()
     weights.write_bytes(whole[:1000])
     assert main([str(folder), "me/pipeline", "--dry_run"]) == 1
-    assert "diffusion_pytorch_model.safetensors is cut short or damaged" in capsys.readouterr().err
+    assert "diffusion_pytorch_model.safetensors is incomplete or damaged" in capsys.readouterr().err
     weights.write_bytes(whole)
     index = json.loads((folder / "model_index.json").read_text())
     (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": "StableDiffusionPipeline"}))
@@ -372,9 +373,9 @@ def test_a_pipeline_and_a_model_of_diffusers(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (damage_truncate, "model.safetensors is cut short or damaged"),
+        (damage_truncate, "model.safetensors is incomplete or damaged"),
         (damage_nan, "classifier.bias has values that are not finite"),
-        (damage_missing, r"The weights lack 1 tensors that config.json implies (classifier.bias"),
+        (damage_missing, r"The weights lack 1 tensors of the model in config.json (classifier.bias"),
         (damage_config, "from_pretrained cannot load"),
         (damage_class, "config.json names the class 'Nothing', which neither"),
         (damage_results, "results.json is cut short or damaged"),
@@ -388,10 +389,13 @@ def test_a_pipeline_and_a_model_of_diffusers(tmp_path, capsys):
         (lambda folder: (folder / "preprocessor_config.json").unlink(), "has no processor or tokenizer"),
         (lambda folder: (folder / "preprocessor_config.json").write_text("{"), "preprocessor_config.json cannot be"),
         (lambda folder: (folder / "extra.bin").write_bytes(b""), "extra.bin is a pickle"),
-        (lambda folder: (folder / "a.py").write_text(f'T = "hf_{"a" * 34}"'), "a.py holds what looks like a Hugging"),
+        (
+            lambda folder: (folder / "a.py").write_text(f'T = "hf_{"a" * 34}"'),
+            "a.py contains what looks like",
+        ),
         (
             lambda folder: (folder / "a.txt").write_text("in /home/me/data/x.png"),
-            "a.txt names the path '/home/me/data",
+            "a.txt contains the path '/home/me/data",
         ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -404,19 +408,19 @@ def test_each_fault_is_a_sentence(vit_run, capsys, damage, message):
 
 
 def test_a_file_above_the_limit(space, capsys, monkeypatch):
-    monkeypatch.setattr("scripts.publish.MAX_GIGABYTES", 1e-9)
-    assert "limit for a file" in problems_of(capsys, space, "me/space", "--type", "space")
+    monkeypatch.setattr("hf_dl.publishing.files.MAX_GIGABYTES", 1e-9)
+    assert "the limit is 1e-09 GB" in problems_of(capsys, space, "me/space", "--type", "space")
 
 
 @pytest.mark.parametrize(
     ("file", "old", "new", "message"),
     [
-        ("README.md", "sdk: gradio", "sdk: docker", "sdk='docker'; write 'sdk: gradio'"),
-        ("README.md", "title: Slots\n", "", "lacks 'title'"),
+        ("README.md", "sdk: gradio", "sdk: docker", "sdk='docker'. Write 'sdk: gradio'"),
+        ("README.md", "title: Slots\n", "", "has no 'title'"),
         ("README.md", "app_file: app.py", "app_file: main.py", "app_file='main.py' does not exist"),
-        ("README.md", "title: Slots", "title: [", "metadata that cannot be read"),
+        ("README.md", "title: Slots", "title: [", "invalid metadata"),
         ("README.md", "---\ntitle", "title", "sdk=None"),
-        ("app.py", "import gradio", "import gradio as", "app.py is not Python: "),
+        ("app.py", "import gradio", "import gradio as", "app.py is not valid Python: "),
         ("requirements.txt", None, None, "has no requirements.txt"),
         ("README.md", None, None, "has no README.md"),
     ],
@@ -433,11 +437,11 @@ def test_each_fault_of_a_space_is_a_sentence(space, capsys, file, old, new, mess
 
 @pytest.mark.parametrize("repo_id", ["slots", "a/b/c", "me/", "me/sl ots", "me/--x", "me/x.git"])
 def test_malformed_repository_ids(space, capsys, repo_id):
-    assert f"repo_id={repo_id!r} is malformed" in problems_of(capsys, space, repo_id, "--type", "space")
+    assert f"repo_id={repo_id!r} is invalid" in problems_of(capsys, space, repo_id, "--type", "space")
 
 
 def test_missing_folder(tmp_path, capsys):
-    assert "does not exist; name the folder of a run" in problems_of(capsys, tmp_path / "no", "me/slots")
+    assert "does not exist. Name the folder of a run" in problems_of(capsys, tmp_path / "no", "me/slots")
 
 
 def test_spaces_of_the_project_are_ready(capsys):
@@ -448,3 +452,88 @@ def test_spaces_of_the_project_are_ready(capsys):
 
 def test_token_is_no_secret():
     assert len(TOKEN) < 30  # so that publish.py's own check does not take it for a real one
+
+
+# ------------------------------------------------------------------------------------------------ what a Space needs
+
+
+@pytest.fixture
+def space_with_package(space):
+    (space / "requirements.txt").write_text("# for the page\nhf-dl>=0.1,<1\ntorch>=2.11,<3\neinops\n")
+    return space
+
+
+def prepare_space(*args):
+    return prepare(make_parser().parse_args([*map(str, args), "--type", "space"]))
+
+
+def test_the_package_is_copied_into_a_space(space_with_package):
+    files, problems = prepare_space(space_with_package, "me/space")
+    assert not problems
+    assert files["hf_dl/__init__.py"] == ROOT / "hf_dl/__init__.py"
+    assert not [name for name in files if "__pycache__" in name or name.startswith("hf_dl/bundle")]
+    lines = files["requirements.txt"].decode().splitlines()
+    names = [re.match(r"[\w.-]+", line)[0] for line in lines]
+    assert {"torch", "transformers", "diffusers", "einops"} <= set(names) and len(set(names)) == len(names)
+    assert not {"hf_dl", "hf-dl", "gradio", "tensorboard"} & set(names)
+
+
+@pytest.mark.parametrize(
+    ("package", "line"),
+    [("hf_dl>=0.1,<1", "hf_dl>=0.1,<1"), ("git+https://x.org/hf_dl", "hf_dl @ git+https://x.org/hf_dl")],
+)
+def test_the_package_of_a_space_can_come_from_elsewhere(space_with_package, package, line):
+    files, problems = prepare_space(space_with_package, "me/space", "--package", package)
+    assert not problems and not [name for name in files if name.startswith("hf_dl/")]
+    assert files["requirements.txt"].decode().splitlines() == [line, "torch>=2.11,<3", "einops"]
+
+
+def test_a_space_without_the_package_stays_as_it_is(space):
+    files, _ = prepare_space(space, "me/space")
+    assert files == {path.name: path for path in space.iterdir()}
+
+
+def test_a_model_is_copied_into_a_space(space, slots_run):
+    files, problems = prepare_space(space, "me/space", "--model", slots_run)
+    assert not problems
+    found = {name for name in files if name.startswith("model/")}
+    assert found == {f"model/{name}" for name in ("config.json", "model.safetensors", "preprocessor_config.json")}
+
+
+def test_a_pipeline_is_copied_into_a_space(space, tmp_path):
+    _write_pipeline(tmp_path / "pipeline")
+    files, problems = prepare_space(space, "me/space", "--model", tmp_path / "pipeline")
+    assert not problems
+    copy = tmp_path / "copy"
+    for name, path in files.items():
+        if name.startswith("model/"):
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            (copy / name).write_bytes(path.read_bytes())
+    assert SlotDiffusionPipeline.from_pretrained(copy / "model").unet.config.sample_size == 8
+
+
+def test_faults_of_a_copied_model_are_sentences(space, vit_run, capsys, monkeypatch):
+    options = (space, "me/space", "--type", "space", "--model")
+    assert "model='no-run' does not exist. Name the folder of a run" in problems_of(capsys, *options, "no-run")
+    damage_truncate(vit_run)
+    assert "model.safetensors is incomplete" in problems_of(capsys, *options, vit_run)
+    monkeypatch.setattr("hf_dl.publishing.spaces.MAX_MODEL_MEGABYTES", 1e-3)
+    assert "the limit is 0.001 MB. Publish it as a model" in problems_of(capsys, *options, vit_run)
+
+
+def test_a_model_takes_no_options_of_a_space(vit_run, capsys):
+    with pytest.raises(SystemExit):
+        main([str(vit_run), "me/vit", "--package", "hf_dl"])
+    assert "--model and --package need --type space" in capsys.readouterr().err
+
+
+def test_old_files_of_the_package_are_deleted(space_with_package, tmp_path):
+    words = [str(space_with_package), "me/space", "--type", "space"]
+    with LoopbackHub() as hub:
+        assert publish(*words, env=hub.env(tmp_path / "home")).returncode == 0
+        assert "hf_dl/cli.py" in hub.files("me/space", type="space")
+        repo = hub.repos["space", "me/space"]
+        assert len(repo.messages) == 2  # one commit after the first one of the Hub
+        done = publish(*words, "--package", "hf_dl>=0.1,<1", env=hub.env(tmp_path / "home"))
+        assert done.returncode == 0, done.stderr
+        assert not [name for name in hub.files("me/space", type="space") if name.startswith("hf_dl/")]

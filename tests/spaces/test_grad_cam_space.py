@@ -12,7 +12,7 @@ from transformers import HfArgumentParser, ViTConfig, ViTForImageClassification,
 from hf_dl import demo
 from hf_dl.explain import grad_cam
 from hf_dl.models.norm_resnet import NormResNetConfig, NormResNetForImageClassification, image_processor
-from scripts.publish import main as publish
+from hf_dl.publishing.command import main as publish
 
 from .pages import (
     HOSTILE,

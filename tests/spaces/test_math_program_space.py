@@ -5,7 +5,7 @@ import pytest
 from transformers import HfArgumentParser
 
 from hf_dl.pipelines.math_program import MathProgramPipeline
-from scripts.publish import main as publish
+from hf_dl.publishing.command import main as publish
 from tests.pipelines.tiny_solver import TRAIN, make_solver
 
 from .pages import ROOT, build_demo, check_space, check_unknown_model, load_app, serve, text_of, wait_for, write_script

@@ -11,7 +11,7 @@ from hf_dl import demo
 from hf_dl.explain import WAYS, attention_maps, fill_patches, ranked_patches
 from hf_dl.models.norm_resnet import NormResNetConfig, NormResNetForImageClassification, image_processor
 from hf_dl.models.small_vit import SmallViTConfig, SmallViTForImageClassification, SmallViTImageProcessor
-from scripts.publish import main as publish
+from hf_dl.publishing.command import main as publish
 
 from .pages import (
     HOSTILE,

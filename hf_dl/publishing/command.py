@@ -1,0 +1,97 @@
+"""The command line of scripts/publish.py and `hf-dl publish`."""
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+from huggingface_hub import constants
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from .files import Files, check_files, collect_files, human_size, one_line, size_of
+from .hub import push
+from .models import check_model
+from .spaces import add_model, add_package, check_space
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = argparse.ArgumentParser(
+        "publish", description="Check a trained model or a Space, and push it to the Hub.", allow_abbrev=False
+    )
+    parser.add_argument("folder", type=Path, help="folder of a run or of a Space")
+    parser.add_argument("repo_id", help="repository to push to, as owner/name")
+    parser.add_argument("--type", choices=["model", "space"], default="model", help="kind of the repository")
+    parser.add_argument("--model", type=Path, help="folder of a run that is copied into the Space, for --type space")
+    parser.add_argument(
+        "--package", help="requirement that installs hf_dl in the Space; default: copy the package into the Space"
+    )
+    parser.add_argument("--private", action="store_true", help="create the repository as a private one")
+    parser.add_argument("--dry_run", action="store_true", help="check and list the files; do not contact the Hub")
+    parser.add_argument("--revision", help="branch to push to, created if it does not exist; default: main")
+    parser.add_argument("--tag", help="tag of the commit, such as v1.0")
+    parser.add_argument("--message", help="message of the commit")
+    return parser
+
+
+def prepare(args: argparse.Namespace) -> tuple[Files, list[str]]:
+    """Return the files that will be pushed, and a sentence for each problem."""
+    files = collect_files(args.folder)
+    if args.type == "model":
+        problems = [*check_model(args.folder, args.repo_id, files)]
+    else:
+        problems = [*check_space(args.folder), *(add_model(files, args.model) if args.model else [])]
+    problems += check_files(files)
+    if args.type == "space":
+        add_package(files, args.package)
+    return files, problems
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Check and publish a folder.
+
+    Args:
+        argv: The command line. Defaults to `sys.argv`.
+
+    Returns:
+        The exit status: 0, or 1 if there is a problem.
+    """
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    if args.type == "model" and (args.model or args.package):
+        parser.error("--model and --package need --type space.")
+    try:
+        if not re.fullmatch(r"[^/]+/[^/]+", args.repo_id):
+            raise HFValidationError("it must have the form owner/name")
+        validate_repo_id(args.repo_id)
+    except HFValidationError as error:
+        print(f"publish: repo_id={args.repo_id!r} is invalid: {one_line(error)}", file=sys.stderr)
+        return 1
+    if not args.folder.is_dir():
+        print(f"publish: folder={str(args.folder)!r} does not exist. Name the folder of a run.", file=sys.stderr)
+        return 1
+    files, problems = prepare(args)
+    if problems:
+        print(f"publish: {args.folder} is not ready to be published:", file=sys.stderr)
+        print("\n".join(f"- {problem}" for problem in problems), file=sys.stderr)
+        return 1
+    prefix = "" if args.type == "model" else "spaces/"
+    print(f"{args.type} {constants.ENDPOINT}/{prefix}{args.repo_id}, branch {args.revision or 'main'}")
+    for name in sorted(files):
+        print(f"  {human_size(size_of(files[name])):>9}  {name}")
+    print(f"  {human_size(sum(map(size_of, files.values()))):>9}  in {len(files)} files")
+    if args.dry_run:
+        print("All checks passed. Nothing was sent (--dry_run).")
+        return 0
+    options = {name: getattr(args, name) for name in ("private", "revision", "tag", "message")}
+    try:
+        url = push(files, args.repo_id, repo_type="model" if args.type == "model" else "space", **options)
+    except ValueError as error:
+        print(f"publish: {error}", file=sys.stderr)
+        return 1
+    except Exception as error:  # the errors of the HTTP client have no base class that huggingface_hub exports
+        print(f"publish: the Hub returned an error or could not be reached: {one_line(error)}", file=sys.stderr)
+        return 1
+    print(f"Published: {url}")
+    return 0

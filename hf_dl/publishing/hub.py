@@ -1,0 +1,77 @@
+"""Push files to the Hub in one commit."""
+
+from typing import Literal
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+
+from .files import Files
+
+# The publish command writes these folders of a Space completely, so old files in them are deleted.
+OWNED = ("hf_dl/", "model/")
+
+
+def push(
+    files: Files,
+    repo_id: str,
+    *,
+    repo_type: Literal["model", "space"] = "model",
+    private: bool = False,
+    revision: str | None = None,
+    tag: str | None = None,
+    message: str | None = None,
+) -> str:
+    """Create the repository if it does not exist, and put all files there in one commit.
+
+    Args:
+        files: The files.
+        repo_id: The repository, as owner/name.
+        repo_type: Kind of the repository.
+        private: Create the repository as a private one. An existing repository stays as it is.
+        revision: Branch, which is created if it does not exist. Defaults to the main branch.
+        tag: Tag of the new commit.
+        message: Message of the commit. Defaults to "Publish <name>".
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        ValueError: If the token is missing or invalid, if it may not write, or if the tag exists.
+    """
+    api = HfApi()
+    target = {"repo_id": repo_id, "repo_type": repo_type}
+    try:
+        user = api.whoami()["name"]
+    except LocalTokenNotFoundError:
+        raise ValueError(
+            "You are not logged in. Run `hf auth login`, or set HF_TOKEN to a token with write access."
+        ) from None
+    except HfHubHTTPError as error:
+        if error.response.status_code == 401:
+            raise ValueError("The Hub does not accept your token. Run `hf auth login` with a new one.") from error
+        raise
+    space = {"space_sdk": "gradio"} if repo_type == "space" else {}
+    try:
+        api.create_repo(**target, private=private or None, exist_ok=True, **space)
+    except HfHubHTTPError as error:
+        if error.response.status_code in (401, 403):
+            raise ValueError(
+                f"{user} may not write to {repo_id!r}. Use your own name or the name of your organization, and a "
+                "token with write access."
+            ) from error
+        raise
+    if tag and tag in [each.name for each in api.list_repo_refs(**target).tags]:
+        raise ValueError(f"tag={tag!r} already exists in {repo_id}. Choose another tag. Nothing was pushed.")
+    if revision:
+        api.create_branch(**target, branch=revision, exist_ok=True)
+    # upload_folder may need several commits for one folder, and a reader could load half of a model in between
+    operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in files.items()]
+    if repo_type == "space":
+        present = api.list_repo_files(**target, revision=revision)
+        old = [name for name in present if name.startswith(OWNED) and name not in files]
+        operations += [CommitOperationDelete(path_in_repo=name) for name in old]
+    message = message or f"Publish {repo_id.split('/')[1]}"
+    commit = api.create_commit(**target, operations=operations, commit_message=message, revision=revision)
+    if tag:
+        api.create_tag(**target, tag=tag, revision=commit.oid)
+    return commit.commit_url
