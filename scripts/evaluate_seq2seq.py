@@ -25,7 +25,8 @@ from transformers import AutoTokenizer, HfArgumentParser, PreTrainedTokenizerBas
 from hf_dl import programs
 from hf_dl.data import math_programs
 from hf_dl.data.collate import as_is
-from hf_dl.metrics.programs import lookup_baseline, nearest_baseline, program_scores
+from hf_dl.metrics.program_baselines import lookup_baseline, nearest_baseline
+from hf_dl.metrics.programs import program_scores
 from hf_dl.models.beam_search import BeamSearchOutput
 from hf_dl.models.program_seq2seq import ProgramSeq2SeqConfig, ProgramSeq2SeqForConditionalGeneration
 from hf_dl.pipelines.math_program import MathProgramPipeline, choose

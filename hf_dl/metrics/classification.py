@@ -8,8 +8,8 @@ With n[c, k] = how many examples of class c were taken for class k:
 Macro F1 is the mean of the F1 of the classes; micro F1 puts the sums over all classes into the formula and is the
 accuracy where each example has one label. Everything equals scikit-learn's scores of the same name.
 
-A confusion matrix can be added up over batches and processes. This file stands alone, so `evaluate.load` of its path
-works without a network.
+A confusion matrix can be added up over batches and processes. `hf_dl.metrics.spaces` publishes this file as it is, so
+it imports nothing of hf_dl.
 """
 
 from collections.abc import Sequence
@@ -193,8 +193,7 @@ def top_k_hits(scores: Tensor, references: Tensor, *, k: int = 5) -> Tensor:
 class ClassificationMetric(evaluate.Metric):
     """`classification_scores` as an `evaluate` metric, for predicted classes or for scores of all classes.
 
-    Given scores, `compute` adds `top_{k}_accuracy`. `evaluate.load("<path to>/hf_dl/metrics/classification.py")` gives
-    the same metric.
+    Given scores, `compute` adds `top_{k}_accuracy`.
 
     Example:
         >>> metric = ClassificationMetric()

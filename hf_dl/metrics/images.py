@@ -10,7 +10,7 @@ Differs from clean-fid in two places: the trace of the matrix square root comes 
 when there are fewer images than features; and KID uses all pairs of images rather than random subsets, so it is
 deterministic. Numbers of different extractors, or of different numbers of images, cannot be compared.
 
-This file stands alone, so `evaluate.load` of its path works without a network.
+`hf_dl.metrics.spaces` publishes this file as it is, so it imports nothing of hf_dl.
 """
 
 import hashlib
@@ -119,8 +119,11 @@ class RandomConvFeatures(nn.Module):
         return torch.cat(features, dim=1)
 
 
+FEATURES = {extractor.name: extractor for extractor in (InceptionFeatures, RandomConvFeatures)}
+
+
 def default_features() -> nn.Module:
-    """Clean-fid's Inception where its weights are present, `RandomConvFeatures` elsewhere; never downloads."""
+    """Return Inception features if the weight file of clean-fid exists, and `RandomConvFeatures` otherwise."""
     return InceptionFeatures(INCEPTION_PATH) if INCEPTION_PATH.is_file() else RandomConvFeatures()
 
 
@@ -348,8 +351,8 @@ def kid(
 class FrechetDistance(evaluate.Metric):
     """`fid` as an `evaluate` metric: predictions are the generated, references the real images, equally many.
 
-    Images are PIL images or uint8 arrays (height, width, 3). `evaluate.load("<path to>/hf_dl/metrics/images.py")` is
-    the same metric.
+    Images are PIL images or uint8 arrays (height, width, 3). `features` is an extractor, or its name in `FEATURES`.
+    Defaults to `default_features()`.
 
     Example:
         >>> metric = FrechetDistance()
@@ -367,5 +370,9 @@ class FrechetDistance(evaluate.Metric):
             features=datasets.Features({"predictions": datasets.Image(), "references": datasets.Image()}),
         )
 
-    def _compute(self, predictions: Any, references: Any, features: nn.Module | None = None) -> dict[str, float]:
+    def _compute(self, predictions: Any, references: Any, features: nn.Module | str | None = None) -> dict[str, float]:
+        if isinstance(features, str):
+            if features not in FEATURES:
+                raise ValueError(f"features={features!r} is unknown. Choose one of: {', '.join(FEATURES)}.")
+            features = FEATURES[features]()
         return fid(references, predictions, features=features or default_features())

@@ -1,28 +1,22 @@
-"""Scores of predicted programs, apart for templates that were trained on and others; and two baselines that retrieve.
+"""Scores of predicted programs, overall and by whether the template of a problem is in the training data.
 
-* Exact match: the text is that of the reference, spaces and one `|` behind the last step aside.
-* Token match: the share of the reference's tokens that the prediction has at the same place.
-* Execution accuracy: the program's value is within 2 % of the answer.
-* Executes: the program has a value at all.
+* Exact match: the text equals the reference. Spaces and one `|` at the end do not count.
+* Token match: share of reference tokens that the prediction has at the same position.
+* Execution accuracy: the value of the program is within 2 % of the answer.
+* Executes: the program has a value.
 
-`lookup_baseline` and `nearest_baseline` understand nothing and copy a program of the training split. On MathQA they
-beat many published models wherever the test problem is a training problem with other numbers, so no table is honest
-without them and without its unseen column.
-
-Only `hf_dl.programs` is imported, so `evaluate.load` of this file's path works without a network where hf_dl is there.
+`hf_dl.metrics.spaces` publishes `ProgramMetric` together with the files of `hf_dl.programs` that this file imports.
 """
 
-from collections import Counter
 from collections.abc import Sequence
 
 import datasets
 import evaluate
 import numpy as np
-from sklearn.feature_extraction.text import TfidfVectorizer
 
-from hf_dl.programs import Number, ProgramError, execute, is_close
-
-_CHUNK = 256  # test problems that are compared with all of training at a time
+from ..programs.execution import execute, is_close
+from ..programs.language import ProgramError
+from ..programs.operations import Number
 
 
 def exact_match(prediction: str, reference: str) -> bool:
@@ -126,42 +120,6 @@ def program_scores(
     return scores
 
 
-def lookup_baseline(train: datasets.Dataset, test: datasets.Dataset) -> list[str]:
-    """Predict the program of a training problem with the same template: the most frequent, of equals the first.
-
-    Args:
-        train: Problems with the columns `template` and `program`.
-        test: Problems with the column `template`.
-
-    Returns:
-        Programs; "" where no training problem has the template.
-    """
-    found: dict[str, Counter[str]] = {}
-    for template, program in zip(train["template"], train["program"], strict=True):
-        found.setdefault(template, Counter())[program] += 1
-    return [found[each].most_common(1)[0][0] if each in found else "" for each in test["template"]]
-
-
-def nearest_baseline(train: datasets.Dataset, test: datasets.Dataset) -> list[str]:
-    """Predict the program of the training problem whose text is nearest: TF-IDF, cosine, one neighbor.
-
-    Args:
-        train: Problems with the columns `template` and `program`.
-        test: Problems with the column `template`.
-
-    Returns:
-        Programs.
-    """
-    vectorizer = TfidfVectorizer(ngram_range=(1, 2), token_pattern=r"\S+", sublinear_tf=True)
-    known = vectorizer.fit_transform(train["template"]).T.tocsr()
-    texts = vectorizer.transform(test["template"])
-    programs = list(train["program"])
-    places = []
-    for start in range(0, texts.shape[0], _CHUNK):
-        places += (texts[start : start + _CHUNK] @ known).toarray().argmax(1).tolist()
-    return [programs[place] for place in places]
-
-
 def _plain(program: str) -> str:
     return "".join(program.split()).removesuffix("|")
 
@@ -174,8 +132,6 @@ def _tokens(program: str) -> list[str]:
 
 class ProgramMetric(evaluate.Metric):
     """`program_scores` as an `evaluate` metric.
-
-    `evaluate.load("<path to>/hf_dl/metrics/programs.py")` gives the same metric.
 
     Example:
         >>> metric = ProgramMetric()

@@ -11,7 +11,7 @@ n[k, c] = number of pixels in predicted segment k and target segment c.
 * mIoU with optimal matching, and mean best overlap: Pont-Tuset et al., "Multiscale combinatorial grouping",
   TPAMI 2017, as used for slots by Seitzer et al., "Bridging the gap to real-world object-centric learning", ICLR 2023.
 
-This file stands alone, so `evaluate.load` of its path works without a network.
+`hf_dl.metrics.spaces` publishes this file as it is, so it imports nothing of hf_dl.
 """
 
 from collections.abc import Iterator
@@ -108,8 +108,7 @@ def segmentation_scores(predictions: Tensor, references: Tensor, *, mask: str = 
 class SegmentationMetric(evaluate.Metric):
     """`segmentation_scores` as an `evaluate` metric; masks of one size, given at once or with `add_batch`.
 
-    `evaluate.load("<path to>/hf_dl/metrics/segmentation.py")` gives the same metric. Under several processes gather
-    predictions and references and add them in the main process.
+    With several processes, gather predictions and references, and add them in the main process.
 
     Example:
         >>> metric = SegmentationMetric()

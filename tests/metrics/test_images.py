@@ -1,7 +1,6 @@
 import hashlib
 import warnings
 
-import evaluate
 import numpy as np
 import pytest
 import scipy.linalg
@@ -280,15 +279,17 @@ def test_default_features_are_inception_where_the_file_is_present(tmp_path, monk
     assert default_features().name == "inception"
 
 
-@pytest.mark.parametrize("how", ["import", "load"])
-def test_evaluate_metric(how, tmp_path):
-    load = FrechetDistance if how == "import" else lambda **kwargs: evaluate.load(images_module.__file__, **kwargs)
-    metric = load(cache_dir=str(tmp_path))
+def test_evaluate_metric(tmp_path):
+    metric = FrechetDistance(cache_dir=str(tmp_path))
     real, fake = blobs(6, 0), blobs(6, 1)
     metric.add_batch(predictions=list(fake[:4]), references=[Image.fromarray(x) for x in real[:4]])
     metric.add_batch(predictions=list(fake[4:]), references=list(real[4:]))
     expected = fid(as_tensor(real), as_tensor(fake), features=RandomConvFeatures())
     assert metric.compute(features=RandomConvFeatures()) == pytest.approx(expected)
+    metric.add_batch(predictions=list(fake), references=list(real))
+    assert metric.compute(features="random_conv_v1") == pytest.approx(expected)
+    with pytest.raises(ValueError, match="features='resnet' is unknown. Choose one of: inception, random_conv_v1"):
+        metric.compute(predictions=list(fake), references=list(real), features="resnet")
 
 
 @pytest.mark.gpu

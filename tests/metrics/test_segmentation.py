@@ -1,17 +1,12 @@
 import math
-from pathlib import Path
 
-import evaluate
 import numpy as np
 import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
 from sklearn.metrics import adjusted_rand_score
 
-import hf_dl.metrics.segmentation as segmentation
 from hf_dl.metrics.segmentation import SegmentationMetric, adjusted_rand_index, segmentation_scores
-
-SOURCE = Path(segmentation.__file__)
 
 
 def random_masks(batch, size, labels, seed):
@@ -188,12 +183,8 @@ def test_scores_of_no_image_and_of_too_many_segments_get_a_sentence():
         segmentation_scores(pixels, pixels)
 
 
-@pytest.mark.parametrize("how", ["import", "load"])
-def test_evaluate_metric(how, tmp_path):
-    if how == "import":
-        metric = SegmentationMetric(cache_dir=str(tmp_path))
-    else:
-        metric = evaluate.load(str(SOURCE), cache_dir=str(tmp_path))
+def test_evaluate_metric(tmp_path):
+    metric = SegmentationMetric(cache_dir=str(tmp_path))
     prediction, target = random_masks(9, 8, 4, 0), random_masks(9, 8, 3, 1)
     for rows in (slice(0, 4), slice(4, 9)):
         metric.add_batch(predictions=prediction[rows], references=target[rows].numpy())
