@@ -1,6 +1,6 @@
 """Evaluate an image classifier: scores, confusion matrix, and precision and recall per class.
 
-scripts/run python scripts/evaluate_classifier.py --model runs/train_classifier
+    scripts/run python scripts/evaluate_classifier.py --model runs/train_classifier
 
 Evaluation takes a few seconds on two CPU cores. The script writes evaluation.json, classes.csv and confusion.png into
 the folder of the model, and the scores should match the test scores in its model card. `--model` is the folder or Hub

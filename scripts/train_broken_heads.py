@@ -1,6 +1,6 @@
 """Train a classifier with a faulty output layer: how low is the accuracy, and does anything else show the mistake?
 
-scripts/run accelerate launch scripts/train_broken_heads.py --mistake softmax_before_hierarchical
+    scripts/run accelerate launch scripts/train_broken_heads.py --mistake softmax_before_hierarchical
 
 hf_dl/recipes/broken_heads.py explains each mistake and its correction. Choose none_softmax, none_gumbel,
 none_hierarchical or none_adaptive for the correct layer. Two epochs on 100 classes take about a minute on one CPU

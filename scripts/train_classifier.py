@@ -1,9 +1,10 @@
 r"""Train an image classifier.
 
-scripts/run accelerate launch scripts/train_classifier.py
-scripts/run accelerate launch scripts/train_classifier.py --model small_vit --image_size 64 --optimizer adamw \
-    --learning_rate 1e-3 --epochs 30
-scripts/run accelerate launch scripts/train_classifier.py --model conv_classifier --head hierarchical --tree superclass
+    scripts/run accelerate launch scripts/train_classifier.py
+    scripts/run accelerate launch scripts/train_classifier.py --model small_vit --image_size 64 --optimizer adamw \
+        --learning_rate 1e-3 --epochs 30
+    scripts/run accelerate launch scripts/train_classifier.py --model conv_classifier --head hierarchical \
+        --tree superclass
 
 The first command trains a residual network with 14 layers on generated images with one object each. It takes a few
 minutes on two CPU cores. model_cards/norms.md lists times and scores for several normalizations.

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_dl.data.text import TokenStream, encode, load
+from hf_dl.models.recurrent_lm import RecurrentLMForCausalLM
 from hf_dl.reporting.card import read_card
 from hf_dl.reporting.experiment import read_experiment
 from scripts import evaluate_language_model, run_experiment, train_language_model
@@ -91,13 +92,13 @@ def test_each_output_layer_trains_and_is_scored_on_the_same_tokens(tmp_path, fin
 
 
 def test_it_learns_from_a_state_that_it_carries_on(tmp_path, monkeypatch):
-    states, forward = [], train_language_model.lm.RecurrentLMForCausalLM.forward
+    states, forward = [], RecurrentLMForCausalLM.forward
 
     def watched(model, *given, state=None, **options):
         states.append(state if model.training else "evaluation")
         return forward(model, *given, state=state, **options)
 
-    monkeypatch.setattr(train_language_model.lm.RecurrentLMForCausalLM, "forward", watched)
+    monkeypatch.setattr(RecurrentLMForCausalLM, "forward", watched)
     flags = ["--epochs=12", "--eval_epochs=4", "--learning_rate=2e-2", "--head=hierarchical", "--sparse=true"]
     metrics = train(tmp_path, *flags, "--dropout=0", "--num_test=5")
     assert metrics["train_perplexity"] < 0.3 * metrics["vocab_size"]
@@ -151,12 +152,12 @@ def test_characters(tmp_path):
         (["--head=sofmax"], "head='sofmax' is unknown. Choose one of: softmax, gumbel"),
         (
             ["--head=hierarchical:oak"],
-            "head='hierarchical:oak' is unknown; trees are hierarchical: and one of huffman",
+            "head='hierarchical:oak' is unknown. Use hierarchical:TREE with a tree of: huffman",
         ),
-        (["--head=softmax:huffman"], "head='softmax:huffman' is unknown"),
-        (["--accumulation=2"], "accumulation=2 must be 1: the state goes on from batch to batch"),
-        (["--sparse=true", "--optimizer=sgd"], "optimizer='sgd' does not go with sparse=True; choose adamw"),
-        (["--temperature=0"], "temperature=0.0 must be above 0"),
+        (["--head=softmax:huffman"], "head='softmax:huffman' is unknown. Use softmax."),
+        (["--accumulation=2"], "accumulation=2 must be 1, because the LSTM state"),
+        (["--sparse=true", "--optimizer=sgd"], "optimizer='sgd' does not support sparse=True. Use optimizer=adamw"),
+        (["--temperature=0"], "temperature=0.0 must be greater than 0"),
         (["--window=0"], "window=0 must be at least 1"),
         (["--tie_word_embeddings=true", "--head=adaptive"], "does not work with head='adaptive'"),
     ],
