@@ -28,7 +28,7 @@ from hf_dl.reporting.card import run_card
 from hf_dl.reporting.plots import plot_run
 
 from .evaluation import checked_config, hide_progress_bars
-from .output_heads import HEADS, HeadFlags, accepted_options, head_parameters, split_head
+from .output_heads import HEADS, HeadFlags, accepted_options, split_head
 
 
 @dataclass(frozen=True)
@@ -244,14 +244,14 @@ def check_head(args: Any) -> str:
         ValueError: If the head or its tree is unknown.
     """
     name, variant = split_head(args.head)
-    parameters, tree = head_parameters(name), variant or args.tree
-    if "tree" in parameters:
+    options, tree = HEADS[name].option_names({}), variant or args.tree
+    if "tree" in options:
         if tree not in TREES and not Path(tree).is_dir():
             raise ValueError(
                 f"tree={tree!r} is unknown. Choose one of: {', '.join(TREES)}; or the folder of a classifier."
             )
-    elif variant and (variant != "superclass" or "groups" not in parameters):
-        known = f"{name} or {name}:superclass" if "groups" in parameters else name
+    elif variant and (variant != "superclass" or "groups" not in options):
+        known = f"{name} or {name}:superclass" if "groups" in options else name
         raise ValueError(f"head={args.head!r} is unknown. Use {known}.")
     return name
 
@@ -313,7 +313,7 @@ def head_options(args: Any, names: Sequence[str], labels: torch.Tensor) -> dict[
     """
     name, variant = split_head(args.head)
     counts = labels.bincount(minlength=len(names)).tolist()
-    if "tree" in head_parameters(name):
+    if "tree" in HEADS[name].option_names({}):
         return tree_options(variant or args.tree, names, counts)
     offered = {
         "straight_through": args.straight_through,

@@ -23,7 +23,7 @@ from hf_dl.reporting.card import run_card
 from hf_dl.reporting.plots import plot_run
 
 from .evaluation import checked_config, hide_progress_bars
-from .output_heads import HEADS, HeadFlags, accepted_options, head_parameters, split_head
+from .output_heads import HEADS, HeadFlags, accepted_options, split_head
 
 SPLITS = {"train": "train", "val": "validation", "test": "test"}  # from the prefix of the metrics to the split
 TREES = ("huffman", "balanced", "two_level")
@@ -123,7 +123,7 @@ def make_config(args: Any, vocab_size: int, class_counts: Sequence[int] | None) 
         ValueError: If a flag has an invalid value.
     """
     name, tree = split_head(args.head)
-    has_tree = "tree" in head_parameters(name)
+    has_tree = "tree" in HEADS[name].option_names({})
     if tree and (not has_tree or tree not in TREES):
         use = f"{name}:TREE with a tree of: {', '.join(TREES)}" if has_tree else name
         raise ValueError(f"head={args.head!r} is unknown. Use {use}.")

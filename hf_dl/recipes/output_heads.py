@@ -1,10 +1,9 @@
 """Flags and options of the output layers in `HEADS`, shared by image classifiers and language models.
 
-A head is named "NAME" or "NAME:VARIANT", for example "adaptive" or "hierarchical:huffman". Its options are read from
-its signature, so a new head needs an entry in `HEADS` and no change here.
+A head is named "NAME" or "NAME:VARIANT", for example "adaptive" or "hierarchical:huffman". The head class lists its
+options, so a new head needs its class and an entry in `HEADS`, and no change here.
 """
 
-import inspect
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -58,22 +57,6 @@ def split_head(head: str) -> tuple[str, str]:
     return name, variant
 
 
-def head_parameters(name: str) -> list[str]:
-    """List the options that a head accepts.
-
-    Args:
-        name: A key of `HEADS`.
-
-    Returns:
-        Names of keyword arguments.
-
-    Example:
-        >>> head_parameters("gumbel")
-        ['bias', 'straight_through']
-    """
-    return list(inspect.signature(HEADS[name]).parameters)[2:]  # the first two are in_features and num_classes
-
-
 def accepted_options(name: str, offered: Mapping[str, Any]) -> dict[str, Any]:
     """Select the options that a head accepts. Options that are None are left out, so the head uses its default.
 
@@ -84,5 +67,5 @@ def accepted_options(name: str, offered: Mapping[str, Any]) -> dict[str, Any]:
     Returns:
         The selected options.
     """
-    parameters = head_parameters(name)
-    return {key: value for key, value in offered.items() if key in parameters and value is not None}
+    known = HEADS[name].option_names(offered)
+    return {key: value for key, value in offered.items() if key in known and value is not None}
