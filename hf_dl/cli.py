@@ -238,10 +238,11 @@ def explain(words: list[str]) -> int:
 
 
 def publish(words: list[str]) -> int:
-    """Check a trained model or a Space, and push it to the Hub.
+    """Check a model, a Space or a metric, and push it to the Hub.
 
     hf-dl publish runs/train_slots me/slots --dry_run
-    hf-dl publish spaces/slot_explorer me/slot-explorer --type space
+    hf-dl publish spaces/slot_explorer me/slot-explorer --type space --model runs/train_slots
+    hf-dl publish segmentation me/segmentation --type metric
     hf-dl publish --help
     """
     folder = Path(words[0])

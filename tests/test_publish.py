@@ -537,3 +537,25 @@ def test_old_files_of_the_package_are_deleted(space_with_package, tmp_path):
         done = publish(*words, "--package", "hf_dl>=0.1,<1", env=hub.env(tmp_path / "home"))
         assert done.returncode == 0, done.stderr
         assert not [name for name in hub.files("me/space", type="space") if name.startswith("hf_dl/")]
+
+
+def test_a_metric_is_pushed_as_a_space(tmp_path):
+    with LoopbackHub() as hub:
+        done = publish("segmentation", "me/scores", "--type", "metric", env=hub.env(tmp_path / "push"))
+        assert done.returncode == 0, done.stderr
+        assert hub.repos["space", "me/scores"].sdk == "gradio"
+        code = """
+import sys
+sys.modules["hf_dl"] = None
+import evaluate
+metric = evaluate.load("me/scores")
+print(metric.compute(predictions=[[[5, 5, 0], [3, 3, 0]]], references=[[[0, 0, 1], [2, 2, 1]]])["decoder_ari"])
+"""
+        env = {**hub.env(tmp_path / "load", token=None), "HF_EVALUATE_OFFLINE": "0"}
+        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+        assert done.stdout.strip() == "1.0", done.stderr[-3000:]
+
+
+def test_faults_of_a_metric_are_sentences(capsys):
+    assert "metric='segments' is unknown" in problems_of(capsys, "segments", "me/segments", "--type", "metric")
+    assert "cannot name a metric" in problems_of(capsys, "segmentation", "me/app", "--type", "metric")

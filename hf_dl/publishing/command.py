@@ -9,20 +9,25 @@ from huggingface_hub import constants
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from ..metrics.spaces import METRICS, metric_files
 from .files import Files, check_files, collect_files, human_size, one_line, size_of
 from .hub import push
 from .models import check_model
 from .spaces import add_model, add_package, check_space
 
+NAMES = {"model": "run", "space": "Space"}
+
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
-        "publish", description="Check a trained model or a Space, and push it to the Hub.", allow_abbrev=False
+        "publish", description="Check a model, a Space or a metric, and push it to the Hub.", allow_abbrev=False
     )
-    parser.add_argument("folder", type=Path, help="folder of a run or of a Space")
+    parser.add_argument("folder", help=f"folder of a run or of a Space, or a metric: {', '.join(METRICS)}")
     parser.add_argument("repo_id", help="repository to push to, as owner/name")
-    parser.add_argument("--type", choices=["model", "space"], default="model", help="kind of the repository")
+    parser.add_argument(
+        "--type", choices=["model", "space", "metric"], default="model", help="what to push; default: a model"
+    )
     parser.add_argument("--model", type=Path, help="folder of a run that is copied into the Space, for --type space")
     parser.add_argument(
         "--package", help="requirement that installs hf_dl in the Space; default: copy the package into the Space"
@@ -37,11 +42,19 @@ def make_parser() -> argparse.ArgumentParser:
 
 def prepare(args: argparse.Namespace) -> tuple[Files, list[str]]:
     """Return the files that will be pushed, and a sentence for each problem."""
-    files = collect_files(args.folder)
+    if args.type == "metric":
+        try:
+            return dict(metric_files(args.folder, args.repo_id)), []
+        except ValueError as error:
+            return {}, [str(error)]
+    folder = Path(args.folder)
+    if not folder.is_dir():
+        return {}, [f"folder={args.folder!r} does not exist. Name the folder of a {NAMES[args.type]}."]
+    files = collect_files(folder)
     if args.type == "model":
-        problems = [*check_model(args.folder, args.repo_id, files)]
+        problems = [*check_model(folder, args.repo_id, files)]
     else:
-        problems = [*check_space(args.folder), *(add_model(files, args.model) if args.model else [])]
+        problems = [*check_space(folder), *(add_model(files, args.model) if args.model else [])]
     problems += check_files(files)
     if args.type == "space":
         add_package(files, args.package)
@@ -59,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     parser = make_parser()
     args = parser.parse_args(argv)
-    if args.type == "model" and (args.model or args.package):
+    if args.type != "space" and (args.model or args.package):
         parser.error("--model and --package need --type space.")
     try:
         if not re.fullmatch(r"[^/]+/[^/]+", args.repo_id):
@@ -67,9 +80,6 @@ def main(argv: list[str] | None = None) -> int:
         validate_repo_id(args.repo_id)
     except HFValidationError as error:
         print(f"publish: repo_id={args.repo_id!r} is invalid: {one_line(error)}", file=sys.stderr)
-        return 1
-    if not args.folder.is_dir():
-        print(f"publish: folder={str(args.folder)!r} does not exist. Name the folder of a run.", file=sys.stderr)
         return 1
     files, problems = prepare(args)
     if problems:
