@@ -177,7 +177,6 @@ TO_MOVE = {
     "scripts/evaluate_autoencoder.py",
     "scripts/evaluate_slot_diffusion.py",
     "scripts/train_autoencoder.py",
-    "scripts/train_seq2seq.py",
     "scripts/train_slot_diffusion.py",
     "scripts/train_slots.py",
     "scripts/train_vae.py",

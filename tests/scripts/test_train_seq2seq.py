@@ -137,7 +137,7 @@ def test_evaluating_the_folder_gives_the_same_scores(finished, tmp_path, capsys)
     alone = evaluate_seq2seq.main([*flags, "--num_beams=4", "--no_baselines", "--decoding=grammar+options"])
     assert alone.keys() >= {"test_execution_accuracy", "test_reachable"} and alone["test_executes"] > 0.5
     assert not any("nearest" in name for name in alone)
-    with pytest.raises(ValueError, match="subset='course' does not fit the model, .* as read by 'mathqa'"):
+    with pytest.raises(ValueError, match="subset='course' does not fit the model, .* number convention 'mathqa'"):
         evaluate_seq2seq.main([*flags, "--subset=course"])
 
 
@@ -183,7 +183,7 @@ def test_flags_of_an_evaluation_are_checked_before_it_runs(tmp_path, capsys):
 def test_killed_and_resumed_it_ends_the_same(tmp_path, monkeypatch):
     flags = ["--epochs=2", "--save_every=2", "--teacher_forcing_end=0.2"]
     metrics = train(tmp_path / "whole", *flags)
-    watch = train_seq2seq.seq2seq.watch
+    watch = train_seq2seq.seq2seq_evaluation.watch
 
     def die(run, *given):
         if run.steps == 3:
@@ -191,7 +191,7 @@ def test_killed_and_resumed_it_ends_the_same(tmp_path, monkeypatch):
         return watch(run, *given)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_seq2seq.seq2seq, "watch", die)
+        patch.setattr(train_seq2seq.seq2seq_evaluation, "watch", die)
         with pytest.raises(MemoryError, match="killed"):
             train(tmp_path / "cut", *flags)
     reset()
@@ -257,15 +257,16 @@ def test_word_vectors(tmp_path):
     "flags, sentence",
     [
         (["--attenshun"], "--attenshun is an unknown flag. Did you mean --attention?"),
-        (["--encoder=gpt"], "invalid choice: 'gpt'"),
+        (["--model=gpt"], "model='gpt' is unknown. Choose one of: bilstm, bilstm_attention"),
+        (["--encoder=gpt"], "encoder='gpt' is unknown"),
         (["--teacher_forcing_ratio=1.5"], "teacher_forcing_ratio=1.5 must be from 0 to 1"),
         (["--teacher_forcing_end=2"], "teacher_forcing_end=2.0 must be at most 1"),
-        (["--decoding=greedy"], "decoding='greedy' is unknown; choose plain, or some of grammar, rerank"),
-        (["--num_beams", "1", "1"], "num_beams=[1, 1] must be different numbers, each at least 1"),
-        (["--num_beams=0"], "num_beams=[0] must be different numbers"),
+        (["--decoding=greedy"], "decoding='greedy' is unknown. Use plain, or one or more of grammar"),
+        (["--num_beams", "1", "1"], "num_beams=[1, 1] must be distinct numbers, each at least 1"),
+        (["--num_beams=0"], "num_beams=[0] must be distinct numbers"),
         (["--freeze_encoder"], "freeze_encoder would leave encoder='bilstm' untrained"),
-        (["--encoder=bert", "--glove=a.txt"], "glove='a.txt' is for encoder='bilstm'; leave it out"),
-        (["--encoder_learning_rate=-1"], "encoder_learning_rate=-1.0 must be 0 or above"),
+        (["--encoder=bert", "--glove=a.txt"], "glove='a.txt' works only with encoder='bilstm'"),
+        (["--encoder_learning_rate=-1"], "encoder_learning_rate=-1.0 must be 0 or greater"),
         (["--dropout=1"], "dropout=1.0 must be at least 0 and below 1"),
     ],
 )
