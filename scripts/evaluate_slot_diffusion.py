@@ -54,7 +54,8 @@ from hf_dl.models.slot_library import SlotLibrary
 from hf_dl.models.slot_segmentation import mixture_posterior
 from hf_dl.models.slot_unet import ARCHITECTURES as UNETS
 from hf_dl.models.slot_unet import SlotUNetModel
-from hf_dl.pipelines.slot_diffusion import SlotDiffusionPipeline, noise_schedule
+from hf_dl.pipelines.diffusion_sampling import noise_schedule
+from hf_dl.pipelines.slot_diffusion import SlotDiffusionPipeline
 from hf_dl.reporting.card import LOCAL_ID, run_card
 from hf_dl.reporting.experiment import portable, read_results
 from hf_dl.reporting.grids import color_segments, image_grid

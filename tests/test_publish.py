@@ -18,7 +18,8 @@ from hf_dl.models import (
     SlotUNetModel,
     make_autoencoder,
 )
-from hf_dl.pipelines.slot_diffusion import SlotDiffusionPipeline, noise_schedule
+from hf_dl.pipelines.diffusion_sampling import noise_schedule
+from hf_dl.pipelines.slot_diffusion import SlotDiffusionPipeline
 from hf_dl.publishing.command import main, make_parser, prepare
 from hf_dl.reporting.card import LOCAL_ID, run_card
 from tests.loopback_hub import TOKEN, LoopbackHub

@@ -1,1 +1,1 @@
-"""What a person has to what a person wants, where transformers has no pipeline of its own."""
+"""Pipelines from raw input to final answer, for tasks without a pipeline in transformers or diffusers."""

@@ -24,7 +24,8 @@ from hf_dl.models import SlotAutoencoderConfig, SlotAutoencoderModel, SlotEncode
 from hf_dl.models.layers_attention import attention_masks
 from hf_dl.models.slot_library import SlotLibrary
 from hf_dl.models.slot_unet import SlotUNetOutput
-from hf_dl.pipelines.slot_diffusion import SlotDiffusionPipeline, ancestral_step, noise_schedule
+from hf_dl.pipelines.diffusion_sampling import PREDICTION_TYPES, ancestral_step, noise_schedule
+from hf_dl.pipelines.slot_diffusion import SlotDiffusionPipeline
 from tests.loopback_hub import LoopbackHub
 from tests.memory import aligned
 
@@ -135,7 +136,7 @@ def test_the_schedule_is_the_published_one():
     torch.testing.assert_close(schedule.betas, torch.linspace(0.0015, 0.0195, 1000))
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 @pytest.mark.parametrize("steps", [None, 7])
 def test_ancestral_sampling_equals_that_of_diffusers(steps, prediction_type):
     """All 1000 steps, and a few that jump."""
@@ -212,7 +213,7 @@ def test_kinds_of_output(pipe):
 
 def test_what_is_neither_folder_nor_repository_is_a_sentence(tmp_path):
     for name in (tmp_path / "nothing", "runs/nothing"):
-        with pytest.raises(OSError, match="nothing' is no folder, and the Hub does not give it .*; name a folder"):
+        with pytest.raises(OSError, match="nothing' is not a folder, and the Hub did not return it .*; pass a folder"):
             SlotDiffusionPipeline.from_pretrained(name, local_files_only=True)
 
 
@@ -377,8 +378,8 @@ def test_compose(oracle):
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda p: p(), "Give image, whose slots are taken, or slots"),
-        (lambda p: p(make_image(), torch.zeros(1, 3, 12)), "Give image"),
+        (lambda p: p(), "Pass either image or slots"),
+        (lambda p: p(make_image(), torch.zeros(1, 3, 12)), "Pass either image"),
         (lambda p: p(slots=torch.zeros(1, 3, 7)), r"slots has shape \(1, 3, 7\), expected \(batch, slots, 12\)"),
         (lambda p: p(slots=torch.zeros(3, 12)), r"slots has shape \(3, 12\)"),
         (lambda p: p(make_image(), keep=torch.ones(1, 3)), "keep is torch.float32"),
@@ -403,12 +404,12 @@ def test_compose(oracle):
         (lambda p: p.edit(make_image(), remove=[3]), "remove has slot 3, but the image has slots 0 to 2"),
         (lambda p: p.edit(make_image(), remove=[-1]), "remove has slot -1"),
         (lambda p: p.edit(make_image(), remove=[0, 1, 2]), "remove has all 3 slots of the image"),
-        (lambda p: p.edit(make_image(), add=[0]), "swap and add take slots of another image; pass it as other"),
+        (lambda p: p.edit(make_image(), add=[0]), "swap and add need another image; pass it as other"),
         (lambda p: p.edit(make_image(), other=make_image(1), add=[5]), "add has slot 5, but other has slots 0 to 2"),
         (lambda p: p.edit(make_image(), other=make_image(1), swap={0: 4}), "swap has slot 4, but other has"),
         (lambda p: p.edit(make_image(), other=make_image(1), swap={1: 0}, remove=[1]), "both have slot 1"),
-        (lambda p: p.edit([make_image()] * 2, remove=[0]), "image holds 2 images, expected one"),
-        (lambda p: p.edit(make_image(), other=[make_image()] * 2, add=[0]), "other holds 2 images"),
+        (lambda p: p.edit([make_image()] * 2, remove=[0]), "image has 2 images, expected one"),
+        (lambda p: p.edit(make_image(), other=[make_image()] * 2, add=[0]), "other has 2 images"),
         (lambda p: p.compose(SlotLibrary()), "SlotLibrary is empty"),
         (lambda p: p.compose(SlotLibrary(), generator=[seeded()]), "pass a single generator"),
         (lambda p: p.save_pretrained("x", safe_serialization=False), "would write pickles"),
@@ -423,7 +424,10 @@ def test_wrong_arguments_are_refused(pipe, call, message):
     "parts, message",
     [
         ({"unet": SlotUNetModel(**{**UNET, "cross_attention_dim": 20})}, "slots of slot_encoder have 12 channels and"),
-        ({"unet": SlotUNetModel(**{**UNET, "in_channels": 4})}, "latents of 3 channels and unet takes in_channels=4"),
+        (
+            {"unet": SlotUNetModel(**{**UNET, "in_channels": 4})},
+            "latents of 3 channels and unet expects",
+        ),
         ({"unet": SlotUNetModel(**{**UNET, "num_train_timesteps": 10})}, "scheduler has num_train_timesteps=1000 and"),
     ],
 )
@@ -434,13 +438,13 @@ def test_parts_that_do_not_fit_are_refused(parts, message):
 
 def test_what_a_scheduler_cannot_tell_is_refused():
     pipe = make_pipe(scheduler=noise_schedule(prediction_type="sample"))
-    with pytest.raises(ValueError, match="has denoised, which DDPMScheduler with prediction_type='sample' does not"):
+    with pytest.raises(ValueError, match="has denoised, which DDPMScheduler with prediction_type='sample' cannot"):
         pipe(make_image(), callback_on_step_end_tensor_inputs=["denoised"])
 
 
 @pytest.mark.parametrize("fields", [{"clip_sample": True}, {"thresholding": True}])
 def test_clipped_latents_are_refused(fields):
-    with pytest.raises(ValueError, match="scheduler clips what it predicts to"):
+    with pytest.raises(ValueError, match="scheduler clips its predictions to"):
         make_pipe(scheduler=noise_schedule(**fields))(make_image())
 
 
@@ -536,7 +540,7 @@ def test_missing_weights_are_refused(pipe, part, tmp_path):
 def test_a_part_without_a_file_is_refused(tmp_path, monkeypatch):
     oracle = make_pipe(unet=Oracle())
     monkeypatch.setattr(sys.modules[__name__], "__file__", None)
-    with pytest.raises(ValueError, match="Oracle is defined in .*test_slot_diffusion, which is no file"):
+    with pytest.raises(ValueError, match="Oracle is defined in .*test_slot_diffusion, which is not a file"):
         oracle.save_pretrained(tmp_path)
 
 

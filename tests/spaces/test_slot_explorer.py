@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from hf_dl.models.slot_autoencoder import SlotAutoencoderConfig, SlotAutoencoderModel
 from hf_dl.models.slot_decoders import blend_slots
-from hf_dl.pipelines.slot_diffusion import SlotDiffusionPipeline, noise_schedule
+from hf_dl.pipelines.diffusion_sampling import noise_schedule
+from hf_dl.pipelines.slot_diffusion import SlotDiffusionPipeline
 from hf_dl.publishing.command import main as publish
 
 from ..pipelines.test_slot_diffusion import make_pipe
