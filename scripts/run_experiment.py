@@ -1,11 +1,11 @@
 """Run the missing cells of an experiment, then write its report, card and figures into model_cards/.
 
     scripts/run python scripts/run_experiment.py scripts/experiments/slots.toml
-    scripts/run python scripts/run_experiment.py scripts/experiments/slots.toml --dry_run      # what would run
-    scripts/run python scripts/run_experiment.py scripts/experiments/slots.toml --only_report  # from what is there
+    scripts/run python scripts/run_experiment.py scripts/experiments/slots.toml --dry_run      # print the commands
+    scripts/run python scripts/run_experiment.py scripts/experiments/slots.toml --only_report  # run nothing
 
-Each cell is a process of its own. A finished cell is not run again and an interrupted one continues from its last
-checkpoint; a cell that fails does not stop the others, is named at the end, and makes the exit status 1.
+Each cell runs in its own process. Finished cells are skipped, and interrupted cells continue from their last
+checkpoint. A failed cell does not stop the others; it is listed at the end, and the exit status is 1.
 """
 
 import argparse
@@ -25,26 +25,29 @@ from pathlib import Path
 from typing import Any
 
 from hf_dl.reporting.card import experiment_card
-from hf_dl.reporting.experiment import Cell, Experiment, collect, read_experiment, read_report, write_report
+from hf_dl.reporting.experiment import Cell, Experiment, read_experiment
 from hf_dl.reporting.plots import plot_confusion, plot_curves, plot_table
+from hf_dl.reporting.report import Report, collect, read_report, write_report
 from hf_dl.reporting.tables import results_table
 
 LAUNCH = (sys.executable, "-m", "accelerate.commands.launch")
 
 
 def find_scripts(experiment: Experiment, toml: Path) -> dict[str, Path]:
-    """Find the scripts of an experiment by name: beside the experiment file, or in the folder above it."""
+    """Find the scripts of an experiment in the folder of the experiment file or in its parent folder."""
     found = {}
     for name in dict.fromkeys(cell.script for cell in experiment.cells()):
         paths = [folder / name for folder in (toml.resolve().parent, toml.resolve().parent.parent)]
         found[name] = next((path for path in paths if path.is_file()), None)
         if found[name] is None:
-            raise FileNotFoundError(f"{toml}: script={name!r} is neither beside the file nor in the folder above it.")
+            raise FileNotFoundError(
+                f"{toml}: script={name!r} was not found in the folder of the file or in its parent folder."
+            )
     return found
 
 
 def to_argv(flags: dict[str, Any]) -> list[str]:
-    """Write flags as a command line."""
+    """Convert flags to command-line arguments."""
     argv = []
     for name, value in flags.items():
         values = value if isinstance(value, list) else [value]
@@ -53,7 +56,7 @@ def to_argv(flags: dict[str, Any]) -> list[str]:
 
 
 def check_flags(experiment: Experiment, scripts: dict[str, Path]) -> None:
-    """Have each script's own parser read the flags of its cells, before hours go into the first of them."""
+    """Parse the flags of all cells with the parsers of their scripts, to find mistakes before anything runs."""
     from hf_dl.training import TrainingArgs, flag_names, parse_args
 
     args_of = {name: _find_args(path) for name, path in scripts.items()}
@@ -75,11 +78,11 @@ def check_flags(experiment: Experiment, scripts: dict[str, Path]) -> None:
                 parse_args(found, to_argv(flags)) if trains else _parse(found, to_argv(flags))
         except (SystemExit, ValueError) as error:
             reason = errors.getvalue().strip().rpartition("error: ")[2] or str(error)
-            raise ValueError(f"{experiment.name}.toml: {cell.script} refuses {_words(flags)}: {reason}") from None
+            raise ValueError(f"{experiment.name}.toml: {cell.script} rejects {_words(flags)}: {reason}") from None
 
 
 def _find_args(script: Path) -> type:
-    """The class of a script's flags."""
+    """Import a script and return the class of its flags."""
     from hf_dl.training import TrainingArgs
 
     spec = importlib.util.spec_from_file_location(script.stem, script)
@@ -91,11 +94,11 @@ def _find_args(script: Path) -> type:
         for value in vars(module).values()
         if isinstance(value, type) and issubclass(value, TrainingArgs) and value.__module__ == module.__name__
     ]
-    if not found and dataclasses.is_dataclass(getattr(module, "Args", None)):  # it evaluates, and trains nothing
+    if not found and dataclasses.is_dataclass(getattr(module, "Args", None)):  # an evaluation script
         found = [module.Args]
     if len(found) != 1:
         raise ValueError(
-            f"{script.name} declares {len(found)} subclasses of TrainingArgs; its flags must be one class."
+            f"{script.name} defines {len(found)} subclasses of TrainingArgs. Its flags must be exactly one class."
         )
     return found[0]
 
@@ -118,7 +121,7 @@ def _command(cell: Cell, scripts: dict[str, Path]) -> list[str]:
 
 def _last_words(log: Path, status: int) -> str:
     lines = log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n").splitlines()
-    # The launcher adds a traceback of its own below that of the script.
+    # The launcher prints its own traceback after the traceback of the script.
     errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception|error)\b.*: ", line)]
     errors = [line for line in errors if "CalledProcessError" not in line]
     return errors[-1].replace(f"{Path.cwd()}/", "")[:300] if errors else f"exit status {status}"
@@ -129,11 +132,11 @@ def run_cell(cell: Cell, scripts: dict[str, Path], *, echo: bool) -> str | None:
 
     Args:
         cell: The cell.
-        scripts: The scripts of the experiment, by name.
-        echo: Whether its output is shown as well; it is always kept in `<folder>.log`.
+        scripts: The scripts of the experiment by name.
+        echo: Whether to show its output; `<folder>.log` always contains it.
 
     Returns:
-        None, or why it failed, in a sentence.
+        The reason for a failure, or None.
     """
     cell.folder.parent.mkdir(parents=True, exist_ok=True)
     cell.failure_file.unlink(missing_ok=True)
@@ -156,7 +159,7 @@ def run_cell(cell: Cell, scripts: dict[str, Path], *, echo: bool) -> str | None:
 
 
 def run_cells(cells: list[Cell], scripts: dict[str, Path], jobs: int) -> list[tuple[Cell, str]]:
-    """Run cells, `jobs` at a time, and return why each failed one did."""
+    """Run cells, `jobs` at a time, and return the failed cells with the reasons."""
     failures = []
 
     def run(numbered: tuple[int, Cell]) -> None:
@@ -166,7 +169,7 @@ def run_cells(cells: list[Cell], scripts: dict[str, Path], jobs: int) -> list[tu
         if cell.after is None or cell.after.finished:
             error = run_cell(cell, scripts, echo=jobs == 1)
         else:
-            error = f"{_words(cell.after.flags)}, which it starts from, has not finished; the same command runs both"
+            error = f"it needs the run {_words(cell.after.flags)}, which has not finished. Run the same command again"
         print(f"[{number}/{len(cells)}] {error or 'finished'} ({time.monotonic() - start:.0f} s)", flush=True)
         if error:
             failures.append((cell, error))
@@ -182,23 +185,23 @@ def run_cells(cells: list[Cell], scripts: dict[str, Path], jobs: int) -> list[tu
     return failures
 
 
-def write_everything(experiment: Experiment, runs: Path, folder: Path) -> dict[str, Any]:
-    """Write report, figures and card; cells that `runs` lacks are taken from the report that is there."""
+def write_everything(experiment: Experiment, runs: Path, folder: Path) -> Report:
+    """Write report, figures and card. Cells that are missing in `runs` are taken from the existing report."""
     path = folder / f"{experiment.name}.json"
     previous = read_report(path) if path.is_file() else None
     report = collect(experiment, runs, previous=previous)
-    if not any(cell["status"] == "finished" for cell in report["cells"]):
+    if not report.finished:
         print(f"No run of {experiment.name} has finished, so there is nothing to report.")
         return report
-    # The table comes first: it refuses a metric that no run has before anything is overwritten.
-    table = results_table(report)
+    # Errors in the experiment file must show before any file is overwritten.
+    table, _ = results_table(report), experiment_card(report)
     folder.mkdir(parents=True, exist_ok=True)
     write_report(report, path)
     figures = [plot_table(report, path.with_suffix(".svg"))]
     figures.append(plot_curves(report, folder / f"{experiment.name}_curves.svg"))
     figures.append(plot_confusion(report, folder / f"{experiment.name}_confusion.png"))
-    names = [figure.name for figure in figures if figure]
-    names += [figure for figure in experiment.figures if (folder / figure).is_file()]
+    names = [figure for figure in experiment.figures if (folder / figure).is_file()]
+    names += [figure.name for figure in figures if figure]
     card = path.with_suffix(".md")
     experiment_card(report, figures=names).save(card)
     print(f"\n{table}\n\nWritten: {', '.join(str(each) for each in (card, path, *filter(None, figures)))}")
@@ -212,14 +215,20 @@ def main(argv: list[str] | None = None) -> int:
         argv: The command line; None reads `sys.argv`.
 
     Returns:
-        The exit status: 0, or 1 where a run failed.
+        The exit status: 0, or 1 if a run failed.
     """
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("experiment", type=Path, help="experiment file, such as scripts/experiments/slots.toml")
-    parser.add_argument("--dry_run", action="store_true", help="check the file and print the commands; run nothing")
-    parser.add_argument("--only_report", action="store_true", help="run nothing; write the report from what is there")
+    parser.add_argument(
+        "--dry_run", action="store_true", help="check the file and print the commands without running them"
+    )
+    parser.add_argument(
+        "--only_report",
+        action="store_true",
+        help="write the report from finished runs and the existing report; run nothing",
+    )
     parser.add_argument("--max_cells", type=int, help="run at most this many of the missing cells")
-    parser.add_argument("--jobs", type=int, default=1, help="cells that run at a time")
+    parser.add_argument("--jobs", type=int, default=1, help="number of cells to run at a time")
     parser.add_argument("--runs_dir", type=Path, default=Path("runs"), help="folder of the runs")
     parser.add_argument("--report_dir", type=Path, default=Path("model_cards"), help="folder of the report")
     args = parser.parse_args(argv)
@@ -246,11 +255,11 @@ def main(argv: list[str] | None = None) -> int:
         print(f"run_experiment.py: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\nStopped; the same command continues where it was.", file=sys.stderr)
+        print("\nStopped. Run the same command to continue.", file=sys.stderr)
         return 130
     for cell, error in failures:
         log = cell.folder.with_suffix(".log")
-        more = f" (all of it in {log})" if log.is_file() else ""  # there is none of a run that did not begin
+        more = f" (full log: {log})" if log.is_file() else ""  # a run that did not start has no log
         print(f"failed: {_words(cell.flags)}: {error}{more}", file=sys.stderr)
     return 1 if failures else 0
 

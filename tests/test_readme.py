@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from hf_dl.reporting.experiment import read_report
+from hf_dl.reporting.report import read_report
 from hf_dl.reporting.tables import results_table
 
 ROOT = Path(__file__).parent.parent

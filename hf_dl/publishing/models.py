@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from ..reporting.card import LOCAL_ID, format_metric, read_card, run_card
+from ..reporting.card import LOCAL_ID, format_metric, read_card, results_key, run_card
 from ..reporting.experiment import portable, read_results
 from .files import Files, one_line
 
@@ -119,10 +119,11 @@ def check_card(
     files["README.md"] = text.encode()
     advice = "Delete README.md, and the next call writes a new card."
     for result in card.data.eval_results or []:
-        if metrics.get(result.metric_type) != result.metric_value:
+        name = results_key(result)
+        if metrics.get(name) != result.metric_value:
             yield (
-                f"README.md says {result.metric_type} = {result.metric_value}, but results.json says "
-                f"{metrics.get(result.metric_type, 'nothing')}. {advice}"
+                f"README.md says {name} = {result.metric_value}, but results.json says "
+                f"{metrics.get(name, 'nothing')}. {advice}"
             )
     for name, shown in re.findall(r"^\| `(\w+)` \|.*\| ([^|]+?) \|$", card.text, re.MULTILINE):
         if name in metrics and shown != format_metric(metrics[name]):

@@ -1,7 +1,7 @@
 """Model cards: of a run from its results.json, of an experiment from its report.
 
-Every number of a card is read from those files, none is typed. The metadata at the top is what the Hub reads: license,
-library, tags and the model-index, in which each result stands with its split and its exact value.
+Every number of a card is read from those files. The metadata at the top is for the Hub: license, library, tags, and
+the model-index with the exact value of each result.
 """
 
 import json
@@ -16,12 +16,13 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .experiment import portable, read_results
-from .tables import claims_table, groups, label, results_table, shown_flags, value_label
+from .reading import fill_reading
+from .report import OWN_NUMBERS, Report
+from .tables import SPLITS, claims_table, results_table, split_of
 
 TEMPLATE = Path(__file__).with_name("card.md")
 LICENSE = "apache-2.0"
-LOCAL_ID = "."  # what the usage snippet of a local card loads from: the folder that the card lies in
-SPLITS = {"train": "training", "val": "validation", "test": "test", "situations": "new situations"}
+LOCAL_ID = "."  # the usage snippet of a local card loads from the folder of the card
 COUNTS = ("images", "examples", "problems", "sentences", "tokens")
 PICTURES = (".png", ".svg", ".jpg", ".jpeg", ".webp", ".gif")
 TASKS = {
@@ -29,16 +30,50 @@ TASKS = {
     "ForSemanticSegmentation": "image-segmentation",
     "ForCausalLM": "text-generation",
 }
+# The Hub's name of a metric, for parts of our names that are not the Hub's name already.
+METRIC_TYPES = {"macro_f1": "f1", "micro_f1": "f1", "macro_precision": "precision", "macro_recall": "recall"}
+METRIC_TYPES |= {"miou": "mean_iou", "fid": "fid", "kid": "kid", "mse": "mse", "perplexity": "perplexity"}
+INDEXED = 3  # metrics per setting in the model-index of an experiment
 
 
-def _split(metric: str) -> tuple[str, str]:
-    prefix, _, rest = metric.partition("_")
-    return (prefix + "_", SPLITS[prefix]) if rest and prefix in SPLITS else ("", "")
+def metric_type(metric: str) -> str:
+    """Return the Hub's name of a metric, such as "f1"; our own name without its split if the Hub has none.
+
+    Example:
+        >>> metric_type("test_macro_f1"), metric_type("composition_fid"), metric_type("val_fg_ari")
+        ('f1', 'fid', 'fg_ari')
+    """
+    name = _without_split(metric)
+    if "random_conv" in name:  # FID and KID with features other than Inception's are not the Hub's FID and KID
+        return name
+    found = [kind for part, kind in METRIC_TYPES.items() if f"_{part}_" in f"_{name}_"]
+    return found[0] if found else name
+
+
+def results_key(result: EvalResult) -> str:
+    """Return the key in results.json of a result in the model-index of a run's card."""
+    return result.metric_name.replace(" ", "_")
+
+
+def _without_split(metric: str) -> str:
+    split = split_of(metric)
+    return metric.removeprefix(f"{split}_") if split else metric
+
+
+def _test_first(metrics: Sequence[str]) -> list[str]:
+    """Sort metrics by split: test, new situations, no split, validation, training."""
+    order = ["test", "situations", "", "val", "train"]
+    return sorted(metrics, key=lambda metric: order.index(split_of(metric)))
+
+
+def _indexed(metrics: Sequence[str]) -> list[str]:
+    """Return the metrics for a model-index: test metrics first, no training metrics, no counts."""
+    return [metric for metric in _test_first(metrics) if split_of(metric) != "train" and not _is_count(metric)]
 
 
 def _count(metrics: Mapping[str, float], metric: str) -> int | None:
-    """How many examples a metric is over: `<split>_images`, less `<split>_images_without_<end of the metric>`."""
-    prefix, _ = _split(metric)
+    """Return the number of examples of a metric: `<split>_images` - `<split>_images_without_<end of the metric>`."""
+    prefix = f"{split_of(metric)}_" if split_of(metric) else ""
     for name in COUNTS:
         if prefix + name in metrics:
             without = f"{prefix}{name}_without_"
@@ -52,11 +87,11 @@ def _count(metrics: Mapping[str, float], metric: str) -> int | None:
 
 
 def _is_count(metric: str) -> bool:
-    return metric.removeprefix(_split(metric)[0]).split("_without_")[0] in COUNTS
+    return _without_split(metric).split("_without_")[0] in COUNTS
 
 
 def format_metric(value: float) -> str:
-    """Write a metric as a card shows it: four significant digits, whole numbers in full.
+    """Format a metric for a card: four significant digits, but whole numbers in full.
 
     Args:
         value: The metric.
@@ -98,11 +133,11 @@ def _flags(args: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _metrics_table(metrics: Mapping[str, float]) -> str:
     rows = []
-    for metric, value in metrics.items():
+    for metric in _test_first([*metrics]):
         if not _is_count(metric):
             count = _count(metrics, metric)
-            rows.append([f"`{metric}`", _split(metric)[1] or "–", "–" if count is None else str(count)])
-            rows[-1].append(format_metric(value))
+            split = SPLITS.get(split_of(metric), "–")
+            rows.append([f"`{metric}`", split, "–" if count is None else str(count), format_metric(metrics[metric])])
     return _rows(["metric", "split", "n", "value"], rows)
 
 
@@ -120,37 +155,37 @@ def _data_sentence(args: Mapping[str, Any]) -> str:
     source = portable(args.get("source"))
     if source == "synthetic":
         return (
-            "Synthetic data, generated by hf_dl itself: nothing was downloaded, and the license of the project, "
-            "Apache-2.0, covers it."
+            "The data is synthetic and generated by hf_dl, so nothing was downloaded. It has the license of the "
+            "project, Apache-2.0."
         )
     if source:
-        return f"`{source}`, given with `--source`; the license of that data applies to it."
-    return "Results.json does not name a data source; see the script."
+        return f"The data is `{source}`, from the flag `--source`. The license of that data applies."
+    return "The file results.json does not name the data; see the script."
 
 
 def _local_json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is cut short or damaged ({error}); save the model again.") from error
+        raise ValueError(f"{path} is cut short or damaged ({error}). Save the model again.") from error
 
 
 def usage_snippet(folder: str | Path, model_class: str) -> str:
-    """Write the lines of Python that load a saved model, from what lies in its folder.
+    """Write Python code that loads a saved model and its processor.
 
     Args:
         folder: The folder with config.json and the files of the processor or tokenizer.
         model_class: The name of the saved class.
 
     Returns:
-        Python source that loads from `LOCAL_ID`, which publishing replaces by the id of the repository.
+        Python source that loads from `LOCAL_ID`; publishing replaces this by the id of the repository.
     """
     folder = Path(folder)
     auto_map = _local_json(folder / "config.json").get("auto_map", {})
     autos = [name for name, target in auto_map.items() if str(target).endswith(f".{model_class}")]
     model = max((name for name in autos if name.startswith("AutoModel")), key=len, default=model_class)
     trust = ", trust_remote_code=True" if auto_map else ""
-    note = "  # `import hf_dl` first, and no remote code is needed" if auto_map else ""
+    note = "  # not needed after `import hf_dl`" if auto_map else ""
     loader, name, call = None, "", ""
     if (folder / "preprocessor_config.json").is_file():
         loader, name, call = "AutoImageProcessor", "processor", 'processor(Image.open("image.png"), '
@@ -177,7 +212,7 @@ def _training_facts(results: Mapping[str, Any]) -> list[str]:
         facts.append(f"Length: {results['steps']:,} steps{seed}")
     if results.get("seconds") is not None:
         computed = results.get("cpu_seconds")
-        of_that = f", {_duration(computed)} of CPU" if computed is not None else ""
+        of_that = f" ({_duration(computed)} of CPU time)" if computed is not None else ""
         facts.append(f"Time: {_duration(results['seconds'])}{of_that}")
     if results.get("device"):
         processes, precision = results.get("num_processes", 1), results.get("mixed_precision", "no")
@@ -198,33 +233,33 @@ def _training_facts(results: Mapping[str, Any]) -> list[str]:
 def _limits(results: Sequence[Mapping[str, Any]], seeds: int) -> list[str]:
     limits = []
     if seeds == 1:
-        limits.append("One seed: the scores of another run differ, and this card does not say by how much.")
+        limits.append("One seed: another run has different scores, and this card cannot show by how much.")
     elif seeds < 5:
-        limits.append(f"{seeds} seeds: enough to see large differences, not to order settings that lie close.")
+        limits.append(f"{seeds} seeds: this shows large differences, but cannot rank settings with similar scores.")
     if any(result["args"].get("source") == "synthetic" for result in results):
-        limits.append(
-            "Trained and scored on synthetic data; nothing here says how well it works on other data, such as "
-            "photographs."
-        )
-    splits = {_split(metric)[1] for result in results for metric in result["metrics"]}
-    if "validation" in splits and "test" not in splits:
-        limits.append("Scored on the validation split, which may also have chosen the checkpoint; no test split.")
+        limits.append("Training and test data are synthetic. Scores on other data, such as photographs, may differ.")
+    splits = {split_of(metric) for result in results for metric in result["metrics"]}
+    if "val" in splits and "test" not in splits:
+        limits.append("All scores are on the validation split, which may also have selected the checkpoint.")
     restarts = sum(result.get("restarts") or 0 for result in results)
     if restarts:
         times = "once" if restarts == 1 else f"{restarts} times"
-        limits.append(f"Training collapsed and was started over {times}, so this recipe does not always converge.")
+        limits.append(f"Training collapsed and was restarted {times}, so this recipe does not always converge.")
     if any(result.get("dirty") for result in results):
-        limits.append("Trained with uncommitted changes, so the commit does not describe the code exactly.")
+        limits.append("Trained with uncommitted changes, so the commit does not contain the exact code.")
     return limits
 
 
-def _pictures(folder: Path) -> list[dict[str, str]]:
-    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in PICTURES)
-    return [{"file": path.name, "alt": path.stem.replace("_", " ")} for path in files]
+def _pictures(names: Sequence[str]) -> dict[str, Any]:
+    """Return the leading picture of a card and the others; learning curves and confusion matrices do not lead."""
+    pictures = [{"file": name, "alt": Path(name).stem.replace("_", " ")} for name in names]
+    leading = [p for p in pictures if not p["alt"].endswith(("curves", "confusion"))] or pictures
+    lead = leading[0] if leading else None
+    return {"lead": lead, "figures": [picture for picture in pictures if picture is not lead]}
 
 
 def _card(metadata: ModelCardData, **texts: Any) -> ModelCard:
-    # from_template passes the metadata on as well; what the template prints has names of its own here.
+    # `from_template` also passes the fields of the metadata, so the names in the template differ from these fields.
     return ModelCard.from_template(metadata, template_path=str(TEMPLATE), metadata=metadata.to_yaml(), **texts)
 
 
@@ -244,22 +279,22 @@ def run_card(
     """Make the model card of a run from the files in its folder.
 
     Args:
-        folder: The folder of the run: results.json, and, where present, config.json, the processor and pictures.
-        name: The name of the model; by default that of the folder.
-        summary: What the model is and does, in a few sentences; by default one sentence from results.json.
-        usage: Python that loads the model from `LOCAL_ID` and uses it; by default `usage_snippet`.
-        data: What the model was trained on, and its license; by default a sentence about `args["source"]`.
-        pipeline_tag: The task as the Hub names it, such as "image-segmentation"; by default from the class name.
-        license: The license of the weights as the Hub names it.
-        library: The library that loads the model, as the Hub names it.
-        tags: Tags beside "hf_dl".
-        limits: What the model cannot do, one sentence each, before those that follow from results.json.
+        folder: The folder of the run with results.json and, if they exist, config.json, the processor and pictures.
+        name: The name of the model; defaults to the name of the folder.
+        summary: A few sentences about the model; defaults to one sentence from results.json.
+        usage: Python code that loads the model from `LOCAL_ID` and uses it; defaults to `usage_snippet`.
+        data: The training data and its license; defaults to a sentence about `args["source"]`.
+        pipeline_tag: The Hub's name of the task, such as "image-segmentation"; defaults to the task of the class.
+        license: The Hub's name of the license of the weights.
+        library: The Hub's name of the library that loads the model.
+        tags: More tags; "hf_dl" is always there.
+        limits: Limits of the model, one sentence each. Limits that follow from results.json are added.
 
     Returns:
         The card; `card.save(path)` writes it.
 
     Raises:
-        FileNotFoundError: If there is no results.json.
+        FileNotFoundError: If results.json does not exist.
         ValueError: If results.json is cut short, or a metric is not finite.
 
     Example:
@@ -270,21 +305,22 @@ def run_card(
     args, metrics = portable(results["args"]), results["metrics"]
     for metric, value in metrics.items():
         if not math.isfinite(value):
-            raise ValueError(f"{folder / 'results.json'}: the metric {metric!r} is {value}; a card needs numbers.")
+            raise ValueError(
+                f"{folder / 'results.json'}: the metric {metric!r} is {value}. A card needs finite numbers."
+            )
     name = name or folder.resolve().name
     model_class, script = str(results.get("model_class") or "model"), Path(str(results["script"])).name
     task = pipeline_tag or _task(model_class)
     evaluations = [
         EvalResult(
             task_type=task,
-            metric_type=metric,
+            metric_type=metric_type(metric),
             metric_name=metric.replace("_", " "),
-            metric_value=value,
-            dataset_split=_split(metric)[1] or None,
+            metric_value=metrics[metric],
+            dataset_split=SPLITS.get(split_of(metric)),
             **_dataset(args),
         )
-        for metric, value in metrics.items()
-        if not _is_count(metric)
+        for metric in _indexed([*metrics])
     ]
     card_data = ModelCardData(
         license=license,
@@ -303,14 +339,14 @@ def run_card(
         card_data,
         title=name,
         summary=summary or f"`{model_class}`{parameters}, trained with `scripts/{script}` of hf_dl.",
-        results=_metrics_table(metrics) if evaluations else None,
-        figures=_pictures(folder),
+        results=_metrics_table(metrics) if metrics else None,
+        **_pictures(sorted(path.name for path in folder.iterdir() if path.suffix.lower() in PICTURES)),
         usage=usage or usage_snippet(folder, model_class),
         training="\n".join(f"- {fact}" for fact in _training_facts(results)),
         settings=_details("All flags", _rows(["flag", "value"], [[f"`{k}`", f"`{v}`"] for k, v in flags])),
         data=data or _data_sentence(args),
         limits=[*limits, *_limits([results], seeds=1)],
-        reproduce_note="From a clone of hf_dl:",
+        reproduce_note="Run this in a clone of hf_dl:",
         reproduce=commit + _wrapped(words),
     )
 
@@ -329,37 +365,41 @@ def _details(title: str, text: str) -> str:
     return f"<details><summary>{title}</summary>\n\n{text}\n\n</details>"
 
 
-def experiment_card(report: Mapping[str, Any], *, figures: Sequence[str] = (), license: str = LICENSE) -> ModelCard:
+def experiment_card(report: Report, *, figures: Sequence[str] = (), license: str = LICENSE) -> ModelCard:
     """Make the card of an experiment from its report.
 
     Args:
-        report: The report of an experiment, from `collect` or `read_report`.
-        figures: File names of figures that lie beside the card.
-        license: The license of the results as the Hub names it.
+        report: The report.
+        figures: File names of figures in the folder of the card; the first one leads the card.
+        license: The Hub's name of the license of the results.
 
     Returns:
-        The card. Its model-index has the mean of the table's first metric for each setting.
+        The card. For each setting, its model-index has the means of the first `INDEXED` metrics of the table: test
+        metrics first, no training metrics, no times or sizes.
 
     Raises:
-        ValueError: If the report and its table do not fit together.
+        ValueError: If the table, a claim or the reading names something that the report does not have.
     """
-    finished = [cell for cell in report["cells"] if cell["status"] == "finished"]
-    failed = [cell for cell in report["cells"] if cell["status"] == "failed"]
-    shown, name = shown_flags(report), report["name"]
+    experiment, finished, shown = report.experiment, report.finished, report.shown_flags()
+    failed = [cell for cell in report.cells if cell["status"] == "failed"]
+    name = experiment.name
     evaluations = []
-    metric = report["table"]["value"][0]
-    for group in groups(report):
-        values = group.values(metric)
-        if values and all(map(math.isfinite, values)):
+    metrics = _indexed([metric for metric in report.table.value if metric not in OWN_NUMBERS])[:INDEXED]
+    for metric in metrics:
+        for group in report.groups():
+            values = group.values(metric)
+            if not values or not all(map(math.isfinite, values)):
+                continue
+            setting = _setting(dict(zip(shown, group.key, strict=True)))
             evaluations.append(
                 EvalResult(
                     task_type=_task(str(group.finished[0].get("model_class"))),
-                    metric_type=metric,
-                    metric_name=f"mean {label(report, metric)} ({_setting(dict(zip(shown, group.key, strict=True)))})",
+                    metric_type=metric_type(metric),
+                    metric_name=f"mean {report.label(metric)} ({setting})",
                     metric_value=math.fsum(values) / len(values),
                     metric_args={"seeds": len(values)}
                     | ({"standard_deviation": statistics.stdev(values)} if len(values) > 1 else {}),
-                    dataset_split=_split(metric)[1] or None,
+                    dataset_split=SPLITS.get(split_of(metric)),
                     **_dataset(group.finished[0]["args"]),
                 )
             )
@@ -370,41 +410,42 @@ def experiment_card(report: Mapping[str, Any], *, figures: Sequence[str] = (), l
         model_name=name if evaluations else None,
         eval_results=evaluations or None,
     )
-    limits = _limits(finished, seeds=len(report["seeds"]))
-    unfinished = len(report["cells"]) - len(finished)
+    limits = _limits(finished, seeds=len(experiment.seeds))
+    unfinished = len(report.cells) - len(finished)
     if unfinished:
-        limits.insert(0, f"{unfinished} of {len(report['cells'])} runs have no result; the table says which.")
+        limits.insert(0, f"{unfinished} of {len(report.cells)} runs have no result; the table shows which ones.")
     limits += [
         f"The run with {_setting(cell['flags'])} failed: {cell.get('error', 'no error message')}" for cell in failed
     ]
     sources = dict.fromkeys(_data_sentence(cell["args"]) for cell in finished)
-    flags = [[f"`{key}`", f"`{value}`"] for key, value in _flags(report["fixed"])]
-    flags += [[f"`{key}`", ", ".join(f"`{_flag_value(v)}`" for v in values)] for key, values in report["grid"].items()]
-    flags.append(["`seed`", ", ".join(f"`{seed}`" for seed in report["seeds"])])
-    for key, variants in report.get("variants", {}).items():
+    flags = [[f"`{key}`", f"`{value}`"] for key, value in _flags(experiment.fixed)]
+    flags += [
+        [f"`{key}`", ", ".join(f"`{_flag_value(v)}`" for v in values)] for key, values in experiment.grid.items()
+    ]
+    flags.append(["`seed`", ", ".join(f"`{seed}`" for seed in experiment.seeds)])
+    for key, variants in experiment.variants.items():
         for value, variant in variants.items():
-            script = variant.get("script", report["script"])
+            script = variant.get("script", experiment.script)
             words = [f"--{flag} {_flag_value(own)}" for flag, own in variant.get("flags", {}).items()]
             other = "<the run of " + " ".join(f"{k}={v}" for k, v in variant.get("after", {}).items()) + ">"
             words = [word.replace("{after}", other) for word in words]
             flags.append([f"`{key}` = `{value}`", f"`{' '.join([script, *words])}`"])
-    scripts = dict.fromkeys(cell["script"] for cell in finished) or [report["script"]]
+    scripts = dict.fromkeys(cell["script"] for cell in finished) or [experiment.script]
     return _card(
         card_data,
         title=f"Experiment: {name}",
-        summary=f"{len(report['cells'])} runs of {' and '.join(f'`scripts/{script}`' for script in scripts)}, "
-        f"{len(finished)} of them finished.",
-        question=report["question"],
-        expect=report["expect"],
+        summary=experiment.question,
         results=results_table(report),
+        reading=fill_reading(report),
+        notes="\n".join(f"- **{report.value_label(key)}**: {text}" for key, text in experiment.notes.items()),
+        expect=experiment.expect,
         claims=claims_table(report),
-        notes="\n".join(f"- **{value_label(report, key)}**: {text}" for key, text in report["notes"].items()),
-        figures=[{"file": figure, "alt": Path(figure).stem.replace("_", " ")} for figure in figures],
-        training="\n".join(f"- {fact}" for fact in _experiment_facts(finished)) or "No run has finished.",
-        settings=_rows(["flag", "values"], flags),
+        **_pictures(figures),
+        training="\n".join(f"- {fact}" for fact in _experiment_facts(report, [*scripts])),
+        settings=_details("All flags", _rows(["flag", "values"], flags)),
         data=" ".join(sources) or "No run has finished.",
         limits=limits or ["None known."],
-        reproduce_note="From a clone of hf_dl; runs that are there already are not repeated:",
+        reproduce_note="Run this in a clone of hf_dl. It skips runs that have finished:",
         reproduce=f"scripts/run python scripts/run_experiment.py scripts/experiments/{name}.toml",
     )
 
@@ -413,8 +454,10 @@ def _setting(flags: Mapping[str, Any]) -> str:
     return ", ".join(f"{key} = {_flag_value(value)}" for key, value in flags.items())
 
 
-def _experiment_facts(finished: Sequence[Mapping[str, Any]]) -> list[str]:
-    facts = []
+def _experiment_facts(report: Report, scripts: Sequence[str]) -> list[str]:
+    finished = report.finished
+    names = " and ".join(f"`scripts/{script}`" for script in scripts)
+    facts = [f"Runs: {len(report.cells)} of {names}, {len(finished)} of them finished"]
     classes = sorted({str(cell["model_class"]) for cell in finished if cell.get("model_class")})
     sizes = sorted({cell["num_parameters"] for cell in finished if cell.get("num_parameters")})
     if classes and sizes:
@@ -422,10 +465,12 @@ def _experiment_facts(finished: Sequence[Mapping[str, Any]]) -> list[str]:
         facts.append(f"Model: {', '.join(f'`{name}`' for name in classes)}, {span} parameters")
     seconds = [cell["seconds"] for cell in finished if cell.get("seconds") is not None]
     if seconds:
-        facts.append(f"Time: {_duration(sum(seconds))} in all, {_duration(statistics.median(seconds))} a run (median)")
+        facts.append(
+            f"Time: {_duration(sum(seconds))} in total, {_duration(statistics.median(seconds))} per run (median)"
+        )
     computed = [cell["cpu_seconds"] for cell in finished if cell.get("cpu_seconds") is not None]
     if computed:
-        facts.append(f"CPU time: {_duration(statistics.median(computed))} a run (median)")
+        facts.append(f"CPU time: {_duration(statistics.median(computed))} per run (median)")
     devices = dict.fromkeys(str(cell["device"]) for cell in finished if cell.get("device"))
     if devices:
         facts.append(f"Hardware: {'; '.join(devices)}")
@@ -441,7 +486,7 @@ def _experiment_facts(finished: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def read_card(path: str | Path) -> ModelCard:
-    """Read a model card and check its metadata as far as that is possible without the Hub.
+    """Read a model card and check its metadata, as far as possible without the Hub.
 
     Args:
         path: The README.md.
@@ -450,20 +495,22 @@ def read_card(path: str | Path) -> ModelCard:
         The card; `card.data.eval_results` are the results of its model-index.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If there is no metadata, it is not YAML, or it lacks a license or a readable model-index.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If the metadata is missing, is not YAML, or has no license or an invalid model-index.
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; write a model card, or have one made from results.json.")
+        raise FileNotFoundError(
+            f"{path} does not exist. Write a model card, or make one from results.json with run_card."
+        )
     text = path.read_text(encoding="utf-8-sig")
     if not text.startswith("---"):
-        raise ValueError(f"{path} has no metadata; it must begin with a block of YAML between two lines '---'.")
+        raise ValueError(f"{path} has no metadata. It must begin with a block of YAML between two lines '---'.")
     try:
         card = ModelCard(text)
     except (yaml.YAMLError, ValueError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"{path} has metadata that the Hub would refuse ({reason}); correct it.") from error
+        raise ValueError(f"{path} has metadata that the Hub would reject ({reason}). Correct it.") from error
     if not card.data.license:
-        raise ValueError(f"{path} names no license in its metadata; add a line such as 'license: {LICENSE}'.")
+        raise ValueError(f"{path} has no license in its metadata. Add a line such as 'license: {LICENSE}'.")
     return card

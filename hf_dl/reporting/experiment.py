@@ -1,37 +1,40 @@
-"""Experiment files, the folders of their runs, and the one JSON that everything else of a report is made from.
+"""Experiment files, the cells of an experiment, and the folders of their runs.
 
-An experiment is a TOML file that names a script, the flags that stay fixed, the flags that vary and the seeds:
+An experiment is a TOML file with a script, the flags that are fixed, the flags that vary, and the seeds:
 
 ```toml
 script = "train_classifier.py"
-question = "Does the choice of normalization change accuracy at small batches?"
+question = "Does the choice of normalization change accuracy with small batches?"
 expect = "group >= batch at batch size 8 (Wu & He 2018)"
 seeds = [0, 1, 2]
 fixed = { source = "synthetic", max_steps = 2000 }
 grid = { norm = ["batch", "group"], batch_size = [8, 128] }
 table = { rows = "norm", columns = "batch_size", value = "test_accuracy", baseline = 0.04 }
-curves = ["loss", "val_loss"]                # optional: the curves; by default loss, val_loss and the values
-labels = { test_accuracy = "test accuracy" } # optional: how keys and texts are written in tables and figures
-notes = { batch = "torch's default" }        # optional: what to know of a value of the table's first flag
-figures = ["speed.svg"]                      # optional: further figures that lie beside the card
-confusion = false                            # optional: leave the confusion matrices out, as they are large
+curves = ["loss", "val_loss"]                # optional: learning curves; defaults to loss, val_loss and table.value
+labels = { test_accuracy = "test accuracy" } # optional: texts for flags, metrics and values in tables and figures
+notes = { batch = "torch's default" }        # optional: remarks on values of the table's first flag
+reading = "Batch reaches {norm=batch, batch_size=8: test_accuracy %}."  # optional: text below the table of the card
+figures = ["speed.svg"]                      # optional: more figures in the folder of the card
+confusion = false                            # optional: false leaves out the confusion matrices, which are large
 
-[[claims]]                                   # optional: what `expect` says, in a form that the card can check:
-says = "group is level with batch or ahead at batch size 8"
+[[claims]]                                   # optional: an expectation that the card checks
+says = "group is at least level with batch at batch size 8"
 metric = "test_accuracy"
-of = { norm = "group", batch_size = 8 }      # the mean of this setting,
-over = { norm = "batch", batch_size = 8 }    # less that of this one, or less a number; less nothing by default,
-at_least = -0.01                             # is at least this; or at_most, or both
+of = { norm = "group", batch_size = 8 }      # the mean of this setting
+over = { norm = "batch", batch_size = 8 }    # minus the mean of this setting, or minus a number; defaults to 0
+at_least = -0.01                             # lower bound; at_most is the upper bound; at least one is needed
 
-[variants.decoder.diffusion]                 # optional: what a value of the grid stands for, if it is no flag;
-script = "train_slot_diffusion.py"           # each may have a script of its own,
-flags = { autoencoder = "runs/{style}" }     # flags of its own, which may name other flags in braces,
-metrics = { ari = "test_attention_ari" }     # and names of its own for the metrics of the table;
-after = { decoder = "broadcast" }            # it runs after the cell that differs in this, whose folder is {after}
+[variants.decoder.diffusion]                 # optional: for values of the grid that are not values of a flag
+script = "train_slot_diffusion.py"           # optional: the script to run for this value
+flags = { autoencoder = "runs/{style}" }     # optional: more flags; {flag} is replaced by the value of a flag
+metrics = { ari = "test_attention_ari" }     # optional: the script's metric for each metric of the table
+after = { decoder = "broadcast" }            # optional: run after the cell with this value; {after} is its folder
 ```
 
-A cell is one point of the grid with one seed; its folder is named by a hash of the script and its flags, so a changed
-flag is another cell and an unchanged one is not run again.
+A cell is one point of the grid with one seed. Its folder is named by a hash of the script and its flags. A cell with
+changed flags is therefore a new cell, and a finished cell is not run again.
+
+`hf_dl.reporting.reading` describes the placeholders of `reading`.
 """
 
 import hashlib
@@ -41,31 +44,27 @@ import math
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 RESULT_KEYS = ("script", "args", "metrics")
-MATRICES = "confusion"  # the key under which results.json may hold a confusion matrix
-REPORTED_KEYS = (
-    "script", "args", "metrics", "seed", "steps", "restarts", "seconds", "cpu_seconds", "num_parameters",
-    "model_class", "device", "num_processes", "mixed_precision", "commit", "dirty", "versions", "date",
-)  # fmt: skip
-OWN_NUMBERS = ("seconds", "cpu_seconds", "num_parameters")  # what every run tells of itself, beside its metrics
 RESERVED_FLAGS = ("seed", "output_dir")
-OPTIONAL_KEYS = ("fixed", "grid", "curves", "labels", "notes", "figures", "confusion", "claims", "variants")
+OPTIONAL_KEYS = (
+    "fixed", "grid", "curves", "labels", "notes", "reading", "figures", "confusion", "claims", "variants"
+)  # fmt: skip
 VARIANT_KEYS = ("script", "flags", "metrics", "after")
 
 
 @dataclass(frozen=True)
 class Table:
-    """Which flags make the rows and columns of a report's table, and which metrics fill it.
+    """The flags that make the rows and columns of the table, and the metrics that fill it.
 
     Args:
         rows: One or two flags of the grid.
-        value: The metrics of results.json that are shown; also `OWN_NUMBERS`.
-        columns: A flag of the grid, or None for one column a metric.
-        baseline: Chance level (or another known reference) of each metric, by metric.
+        value: The metrics of results.json to show, or seconds, cpu_seconds or num_parameters.
+        columns: A flag of the grid; defaults to one column per metric.
+        baseline: Chance level, or another known reference, by metric.
     """
 
     rows: tuple[str, ...]
@@ -73,18 +72,23 @@ class Table:
     columns: str | None = None
     baseline: dict[str, float] = field(default_factory=dict)
 
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """The flags that the table shows, rows before columns."""
+        return self.rows if self.columns is None else (*self.rows, self.columns)
+
 
 @dataclass(frozen=True)
 class Claim:
-    """What is expected of an experiment: a bound on the mean of a metric in one setting, or on that of a difference.
+    """An expected result: a bound on the mean of a metric, or on the mean of a difference.
 
     Args:
         says: The expectation in words.
-        metric: A metric of results.json, or one of `OWN_NUMBERS`.
+        metric: A metric of results.json, or seconds, cpu_seconds or num_parameters.
         of: The setting: a value for each flag that the table shows.
-        over: What is taken off: the mean of another setting, or a number.
-        at_least: The least value that agrees.
-        at_most: The greatest.
+        over: The setting whose mean is subtracted, or a number to subtract.
+        at_least: Lower bound.
+        at_most: Upper bound.
     """
 
     says: str
@@ -100,13 +104,13 @@ class Cell:
     """One run of an experiment.
 
     Args:
-        flags: Its place in the grid, the fixed flags and the seed.
-        folder: The folder that it writes to.
-        script: The script that runs it.
-        given: The flags that the script is started with: `flags`, but for those that name a variant, whose own flags
-            stand in their place.
-        metrics: What the table calls the metrics of this script, and what the script calls them.
-        after: The cell that has to be finished before this one runs, as it starts from its folder.
+        flags: The fixed flags, the flags of this point of the grid, and the seed.
+        folder: The folder of the run.
+        script: The script to run.
+        given: The flags to pass to the script: `flags`, with the name of a variant replaced by the flags of the
+            variant.
+        metrics: The script's metric by metric of the table, where the names differ.
+        after: The cell that must finish before this one, because this one starts from its folder.
     """
 
     flags: dict[str, Any]
@@ -118,12 +122,12 @@ class Cell:
 
     @property
     def id(self) -> str:
-        """The hash that names the folder."""
+        """The hash of script and flags, the name of the folder."""
         return self.folder.name
 
     @property
     def finished(self) -> bool:
-        """Whether the folder holds a readable results.json."""
+        """Whether the folder contains a readable results.json."""
         try:
             read_results(self.folder)
         except (OSError, ValueError):
@@ -132,13 +136,13 @@ class Cell:
 
     @property
     def failure_file(self) -> Path:
-        """Where a failed run leaves its last words; beside the folder, which the script may clear."""
+        """The file for the error of a failed run; outside the folder, because the script may clear the folder."""
         return self.folder.with_suffix(".failed.json")
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """A parsed experiment file; see the module for the format."""
+    """A parsed experiment file; the docstring of the module describes the format."""
 
     name: str
     script: str
@@ -151,19 +155,20 @@ class Experiment:
     curves: tuple[str, ...] = ()
     labels: dict[str, str] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
+    reading: str = ""
     figures: tuple[str, ...] = ()
     confusion: bool = True
     claims: tuple[Claim, ...] = ()
     variants: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
 
     def cells(self, root: str | Path = "runs") -> list[Cell]:
-        """List every cell: the product of the grid, and each seed of each point.
+        """List the cells: every point of the grid with every seed.
 
         Args:
-            root: The folder that holds the runs; a cell lies in `<root>/<name>/<hash>`.
+            root: The folder of all runs. The folder of a cell is `<root>/<name>/<hash>`.
 
         Returns:
-            The cells, in the order of the grid, seeds innermost.
+            The cells in the order of the grid, seeds innermost.
         """
         points = itertools.product(*self.grid.values(), self.seeds)
         return [
@@ -181,7 +186,7 @@ class Experiment:
             if "after" in variant:
                 after = self._cell(flags | variant["after"], root)
         given = {name: _filled(value, flags) for name, value in given.items()}
-        # The folder of the other cell is named by its hash alone, so that this one does not depend on `root`.
+        # The hash of this cell uses the hash of the other cell, not its folder, which depends on `root`.
         hashed = {name: _filled(value, {"after": after.id}) for name, value in given.items()} if after else given
         digest = hashlib.sha256(json.dumps([script, hashed], sort_keys=True).encode()).hexdigest()[:10]
         if after:
@@ -190,7 +195,7 @@ class Experiment:
 
 
 def _filled(value: Any, flags: Mapping[str, Any]) -> Any:
-    """A text with the values of the flags that it names in braces."""
+    """Replace the names of flags in braces by their values."""
     if not isinstance(value, str):
         return value
     return re.sub(r"\{(\w+)\}", lambda found: str(flags.get(found[1], found[0])), value)
@@ -199,9 +204,9 @@ def _filled(value: Any, flags: Mapping[str, Any]) -> Any:
 def _names(value: Any, what: str) -> tuple[str, ...]:
     names = [value] if isinstance(value, str) else value
     if not isinstance(names, list) or not names or not all(isinstance(name, str) and name for name in names):
-        raise ValueError(f"{what}={value!r} is not a name or a list of names; write a metric or flag in quotes.")
+        raise ValueError(f"{what}={value!r} is not a name or a list of names. Write names in quotes.")
     if len(set(names)) != len(names):
-        raise ValueError(f"{what}={value!r} names the same thing twice; remove one.")
+        raise ValueError(f"{what}={value!r} contains the same name twice. Remove one.")
     return tuple(names)
 
 
@@ -209,33 +214,33 @@ def _expect_keys(given: Mapping[str, Any], *, required: Sequence[str], optional:
     unknown = [key for key in given if key not in (*required, *optional)]
     if unknown:
         known = ", ".join((*required, *optional))
-        raise ValueError(f"{where} has the unknown key {unknown[0]!r}; the known keys are {known}.")
+        raise ValueError(f"{where} has the unknown key {unknown[0]!r}. The known keys are {known}.")
     missing = [key for key in required if key not in given]
     if missing:
-        raise ValueError(f"{where} lacks the key {missing[0]!r}; add it.")
+        raise ValueError(f"{where}: the key {missing[0]!r} is missing. Add it.")
 
 
 def _read_table(given: Any, grid: Mapping[str, Any], where: str) -> Table:
     if not isinstance(given, dict):
-        raise ValueError(f"{where}: table={given!r} is not a table; write table = {{ rows = ..., value = ... }}.")
+        raise ValueError(f"{where}: table={given!r} is not a table. Write table = {{ rows = ..., value = ... }}.")
     _expect_keys(given, required=("rows", "value"), optional=("columns", "baseline"), where=f"{where}: table")
     rows, value = _names(given["rows"], f"{where}: table.rows"), _names(given["value"], f"{where}: table.value")
     columns = given.get("columns")
     if columns is not None and not isinstance(columns, str):
         raise ValueError(f"{where}: table.columns={columns!r} is not the name of one flag of the grid.")
     if len(rows) > 2:
-        raise ValueError(f"{where}: table.rows={list(rows)} has {len(rows)} flags; name one or two.")
-    shown = rows if columns is None else (*rows, columns)
-    for name in shown:
+        raise ValueError(f"{where}: table.rows={list(rows)} has {len(rows)} flags. Expected one or two.")
+    table = Table(rows=rows, value=value, columns=columns)
+    for name in table.flags:
         if name not in grid:
-            raise ValueError(f"{where}: the table shows {name!r}, which the grid does not vary; it has {list(grid)}.")
+            raise ValueError(f"{where}: the table shows {name!r}, which is not in the grid. It has {list(grid)}.")
     if columns in rows:
-        raise ValueError(f"{where}: table.columns={columns!r} is among the rows as well; name it once.")
-    hidden = [name for name, values in grid.items() if name not in shown and len(values) > 1]
+        raise ValueError(f"{where}: table.columns={columns!r} is also in table.rows. Name it once.")
+    hidden = [name for name, values in grid.items() if name not in table.flags and len(values) > 1]
     if hidden:
         raise ValueError(
-            f"{where}: the grid varies {hidden[0]!r}, which the table does not show, so runs with different settings "
-            "would be averaged; add it to table.rows or table.columns."
+            f"{where}: the grid varies {hidden[0]!r}, but the table does not show it, so different settings would be "
+            "averaged. Add it to table.rows or table.columns."
         )
     baseline = given.get("baseline", {})
     if isinstance(baseline, (int, float)) and not isinstance(baseline, bool) and len(value) == 1:
@@ -244,24 +249,24 @@ def _read_table(given: Any, grid: Mapping[str, Any], where: str) -> Table:
         name in value and isinstance(number, (int, float)) for name, number in baseline.items()
     ):
         raise ValueError(
-            f"{where}: table.baseline={baseline!r} is neither a number (for a single value) nor a table from the "
-            f"names in value, {list(value)}, to numbers."
+            f"{where}: table.baseline={baseline!r} is invalid. Expected a table with a number for some of "
+            f"{list(value)}, or a single number if table.value has one metric."
         )
-    return Table(rows=rows, value=value, columns=columns, baseline=baseline)
+    return replace(table, baseline=baseline)
 
 
 def _read_claims(given: Any, grid: Mapping[str, Any], shown: Sequence[str], where: str) -> tuple[Claim, ...]:
     if not isinstance(given, list) or not all(isinstance(claim, dict) for claim in given):
-        raise ValueError(f"{where}: claims={given!r} is not a list of tables; write [[claims]] above each.")
+        raise ValueError(f"{where}: claims={given!r} is not a list of tables. Write [[claims]] above each claim.")
     for number, claim in enumerate(given, start=1):
         place = f"{where}: claim {number}"
         _expect_keys(claim, required=("says", "metric", "of"), optional=("over", "at_least", "at_most"), where=place)
         for key in ("says", "metric"):
             if not isinstance(claim[key], str) or not claim[key].strip():
-                raise ValueError(f"{place}: {key}={claim[key]!r} is empty or not a text.")
+                raise ValueError(f"{place}: {key}={claim[key]!r} must be a text that is not empty.")
         bounds = [claim[key] for key in ("at_least", "at_most") if key in claim]
         if not bounds or any(isinstance(bound, bool) or not isinstance(bound, (int, float)) for bound in bounds):
-            raise ValueError(f"{place} needs a number as at_least or at_most, or both.")
+            raise ValueError(f"{place} needs at_least or at_most, or both; they must be numbers.")
         over = claim.get("over", 0.0)
         for key, setting in (("of", claim["of"]), ("over", over)):
             if key == "over" and isinstance(setting, (int, float)) and not isinstance(setting, bool):
@@ -272,21 +277,23 @@ def _read_claims(given: Any, grid: Mapping[str, Any], shown: Sequence[str], wher
                 or any(value not in grid[name] for name, value in setting.items())
             ):
                 raise ValueError(
-                    f"{place}: {key}={setting!r} is no setting of the table; give {' and '.join(shown)} a value of "
-                    "the grid."
+                    f"{place}: {key}={setting!r} is not a setting of the table. Set {' and '.join(shown)} to values "
+                    "of the grid."
                 )
     return tuple(Claim(**claim) for claim in given)
 
 
 def _read_variants(given: Any, fixed: Mapping[str, Any], grid: Mapping[str, Any], where: str) -> dict[str, Any]:
     if not isinstance(given, dict) or not all(isinstance(variants, dict) for variants in given.values()):
-        raise ValueError(f"{where}: variants={given!r} is not a table; write [variants.flag.value] above each.")
+        raise ValueError(
+            f"{where}: variants={given!r} is not a table. Write [variants.flag.value] above each variant."
+        )
     for name, variants in given.items():
         if name not in grid:
-            raise ValueError(f"{where}: variants.{name} is about no flag of the grid; it has {list(grid)}.")
+            raise ValueError(f"{where}: variants.{name} is not a flag of the grid. It has {list(grid)}.")
         if sorted(variants) != sorted(map(str, grid[name])) or not all(isinstance(v, str) for v in grid[name]):
             raise ValueError(
-                f"{where}: variants.{name} has {list(variants)}, expected the values of the grid, all texts: "
+                f"{where}: variants.{name} has {list(variants)}. Expected the values of the grid, all of them texts: "
                 f"{grid[name]}."
             )
         for value, variant in variants.items():
@@ -299,33 +306,37 @@ def _read_variants(given: Any, fixed: Mapping[str, Any], grid: Mapping[str, Any]
             flags, metrics = variant.get("flags", {}), variant.get("metrics", {})
             if not isinstance(flags, dict) or any(flag in (*grid, *fixed, *RESERVED_FLAGS) for flag in flags):
                 raise ValueError(
-                    f"{place}: flags={flags!r} is not a table of flags that neither grid nor fixed nor the experiment "
-                    "itself sets."
+                    f"{place}: flags={flags!r} is invalid. Expected a table of flags that are not in grid or fixed, "
+                    f"and not {' or '.join(RESERVED_FLAGS)}."
                 )
             if not isinstance(metrics, dict) or not all(isinstance(metric, str) for metric in metrics.values()):
-                raise ValueError(f"{place}: metrics={metrics!r} is not a table from names to metrics of the script.")
+                raise ValueError(
+                    f"{place}: metrics={metrics!r} is invalid. Expected a table of names and metrics of the script."
+                )
             after = variant.get("after", {})
             if not isinstance(after, dict) or not all(v in grid.get(flag, []) for flag, v in after.items()):
-                raise ValueError(f"{place}: after={after!r} is not a table from flags of the grid to their values.")
+                raise ValueError(
+                    f"{place}: after={after!r} is invalid. Expected a table of flags and values of the grid."
+                )
             if any("after" in given[flag][v] for flag, v in after.items() if flag in given):
-                raise ValueError(f"{place}: after={after!r} names a variant that itself runs after another one.")
+                raise ValueError(f"{place}: after={after!r} names a variant that has the key after itself.")
             if "after" in variant and after.get(name) in (None, value):
-                raise ValueError(f"{place}: after={after!r} names no other value of {name!r}.")
+                raise ValueError(f"{place}: after={after!r} must contain another value of {name!r}.")
     return given
 
 
 def read_experiment(path: str | Path) -> Experiment:
-    """Read an experiment file, and refuse what cannot be meant.
+    """Read and validate an experiment file.
 
     Args:
-        path: A TOML file in the format that the module describes.
+        path: A TOML file in the format that the docstring of the module describes.
 
     Returns:
         The experiment, named after the file.
 
     Raises:
-        ValueError: If the file is not TOML, has an unknown or missing key, or a table that does not fit its grid.
-        FileNotFoundError: If there is no such file.
+        ValueError: If the file is not TOML, has an unknown or missing key, or has a table that does not fit its grid.
+        FileNotFoundError: If the file does not exist.
 
     Example:
         >>> experiment = read_experiment("scripts/experiments/slots.toml")
@@ -334,7 +345,9 @@ def read_experiment(path: str | Path) -> Experiment:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"path={str(path)!r} is not a file; name an experiment such as slots.toml.")
+        raise FileNotFoundError(
+            f"path={str(path)!r} is not a file. Give the path of an experiment, such as slots.toml."
+        )
     try:
         given = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -344,7 +357,7 @@ def read_experiment(path: str | Path) -> Experiment:
     _expect_keys(given, required=required, optional=OPTIONAL_KEYS, where=where)
     for key in ("script", "question", "expect"):
         if not isinstance(given[key], str) or not given[key].strip():
-            raise ValueError(f"{where}: {key}={given[key]!r} is empty or not a text; write a sentence in quotes.")
+            raise ValueError(f"{where}: {key}={given[key]!r} is empty or not a text. Write a sentence in quotes.")
     seeds = given["seeds"]
     if (
         not isinstance(seeds, list)
@@ -359,49 +372,51 @@ def read_experiment(path: str | Path) -> Experiment:
             raise ValueError(f"{where}: {key}={flags!r} is not a table of flags.")
         reserved = [name for name in RESERVED_FLAGS if name in flags]
         if reserved:
-            raise ValueError(f"{where}: {key} sets {reserved[0]!r}, which the experiment sets itself; remove it.")
+            raise ValueError(f"{where}: {key} sets {reserved[0]!r}, which run_experiment.py sets. Remove it.")
     for name, values in grid.items():
         if not isinstance(values, list) or not values or any(isinstance(value, (dict, list)) for value in values):
-            raise ValueError(f"{where}: grid.{name}={values!r} is not a list of values to try.")
+            raise ValueError(f"{where}: grid.{name}={values!r} is not a list of values.")
         if len({json.dumps(value) for value in values}) != len(values):
-            raise ValueError(f"{where}: grid.{name}={values!r} has a value twice; remove one.")
+            raise ValueError(f"{where}: grid.{name}={values!r} has a value twice. Remove one.")
         if name in fixed:
-            raise ValueError(f"{where}: {name!r} is both fixed and in the grid; keep one of them.")
+            raise ValueError(f"{where}: {name!r} is both in fixed and in grid. Remove one.")
     if not isinstance(given.get("confusion", True), bool):
-        raise ValueError(f"{where}: confusion={given['confusion']!r} is neither true nor false.")
+        raise ValueError(f"{where}: confusion={given['confusion']!r} must be true or false.")
     labels, notes = given.get("labels", {}), given.get("notes", {})
     for key, texts in (("labels", labels), ("notes", notes)):
         if not isinstance(texts, dict) or not all(isinstance(text, str) for text in texts.values()):
-            raise ValueError(f"{where}: {key}={texts!r} is not a table from keys to texts.")
+            raise ValueError(f"{where}: {key}={texts!r} is not a table of texts.")
+    if not isinstance(given.get("reading", ""), str):
+        raise ValueError(f"{where}: reading={given['reading']!r} is not a text.")
     table = _read_table(given["table"], grid, where)
     known = [str(value) for value in grid[table.rows[0]]]
     unknown = [name for name in notes if name not in known]
     if unknown:
         raise ValueError(
-            f"{where}: notes speak of {unknown[0]!r}, which is no value of {table.rows[0]!r}; it has {known}."
+            f"{where}: notes contains {unknown[0]!r}, which is not a value of {table.rows[0]!r}. It has {known}."
         )
-    shown = table.rows if table.columns is None else (*table.rows, table.columns)
     curves = ("loss", "val_loss", *table.value)
     if "curves" in given:
         curves = _names(given["curves"], f"{where}: curves")
     return Experiment(
         name=path.stem, script=given["script"], question=given["question"], expect=given["expect"],
         seeds=tuple(seeds), table=table, fixed=fixed, grid=grid, curves=tuple(dict.fromkeys(curves)), labels=labels,
-        notes=notes, figures=_names(given["figures"], f"{where}: figures") if "figures" in given else (),
+        notes=notes, reading=given.get("reading", "").strip(),
+        figures=_names(given["figures"], f"{where}: figures") if "figures" in given else (),
         confusion=given.get("confusion", True),
-        claims=_read_claims(given.get("claims", []), grid, shown, where),
+        claims=_read_claims(given.get("claims", []), grid, table.flags, where),
         variants=_read_variants(given.get("variants", {}), fixed, grid, where),
     )  # fmt: skip
 
 
 def portable(value: Any) -> Any:
-    """Cut absolute paths, which mean nothing on another machine, down to their last part.
+    """Replace absolute paths by their last part, because they mean nothing on another machine.
 
     Args:
-        value: Anything that JSON can hold; dicts and lists are walked.
+        value: Anything that JSON can hold, including nested dicts and lists.
 
     Returns:
-        The value with every text that is an absolute path replaced by its last part.
+        The value, with every text that is an absolute path replaced by the last part of the path.
 
     Example:
         >>> portable({"output_dir": "/home/me/runs/slots", "num_slots": 5})
@@ -425,75 +440,79 @@ def read_results(folder: str | Path) -> dict[str, Any]:
         folder: The folder of the run.
 
     Returns:
-        Its content; `script`, `args` and `metrics` are present, and every metric is a number.
+        The content. It has `script`, `args` and `metrics`, and every metric is a number.
 
     Raises:
-        FileNotFoundError: If the run has no results.json, so it has not ended.
-        ValueError: If the file is cut short or is not what a run writes.
+        FileNotFoundError: If results.json does not exist, because the run has not finished.
+        ValueError: If the file is cut short or was not written by a run.
     """
     path = Path(folder) / "results.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist, so the run has not ended; run its script to the end first.")
+        raise FileNotFoundError(
+            f"{path} does not exist because the run has not finished. Run its script to the end first."
+        )
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is cut short or damaged ({error}); run the script again.") from error
+        raise ValueError(f"{path} is cut short or damaged ({error}). Run the script again.") from error
     missing = [key for key in RESULT_KEYS if not isinstance(results, dict) or key not in results]
     if missing:
-        raise ValueError(f"{path} lacks {missing[0]!r}, so no run of this project wrote it; run the script again.")
+        raise ValueError(
+            f"{path} has no {missing[0]!r}, so it was not written by a script of hf_dl. Run the script again."
+        )
     for key in ("args", "metrics"):
         if not isinstance(results[key], dict):
-            raise ValueError(f"{path}: {key} is not a table of names and values; run the script again.")
+            raise ValueError(f"{path}: {key} is not a table of names and values. Run the script again.")
     for name, value in results["metrics"].items():
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise ValueError(f"{path}: the metric {name!r} is {value!r}, not a number; run the script again.")
+            raise ValueError(f"{path}: the metric {name!r} is {value!r}, not a number. Run the script again.")
     return results
 
 
 def find_run(root: str | Path, flag: str, seed: int) -> Path:
-    """Find the finished run that was started with a flag and a seed, among the runs of a folder.
+    """Find a finished run by a flag and the seed.
 
     Args:
-        root: A folder of runs, such as `runs/norms`, which an experiment filled.
+        root: A folder of runs, such as `runs/norms`.
         flag: The flag and its value, such as "norm=batch".
         seed: The seed.
 
     Returns:
-        The folder of the run, the first by name where several agree.
+        The folder of the run; the first by name if several match.
 
     Raises:
-        ValueError: If `flag` is no flag with a value, or there is no such run.
+        ValueError: If `flag` is not a flag with a value, or no run matches.
     """
     name, equals, value = flag.partition("=")
     if not name or not equals:
-        raise ValueError(f"run={flag!r} is no flag with its value; write it as norm=batch.")
+        raise ValueError(f"run={flag!r} is not a flag with a value. Write it like norm=batch.")
     for path in sorted(Path(root).glob("*/results.json")):
         args = read_results(path.parent)["args"]
         if name in args and str(args[name]) == value and args.get("seed") == seed:
             return path.parent
     raise ValueError(
-        f"model={str(root)!r} holds no finished run with --{name} {value} --seed {seed}; run its experiment first."
+        f"model={str(root)!r} contains no finished run with --{name} {value} --seed {seed}. Run its experiment first."
     )
 
 
 def read_curves(
     folder: str | Path, keys: Sequence[str] | None = None, *, points: int = 120
 ) -> dict[str, tuple[list[int], list[float]]]:
-    """Read what a run logged over its steps, thinned for drawing.
+    """Read the learning curves of a run from log.jsonl, thinned for drawing.
 
-    After a restart only the attempt that was kept is read, and where a resumed run logged a step twice, the later
-    line. A series longer than `points` is averaged over neighbors, so that a noisy loss keeps its level.
+    Lines before a restart are skipped. If a resumed run logged a step twice, the later line is used. A series longer
+    than `points` is averaged over neighboring steps, which keeps the level of a noisy loss.
 
     Args:
-        folder: The folder of the run; without log.jsonl there are no curves.
-        keys: The logged keys to read; None reads every number but step, epoch and seconds.
-        points: The most points that a series keeps.
+        folder: The folder of the run.
+        keys: The logged keys to read; defaults to all numbers except step, epoch and seconds.
+        points: Maximum number of points per series.
 
     Returns:
-        Steps and values by key, for the keys that were logged.
+        Steps and values by key, for the keys that were logged; empty without log.jsonl.
 
     Raises:
-        ValueError: If a line other than the last is not JSON. The last may be cut short by a killed run.
+        ValueError: If a line other than the last is not JSON. A killed run may cut the last line short.
     """
     path = Path(folder) / "log.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
@@ -504,7 +523,9 @@ def read_curves(
         except json.JSONDecodeError as error:
             if number == len(lines):
                 break
-            raise ValueError(f"{path}: line {number} is not JSON ({error}); remove it or run again.") from error
+            raise ValueError(
+                f"{path}: line {number} is not JSON ({error}). Remove the line or run the script again."
+            ) from error
         if entry.get("event") == "restart":
             series.clear()
             continue
@@ -523,85 +544,3 @@ def _thin(series: list[tuple[int, float]], points: int) -> tuple[list[int], list
         steps.append(group[-1][0])
         values.append(float(f"{math.fsum(value for _, value in group) / len(group):.5g}"))
     return steps, values
-
-
-def collect(
-    experiment: Experiment, root: str | Path = "runs", *, previous: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
-    """Gather the results of every cell into one report, from which card, table and figures are made.
-
-    Args:
-        experiment: The experiment.
-        root: The folder that holds the runs.
-        previous: An earlier report of the experiment, as on a machine that has the report but not the runs. Its cells
-            stand in for those that `root` lacks, as far as script and flags are the same.
-
-    Returns:
-        The experiment's own fields and `cells`: for each its id, flags, status ("finished", "failed" or "missing"),
-        what results.json says, and its thinned curves; a confusion matrix for the first seed alone, as it is large.
-        Absolute paths are cut to their last part.
-    """
-    known = {cell["id"]: cell for cell in (previous or {}).get("cells", []) if cell["status"] == "finished"}
-    cells = []
-    for cell in experiment.cells(root):
-        entry: dict[str, Any] = {"id": cell.id, "flags": cell.flags}
-        if cell.finished:
-            results = read_results(cell.folder)
-            entry |= {"status": "finished"} | {key: results[key] for key in REPORTED_KEYS if key in results}
-            entry["args"] = {key: value for key, value in results["args"].items() if key != "output_dir"}
-            missing = [name for name in cell.metrics.values() if name not in results["metrics"]]
-            if missing:
-                raise ValueError(f"{cell.folder} has no metric {missing[0]!r}; correct the experiment's variants.")
-            own = {name: results["metrics"][metric] for name, metric in cell.metrics.items()}
-            entry["metrics"] = {**results["metrics"], **own}
-            entry["curves"] = read_curves(cell.folder, experiment.curves)
-            if MATRICES in results and cell.flags["seed"] == experiment.seeds[0]:
-                entry[MATRICES] = results[MATRICES]
-        elif cell.id in known:
-            entry = dict(known[cell.id])
-        elif cell.failure_file.is_file():
-            entry |= {"status": "failed", **json.loads(cell.failure_file.read_text(encoding="utf-8"))}
-        else:
-            entry["status"] = "missing"
-        if not experiment.confusion:
-            entry.pop(MATRICES, None)
-        cells.append(portable(entry))
-    return json.loads(json.dumps({**asdict(experiment), "cells": cells}))
-
-
-def write_report(report: Mapping[str, Any], path: str | Path) -> None:
-    """Write a report as JSON, one line a cell, so that a changed cell is a changed line.
-
-    Args:
-        report: What `collect` returned.
-        path: The file to write.
-    """
-    head = json.dumps({key: value for key, value in report.items() if key != "cells"}, indent=2, ensure_ascii=False)
-    cells = ",\n".join("    " + json.dumps(cell, ensure_ascii=False) for cell in report["cells"])
-    text = head.removesuffix("\n}") + ',\n  "cells": [\n' + cells + "\n  ]\n}\n"
-    Path(path).write_text(text, encoding="utf-8")
-
-
-def read_report(path: str | Path) -> dict[str, Any]:
-    """Read a report that `write_report` wrote.
-
-    Args:
-        path: The JSON file, such as model_cards/slots.json.
-
-    Returns:
-        The report.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If the file is cut short or is not a report.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; run the experiment with scripts/run_experiment.py first.")
-    try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is cut short or damaged ({error}); make it again with --only_report.") from error
-    if not isinstance(report, dict) or not isinstance(report.get("cells"), list) or "table" not in report:
-        raise ValueError(f"{path} is not the report of an experiment; make it with scripts/run_experiment.py.")
-    return report

@@ -1,4 +1,4 @@
-"""Sheets of small images with titles: what a model sees, finds and paints, side by side."""
+"""Grids of small images with titles, such as inputs, segments and reconstructions side by side."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-# Twelve colors that stay apart also for the color-blind, the first for the ground (after Paul Tol, "muted").
+# Twelve colors that are distinct for color-blind people too, after Paul Tol's "muted"; the first is the background.
 SEGMENT_COLORS = np.array(
     [
         (221, 221, 221), (51, 34, 136), (221, 204, 119), (204, 102, 119), (68, 170, 153), (136, 34, 85),
@@ -17,7 +17,7 @@ SEGMENT_COLORS = np.array(
 
 
 def color_segments(mask: np.ndarray) -> np.ndarray:
-    """Paint a segmentation: one color for each label, the same for the same label; they repeat after twelve.
+    """Color a segmentation: one color per label, repeating after twelve labels.
 
     Args:
         mask: int (height, width), labels from 0.
@@ -36,24 +36,24 @@ def image_grid(
     labels: Sequence[str] = (),
     cell: float = 1.1,
 ) -> Path:
-    """Draw rows of images as a sheet.
+    """Draw rows of images as one figure.
 
     Args:
         rows: Images, uint8 (height, width, 3); rows may differ in length.
-        path: The figure to write; its suffix says the format.
-        titles: One for each column, above the first row.
-        labels: One for each row, to its left.
-        cell: Width of an image in inches, at 120 pixels an inch.
+        path: The figure to write; the suffix sets the format.
+        titles: One title per column, above the first row.
+        labels: One label per row, to its left.
+        cell: Width of an image in inches, at 120 pixels per inch.
 
     Returns:
         The path.
 
     Raises:
-        ValueError: If there is no image.
+        ValueError: If `rows` contains no image.
     """
     columns = max((len(row) for row in rows), default=0)
     if not columns:
-        raise ValueError("rows has no image; expected at least one row with at least one.")
+        raise ValueError("rows contains no image. Expected at least one row with at least one image.")
     head, side = 0.25 if titles else 0.02, 0.25 if labels else 0.0
     width, height = columns * cell + side, len(rows) * cell + head
     figure = Figure(figsize=(width, height), dpi=120)

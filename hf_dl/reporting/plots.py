@@ -1,12 +1,11 @@
 """Figures of runs and experiments: learning curves, the table as a picture, and confusion matrices.
 
-They are drawn with matplotlib's objects, never with pyplot, so that no global state is touched and threads may draw;
-the same numbers give the same bytes of SVG. Colors are those of Okabe and Ito, which people with the common forms
-of color blindness can tell apart.
+The figures use matplotlib's object interface instead of pyplot, so they do not change global state and can be drawn in
+threads. The same numbers give the same bytes of SVG. The colors of Okabe and Ito are distinct for people with the
+common forms of color blindness.
 """
 
 import itertools
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,13 +19,13 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from .experiment import MATRICES, read_curves
-from .tables import groups, label, shown_flags, value_label
+from .experiment import read_curves
+from .report import MATRICES, Report
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#595959")
 LINES = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1, 1, 1)))
 INK = "#262626"
-WIDTH = 8.4  # inches; at 100 dots an inch, as wide as a README is shown
+WIDTH = 8.4  # inches; the width of a README at 100 dots per inch
 STYLE = {
     "svg.hashsalt": "hf_dl", "font.size": 9.5, "font.family": ["DejaVu Sans"], "text.color": INK,
     "axes.edgecolor": "#8c8c8c", "axes.labelcolor": INK, "axes.titlesize": 10.5, "axes.titleweight": "bold",
@@ -42,7 +41,7 @@ Series = tuple[Sequence[float], Sequence[float]]
 def _save(figure: Figure, path: str | Path) -> Path:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # A date would make every figure differ from the committed one.
+    # Without a date, the same numbers give the same file.
     figure.savefig(path, dpi=200, **({"metadata": {"Date": None}} if path.suffix == ".svg" else {}))
     return path
 
@@ -57,7 +56,7 @@ def _draw_curve(axes: Axes, seeds: Sequence[Series], color: str, line: Any) -> N
     if not seeds:
         return
     steps = np.unique(np.concatenate([np.asarray(steps, dtype=float) for steps, _ in seeds]))
-    # A seed counts where it ran: beyond its last step (early stopping) the mean is that of the others.
+    # After the last step of a seed (early stopping), the mean is over the other seeds.
     lines = np.array([np.interp(steps, x, y, left=np.nan, right=np.nan) for x, y in seeds])
     counts = np.sum(~np.isnan(lines), axis=0)
     axes.plot(steps, np.nansum(lines, axis=0) / counts, color=color, linestyle=line, linewidth=1.9)
@@ -85,32 +84,31 @@ def draw_curves(
     styles: Sequence[tuple[int, int]] | None = None,
     legend: Sequence[tuple[str, str, Any]] | None = None,
 ) -> Path:
-    """Draw curves: a panel a quantity, in each the mean line and the range of the seeds for each label.
+    """Draw curves: one panel per quantity, with the mean and the range of the seeds for each label.
 
-    A panel whose values are positive and span more than a factor of 20 gets a logarithmic axis; one whose values are
-    scores up to 1 is drawn from 0 to 1. Panels with the same labels share one legend below them, others have their
-    own between title and curves.
+    The vertical axis is logarithmic if the values are positive and span more than a factor of 20. It goes from 0 to 1
+    if the values are scores up to 1. Panels with the same labels share one legend below them; otherwise each panel has
+    its legend below its title.
 
     Args:
-        path: The file to write; its suffix says the format, .svg or .png.
-        panels: Title to label to (steps, values) of each seed.
-        xlabel: What the horizontal axis counts.
-        styles: For each label of a panel in turn, the indices of its color and its dash; by default each label has a
-            color of its own.
-        legend: Text, color and dash of each entry of the legend below, where it is not one for each label.
+        path: The file to write; the suffix sets the format, .svg or .png.
+        panels: For each title and label, the (steps, values) of each seed.
+        xlabel: Label of the horizontal axis.
+        styles: Index of the color and index of the dash for each label of a panel; defaults to one color per label.
+        legend: Text, color and dash of each entry of the shared legend; defaults to one entry per label.
 
     Returns:
         The path.
 
     Raises:
-        ValueError: If there is nothing to draw.
+        ValueError: If no panel has a point.
 
     Example:
         >>> draw_curves("loss.svg", {"loss": {"train": [([0, 1], [1.0, 0.5])]}})  # doctest: +SKIP
     """
     panels = {title: panel for title, panel in panels.items() if any(len(x) for s in panel.values() for x, _ in s)}
     if not panels:
-        raise ValueError("panels holds no points; the runs logged none of the asked keys (see log.jsonl).")
+        raise ValueError("panels contains no points: the runs logged none of the keys. See log.jsonl.")
     shared = len({tuple(panel) for panel in panels.values()}) == 1
     columns = min(len(panels), 3)
     rows = math.ceil(len(panels) / columns)
@@ -153,11 +151,11 @@ def plot_run(
 
     Args:
         folder: The folder of the run.
-        path: The figure to write; its suffix says the format.
-        panels: Title to label to logged key; by default one panel with the training and the validation loss.
+        path: The figure to write; the suffix sets the format.
+        panels: For each title and label, the logged key; defaults to one panel with training and validation loss.
 
     Returns:
-        The path, or None where the run logged nothing that could be drawn.
+        The path, or None if the run logged none of the keys.
 
     Example:
         >>> panels = {"accuracy": {"validation": "val_accuracy"}}
@@ -171,81 +169,74 @@ def plot_run(
     return draw_curves(path, drawn) if any(drawn.values()) else None
 
 
-def _styles(report: Mapping[str, Any]) -> tuple[list[tuple[int, int]] | None, list[tuple[str, str, Any]] | None]:
-    """Looks and legend of the groups: the first flag gives the color and the others the dash, where these suffice."""
-    shown = shown_flags(report)
-    first, rest = report["grid"][shown[0]], [*itertools.product(*(report["grid"][name] for name in shown[1:]))]
+def _styles(report: Report) -> tuple[list[tuple[int, int]] | None, list[tuple[str, str, Any]] | None]:
+    """Return styles and legend of the groups: the first flag sets the color and the others the dash, if possible."""
+    shown, grid = report.shown_flags(), report.experiment.grid
+    first, rest = grid[shown[0]], [*itertools.product(*(grid[name] for name in shown[1:]))]
     if len(shown) == 1 or len(first) > len(COLORS) or len(rest) > len(LINES):
         return None, None
-    legend = [(_flag_labels(report, shown[:1], [value]), COLORS[index], "-") for index, value in enumerate(first)]
+    legend = [(report.setting_label(shown[:1], [value]), COLORS[index], "-") for index, value in enumerate(first)]
     legend += [
-        (_flag_labels(report, shown[1:], values), "#737373", dash) for values, dash in zip(rest, LINES, strict=False)
+        (report.setting_label(shown[1:], values), "#737373", dash) for values, dash in zip(rest, LINES, strict=False)
     ]
     return [(color, dash) for color in range(len(first)) for dash in range(len(rest))], legend
 
 
-def _flag_labels(report: Mapping[str, Any], names: Sequence[str], values: Sequence[Any]) -> str:
-    # A word speaks for itself ("batch"); a number needs its name ("K = 5").
-    return ", ".join(
-        value_label(report, value) if isinstance(value, str) else f"{label(report, name)} = {json.dumps(value)}"
-        for name, value in zip(names, values, strict=True)
-    )
+def plot_curves(report: Report, path: str | Path) -> Path | None:
+    """Draw the learning curves of an experiment: one panel per quantity, one line and band per setting.
 
-
-def plot_curves(report: Mapping[str, Any], path: str | Path) -> Path | None:
-    """Draw the learning curves of an experiment: a panel a quantity, a line a setting, a band over its seeds.
-
-    With two flags in the table, the first gives the color and the second the dash of a line.
+    With two flags in the table, the first sets the color and the second the dash of a line. The band is the range over
+    the seeds.
 
     Args:
-        report: The report of an experiment.
-        path: The figure to write; its suffix says the format.
+        report: The report.
+        path: The figure to write; the suffix sets the format.
 
     Returns:
-        The path, or None where no cell has curves.
+        The path, or None if no cell has curves.
     """
     panels: dict[str, dict[str, list[Series]]] = {}
-    for key in report["curves"]:
+    for key in report.experiment.curves:
         panel = {
-            _flag_labels(report, shown_flags(report), group.key): [
+            report.setting_label(report.shown_flags(), group.key): [
                 c["curves"][key] for c in group.finished if key in c.get("curves", {})
             ]
-            for group in groups(report)
+            for group in report.groups()
         }
         if any(panel.values()):
-            panels[label(report, key)] = panel
+            panels[report.label(key)] = panel
     styles, legend = _styles(report)
     return draw_curves(path, panels, styles=styles, legend=legend) if panels else None
 
 
-def plot_table(report: Mapping[str, Any], path: str | Path) -> Path | None:
-    """Draw the table of an experiment: a panel a metric, a row a setting, a dot a seed, a tick the mean.
+def plot_table(report: Report, path: str | Path) -> Path | None:
+    """Draw the table of an experiment: one panel per metric, one row per setting, one dot per seed.
 
-    With two or three flags in the table, the last is told by color. The bar is the mean ± one sample standard
-    deviation, the dashed line the baseline.
+    The tick is the mean, the bar is the mean ± one sample standard deviation, and the dashed line is the baseline.
+    With two or three flags in the table, the color shows the last one.
 
     Args:
-        report: The report of an experiment.
-        path: The figure to write; its suffix says the format.
+        report: The report.
+        path: The figure to write; the suffix sets the format.
 
     Returns:
-        The path, or None where no cell has finished.
+        The path, or None if no cell has finished.
     """
-    everything = groups(report)
+    everything = report.groups()
     if not any(group.finished for group in everything):
         return None
-    metrics, baseline, shown = report["table"]["value"], report["table"]["baseline"], shown_flags(report)
+    metrics, baseline, shown = report.table.value, report.table.baseline, report.shown_flags()
     row_flags, color_flags = (shown[:-1], shown[-1:]) if len(shown) > 1 else (shown, ())
-    inner = math.prod(len(report["grid"][name]) for name in color_flags)
+    inner = math.prod(len(report.experiment.grid[name]) for name in color_flags)
     outer = len(everything) // inner
     columns = min(len(metrics), 3)
     rows = math.ceil(len(metrics) / columns)
     height = rows * (0.75 + max(0.34, 0.2 * inner + 0.12) * outer) + 0.35
     width = WIDTH if columns > 1 else 6.2
-    names = [_flag_labels(report, row_flags, everything[row * inner].key[: len(row_flags)]) for row in range(outer)]
-    # Titles as wide as their panels: in inches, a letter of the names beside them takes about 0.075.
+    names = [report.setting_label(row_flags, everything[row * inner].key[: len(row_flags)]) for row in range(outer)]
+    # Titles must not be wider than their panels. A letter of the row names takes about 0.075 inches.
     panel = (width - 0.075 * max(map(len, names))) / columns
-    fitting = panel * 72 / (0.62 * max(len(label(report, metric)) for metric in metrics))
+    fitting = panel * 72 / (0.62 * max(len(report.label(metric)) for metric in metrics))
     with rc_context(STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
         grid = figure.subplots(rows, columns, squeeze=False, sharey=True)
@@ -266,7 +257,7 @@ def plot_table(report: Mapping[str, Any], path: str | Path) -> Path | None:
                     "chance", (baseline[metric], 0), xycoords=("data", "axes fraction"), xytext=(3, 3),
                     textcoords="offset points", fontsize=8, color="#737373",
                 )  # fmt: skip
-            axes.set_title(label(report, metric), fontsize=min(STYLE["axes.titlesize"], fitting))
+            axes.set_title(report.label(metric), fontsize=min(STYLE["axes.titlesize"], fitting))
             axes.grid(visible=False, axis="y")
             axes.tick_params(axis="y", length=0)
             axes.xaxis.set_major_locator(MaxNLocator(5 if columns < 3 else 4))
@@ -277,34 +268,34 @@ def plot_table(report: Mapping[str, Any], path: str | Path) -> Path | None:
         for axes in grid.ravel()[len(metrics) :]:
             axes.set_visible(False)
         if inner > 1:
-            values = report["grid"][color_flags[0]]
+            values = report.experiment.grid[color_flags[0]]
             handles = [
                 Line2D([], [], marker="o", markersize=6, linestyle="", color=COLORS[index % len(COLORS)])
                 for index in range(inner)
             ]
-            names = [_flag_labels(report, color_flags, [value]) for value in values]
+            names = [report.setting_label(color_flags, [value]) for value in values]
             fitting = int((100 if columns > 1 else 74) / (max(map(len, names)) + 5))  # as in draw_curves
             ncols = max(1, min(inner, fitting))
             figure.legend(handles, names, loc="outside lower center", ncols=ncols, handletextpad=0.2)
         return _save(figure, path)
 
 
-def plot_confusion(report: Mapping[str, Any], path: str | Path) -> Path | None:
-    """Draw the confusion matrix of each setting of an experiment, of its first seed, side by side.
+def plot_confusion(report: Report, path: str | Path) -> Path | None:
+    """Draw the confusion matrix of the first seed of each setting, side by side.
 
-    A cell is a part of its row, the true class; the scale is that of square roots, so that rare mistakes are seen.
-    Lines part the groups of classes that are alike, where the results name them.
+    Each entry is a fraction of the images of its row, the true class. The color scale is a square root, which makes
+    rare mistakes visible. Lines separate groups of similar classes, if the results name groups.
 
     Args:
-        report: The report of an experiment.
-        path: The figure to write; .png is the smaller for many classes.
+        report: The report.
+        path: The figure to write; .png is smaller than .svg for many classes.
 
     Returns:
-        The path, or None where no cell has a confusion matrix.
+        The path, or None if no cell has a confusion matrix.
     """
     panels = {
-        _flag_labels(report, shown_flags(report), group.key): cell[MATRICES]
-        for group in groups(report)
+        report.setting_label(report.shown_flags(), group.key): cell[MATRICES]
+        for group in report.groups()
         for cell in group.finished
         if MATRICES in cell
     }
@@ -312,7 +303,7 @@ def plot_confusion(report: Mapping[str, Any], path: str | Path) -> Path | None:
         return None
     columns = min(len(panels), 4)
     rows = math.ceil(len(panels) / columns)
-    # Bold letters are about two thirds as wide as high; a title must not run into the next one.
+    # Titles must not overlap. The width of a bold letter is about two thirds of its height.
     fitting = 0.86 * WIDTH * 72 / columns / (0.66 * max(map(len, panels)))
     with rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 0.4 + rows * (WIDTH / columns + 0.15)), layout="constrained")
@@ -332,7 +323,7 @@ def plot_confusion(report: Mapping[str, Any], path: str | Path) -> Path | None:
             axes.set_visible(False)
         grid[0].set_ylabel("true class")
         grid[0].set_xlabel("predicted class")
-        figure.colorbar(picture, ax=list(grid), shrink=0.6, aspect=30, label="part of the true class")
+        figure.colorbar(picture, ax=list(grid), shrink=0.6, aspect=30, label="fraction of the true class")
         return _save(figure, path)
 
 

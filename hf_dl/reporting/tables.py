@@ -1,117 +1,41 @@
-"""The table of an experiment: mean ± standard deviation over the seeds, as markdown.
+"""The tables of an experiment in Markdown: mean ± standard deviation over the seeds.
 
-The standard deviation is that of a sample (divided by n - 1), and says how much single runs differ; a group with one
-run has none. Nothing is left out: a group without a finished run is shown as missing or failed.
+The standard deviation is the sample standard deviation (n - 1 in the denominator). It shows how much single runs
+differ; a group with one run has none. Groups without a finished run are shown as missing or failed.
 """
 
-import itertools
 import math
 import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from .experiment import OWN_NUMBERS
+from .report import Group, Report
+
+MAX_COLUMNS = 6  # a wider table does not fit the page of a card
+SPLITS = {"test": "test", "situations": "new situations", "val": "validation", "train": "training"}  # test comes first
 
 
-@dataclass(frozen=True)
-class Group:
-    """The cells of an experiment that differ in nothing but the seed.
+def split_of(metric: str) -> str:
+    """Return the prefix of a metric that names its data split, such as "test", or "" if it has none.
 
-    Args:
-        key: The values of the flags that the table shows, rows before columns.
-        cells: The cells as `hf_dl.reporting.experiment.collect` describes them.
+    Example:
+        >>> split_of("test_accuracy"), split_of("seconds")
+        ('test', '')
     """
-
-    key: tuple[Any, ...]
-    cells: list[dict[str, Any]]
-
-    @property
-    def finished(self) -> list[dict[str, Any]]:
-        """The cells with results."""
-        return [cell for cell in self.cells if cell["status"] == "finished"]
-
-    @property
-    def failed(self) -> int:
-        """The number of cells whose run ended with an error."""
-        return sum(cell["status"] == "failed" for cell in self.cells)
-
-    @property
-    def restarts(self) -> int:
-        """How often the runs started over because training had collapsed, all seeds together."""
-        return sum(cell.get("restarts") or 0 for cell in self.finished)
-
-    def values(self, metric: str) -> list[float]:
-        """Return the metric of each finished cell, in the order of the seeds.
-
-        Args:
-            metric: A key of the cells' metrics, or what every run tells of itself, `OWN_NUMBERS`.
-
-        Returns:
-            One number a finished cell.
-
-        Raises:
-            ValueError: If a finished cell does not have the metric.
-        """
-        found = []
-        for cell in self.finished:
-            own = {name: cell[name] for name in OWN_NUMBERS if cell.get(name) is not None}
-            values = own | cell["metrics"]
-            if metric not in values:
-                raise ValueError(
-                    f"value={metric!r} is not among the metrics of cell {cell['id']}; it has "
-                    f"{', '.join(sorted(cell['metrics']))}. Correct table.value of the experiment."
-                )
-            found.append(float(values[metric]))
-        return found
-
-
-def groups(report: Mapping[str, Any]) -> list[Group]:
-    """Group the cells of a report by the flags that its table shows.
-
-    Args:
-        report: The report of an experiment.
-
-    Returns:
-        The groups in the order of the grid, columns innermost.
-    """
-    shown = shown_flags(report)
-    result = []
-    for key in itertools.product(*(report["grid"][name] for name in shown)):
-        cells = [cell for cell in report["cells"] if tuple(cell["flags"][name] for name in shown) == key]
-        result.append(Group(key=key, cells=cells))
-    return result
-
-
-def shown_flags(report: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the flags that the table of a report shows: those of the rows, then that of the columns, if any."""
-    columns = report["table"]["columns"]
-    return (*report["table"]["rows"], *([columns] if columns else []))
-
-
-def label(report: Mapping[str, Any], key: str) -> str:
-    """Return how a key is written in tables and figures: as the experiment says, or with spaces for underscores."""
-    return report["labels"].get(key, key.replace("_", " "))
-
-
-def value_label(report: Mapping[str, Any], value: Any) -> str:
-    """Return how a value of a flag is written in tables and figures: a text as the experiment says."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    return report["labels"].get(value, value) if isinstance(value, str) else str(value)
+    prefix, _, rest = metric.partition("_")
+    return prefix if rest and prefix in SPLITS else ""
 
 
 def decimals_for(values: Sequence[Sequence[float]]) -> int:
-    """Choose the decimals of a column, so that its numbers line up and say no more than is known.
+    """Choose the number of decimals of a column, so that its numbers line up and show no more than is known.
 
     Args:
         values: The values of each group of the column.
 
     Returns:
-        As many decimals as show the median standard deviation with one significant digit, or with two where the first
-        is below 3.5; where there is none, as many as give the largest value four digits. Between 0 and 6.
+        The number of decimals, between 0 and 6. The median standard deviation gets one significant digit, or two if
+        the first is below 3.5. Without a standard deviation, the largest value gets four significant digits.
     """
     deviations = [float(np.std(group, ddof=1)) for group in values if len(group) > 1]
     deviations = [deviation for deviation in deviations if math.isfinite(deviation) and deviation > 0]
@@ -126,14 +50,14 @@ def decimals_for(values: Sequence[Sequence[float]]) -> int:
 
 
 def mean_and_deviation(values: Sequence[float], decimals: int) -> str:
-    """Write the mean and the sample standard deviation of some runs.
+    """Format the mean and the sample standard deviation of some runs.
 
     Args:
-        values: One number a run, at least one.
-        decimals: The digits after the point.
+        values: One number per run, at least one.
+        decimals: Number of decimals.
 
     Returns:
-        The text, such as "0.912 ± 0.015"; a single run has no deviation.
+        The text, such as "0.912 ± 0.015", or only the mean for a single run.
 
     Example:
         >>> mean_and_deviation([0.9, 0.92, 0.94], 3)
@@ -143,15 +67,18 @@ def mean_and_deviation(values: Sequence[float], decimals: int) -> str:
     return mean if len(values) == 1 else f"{mean} ± {np.std(values, ddof=1):.{decimals}f}"
 
 
-def _entry(group: Group, metric: str, decimals: int, *, say_n: bool) -> str:
-    if not group.finished:
-        return "failed" if group.failed else "missing"
-    text = mean_and_deviation(group.values(metric), decimals)
-    return f"{text} (n = {len(group.finished)})" if say_n and len(group.finished) < len(group.cells) else text
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, keys: int) -> str:
+    """Write a Markdown table whose source is aligned too.
 
+    Args:
+        header: The titles of the columns.
+        rows: The rows, as long as the header.
+        keys: Number of columns from the left that are aligned to the left; the others are aligned to the right.
 
-def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]], keys: int) -> str:
-    # Keys stand to the left, numbers to the right, and the source is aligned as well, so that it reads as text.
+    Returns:
+        The table.
+    """
+    header, rows = [_escape(text) for text in header], [[_escape(text) for text in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     lines = [
         "| " + " | ".join(f"{text:{'<' if i < keys else '>'}{widths[i]}}" for i, text in enumerate(row)) + " |"
@@ -161,113 +88,210 @@ def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]], keys: int) -
     return "\n".join([lines[0], rule + "|", *lines[1:]])
 
 
-def _text(text: str) -> str:
+def _escape(text: str) -> str:
     return text.replace("|", "\\|")
 
 
-def results_table(report: Mapping[str, Any]) -> str:
-    """Write the table of an experiment as markdown.
+def results_table(report: Report) -> str:
+    """Write the results of an experiment as Markdown tables of at most `MAX_COLUMNS` columns.
+
+    Rows are settings and columns are metrics. If the metrics need more columns, they are divided over several tables:
+    one table per data split if all splits have the same metrics, otherwise in their order. A single setting with many
+    metrics becomes one row per metric. If the experiment names `columns`, there is one table per metric.
+
+    A row "chance" shows the baselines. Columns count the finished runs (n) and, if there are any, the restarts and the
+    failed runs. A sentence below describes the numbers.
 
     Args:
-        report: The report of an experiment, from `collect` or `read_report`.
+        report: The report.
 
     Returns:
-        One table with a column a metric, or, where the experiment names `columns`, one table a metric. Rows without
-        results say so; a row "chance" shows the baselines; restarts and failures get a column where there are any.
-        A sentence below says what the numbers are.
+        The tables and the sentence.
 
     Raises:
-        ValueError: If a metric of the table is not among those of a finished cell.
+        ValueError: If a finished cell does not have a metric of the table.
     """
-    rows, columns = report["table"]["rows"], report["table"]["columns"]
-    metrics, baseline = report["table"]["value"], report["table"]["baseline"]
-    everything = groups(report)
-    decimals = {metric: decimals_for([group.values(metric) for group in everything]) for metric in metrics}
-    chance = {metric: f"{baseline[metric]:.{decimals[metric]}f}" if metric in baseline else "" for metric in metrics}
-    row_labels = [label(report, name) for name in rows]
-    chance_labels = ["chance", *[""] * (len(rows) - 1)]
-    tables = []
-    if columns is None:
-        counted = {"restarts": lambda group: group.restarts, "failed": lambda group: group.failed}
-        counted = {name: count for name, count in counted.items() if any(map(count, everything))}
-        body = [
-            [_text(value_label(report, value)) for value in group.key]
-            + [_entry(group, metric, decimals[metric], say_n=False) for metric in metrics]
-            + [str(len(group.finished))]
-            + [str(count(group)) for count in counted.values()]
-            for group in everything
-        ]
-        if baseline:
-            body.append([*chance_labels, *chance.values(), *[""] * (1 + len(counted))])
-        header = [*row_labels, *(label(report, metric) for metric in metrics), "n", *counted]
-        tables.append(_markdown(header, body, keys=len(rows)))
+    groups = report.groups()
+    decimals = column_decimals(report, groups)
+    if report.table.columns is not None:
+        tables = _tables_by_column(report, groups, decimals)
     else:
-        values = report["grid"][columns]
-        for metric in metrics:
-            body = []
-            for start in range(0, len(everything), len(values)):
-                row = everything[start : start + len(values)]
-                entries = [_entry(group, metric, decimals[metric], say_n=True) for group in row]
-                keys = [_text(value_label(report, value)) for value in row[0].key[: len(rows)]]
-                body.append([*keys, *entries])
-            if metric in baseline:
-                body.append([*chance_labels, *[chance[metric]] * len(values)])
-            header = [
-                *row_labels,
-                *(f"{label(report, columns)} = {_text(value_label(report, value))}" for value in values),
-            ]
-            title = f"**{label(report, metric)}**\n\n" if len(metrics) > 1 else ""
-            tables.append(title + _markdown(header, body, keys=len(rows)))
-    return "\n\n".join([*tables, _caption(report, everything)])
+        counted = _counted(groups)
+        width = len(report.table.rows) + len(report.table.value) + len(counted)
+        if len(groups) == 1 and width > MAX_COLUMNS:
+            tables = [_table_of_one_setting(report, groups[0], decimals)]
+        else:
+            tables = _tables_of_settings(report, groups, decimals, counted)
+    return "\n\n".join([*tables, _caption(report, groups)])
 
 
-def claims_table(report: Mapping[str, Any]) -> str:
-    """Write as markdown what was expected of an experiment, what was measured, and whether the two agree.
+def column_decimals(report: Report, groups: Sequence[Group]) -> dict[str, int]:
+    """Return the number of decimals of each metric of the table."""
+    return {metric: decimals_for([group.values(metric) for group in groups]) for metric in report.table.value}
+
+
+def _counted(groups: Sequence[Group]) -> dict[str, Callable[[Group], int]]:
+    """Return the columns that count runs."""
+    counted = {"restarts": lambda group: group.restarts, "failed": lambda group: group.failed}
+    counted = {name: count for name, count in counted.items() if any(map(count, groups))}
+    return {"n": lambda group: len(group.finished), **counted}
+
+
+def _entry(group: Group, metric: str, decimals: int, *, show_n: bool) -> str:
+    if not group.finished:
+        return "failed" if group.failed else "missing"
+    text = mean_and_deviation(group.values(metric), decimals)
+    return f"{text} (n = {len(group.finished)})" if show_n and len(group.finished) < len(group.cells) else text
+
+
+def _chance(report: Report, metric: str, decimals: Mapping[str, int]) -> str:
+    baseline = report.table.baseline
+    return f"{baseline[metric]:.{decimals[metric]}f}" if metric in baseline else ""
+
+
+def _pages(metrics: Sequence[str], *, first: int, other: int) -> list[tuple[str, list[str]]]:
+    """Divide metrics over tables.
 
     Args:
-        report: The report of an experiment, from `collect` or `read_report`.
+        metrics: The metrics.
+        first: Maximum number of metrics in the first table.
+        other: Maximum number of metrics in the other tables.
 
     Returns:
-        A row a claim: the mean over the seeds (of the differences, where two settings are compared) with the bounds;
-        "" where the experiment claims nothing.
+        A title, or "", and the metrics of each table.
+    """
+    if len(metrics) <= first:
+        return [("", list(metrics))]
+    by_split = {split: [m for m in metrics if split_of(m) == split] for split in ("", *SPLITS)}
+    by_split = {split: found for split, found in by_split.items() if found}
+    kinds = {tuple(m.removeprefix(split) for m in found) for split, found in by_split.items()}
+    if len(by_split) > 1 and len(kinds) == 1 and max(map(len, by_split.values())) <= first:
+        return [(SPLITS[split], found) for split, found in by_split.items()]
+    count = 1 + math.ceil((len(metrics) - first) / other)
+    pages, rest = [], list(metrics)
+    for number in range(count):
+        size = min(first if number == 0 else other, math.ceil(len(rest) / (count - number)))
+        pages.append(("", rest[:size]))
+        rest = rest[size:]
+    return pages
+
+
+def _tables_of_settings(
+    report: Report, groups: Sequence[Group], decimals: Mapping[str, int], counted: Mapping[str, Callable[[Group], int]]
+) -> list[str]:
+    """Write a row per setting and a column per metric; the first table also counts the runs."""
+    rows = report.table.rows
+    room = MAX_COLUMNS - len(rows)
+    tables = []
+    for title, metrics in _pages(report.table.value, first=room - len(counted), other=room):
+        counts = {} if tables else counted
+        body = [
+            [report.value_label(value) for value in group.key]
+            + [_entry(group, metric, decimals[metric], show_n=False) for metric in metrics]
+            + [str(count(group)) for count in counts.values()]
+            for group in groups
+        ]
+        chance = [_chance(report, metric, decimals) for metric in metrics]
+        if any(chance):
+            body.append(["chance", *[""] * (len(rows) - 1), *chance, *[""] * len(counts)])
+        header = [report.label(name) for name in (*rows, *metrics)] + [*counts]
+        table = markdown_table(header, body, keys=len(rows))
+        tables.append(f"**{title}**\n\n{table}" if title else table)
+    return tables
+
+
+def _table_of_one_setting(report: Report, group: Group, decimals: Mapping[str, int]) -> str:
+    """Write a row per metric."""
+    body = [
+        [report.label(metric), _entry(group, metric, decimals[metric], show_n=True), _chance(report, metric, decimals)]
+        for metric in report.table.value
+    ]
+    setting = report.setting_label(report.table.rows, group.key)
+    header = ["metric", setting, "chance"]
+    if not report.table.baseline:
+        header, body = header[:2], [row[:2] for row in body]
+    return markdown_table(header, body, keys=1)
+
+
+def _tables_by_column(report: Report, groups: Sequence[Group], decimals: Mapping[str, int]) -> list[str]:
+    """Write a table per metric, with a row per setting and a column per value of the flag `columns`."""
+    rows, columns, metrics = report.table.rows, report.table.columns, report.table.value
+    values = report.experiment.grid[columns]
+    room = MAX_COLUMNS - len(rows)
+    tables = []
+    for metric in metrics:
+        chance = _chance(report, metric, decimals)
+        for first in range(0, len(values), room):
+            shown = values[first : first + room]
+            body = []
+            for start in range(0, len(groups), len(values)):
+                row = groups[start + first : start + first + len(shown)]
+                entries = [_entry(group, metric, decimals[metric], show_n=True) for group in row]
+                body.append([*(report.value_label(value) for value in row[0].key[: len(rows)]), *entries])
+            if chance:
+                body.append(["chance", *[""] * (len(rows) - 1), *[chance] * len(shown)])
+            header = [report.label(name) for name in rows]
+            header += [f"{report.label(columns)} = {report.value_label(value)}" for value in shown]
+            title = f"**{report.label(metric)}**\n\n" if len(metrics) > 1 and not first else ""
+            tables.append(title + markdown_table(header, body, keys=len(rows)))
+    return tables
+
+
+def claims_table(report: Report) -> str:
+    """Write the claims of an experiment as a Markdown table: expectation, bound, measured value, and the verdict.
+
+    Args:
+        report: The report.
+
+    Returns:
+        One row per claim, or "" without claims. The measured value is the mean over the seeds. For two settings it is
+        the mean of the differences per seed.
 
     Raises:
-        ValueError: If a metric is not among those of a finished cell.
+        ValueError: If a finished cell does not have a metric of a claim.
     """
-    by_setting = {group.key: group for group in groups(report)}
-    shown = shown_flags(report)
+    by_setting = {group.key: group for group in report.groups()}
     rows = []
-    for claim in report["claims"]:
+    for claim in report.experiment.claims:
 
-        def by_seed(setting: Mapping[str, Any], metric: str = claim["metric"]) -> dict[int, float]:
-            group = by_setting[tuple(setting[name] for name in shown)]
+        def by_seed(setting: Mapping[str, object], metric: str = claim.metric) -> dict[int, float]:
+            group = by_setting[tuple(setting[name] for name in report.shown_flags())]
             seeds = [cell["flags"]["seed"] for cell in group.finished]
             return dict(zip(seeds, group.values(metric), strict=True))
 
-        found, low, high = by_seed(claim["of"]), claim["at_least"], claim["at_most"]
-        compared = isinstance(claim["over"], dict)
-        other = by_seed(claim["over"]) if compared else dict.fromkeys(found, claim["over"])
+        found, low, high = by_seed(claim.of), claim.at_least, claim.at_most
+        compared = isinstance(claim.over, dict)
+        other = by_seed(claim.over) if compared else dict.fromkeys(found, claim.over)
         values = [found[seed] - other[seed] for seed in found if seed in other]
         bounds = [f"{sign} {bound:g}" for sign, bound in (("≥", low), ("≤", high)) if bound is not None]
-        what = label(report, claim["metric"]) + (", difference" if compared or claim["over"] else "")
-        measured, agrees = "missing", ""
+        metric = report.label(claim.metric) + (", difference" if compared or claim.over else "")
+        measured, holds = "missing", ""
         if values:
             mean = float(np.mean(values))
             measured = mean_and_deviation(values, decimals_for([values]))
-            agrees = "yes" if (low is None or mean >= low) and (high is None or mean <= high) else "**no**"
-        rows.append([_text(claim["says"]), what, " and ".join(bounds), measured, agrees])
-    return _markdown(["expected", "of", "bound", "measured", "agrees"], rows, keys=3) if rows else ""
+            holds = "yes" if (low is None or mean >= low) and (high is None or mean <= high) else "**no**"
+        rows.append([claim.says, metric, " and ".join(bounds), measured, holds])
+    return markdown_table(["expected", "metric", "bound", "measured", "holds"], rows, keys=3) if rows else ""
 
 
-def _caption(report: Mapping[str, Any], everything: Sequence[Group]) -> str:
-    metrics = report["table"]["value"]
-    what = f"{label(report, metrics[0])}: mean" if len(metrics) == 1 else "Mean"
-    seeds = len(report["seeds"])
-    finished = sum(len(group.finished) for group in everything)
-    total = sum(len(group.cells) for group in everything)
-    restarts, failed = sum(group.restarts for group in everything), sum(group.failed for group in everything)
+def _caption(report: Report, groups: Sequence[Group]) -> str:
+    metrics, seeds = report.table.value, len(report.experiment.seeds)
+    finished, total = sum(len(group.finished) for group in groups), sum(len(group.cells) for group in groups)
+    restarts, failed = sum(group.restarts for group in groups), sum(group.failed for group in groups)
+    subject = f"{report.label(metrics[0])}: mean" if len(metrics) == 1 else "Mean"
     spread = " ± standard deviation" if seeds > 1 else ""
-    parts = [f"{what}{spread} over {seeds} {'seeds' if seeds > 1 else 'seed'}; {finished} of {total} runs finished"]
-    parts.append(f"{restarts} restart{'' if restarts == 1 else 's'} after a collapse" if restarts else "no restarts")
-    parts.append(f"{failed} failed" if failed else "none failed")
-    return ", ".join(parts) + "."
+    restarted = f"{restarts} restart{'' if restarts == 1 else 's'} after a collapse" if restarts else "no restarts"
+    text = (
+        f"{subject}{spread} over {seeds} {'seeds' if seeds > 1 else 'seed'}; {finished} of {total} runs finished, "
+        f"{restarted}, {f'{failed} failed' if failed else 'none failed'}."
+    )
+    return text + _note_on_micro_f1(report)
+
+
+def _note_on_micro_f1(report: Report) -> str:
+    """Say that micro F1 equals accuracy, if the table shows micro F1 and the two are equal in every run."""
+    pairs = [(metric, metric.replace("micro_f1", "accuracy")) for metric in report.table.value if "micro_f1" in metric]
+    scores = [cell["metrics"] for cell in report.finished]
+    if not pairs or not all(math.isclose(s[one], s.get(two, math.nan)) for s in scores for one, two in pairs):
+        return ""
+    return " Micro F1 equals accuracy here, because each example has exactly one true and one predicted class."

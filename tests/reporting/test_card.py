@@ -5,11 +5,21 @@ import pytest
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
-from hf_dl.reporting.card import experiment_card, format_metric, read_card, run_card, usage_snippet
-from hf_dl.reporting.experiment import collect, read_experiment
+from hf_dl.reporting.card import (
+    experiment_card,
+    format_metric,
+    metric_type,
+    read_card,
+    results_key,
+    run_card,
+    usage_snippet,
+)
+from hf_dl.reporting.experiment import read_experiment
+from hf_dl.reporting.report import collect
 from tests.reporting.fake_runs import CLAIMS, TOML, write_run, write_runs
 
 METRICS = {"val_fg_ari": 0.87654321, "test_accuracy": 0.5, "val_images": 320.0, "seconds_per_step": 0.0123}
+METRICS |= {"train_accuracy": 0.75, "test_macro_f1": 0.25}
 
 
 @pytest.fixture
@@ -34,10 +44,10 @@ def test_metadata_are_those_that_huggingface_hub_reads(folder, tmp_path):
     assert data["pipeline_tag"] == "image-segmentation" and data["tags"] == ["hf_dl", "slots"]
     name, results = model_index_to_eval_results(data["model-index"])
     assert name == "slots"
-    by_metric = {result.metric_type: result for result in results}
-    assert {key: result.metric_value for key, result in by_metric.items()} == {
-        key: value for key, value in METRICS.items() if key != "val_images"
-    }
+    by_metric = {results_key(result): result for result in results}
+    assert [*by_metric] == ["test_accuracy", "test_macro_f1", "seconds_per_step", "val_fg_ari"]
+    assert all(result.metric_value == METRICS[key] for key, result in by_metric.items())
+    assert [result.metric_type for result in results] == ["accuracy", "f1", "seconds_per_step", "fg_ari"]
     assert by_metric["val_fg_ari"].dataset_split == "validation"
     assert by_metric["test_accuracy"].dataset_split == "test"
     assert by_metric["seconds_per_step"].dataset_split is None
@@ -81,21 +91,21 @@ def test_n_is_the_number_of_examples_that_a_metric_is_over(folder):
         ("test_decoder_ari", "test", "500"),
         ("test_decoder_fg_ari", "test", "493"),
         ("test_loss", "test", "500"),
-        ("val_loss", "validation", "320"),
         ("fid", "–", "–"),
+        ("val_loss", "validation", "320"),
     ]
 
 
 def test_limits_follow_from_the_results(folder):
     limits = str(run_card(folder, limits=["It sees only cubes."])).split("## Limits")[1].split("##")[0]
     assert limits.strip().startswith("- It sees only cubes.\n- One seed:")
-    assert "synthetic data" in limits and "no test split" not in limits and "collapsed" not in limits
+    assert "are synthetic" in limits and "on the validation split" not in limits and "collapsed" not in limits
     changes = {"restarts": 2, "dirty": True}
     write_run(folder, {"source": "me/birds"}, {"val_accuracy": 0.5}, **changes)
     card = str(run_card(folder))
     limits = card.split("## Limits")[1].split("##")[0]
-    assert "started over 2 times" in limits and "uncommitted changes" in limits and "no test split" in limits
-    assert "synthetic" not in card and "`me/birds`, given with `--source`" in card
+    assert "restarted 2 times" in limits and "uncommitted changes" in limits and "on the validation split" in limits
+    assert "synthetic" not in card and "`me/birds`, from the flag `--source`" in card
     write_run(folder, {"source": "/mnt/secret/birds"}, {"val_accuracy": 0.5})
     assert "/mnt" not in str(run_card(folder)) and "`birds`" in str(run_card(folder))
 
@@ -105,7 +115,8 @@ def test_pictures_of_the_folder_are_shown(folder):
     (folder / "slot_masks.png").write_bytes(b"")
     (folder / "curves.svg").write_text("")
     text = str(run_card(folder))
-    assert text.index("![curves](curves.svg)") < text.index("![slot masks](slot_masks.png)")
+    places = [text.index(part) for part in ("![slot masks](slot_masks.png)", "## Results", "![curves](curves.svg)")]
+    assert places == sorted(places)
 
 
 @pytest.mark.parametrize(
@@ -141,13 +152,13 @@ def test_damaged_files_are_one_sentence(folder, tmp_path):
         run_card(folder)
     (folder / "config.json").unlink()
     write_run(folder, {}, {"val_accuracy": float("nan")})
-    with pytest.raises(ValueError, match="the metric 'val_accuracy' is nan; a card needs numbers"):
+    with pytest.raises(ValueError, match="the metric 'val_accuracy' is nan. A card needs finite numbers"):
         run_card(folder)
     (folder / "results.json").write_text('{"metrics": {"a"')
     with pytest.raises(ValueError, match="cut short or damaged") as error:
         run_card(folder)
     assert "\n" not in str(error.value)
-    with pytest.raises(FileNotFoundError, match="the run has not ended"):
+    with pytest.raises(FileNotFoundError, match="the run has not finished"):
         run_card(tmp_path)
 
 
@@ -155,20 +166,20 @@ def test_damaged_files_are_one_sentence(folder, tmp_path):
     ("text", "message"),
     [
         ("# Title\n", "has no metadata"),
-        ("---\nlicense: [a\n---\n", "metadata that the Hub would refuse"),
-        ("---\n- a\n---\n", "metadata that the Hub would refuse"),
+        ("---\nlicense: [a\n---\n", "metadata that the Hub would reject"),
+        ("---\n- a\n---\n", "metadata that the Hub would reject"),
         (
             "---\nlicense: mit\nmodel-index:\n- name: a\n  results:\n  - x: 1\n---\n",
-            "metadata that the Hub would refuse",
+            "metadata that the Hub would reject",
         ),
-        ("---\ntags: [a]\n---\n", "names no license"),
+        ("---\ntags: [a]\n---\n", "has no license"),
     ],
 )
 def test_cards_that_the_hub_would_refuse(tmp_path, text, message):
     (tmp_path / "README.md").write_text(text)
     with pytest.raises(ValueError, match=message):
         read_card(tmp_path / "README.md")
-    with pytest.raises(FileNotFoundError, match="write a model card"):
+    with pytest.raises(FileNotFoundError, match="Write a model card"):
         read_card(tmp_path / "none.md")
 
 
@@ -177,18 +188,21 @@ def test_card_of_an_experiment(tmp_path):
     experiment = read_experiment(tmp_path / "fake.toml")
     write_runs(experiment, tmp_path / "runs", skip=lambda flags: flags["width"] == 8 and flags["norm"] == "batch")
     report = collect(experiment, tmp_path / "runs")
-    report["cells"][6] |= {"status": "failed", "error": "ValueError: loss is nan"}
+    report.cells[6] |= {"status": "failed", "error": "ValueError: loss is nan"}
     card = saved(experiment_card(report, figures=["fake.svg"]), tmp_path / "fake.md")
     text = str(card)
     for part in (
-        "# Experiment: fake", "12 runs of `scripts/train_fake.py`, 9 of them finished", "Does more help?",
+        "# Experiment: fake", "Runs: 12 of `scripts/train_fake.py`, 9 of them finished", "Does more help?",
         "More is better.", "![fake](fake.svg)", "3 of 12 runs have no result", "ValueError: loss is nan",
         "scripts/run_experiment.py scripts/experiments/fake.toml", "| `width` | `4`, `8` |", "3 seeds:",
     ):  # fmt: skip
         assert part in text
+    body = card.text
+    places = [body.index(part) for part in ("# Experiment", "Does more help?", "![fake]", "| W ", "More is better.")]
+    assert places == sorted(places)
     results = card.data.eval_results
-    assert [result.metric_type for result in results] == ["val_accuracy"] * 3
-    values = [cell["metrics"]["val_accuracy"] for cell in report["cells"][:3]]
+    assert [result.metric_type for result in results] == ["accuracy"] * 3 + ["loss"] * 3
+    values = [cell["metrics"]["val_accuracy"] for cell in report.cells[:3]]
     assert results[0].metric_value == pytest.approx(sum(values) / 3, rel=1e-12)
     assert results[0].metric_args["seeds"] == 3 and results[0].metric_name == "mean accuracy (width = 4, norm = batch)"
 
@@ -199,11 +213,10 @@ def test_claims_and_notes_stand_in_the_card(tmp_path):
     write_runs(experiment, tmp_path / "runs")
     text = str(experiment_card(collect(experiment, tmp_path / "runs")))
     assert "- **4**: A narrow one.\n" in text
-    assert "\n\n## Expected and measured\n\n| expected" in text and "| Group beats batch" in text
+    assert "\n\n## Expected and measured\n\nMore is better.\n\n| expected" in text and "| Group beats batch" in text
     (tmp_path / "fake.toml").write_text(TOML)
-    assert "## Expected" not in str(
-        experiment_card(collect(read_experiment(tmp_path / "fake.toml"), tmp_path / "runs"))
-    )
+    text = str(experiment_card(collect(read_experiment(tmp_path / "fake.toml"), tmp_path / "runs")))
+    assert "More is better." in text and "| expected" not in text and "The measured value" not in text
 
 
 def test_card_of_an_experiment_without_results(tmp_path):
@@ -216,3 +229,34 @@ def test_format_metric():
     numbers = {0.5: "0.5000", 320.0: "320", 0.00012345: "0.0001234", 12345.6: "12346", -1.0: "-1", 99.95: "99.95"}
     assert {number: format_metric(number) for number in numbers} == numbers
     assert format_metric(float("inf")) == "inf"
+
+
+@pytest.mark.parametrize(
+    ("metric", "expected"),
+    [
+        ("test_accuracy", "accuracy"),
+        ("test_micro_f1", "f1"),
+        ("val_macro_precision", "precision"),
+        ("situations_macro_recall", "recall"),
+        ("test_perplexity", "perplexity"),
+        ("reconstruction_mse", "mse"),
+        ("composition_fid", "fid"),
+        ("composition_fid_random_conv_v1", "composition_fid_random_conv_v1"),  # features that are not Inception's
+        ("test_top_5_accuracy", "top_5_accuracy"),
+        ("test_posterior_fg_ari", "posterior_fg_ari"),
+    ],
+)
+def test_metric_types_are_the_names_of_the_hub(metric, expected):
+    assert metric_type(metric) == expected
+
+
+def test_an_experiment_indexes_test_metrics_first_and_no_training_metrics_or_times(tmp_path):
+    names = ["train_accuracy", "val_accuracy", "test_accuracy", "seconds", "test_macro_f1", "test_loss"]
+    (tmp_path / "fake.toml").write_text(TOML.replace('["val_accuracy", "val_loss"]', str(names)))
+    experiment = read_experiment(tmp_path / "fake.toml")
+    for cell in experiment.cells(tmp_path / "runs"):
+        write_run(cell.folder, cell.flags, dict.fromkeys(names, 0.5) | {"val_loss": 0.5})
+    card = saved(experiment_card(collect(experiment, tmp_path / "runs")), tmp_path / "fake.md")
+    kinds = [result.metric_type for result in card.data.eval_results]
+    assert kinds == ["accuracy"] * 4 + ["f1"] * 4 + ["loss"] * 4
+    assert {result.dataset_split for result in card.data.eval_results} == {"test"}

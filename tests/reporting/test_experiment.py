@@ -2,16 +2,8 @@ import json
 
 import pytest
 
-from hf_dl.reporting.experiment import (
-    collect,
-    find_run,
-    portable,
-    read_curves,
-    read_experiment,
-    read_report,
-    read_results,
-    write_report,
-)
+from hf_dl.reporting.experiment import find_run, portable, read_curves, read_experiment, read_results
+from hf_dl.reporting.report import collect, read_report, write_report
 from tests.reporting.fake_runs import CLAIMS, CONFUSION, TOML, write_run, write_runs
 
 
@@ -65,11 +57,11 @@ def test_a_value_of_the_grid_may_stand_for_a_script_and_flags(toml, tmp_path):
     assert group.given == {"source": "synthetic", "max_steps": 100, "width": 8, "seed": 2, "groups": 2}
     assert group.flags == {"source": "synthetic", "max_steps": 100, "width": 8, "norm": "group", "seed": 2}
     write_run(group.folder, group.given, {"val_top_1": 0.75, "val_loss": 0.5})
-    cell = collect(experiment, tmp_path)["cells"][-1]
+    cell = collect(experiment, tmp_path).cells[-1]
     assert cell["metrics"] == {"val_top_1": 0.75, "val_accuracy": 0.75, "val_loss": 0.5}
     assert cell["flags"]["norm"] == "group"
     write_run(group.folder, group.given, {"val_loss": 0.5})
-    with pytest.raises(ValueError, match="has no metric 'val_top_1'; correct the experiment's variants"):
+    with pytest.raises(ValueError, match="has no metric 'val_top_1'. Correct the key variants of the experiment"):
         collect(experiment, tmp_path)
 
 
@@ -96,15 +88,15 @@ def test_a_cell_may_start_from_another_one(toml, tmp_path):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ('norm = "batch" }', 'norm = "layer" }', "is not a table from flags of the grid to their values"),
-        ('norm = "batch" }', 'depth = "batch" }', "is not a table from flags of the grid to their values"),
-        ('{ norm = "batch" }', '"batch"', "after='batch' is not a table"),
-        ('norm = "batch" }', "width = 4 }", "names no other value of 'norm'"),
-        ('norm = "batch" }', 'norm = "group" }', "names a variant that itself runs after another one"),
+        ('norm = "batch" }', 'norm = "layer" }', "is invalid. Expected a table of flags and values of the grid"),
+        ('norm = "batch" }', 'depth = "batch" }', "is invalid. Expected a table of flags and values of the grid"),
+        ('{ norm = "batch" }', '"batch"', "after='batch' is invalid"),
+        ('norm = "batch" }', "width = 4 }", "must contain another value of 'norm'"),
+        ('norm = "batch" }', 'norm = "group" }', "names a variant that has the key after itself"),
         (
             "[variants.norm.group]",
             'after = { norm = "group" }\n[variants.norm.group]',
-            "itself runs after another one",
+            "names a variant that has the key after itself",
         ),
     ],
 )
@@ -117,12 +109,16 @@ def test_a_start_that_cannot_be_is_refused_with_a_sentence(toml, old, new, messa
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("variants.norm", "variants.depth", "variants.depth is about no flag of the grid"),
-        ("norm.group", "norm.layer", r"variants.norm has \['batch', 'layer'\], expected the values of the grid"),
+        ("variants.norm", "variants.depth", "variants.depth is not a flag of the grid"),
+        ("norm.group", "norm.layer", r"variants.norm has \['batch', 'layer'\]. Expected the values of the grid"),
         ("script =", "skript =", "variants.norm.group has the unknown key 'skript'"),
-        ("groups = 2", "width = 2", "flags={'width': 2} is not a table of flags that neither grid nor fixed"),
-        ("groups = 2", "seed = 2", "flags={'seed': 2} is not"),
-        ('"val_top_1"', "1", "metrics={'val_accuracy': 1} is not a table"),
+        (
+            "groups = 2",
+            "width = 2",
+            "flags={'width': 2} is invalid. Expected a table of flags that are not in grid or fixed",
+        ),
+        ("groups = 2", "seed = 2", "flags={'seed': 2} is invalid"),
+        ('"val_top_1"', "1", "metrics={'val_accuracy': 1} is invalid"),
         ('"train_other.py"', "1", "script=1 is not a text"),
     ],
 )
@@ -135,23 +131,23 @@ def test_wrong_variants_are_refused_with_a_sentence(toml, old, new, message):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("question =", "qestion =", "unknown key 'qestion'; the known keys are script, question"),
-        ('expect = "More is better."', "", "lacks the key 'expect'"),
+        ("question =", "qestion =", "unknown key 'qestion'. The known keys are script, question"),
+        ('expect = "More is better."', "", "the key 'expect' is missing"),
         ('question = "Does more help?"', 'question = ""', "question='' is empty"),
         ("seeds = [0, 1, 2]", "seeds = [0, 0]", r"seeds=\[0, 0\] is not a list of different"),
         ("seeds = [0, 1, 2]", "seeds = 3", "seeds=3 is not a list"),
         ("seeds = [0, 1, 2]", "seeds = [0.5]", "seeds="),
         ("seeds = [0, 1, 2]", "seeds = [true]", "seeds="),
         ("max_steps = 100", "seed = 1", "fixed sets 'seed'"),
-        ("max_steps = 100", "width = 1", "'width' is both fixed and in the grid"),
+        ("max_steps = 100", "width = 1", "'width' is both in fixed and in grid"),
         ("width = [4, 8]", "width = 4", "grid.width=4 is not a list"),
         ("width = [4, 8]", "width = []", "grid.width="),
         ("width = [4, 8]", "width = [4, 4]", "a value twice"),
-        ('["width", "norm"]', '["width"]', "varies 'norm', which the table does not show"),
-        ('["width", "norm"]', '["width", "depth"]', "shows 'depth', which the grid does not vary"),
+        ('["width", "norm"]', '["width"]', "varies 'norm', but the table does not show it"),
+        ('["width", "norm"]', '["width", "depth"]', "shows 'depth', which is not in the grid"),
         ('["width", "norm"]', '["width", "width"]', "twice"),
         ("baseline = {", "base = {", "table has the unknown key 'base'"),
-        ("baseline = { val_accuracy = 0.1 }", "baseline = 0.1", "table.baseline=0.1 is neither"),
+        ("baseline = { val_accuracy = 0.1 }", "baseline = 0.1", "table.baseline=0.1 is invalid"),
         ("baseline = { val_accuracy", "baseline = { accuracy", "table.baseline="),
         ("labels = {", "labels = { x = 1, ", "labels="),
         ("seeds = [0", "seeds = [[0", "not valid TOML"),
@@ -166,15 +162,15 @@ def test_wrong_files_are_refused_with_a_sentence(toml, old, new, message):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ('says = "Group beats batch"', "", "claim 1 lacks the key 'says'"),
-        ('says = "Group beats batch"', "says = 3", "claim 1: says=3 is empty or not a text"),
-        ("at_least = 0.99", "", "claim 2 needs a number as at_least or at_most"),
-        ("at_least = 0.99", "at_least = true", "claim 2 needs a number"),
+        ('says = "Group beats batch"', "", "claim 1: the key 'says' is missing"),
+        ('says = "Group beats batch"', "says = 3", "claim 1: says=3 must be a text"),
+        ("at_least = 0.99", "", "claim 2 needs at_least or at_most"),
+        ("at_least = 0.99", "at_least = true", "claim 2 needs at_least or at_most"),
         ("at_least = 0.99", "atleast = 0.99", "claim 2 has the unknown key 'atleast'"),
-        ('of = { width = 8, norm = "batch" }', "of = { width = 8 }", "give width and norm a value of the grid"),
-        ("over = { width = 4,", "over = { width = 5,", "claim 1: over=.* is no setting of the table"),
-        ("over = 0.9", "over = true", "claim 3: over=True is no setting"),
-        ('4 = "A narrow one."', '5 = "A wide one."', "notes speak of '5', which is no value of 'width'"),
+        ('of = { width = 8, norm = "batch" }', "of = { width = 8 }", "Set width and norm to values of the grid"),
+        ("over = { width = 4,", "over = { width = 5,", "claim 1: over=.* is not a setting of the table"),
+        ("over = 0.9", "over = true", "claim 3: over=True is not a setting"),
+        ('4 = "A narrow one."', '5 = "A wide one."', "notes contains '5', which is not a value of 'width'"),
         ('4 = "A narrow one."', "4 = 4", "notes={'4': 4} is not a table"),
         ('["speed.svg", "absent.svg"]', "[1]", "figures="),
     ],
@@ -189,7 +185,7 @@ def test_wrong_claims_are_refused_with_a_sentence(toml, old, new, message):
 def test_the_report_has_the_confusion_of_the_first_seed_alone(toml, tmp_path):
     experiment = read_experiment(toml(TOML))
     write_runs(experiment, tmp_path / "runs", confusion=CONFUSION)
-    for cell in collect(experiment, tmp_path / "runs")["cells"]:
+    for cell in collect(experiment, tmp_path / "runs").cells:
         assert cell.get("confusion") == (CONFUSION if cell["flags"]["seed"] == 0 else None)
 
 
@@ -199,10 +195,10 @@ def test_the_report_has_no_confusion_where_the_file_leaves_it_out(toml, tmp_path
     previous = collect(before, tmp_path / "runs")
     experiment = read_experiment(toml("confusion = false\n" + TOML))
     for runs in ("runs", "elsewhere"):  # from the runs, and from the report alone
-        cells = collect(experiment, tmp_path / runs, previous=previous)["cells"]
-        assert [cell["status"] for cell in cells] == [cell["status"] for cell in previous["cells"]]
+        cells = collect(experiment, tmp_path / runs, previous=previous).cells
+        assert [cell["status"] for cell in cells] == [cell["status"] for cell in previous.cells]
         assert not any("confusion" in cell for cell in cells)
-    with pytest.raises(ValueError, match="confusion='no' is neither true nor false"):
+    with pytest.raises(ValueError, match="confusion='no' must be true or false"):
         read_experiment(toml('confusion = "no"\n' + TOML))
 
 
@@ -213,9 +209,9 @@ def test_a_run_is_found_by_its_flags(toml, tmp_path):
     for seed in experiment.seeds[:2]:
         args = read_results(find_run(root, "width=8", seed))["args"]
         assert args["width"] == 8 and args["seed"] == seed
-    with pytest.raises(ValueError, match="holds no finished run with --width 5 --seed 0; run its experiment first"):
+    with pytest.raises(ValueError, match="contains no finished run with --width 5 --seed 0. Run its experiment first"):
         find_run(root, "width=5", 0)
-    with pytest.raises(ValueError, match="run='width' is no flag with its value; write it as norm=batch"):
+    with pytest.raises(ValueError, match="run='width' is not a flag with a value. Write it like norm=batch"):
         find_run(root, "width", 0)
 
 
@@ -233,26 +229,26 @@ def test_report_survives_the_loss_of_the_runs(toml, tmp_path):
     (cells[5].folder).mkdir()
     (cells[5].folder / "results.json").write_text('{"script": "train')
     report = collect(experiment, tmp_path / "runs")
-    assert [cell["status"] for cell in report["cells"]][:6] == [
+    assert [cell["status"] for cell in report.cells][:6] == [
         *["finished"] * 2,
         "failed",
         *["finished"] * 2,
         "missing",
     ]
-    cell = report["cells"][0]
+    cell = report.cells[0]
     for key in ("args", "metrics", "seconds", "commit", "versions", "device", "seed", "curves"):
         assert key in cell
-    assert str(tmp_path) not in json.dumps(report)
+    assert str(tmp_path) not in json.dumps(report.cells)
     write_report(report, tmp_path / "fake.json")
     assert read_report(tmp_path / "fake.json") == report
     lines = (tmp_path / "fake.json").read_text().splitlines()
     assert sum('"status"' in line for line in lines) == 12
     again = collect(experiment, tmp_path / "elsewhere", previous=report)
-    assert [c["status"] == "finished" for c in again["cells"]] == [c["status"] == "finished" for c in report["cells"]]
-    assert again["cells"][0] == cell
+    assert [c["status"] == "finished" for c in again.cells] == [c["status"] == "finished" for c in report.cells]
+    assert again.cells[0] == cell
     # Results of other flags must not stand in.
     changed = read_experiment(toml(TOML.replace("max_steps = 100", "max_steps = 101")))
-    assert {c["status"] for c in collect(changed, tmp_path / "elsewhere", previous=report)["cells"]} == {"missing"}
+    assert {c["status"] for c in collect(changed, tmp_path / "elsewhere", previous=report).cells} == {"missing"}
 
 
 @pytest.mark.parametrize(
@@ -260,8 +256,8 @@ def test_report_survives_the_loss_of_the_runs(toml, tmp_path):
     [
         ('{"script": "a", "args"', "cut short or damaged"),
         ("", "cut short or damaged"),
-        ("[1, 2]", "lacks 'script'"),
-        ('{"script": "a", "args": {}}', "lacks 'metrics'"),
+        ("[1, 2]", "has no 'script'"),
+        ('{"script": "a", "args": {}}', "has no 'metrics'"),
         ('{"script": "a", "args": {}, "metrics": []}', "metrics is not a table"),
         ('{"script": "a", "args": {}, "metrics": {"ari": "0.9"}}', "metric 'ari' is '0.9', not a number"),
     ],
@@ -274,9 +270,9 @@ def test_damaged_results_are_one_sentence(tmp_path, text, message):
 
 
 def test_missing_results(tmp_path):
-    with pytest.raises(FileNotFoundError, match="the run has not ended"):
+    with pytest.raises(FileNotFoundError, match="the run has not finished"):
         read_results(tmp_path)
-    with pytest.raises(FileNotFoundError, match="run the experiment"):
+    with pytest.raises(FileNotFoundError, match="Run the experiment"):
         read_report(tmp_path / "x.json")
     (tmp_path / "x.json").write_text('{"cells": [')
     with pytest.raises(ValueError, match="cut short"):

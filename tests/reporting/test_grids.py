@@ -68,6 +68,6 @@ class TestImageGrid:
 
     @pytest.mark.parametrize("rows", [[], [[]], [[], []]])
     def test_no_image_is_refused(self, rows, tmp_path):
-        with pytest.raises(ValueError, match="rows has no image"):
+        with pytest.raises(ValueError, match="rows contains no image"):
             image_grid(rows, tmp_path / "a.png")
         assert not list(tmp_path.iterdir())

@@ -1,4 +1,3 @@
-import json
 import re
 import subprocess
 import sys
@@ -9,8 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hf_dl.reporting.experiment import collect, read_experiment
+from hf_dl.reporting.experiment import read_experiment
 from hf_dl.reporting.plots import COLORS, draw_curves, plot_confusion, plot_curves, plot_run, plot_table
+from hf_dl.reporting.report import collect, write_report
 from tests.reporting.fake_runs import CONFUSION, TOML, write_run, write_runs
 
 
@@ -40,10 +40,11 @@ def test_svg_is_the_same_bytes_every_time_and_in_another_process(report, tmp_pat
     first = plot_curves(made, tmp_path / "a.svg").read_bytes(), plot_table(made, tmp_path / "b.svg").read_bytes()
     again = plot_curves(made, tmp_path / "c.svg").read_bytes(), plot_table(made, tmp_path / "d.svg").read_bytes()
     assert first == again and b"<dc:date>" not in first[0]
-    (tmp_path / "report.json").write_text(json.dumps(made))
+    write_report(made, tmp_path / "report.json")
     program = (
-        "import json; from hf_dl.reporting.plots import plot_curves, plot_table\n"
-        "report = json.load(open('report.json')); plot_curves(report, 'e.svg'); plot_table(report, 'f.svg')"
+        "from hf_dl.reporting.plots import plot_curves, plot_table\n"
+        "from hf_dl.reporting.report import read_report\n"
+        "report = read_report('report.json'); plot_curves(report, 'e.svg'); plot_table(report, 'f.svg')"
     )
     subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True)
     assert (tmp_path / "e.svg").read_bytes() == first[0] and (tmp_path / "f.svg").read_bytes() == first[1]
@@ -88,9 +89,9 @@ def test_groups_without_runs_are_written_into_the_table_figure(report, tmp_path)
     # Text is drawn as paths, and stands beside them in comments.
     full = plot_table(report(), tmp_path / "a.svg").read_text()
     made = report()
-    for cell in made["cells"][:3]:
+    for cell in made.cells[:3]:
         cell["status"] = "missing"
-    made["cells"][3]["status"] = made["cells"][4]["status"] = made["cells"][5]["status"] = "failed"
+    made.cells[3]["status"] = made.cells[4]["status"] = made.cells[5]["status"] = "failed"
     holes = plot_table(made, tmp_path / "b.svg").read_text()
     assert "<!-- missing -->" in holes and "<!-- failed -->" in holes and "<!-- chance -->" in holes
     assert "<!-- missing -->" not in full and "<!-- chance -->" in full
@@ -101,7 +102,7 @@ def test_nothing_finished_draws_nothing(report, tmp_path):
     assert plot_table(made, tmp_path / "a.svg") is None and plot_curves(made, tmp_path / "b.svg") is None
     assert plot_run(tmp_path, tmp_path / "c.png") is None
     assert not [*tmp_path.glob("*.svg"), *tmp_path.glob("*.png")]
-    with pytest.raises(ValueError, match="holds no points"):
+    with pytest.raises(ValueError, match="contains no points"):
         draw_curves(tmp_path / "a.svg", {"x": {"a": [([], [])]}})
 
 

@@ -3,9 +3,10 @@ import statistics
 import numpy as np
 import pytest
 
-from hf_dl.reporting.experiment import collect, read_experiment
-from hf_dl.reporting.tables import claims_table, decimals_for, groups, mean_and_deviation, results_table
-from tests.reporting.fake_runs import CLAIMS, TOML, write_runs
+from hf_dl.reporting.experiment import read_experiment
+from hf_dl.reporting.report import collect
+from hf_dl.reporting.tables import claims_table, decimals_for, mean_and_deviation, results_table
+from tests.reporting.fake_runs import CLAIMS, TOML, write_run, write_runs
 
 
 @pytest.fixture
@@ -29,10 +30,10 @@ def test_means_and_sample_deviations_are_those_of_numpy(report):
     header, _, *body, chance = rows(results_table(made))
     assert header == ["W", "norm", "accuracy", "val loss", "n"]
     assert chance == ["chance", "", "0.100", "", ""]
-    for row, group in zip(body, groups(made), strict=True):
+    for row, group in zip(body, made.groups(), strict=True):
         values = [
             cell["metrics"]["val_accuracy"]
-            for cell in made["cells"]
+            for cell in made.cells
             if (str(cell["flags"]["width"]), cell["flags"]["norm"]) == (row[0], row[1])
         ]
         assert len(values) == 3 and row[4] == "3" and group.values("val_accuracy") == values
@@ -43,13 +44,13 @@ def test_means_and_sample_deviations_are_those_of_numpy(report):
 
 def test_missing_failed_and_partial_rows_are_shown(report, tmp_path):
     made = report(skip=lambda flags: flags["norm"] == "batch" and (flags["width"] == 4 or flags["seed"] > 0))
-    made["cells"][0] |= {"status": "failed", "error": "ValueError: no"}
+    made.cells[0] |= {"status": "failed", "error": "ValueError: no"}
     text = results_table(made)
     header, _, first, _, third, *_ = rows(text)
     assert header[-2:] == ["n", "failed"]
     assert first == ["4", "batch", "failed", "failed", "0", "1"]
     assert "±" not in third[2] and third[4:] == ["1", "0"]
-    made["cells"][0]["status"] = "missing"
+    made.cells[0]["status"] = "missing"
     assert rows(results_table(made))[2] == ["4", "batch", "missing", "missing", "0"]
     assert "over 3 seeds; 7 of 12 runs finished, no restarts, none failed." in results_table(made)
     assert "1 failed" in text
@@ -80,9 +81,9 @@ def test_columns_and_several_values_make_one_table_a_metric(report):
 
 def test_what_every_run_tells_of_itself_can_be_shown(report):
     made = report()
-    for number, cell in enumerate(made["cells"]):
+    for number, cell in enumerate(made.cells):
         cell |= {"seconds": 10.0 + number, "cpu_seconds": 9.0 + number, "num_parameters": 1234}
-    (group, *_) = groups(made)
+    (group, *_) = made.groups()
     assert group.values("num_parameters") == [1234.0] * 3
     for name in ("seconds", "cpu_seconds"):
         assert group.values(name) == [cell[name] for cell in group.cells]
@@ -129,8 +130,8 @@ def test_mean_and_deviation():
 def test_claims_are_checked_against_the_means_of_the_seeds(report):
     made = report(TOML + CLAIMS)
     header, _, first, second, third = rows(claims_table(made))
-    assert header == ["expected", "of", "bound", "measured", "agrees"]
-    cells = {(cell["flags"]["width"], cell["flags"]["norm"], cell["flags"]["seed"]): cell for cell in made["cells"]}
+    assert header == ["expected", "metric", "bound", "measured", "holds"]
+    cells = {(cell["flags"]["width"], cell["flags"]["norm"], cell["flags"]["seed"]): cell for cell in made.cells}
     gains = [
         cells[4, "group", seed]["metrics"]["val_accuracy"] - cells[4, "batch", seed]["metrics"]["val_accuracy"]
         for seed in range(3)
@@ -152,3 +153,64 @@ def test_claims_of_missing_runs_say_so_and_seeds_are_paired(report):
     _, _, first, second, _ = rows(claims_table(made))
     assert "±" not in first[3] and first[4] == "yes"  # seed 0 is all that both settings have
     assert second[3:] == ["missing", ""]
+
+
+def wide_report(tmp_path, metrics, *, grid="width = [4, 8]", scores=None):
+    text = TOML.replace('["val_accuracy", "val_loss"]', str(metrics)).replace(
+        'rows = ["width", "norm"]', 'rows = "width"'
+    )
+    text = text.replace('width = [4, 8], norm = ["batch", "group"]', grid)
+    (tmp_path / "fake.toml").write_text(text.replace("val_accuracy = 0.1", f"{metrics[0]} = 0.1"))
+    experiment = read_experiment(tmp_path / "fake.toml")
+    for cell in experiment.cells(tmp_path / "runs"):
+        write_run(cell.folder, cell.flags, scores or dict.fromkeys(metrics, 0.5 + cell.flags["seed"] / 100))
+    return collect(experiment, tmp_path / "runs")
+
+
+def headers(table):
+    lines = table.splitlines()
+    return [row for row, below in zip(lines, lines[1:], strict=False) if below.startswith("|--")]
+
+
+def test_wide_tables_are_split_by_split_if_all_splits_have_the_same_metrics(tmp_path):
+    kinds = ("accuracy", "micro_f1", "macro_f1")
+    made = wide_report(tmp_path, [f"{split}_{kind}" for kind in kinds for split in ("train", "val", "test")])
+    table = results_table(made)
+    assert [len(row.split("|")) - 2 for row in headers(table)] == [5, 4, 4]
+    titles = [line for line in table.splitlines() if line.startswith("**")]
+    assert titles == ["**test**", "**validation**", "**training**"]
+    assert headers(table)[0].split() == "| W | test accuracy | test micro f1 | test macro f1 | n |".split()
+
+
+@pytest.mark.parametrize("number", [4, 5, 6, 9, 10, 15, 16])
+def test_wide_tables_have_at_most_six_columns_and_every_metric_once(tmp_path, number):
+    metrics = [f"test_score_{letter}" for letter in "abcdefghijklmnop"[:number]]
+    table = results_table(wide_report(tmp_path, metrics))
+    sizes = [len(row.split("|")) - 2 for row in headers(table)]
+    assert max(sizes) <= 6 and max(sizes) - min(sizes) <= 2
+    assert sum(sizes) == number + len(sizes) + 1  # the key of each table, and n once
+    shown = " ".join(headers(table))
+    assert all(shown.count(f"test score {letter} ") == 1 for letter in "abcdefghijklmnop"[:number])
+    assert table.count("| n |") == 1
+
+
+def test_one_setting_with_many_metrics_has_a_row_per_metric(tmp_path):
+    metrics = [f"test_score_{letter}" for letter in "abcdef"]
+    found = rows(results_table(wide_report(tmp_path, metrics, grid="width = [4]")))
+    assert found[0] == ["metric", "W = 4", "chance"]
+    assert found[2] == ["test score a", "0.510 ± 0.010", "0.100"] and found[3][2] == "" and len(found) == 8
+
+
+def test_many_columns_are_split_too(report):
+    text = TOML.replace('rows = ["width", "norm"]', 'rows = "norm", columns = "width"')
+    table = results_table(report(text.replace("width = [4, 8]", "width = [1, 2, 3, 4, 5, 6, 7]")))
+    assert [row.count("W = ") for row in headers(table)] == [5, 2, 5, 2]
+    assert "W = 5" in headers(table)[0] and "W = 7" in headers(table)[1] and table.count("**accuracy**") == 1
+
+
+def test_micro_f1_is_explained_once_if_it_equals_accuracy(tmp_path):
+    metrics = ["test_accuracy", "test_micro_f1"]
+    table = results_table(wide_report(tmp_path, metrics))
+    assert table.count("Micro F1 equals accuracy") == 1
+    other = wide_report(tmp_path, metrics, scores={"test_accuracy": 0.5, "test_micro_f1": 0.6})
+    assert "equals accuracy" not in results_table(other)

@@ -169,9 +169,9 @@ def test_an_experiment_can_study_a_run_of_another(vit, tmp_path):
     results = read_results(tmp_path / "out")
     assert results["metrics"] == metrics and results["seed"] == 3 and results["script"] == "explain_image.py"
     assert {"commit", "versions", "device", "seconds", "num_parameters"} <= results.keys()
-    with pytest.raises(ValueError, match="holds no finished run with --norm batch --seed 4; run its experiment"):
+    with pytest.raises(ValueError, match="contains no finished run with --norm batch --seed 4. Run its experiment"):
         explain_image.main([*flags, "--seed", "4"])
-    with pytest.raises(ValueError, match="run='batch' is no flag with its value; write it as norm=batch"):
+    with pytest.raises(ValueError, match="run='batch' is not a flag with a value. Write it like norm=batch"):
         explain_image.main([*flags[:-1], "batch"])
 
 

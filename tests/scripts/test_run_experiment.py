@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from hf_dl.reporting.card import read_card
-from hf_dl.reporting.experiment import read_experiment, read_report
+from hf_dl.reporting.experiment import read_experiment
+from hf_dl.reporting.report import read_report
 from scripts.run_experiment import main, to_argv
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -105,11 +106,11 @@ EXPERIMENT = "scripts/experiments/fake.toml"
     ("old", "new", "message"),
     [
         ("max_steps = 5", "max_step = 5", "'max_step' is not a flag of train_fake.py. Did you mean 'max_steps'?"),
-        ("width = [4, 8]", "widht = [4, 8]", "shows 'width', which the grid does not vary"),
+        ("width = [4, 8]", "widht = [4, 8]", "shows 'width', which is not in the grid"),
         ('norm = "group"', 'norm = "bath"', "norm=bath width=4: argument --norm: invalid choice: 'bath'"),
         ("width = [4, 8]", 'width = [4, "x"]', "invalid int value: 'x'"),
         ("max_steps = 5", "max_steps = 0", "max_steps=0 must be above 0"),
-        ("train_fake.py", "train_none.py", "script='train_none.py' is neither beside the file"),
+        ("train_fake.py", "train_none.py", "script='train_none.py' was not found in the folder of the file"),
     ],
 )
 def test_what_the_script_would_refuse_is_refused_before_anything_runs(project, capsys, old, new, message):
@@ -138,8 +139,8 @@ def test_runs_the_missing_cells_once_and_reports_a_failure(project, capsys, monk
     assert "failed: max_steps=5 explode=True norm=group width=8 seed=1: ValueError: loss is not finite" in captured.err
     assert sorted((project / "calls.txt").read_text().split("\n")) == ["", "4 group 0", "4 group 1", "8 group 0"]
     report = read_report(project / "model_cards" / "fake.json")
-    assert [cell["status"] for cell in report["cells"]] == ["finished", "finished", "finished", "failed"]
-    assert report["cells"][3]["error"] == "ValueError: loss is not finite at step 7, see x"
+    assert [cell["status"] for cell in report.cells] == ["finished", "finished", "finished", "failed"]
+    assert report.cells[3]["error"] == "ValueError: loss is not finite at step 7, see x"
     card = read_card(project / "model_cards" / "fake.md")
     assert [result.metric_value for result in card.data.eval_results] == pytest.approx([0.5405, 0.58])
     assert "| 4      | 0.5405 ± 0.0007 | 2 |      0 |" in card.text
@@ -156,7 +157,7 @@ def test_runs_the_missing_cells_once_and_reports_a_failure(project, capsys, monk
     (project / "runs").rename(project / "gone")
     assert main([EXPERIMENT, "--only_report"]) == 0
     assert {path.name: path.read_bytes() for path in (project / "model_cards").iterdir()} == before
-    assert all(cell["status"] == "finished" for cell in read_report(project / "model_cards" / "fake.json")["cells"])
+    assert all(cell["status"] == "finished" for cell in read_report(project / "model_cards" / "fake.json").cells)
 
 
 def test_variants_run_their_own_scripts(project, capsys):
@@ -174,7 +175,7 @@ def test_variants_run_their_own_scripts(project, capsys):
     table = capsys.readouterr().out
     assert "| one    | 0.5805" in table and "| other  | 0.2905" in table
     text = (project / "model_cards" / "fake.md").read_text()
-    assert "4 runs of `scripts/train_fake.py` and `scripts/train_other.py`, 4 of them finished." in text
+    assert "- Runs: 4 of `scripts/train_fake.py` and `scripts/train_other.py`, 4 of them finished\n" in text
     assert "| `model` = `one` | `train_fake.py --width 8` |" in text
     change(project, "width = 8 }", "widht = 8 }")
     assert main([EXPERIMENT]) == 1
@@ -200,9 +201,9 @@ def test_a_cell_runs_after_the_one_that_it_starts_from(project, capsys, monkeypa
     assert (project / "calls.txt").read_text().splitlines() == ["8 group 0", "4 group 0"]
     error = capsys.readouterr().err
     first, second = error.splitlines()[-2:]
-    assert "model=one seed=1: ValueError: loss is not finite" in first and "(all of it in " in first
-    assert "model=other seed=1: max_steps=5 norm=group model=one seed=1, which it starts from, has not" in second
-    assert second.endswith("the same command runs both")
+    assert "model=one seed=1: ValueError: loss is not finite" in first and "(full log: " in first
+    assert "model=other seed=1: it needs the run max_steps=5 norm=group model=one seed=1, which has not" in second
+    assert second.endswith("Run the same command again")
     path.write_text(path.read_text().replace("args.seed == 1", "args.seed == 7"))
     assert main([EXPERIMENT]) == 0
     assert (project / "calls.txt").read_text().splitlines()[2:] == ["8 group 1", "4 group 1"]
@@ -239,5 +240,5 @@ def test_committed_experiments_are_in_step_with_their_reports(path):
         ids = [cell["id"] for cell in report["cells"]]
         assert ids == [cell.id for cell in experiment.cells()], "run the experiment again, or with --only_report"
         own = json.loads(json.dumps(asdict(experiment)))
-        for key in ("question", "expect", "table", "labels", "notes", "claims"):
+        for key in ("question", "expect", "table", "labels", "notes", "reading", "claims"):
             assert report[key] == own[key], f"{key} has changed; make the report again, with --only_report"

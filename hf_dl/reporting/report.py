@@ -1,0 +1,225 @@
+"""The report of an experiment: its description and the results of its cells, in memory and as one JSON file.
+
+Tables, figures and cards are made from a report alone. The JSON file is committed, so they can be made again without
+the runs.
+"""
+
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from .experiment import Claim, Experiment, Table, portable, read_curves, read_results
+
+MATRICES = "confusion"  # the key of the confusion matrix in results.json
+REPORTED_KEYS = (
+    "script", "args", "metrics", "seed", "steps", "restarts", "seconds", "cpu_seconds", "num_parameters",
+    "model_class", "device", "num_processes", "mixed_precision", "commit", "dirty", "versions", "date",
+)  # fmt: skip
+OWN_NUMBERS = ("seconds", "cpu_seconds", "num_parameters")  # numbers that every run reports in addition to its metrics
+
+
+@dataclass(frozen=True)
+class Group:
+    """The cells of an experiment that differ only in the seed.
+
+    Args:
+        key: The values of the flags that the table shows, rows before columns.
+        cells: The cells of a `Report`.
+    """
+
+    key: tuple[Any, ...]
+    cells: list[dict[str, Any]]
+
+    @property
+    def finished(self) -> list[dict[str, Any]]:
+        """The cells with results."""
+        return [cell for cell in self.cells if cell["status"] == "finished"]
+
+    @property
+    def failed(self) -> int:
+        """Number of cells whose run ended with an error."""
+        return sum(cell["status"] == "failed" for cell in self.cells)
+
+    @property
+    def restarts(self) -> int:
+        """Number of restarts after a collapse of the training, summed over the seeds."""
+        return sum(cell.get("restarts") or 0 for cell in self.finished)
+
+    def values(self, metric: str) -> list[float]:
+        """Return a metric of each finished cell, in the order of the seeds.
+
+        Args:
+            metric: A metric of the cells, or one of `OWN_NUMBERS`.
+
+        Returns:
+            One number per finished cell.
+
+        Raises:
+            ValueError: If a finished cell does not have the metric.
+        """
+        found = []
+        for cell in self.finished:
+            own = {name: cell[name] for name in OWN_NUMBERS if cell.get(name) is not None}
+            values = own | cell["metrics"]
+            if metric not in values:
+                raise ValueError(
+                    f"value={metric!r} is not among the metrics of cell {cell['id']}; it has "
+                    f"{', '.join(sorted(cell['metrics']))}. Correct table.value of the experiment."
+                )
+            found.append(float(values[metric]))
+        return found
+
+
+@dataclass
+class Report:
+    """The results of an experiment.
+
+    Args:
+        experiment: The experiment.
+        cells: One dict per cell: "id", "flags", "status" ("finished", "failed" or "missing"), and for finished cells
+            the `REPORTED_KEYS` of results.json and the thinned "curves". The first seed also has the confusion matrix,
+            if the run wrote one.
+
+    Example:
+        >>> report = read_report("model_cards/slots_default.json")  # doctest: +SKIP
+        >>> report.groups()[0].values("test_posterior_ari")  # doctest: +SKIP
+    """
+
+    experiment: Experiment
+    cells: list[dict[str, Any]]
+
+    @property
+    def table(self) -> Table:
+        """The flags and metrics that the table shows."""
+        return self.experiment.table
+
+    @property
+    def finished(self) -> list[dict[str, Any]]:
+        """The cells with results."""
+        return [cell for cell in self.cells if cell["status"] == "finished"]
+
+    def shown_flags(self) -> tuple[str, ...]:
+        """Return the flags that the table shows, rows before columns."""
+        return self.table.flags
+
+    def groups(self) -> list[Group]:
+        """Group the cells by the flags that the table shows, in the order of the grid, columns innermost."""
+        shown = self.shown_flags()
+        return [
+            Group(key, [cell for cell in self.cells if tuple(cell["flags"][name] for name in shown) == key])
+            for key in itertools.product(*(self.experiment.grid[name] for name in shown))
+        ]
+
+    def label(self, key: str) -> str:
+        """Return the text for a flag or metric in tables and figures."""
+        return self.experiment.labels.get(key, key.replace("_", " "))
+
+    def value_label(self, value: Any) -> str:
+        """Return the text for the value of a flag in tables and figures."""
+        if isinstance(value, bool):
+            return str(value).lower()
+        return self.experiment.labels.get(value, value) if isinstance(value, str) else str(value)
+
+    def setting_label(self, names: Sequence[str], values: Sequence[Any]) -> str:
+        """Return the text for a setting in figures, such as "batch" or "K = 5": numbers get the name of their flag."""
+        return ", ".join(
+            self.value_label(value) if isinstance(value, str) else f"{self.label(name)} = {json.dumps(value)}"
+            for name, value in zip(names, values, strict=True)
+        )
+
+
+def collect(experiment: Experiment, root: str | Path = "runs", *, previous: Report | None = None) -> Report:
+    """Gather the results of every cell of an experiment.
+
+    Args:
+        experiment: The experiment.
+        root: The folder that contains the runs.
+        previous: An earlier report of the experiment, for a machine that has the report but not the runs. Its cells
+            are used for cells that are missing in `root`, if script and flags are the same.
+
+    Returns:
+        The report. Absolute paths are cut to their last part.
+
+    Raises:
+        ValueError: If a run lacks a metric that `variants` names.
+    """
+    known = {cell["id"]: cell for cell in previous.finished} if previous else {}
+    cells = []
+    for cell in experiment.cells(root):
+        entry: dict[str, Any] = {"id": cell.id, "flags": cell.flags}
+        if cell.finished:
+            results = read_results(cell.folder)
+            entry |= {"status": "finished"} | {key: results[key] for key in REPORTED_KEYS if key in results}
+            entry["args"] = {key: value for key, value in results["args"].items() if key != "output_dir"}
+            missing = [name for name in cell.metrics.values() if name not in results["metrics"]]
+            if missing:
+                raise ValueError(
+                    f"{cell.folder} has no metric {missing[0]!r}. Correct the key variants of the experiment."
+                )
+            own = {name: results["metrics"][metric] for name, metric in cell.metrics.items()}
+            entry["metrics"] = {**results["metrics"], **own}
+            entry["curves"] = read_curves(cell.folder, experiment.curves)
+            if MATRICES in results and cell.flags["seed"] == experiment.seeds[0]:
+                entry[MATRICES] = results[MATRICES]
+        elif cell.id in known:
+            entry = dict(known[cell.id])
+        elif cell.failure_file.is_file():
+            entry |= {"status": "failed", **json.loads(cell.failure_file.read_text(encoding="utf-8"))}
+        else:
+            entry["status"] = "missing"
+        if not experiment.confusion:
+            entry.pop(MATRICES, None)
+        cells.append(portable(entry))
+    return Report(experiment, json.loads(json.dumps(cells)))
+
+
+def write_report(report: Report, path: str | Path) -> None:
+    """Write a report as JSON, one line per cell, so that a changed cell is a changed line.
+
+    Args:
+        report: The report.
+        path: The file to write.
+    """
+    head = json.dumps(asdict(report.experiment), indent=2, ensure_ascii=False)
+    cells = ",\n".join("    " + json.dumps(cell, ensure_ascii=False) for cell in report.cells)
+    text = head.removesuffix("\n}") + ',\n  "cells": [\n' + cells + "\n  ]\n}\n"
+    Path(path).write_text(text, encoding="utf-8")
+
+
+def read_report(path: str | Path) -> Report:
+    """Read a report that `write_report` wrote.
+
+    Args:
+        path: The JSON file, such as model_cards/slots.json.
+
+    Returns:
+        The report.
+
+    Raises:
+        FileNotFoundError: If the file does not exist.
+        ValueError: If the file is cut short or is not a report.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist. Run the experiment with scripts/run_experiment.py first.")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is cut short or damaged ({error}). Write it again with --only_report.") from error
+    try:
+        return _from_json(content)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is not the report of an experiment ({error}). Write it with scripts/run_experiment.py."
+        ) from error
+
+
+def _from_json(content: Mapping[str, Any]) -> Report:
+    head = {key: tuple(value) if isinstance(value, list) else value for key, value in content.items()}
+    cells = list(head.pop("cells"))
+    table = {key: tuple(value) if isinstance(value, list) else value for key, value in head.pop("table").items()}
+    claims = tuple(Claim(**claim) for claim in head.pop("claims"))
+    return Report(Experiment(**head, table=Table(**table), claims=claims), cells)
