@@ -11,6 +11,7 @@ from transformers import ResNetConfig, ResNetForImageClassification, ViTImagePro
 from hf_dl.data import labeled_images, object_images
 from hf_dl.explain import attention_maps, grad_cam, normalize, pointing_game, share_inside, upsample
 from hf_dl.models import SmallViTConfig, SmallViTForImageClassification, SmallViTImageProcessor
+from hf_dl.recipes.explanation import Explainer
 from hf_dl.reporting.experiment import read_results
 from scripts import explain_image, run_experiment
 
@@ -125,7 +126,7 @@ def test_the_study_scores_maps_by_the_masks(vit, tmp_path, method):
 
 def test_masks_follow_the_processor(vit):
     """A processor that crops the images crops the masks too."""
-    explainer = explain_image.Explainer(explain_image.Args(model=str(vit[0])))
+    explainer = Explainer(explain_image.Args(), vit[0])
     explainer.processor = ViTImageProcessor(size=SIZE)
     mask = np.zeros((64, 64), np.uint8)
     mask[16:32, 40:56] = 1
@@ -147,9 +148,9 @@ def test_what_cannot_be_is_said(vit, resnet, pictures, tmp_path):
     with pytest.raises(ValueError, match="notes.txt' cannot be read as an image"):
         run(vit[0], tmp_path, "--images", str(pictures / "notes.txt"))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="empty' holds no image"):
+    with pytest.raises(ValueError, match="empty' contains no image"):
         run(vit[0], tmp_path, "--images", str(tmp_path / "empty"))
-    with pytest.raises(ValueError, match="label='zebra' is no class of the model; it has checkered sphere"):
+    with pytest.raises(ValueError, match="label='zebra' is not a class of the model, which has checkered sphere"):
         run(vit[0], tmp_path, "--images", str(pictures), "--label", "zebra")
     with pytest.raises(ValueError, match="has no list of transformer blocks"):
         run(resnet[0], tmp_path, "--images", str(pictures), "--method", "rollout")
@@ -173,6 +174,20 @@ def test_an_experiment_can_study_a_run_of_another(vit, tmp_path):
         explain_image.main([*flags, "--seed", "4"])
     with pytest.raises(ValueError, match="run='batch' is not a flag with a value. Write it like norm=batch"):
         explain_image.main([*flags[:-1], "batch"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--method=cam"], "method='cam' is unknown. Choose one of: grad_cam, cls, rollout"),
+        (["--mask_ways", "blue"], "mask_ways='blue' is unknown. Choose from: black"),
+        (["--modle=x"], "--modle is an unknown flag. Did you mean --model?"),
+    ],
+)
+def test_wrong_flags_end_the_program_with_a_sentence(flags, sentence, capsys):
+    with pytest.raises(SystemExit):
+        explain_image.main(flags)
+    assert sentence in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["explain_resnet", "explain_vit", "mask_vit"])
