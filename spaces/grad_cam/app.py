@@ -1,12 +1,14 @@
-"""Grad-CAM: see where in an image a classifier finds its evidence for a class.
+"""Grad-CAM: see which parts of an image support the prediction of a classifier.
 
     scripts/run python spaces/grad_cam/app.py
+    scripts/run python spaces/grad_cam/app.py --record runs/train_classifier
 
-HF_DL_MODEL names the model, a folder or a Hub id; without it the newest run of train_classifier.py under runs/ is
-taken, and without a run the page offers to train the small default. Any other classifier can be named on the page.
+HF_DL_MODEL names the model, a folder or a Hub id. `hf_dl.demo.checkpoints` describes the other places where the page
+looks for a model. Visitors can name any other image classifier. The second command records the examples that the page
+shows without a model.
 """
 
-import secrets
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,66 +16,65 @@ from pathlib import Path
 import gradio as gr
 from PIL import Image
 
-from hf_dl.demo import (
-    LAUNCH,
-    Classifier,
-    Picture,
-    Shelf,
-    Training,
-    color_heat,
-    describe,
-    draw_examples,
+from hf_dl.demo.checkpoints import PageModels
+from hf_dl.demo.classifiers import Classifier, describe, load_classifier
+from hf_dl.demo.page import (
+    LATEST,
+    PRIVATE,
+    TURN,
     event,
+    fill_gallery,
     gallery,
+    make_room,
     name_box,
-    offer_training,
-    open_image,
-    overlay,
     plain,
-    resize_heat,
+    serve,
     show_bars,
     show_scale,
+    title,
     view,
 )
+from hf_dl.demo.pictures import Picture, color_heat, draw_examples, overlay, resize_heat
+from hf_dl.demo.recordings import Example, save_recordings
+from hf_dl.demo.training import Training
+from hf_dl.demo.uploads import open_image
+from hf_dl.demo.welcome import offer_training
 from hf_dl.explain import default_layers, grad_cam
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-KINDS = ("norm_resnet", "small_vit")  # what train_classifier.py trains
-MAX_LAYERS = 12  # that can be chosen from
-PREDICTED = -1  # stands for the predicted class where a class is chosen
-TITLE = """# Grad-CAM
-What made the network say so? The map is bright where a layer of the network holds evidence **for the chosen class**.
-Choose another class, and see whether there is anything in the image that speaks for it.
-"""
-ABOUT = """### How to read it
-**Grad-CAM** (Selvaraju et al. 2017) weighs the channels of a layer by how much each of them raises the score of the
-class, adds them up, and keeps what is positive. It costs one forward pass and a part of a backward pass.
+SPACE = Path(__file__).resolve().parent
+PURPOSE = "See which parts of an image support the prediction of a classifier, or any other class."
+KINDS = ("norm_resnet", "small_vit")  # the model types of train_classifier.py
+MAX_LAYERS = 12  # maximum number of layers in the list
+PREDICTED = -1  # represents the predicted class in the list of classes
+ABOUT = """### How to read the map
+**Grad-CAM** (Selvaraju et al. 2017) computes how much each channel of a layer raises the score of the class. It adds
+the channels with these weights and keeps the positive values. This needs one forward pass and part of a backward pass.
 
-- The **last layer** knows most about the class, but on a coarse grid. **Earlier layers** are finer, and know less:
-  edges and textures. With several layers, their maps are averaged.
-- The scale is that of this one map: its brightest place is at the upper end, however weak the evidence is there. Look
-  at the probabilities as well.
-- A map says where evidence was found, not that the class is right: a wrong class has its map, too.
+- The **last layer** is the most specific to the class, but its grid is coarse. **Earlier layers** are finer and
+  respond to edges and textures. If you select several layers, the page averages their maps.
+- Each map has its own scale. The brightest place is always at the upper end, even if the evidence is weak. Compare the
+  probabilities as well.
+- A map shows evidence for a class. It does not show that the class is correct. Wrong classes have maps too.
 """
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What the network looked at
+# Evidence for a class
 
 
 @dataclass
 class Explanation:
-    """Where in an image the evidence for a class is.
+    """The evidence for a class in an image.
 
     Attributes:
-        image: What the model sees of the image.
+        image: The part of the image that the model sees.
         overlay: The map over the image.
         heat: The map alone.
-        label: Name of the class that is explained.
-        probability: What the model gives it.
-        found: Whether there is any evidence for it: otherwise the map is dark.
-        top: The likeliest classes and their probabilities; the explained one comes last where it is not among them.
-        layers: Names of the layers that were looked at.
+        label: Name of the explained class.
+        probability: Probability of the explained class.
+        found: Whether the map has any evidence. If not, the map is dark.
+        top: Most likely classes with probabilities. The explained class is appended if it is not among them.
+        layers: Names of the layers that were used.
     """
 
     image: Image.Image
@@ -94,8 +95,8 @@ def explain(
     Args:
         classifier: The model.
         image: An RGB image of any size.
-        label: Number of the class; the predicted one when not given.
-        layers: Names of layers, whose maps are averaged; the last feature map when not given.
+        label: Index of the class. Defaults to the predicted class.
+        layers: Names of layers. Their maps are averaged. Defaults to the last feature map.
 
     Raises:
         ValueError: If a layer or the class is unknown.
@@ -123,19 +124,19 @@ def explain(
 
 
 def find_layers(classifier: Classifier) -> list[str]:
-    """Name the layers to choose from, in the order in which they run; the last is the one to begin with."""
+    """Return the names of the layers to choose from, in the order in which they run. The last one is the default."""
     blank = classifier.prepare(Image.new("RGB", (64, 64), "gray"))
     last = default_layers(classifier.model, blank)
     for count in range(MAX_LAYERS, 1, -1):
         try:
             return list(dict.fromkeys([*default_layers(classifier.model, blank, count), *last]))
-        except ValueError:  # it has fewer
+        except ValueError:  # the model has fewer layers
             continue
     return last
 
 
 def check(classifier: Classifier) -> None:
-    """Raise a ValueError if a classifier cannot be explained here."""
+    """Raise a ValueError if Grad-CAM does not work for a classifier."""
     explain(classifier, Image.new("RGB", (64, 64), "gray"), layers=find_layers(classifier)[-1:])
 
 
@@ -143,25 +144,28 @@ def check(classifier: Classifier) -> None:
 # The page
 
 
-def make_training(root: Path = ROOT) -> Training:
-    """The training of the small default, a residual network of 14 layers."""
+def make_training(root: Path) -> Training:
+    """Return the training of the small default model, a residual network with 14 layers."""
     scores = {"loss": "loss", "accuracy": "val_accuracy"}
     return Training("train_classifier.py", "grad_cam", scores=scores, minutes="about ten minutes", root=root)
 
 
 class Explorer:
-    """What the page's events do.
+    """The events of the page.
 
     Args:
-        root: Folder of the project.
+        root: Folder that contains runs/.
     """
 
-    def __init__(self, root: Path = ROOT):
-        self.shelf = Shelf(KINDS, make_training(root), check)
+    def __init__(self, root: Path):
+        self.models = PageModels(KINDS, make_training(root), check, load_classifier, space=SPACE)
+        self._explain_example = functools.lru_cache(maxsize=64)(self._explain_example)  # examples are computed once
 
-    def explain(self, picture: Picture | None, name: str | None, label: int, layers: list[str]) -> Explanation | None:
+    def explain(
+        self, picture: Picture | None, name: str | None, label: int, layers: Sequence[str]
+    ) -> Explanation | None:
         """Explain the image of the page."""
-        return explain(self.shelf.get(name), picture.image, label=label, layers=layers) if picture else None
+        return explain(self.models.get(name), picture.image, label=label, layers=layers) if picture else None
 
     def open(self, file: str, name: str | None, label: int, layers: list[str]) -> tuple[Picture, Explanation]:
         """Explain the image of a file."""
@@ -171,44 +175,49 @@ class Explorer:
     def choose(
         self, index: int, seed: int, name: str | None, label: int, layers: list[str]
     ) -> tuple[Picture, Explanation]:
-        """Explain one of the examples of a seed."""
-        picture = draw_examples(seed)[index]
-        return picture, self.explain(picture, name, label, layers)
+        """Explain one of the examples of a seed. The last results are cached."""
+        return draw_examples(seed)[index], self._explain_example(index, seed, name, label, tuple(layers))
+
+    def _explain_example(
+        self, index: int, seed: int, name: str | None, label: int, layers: tuple[str, ...]
+    ) -> Explanation:
+        return self.explain(draw_examples(seed)[index], name, label, layers)
 
     def load(self, name: str | None, picture: Picture) -> tuple[Classifier, list[str], Picture, Explanation]:
-        """Take another model, and explain the image of the page by it."""
-        classifier = self.shelf.get(name and name.strip())
+        """Load another model, and explain the image of the page with it."""
+        classifier = self.models.get(name and name.strip())
         layers = find_layers(classifier)
         return classifier, layers, picture, explain(classifier, picture.image, layers=layers[-1:])
 
     def start(self, seed: int) -> tuple[Classifier, list[str], Picture, Explanation]:
-        """Explain the first example by the default model."""
+        """Explain the first example with the default model."""
         return self.load(None, draw_examples(seed)[0])
 
 
 def show(picture: Picture, found: Explanation | None) -> tuple:
-    """Fill the pictures, the sentence above them, and the bars."""
+    """Fill the sentence, the pictures and the bars."""
     if found is None:
         return (gr.skip(),) * 5
-    bars = show_bars("The likeliest classes", found.top, found.label)
-    return tell(picture, found), found.image, found.overlay, found.heat, bars
+    bars = show_bars("Most likely classes", found.top, found.label)
+    return summarize(picture, found), found.image, found.overlay, found.heat, bars
 
 
-def tell(picture: Picture, found: Explanation) -> str:
-    """What was found, in a sentence of Markdown."""
+def summarize(picture: Picture, found: Explanation) -> str:
+    """Summarize an explanation in Markdown."""
     first, probability = found.top[0]
-    text = f"### The model says {plain(first)} ({probability:.0%})"
+    text = f"### Prediction: {plain(first)}, {probability:.0%}"
     if picture.truth:
-        text += ", which is right" if picture.truth == first else f"; it is a {plain(picture.truth)}"
-    name = f"**{plain(found.label)}**" + (
-        "" if found.label == first else f", to which it gives {found.probability:.1%}"
-    )
-    where = "Bright: where it finds evidence for" if found.found else "In these layers it finds no evidence for"
-    return f"{text}.\n{where} {name}."
+        text += " (correct)" if picture.truth == first else f" (the correct class is {plain(picture.truth)})"
+    name = f"**{plain(found.label)}**"
+    if found.label != first:
+        name += f", which has a probability of {found.probability:.1%}"
+    if found.found:
+        return f"{text}\nBright areas are evidence for {name}."
+    return f"{text}\nThe selected layers have no evidence for {name}."
 
 
 def choices(classifier: Classifier | None, layers: Sequence[str] = ()) -> tuple[gr.Dropdown, gr.Dropdown]:
-    """The drop-down lists of classes and layers of a model."""
+    """Return the lists of a model's classes and layers."""
     names = classifier.names if classifier else []
     prefix = f"{classifier.model.base_model_prefix}." if classifier else ""
     return (
@@ -216,7 +225,7 @@ def choices(classifier: Classifier | None, layers: Sequence[str] = ()) -> tuple[
             [("the predicted class", PREDICTED), *((name, number) for number, name in enumerate(names))],
             value=PREDICTED,
             label="Evidence for",
-            info="Any class of the model.",
+            info="Choose any class of the model.",
             elem_id="label",
         ),
         gr.Dropdown(
@@ -224,22 +233,22 @@ def choices(classifier: Classifier | None, layers: Sequence[str] = ()) -> tuple[
             value=list(layers[-1:]),
             multiselect=True,
             label="Layers",
-            info="In the order they run; the maps of several are averaged.",
+            info="In the order in which they run. The maps of several layers are averaged.",
             elem_id="layers",
         ),
     )
 
 
-def build_demo(*, root: Path = ROOT) -> gr.Blocks:
-    """Build the page; it offers to train a model where there is none and the project's scripts are in `root`.
+def build_demo(explorer: Explorer | None = None) -> gr.Blocks:
+    """Build the page.
 
     Args:
-        root: Folder of the project.
+        explorer: The models and events of the page. Defaults to the models that are found.
     """
-    explorer = Explorer(root)
-    classifier = explorer.shelf.get() if explorer.shelf.ready else None
+    explorer = explorer or Explorer(Path.cwd())
+    classifier = explorer.models.get() if explorer.models.ready else None
     with gr.Blocks(title="Grad-CAM", analytics_enabled=False, delete_cache=(3600, 3600)) as demo:
-        gr.Markdown(TITLE)
+        gr.HTML(title("Grad-CAM", PURPOSE, SPACE))
         picture, model, seed = gr.State(), gr.State(), gr.State(0)
         with gr.Column(visible=False) as content:
             line = gr.Markdown()
@@ -248,26 +257,20 @@ def build_demo(*, root: Path = ROOT) -> gr.Blocks:
                     file = gr.File(label="Your image", height=130, elem_id="file")
                     examples, others = gallery()
                     label, layers = choices(classifier, find_layers(classifier) if classifier else ())
-                with gr.Column(scale=3):
+                with gr.Column(scale=3, min_width=300):
                     sentence = gr.Markdown(elem_id="sentence")
                     with gr.Row():
-                        image = view("What the model sees", "image")
-                        mixed = view("The map over the image", "overlay")
-                        heat = view("The map", "heat")
-                    gr.HTML(show_scale("no evidence for the class", "the most evidence in this image"))
+                        image = view("Input of the model", "image")
+                        mixed = view("Map over the image", "overlay")
+                        heat = view("Map", "heat")
+                    gr.HTML(show_scale("no evidence for the class", "strongest evidence in this image"))
                     with gr.Row():
-                        with gr.Column(min_width=320):
+                        with gr.Column(min_width=300):
                             bars = gr.HTML(elem_id="bars")
                         with gr.Column(min_width=240):
                             name = name_box("image classifier")
             gr.Markdown(ABOUT)
-
-        views = [sentence, image, mixed, heat, bars]
-        # What shows progress shows each error over each output as well; a message is enough.
-        private = {"api_visibility": "private", "show_progress": "hidden"}
-        turn = {"concurrency_id": "model", "concurrency_limit": 1, "show_progress": "hidden"}
-        latest = {**private, **turn, "trigger_mode": "always_last"}
-        ready = offer_training(demo, explorer.shelf, content, kind="an image classifier")
+        ready = offer_training(demo, explorer.models, content, kind="an image classifier", space=SPACE)
 
         def show_opened(found: tuple[Picture, Explanation]) -> tuple:
             return found[0], *show(*found)
@@ -285,26 +288,35 @@ def build_demo(*, root: Path = ROOT) -> gr.Blocks:
         def draw(seed: int) -> list[Image.Image]:
             return [example.image for example in draw_examples(seed)]
 
+        views, settings = [sentence, image, mixed, heat, bars], [model, label, layers]
         loaded = [model, line, label, layers, picture, *views]
-        ready.change(event(explorer.start, show_loaded), seed, loaded, **private | turn)
-        ready.change(draw, seed, examples, **private)
-        others.click(lambda: secrets.randbelow(10_000), None, seed, **private).then(draw, seed, examples, **private)
-        name.submit(event(explorer.load, show_loaded), [name, picture], loaded, **private | turn)
-        settings = [model, label, layers]
+        ready.change(event(explorer.start, show_loaded), seed, loaded, **PRIVATE | TURN)
+        fill_gallery(ready, seed, examples, others, draw)
+        name.submit(event(explorer.load, show_loaded), [name, picture], loaded, **PRIVATE | TURN)
         opened = file.upload(
-            event(explorer.open, show_opened), [file, *settings], [picture, *views], api_name="explain", **turn
+            event(explorer.open, show_opened), [file, *settings], [picture, *views], api_name="explain", **TURN
         )
-        for end in (opened.success, opened.failure):  # `then` is not called after a failure
-            end(lambda: None, None, file, **private)  # make room for the next file
-        examples.select(event(pick, show_opened), [seed, *settings], [picture, *views], **latest)
-        gr.on([label.input, layers.input], event(show_again), [picture, *settings], views, **latest)
+        make_room(opened, file)
+        examples.select(event(pick, show_opened), [seed, *settings], [picture, *views], **LATEST)
+        gr.on([label.input, layers.input], event(show_again), [picture, *settings], views, **LATEST)
     return demo
 
 
-def main() -> None:
-    """Serve the page."""
-    build_demo().launch(**LAUNCH)
+def record(run: Path) -> None:
+    """Record the example results of a trained classifier.
+
+    Args:
+        run: Folder of the run.
+    """
+    classifier, examples, shown = load_classifier(str(run)), [], []
+    for picture in draw_examples(0)[:3]:
+        found = explain(classifier, picture.image)
+        pictures = {"Image": picture.image, "Map over the image": found.overlay, "Map": found.heat}
+        caption = f"The correct class is {picture.truth}. Bright areas are evidence for {found.label}."
+        examples.append(Example(caption, pictures, ("Most likely classes", found.top, found.label)))
+        shown += [picture.image, found.overlay]
+    save_recordings(SPACE, run, examples, title=shown[:4], scores={"Test accuracy": "test_accuracy"})
 
 
 if __name__ == "__main__":
-    main()
+    serve(build_demo, record)

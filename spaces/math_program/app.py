@@ -1,45 +1,54 @@
-"""Math programs: type a word problem, and see the program, its steps, the answer, and which words it came from.
+"""Math programs: type a word problem, and see the program that solves it, its steps and its answer.
 
     scripts/run python spaces/math_program/app.py
+    scripts/run python spaces/math_program/app.py --record runs/train_seq2seq
 
-HF_DL_MODEL names the model, a folder or a Hub id; without it the newest run of train_seq2seq.py under runs/ is taken,
-and without a run the page offers to train the small default. Any other such model can be named on the page.
+HF_DL_MODEL names the model, a folder or a Hub id. `hf_dl.demo.checkpoints` describes the other places where the page
+looks for a model. Visitors can name any other model of this type. The second command records the examples that the
+page shows without a model.
 """
 
 import functools
 import html
+import io
 import math
 import secrets
 from collections.abc import Sequence
 from pathlib import Path
 
 import gradio as gr
+from matplotlib.figure import Figure
+from PIL import Image
 
 from hf_dl.data import word_problems
-from hf_dl.demo import CSS, LAUNCH, Shelf, Training, event, name_box, offer_training
+from hf_dl.demo.checkpoints import PageModels
+from hf_dl.demo.page import LATEST, PRIVATE, TURN, event, name_box, serve, title
+from hf_dl.demo.recordings import Example, save_recordings
+from hf_dl.demo.training import Training
+from hf_dl.demo.welcome import offer_training
 from hf_dl.pipelines.math_program import MathProgramPipeline, Solution, format_number
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+SPACE = Path(__file__).resolve().parent
+PURPOSE = "Type a word problem, and see the program that solves it, its steps and its answer."
 KINDS = ("program_seq2seq",)
-COLORS = ("#4f46e5", "#c2410c", "#047857", "#be185d", "#0369a1", "#a16207")  # of the numbers
+COLORS = ("#4f46e5", "#c2410c", "#047857", "#be185d", "#0369a1", "#a16207")  # one per number
 SHOWN = 10  # programs in the list
 SWITCHES = {
-    "grammar": "only programs that fit the problem",
-    "rerank": "the best that has a value",
-    "vote": "the value that most of them give",
+    "grammar": "only valid programs for this problem",
+    "rerank": "the best program with a value",
+    "vote": "the most common value",
 }
-TITLE = """# Math programs
-Type a word problem: the model writes a **program**, and running it gives the **answer**. Change a number, and the
-answer follows: what the model reads is where the numbers are, not what they are.
-"""
-ABOUT = """### How to read it
-- **Steps** are the operations of the program in order; a later one may use what an earlier one gave.
-- The **map** has a row for each symbol of the program and a column for each word; dark is where the decoder looked
-  when it wrote the symbol. A number has one color wherever it appears. A model without attention has no map.
-- The **beam** keeps the most probable programs side by side. A score is the log-probability, divided by the length to
-  the power of the penalty. With options given, a program whose value is one of them comes first: that is how
-  multiple-choice problems are scored, which is easier than solving them.
-- The model has seen some kinds of problems, and nothing else. A program that runs need not be right.
+USUAL = ("", 10, 1.0, ("grammar", "rerank"))  # options, beams, length penalty and switches at the start
+ABOUT = """### How to read the results
+- **The answer follows the numbers.** The model reads the positions of the numbers, not their values. Change a number
+  in the text, and the same program gives a new answer.
+- **Steps** are the operations of the program in order. A step can use the results of earlier steps.
+- **The map** has one row per symbol of the program and one column per word. Dark cells show the words that the decoder
+  attended to. Each number has its own color. A model without attention has no map.
+- **The beam** keeps the most probable programs. A score is the log-probability divided by a power of the length. The
+  length penalty is the exponent. If you give options, a program whose value is an option comes first. Multiple-choice
+  problems are scored in this way, which is easier than solving them.
+- The model knows only the types of problems in its training data. A program that runs can still be wrong.
 """
 STYLE = """
 .answer {font-size: 1.15em}
@@ -58,39 +67,39 @@ STYLE = """
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is shown of a solution
+# A solution as HTML
 
 
 def color_of(number: int) -> str:
-    """The color of n0, n1, ..."""
+    """Return the color of number n0, n1, ..."""
     return COLORS[number % len(COLORS)]
 
 
 def _number_of(text: str) -> int | None:
-    """Which number a word `<n0>` or a symbol `n0` stands for; None for others."""
+    """Return the index of the number in a word `<n0>` or symbol `n0`, or None for other text."""
     inside = text.removeprefix("<").removesuffix(">")
     return int(inside[1:]) if inside[:1] == "n" and inside[1:].isdigit() else None
 
 
-def tell(solution: Solution) -> str:
-    """The answer, as HTML."""
+def show_answer(solution: Solution) -> str:
+    """Return the answer and its program as HTML."""
     if solution.answer is None:
         return f"<h3>The program has no value</h3><p>{html.escape(solution.error)}</p>"
-    option = f", which is option {solution.option}" if solution.option else ""
+    option = f" (option {solution.option})" if solution.option else ""
     program = html.escape(solution.program)
     return f"<h3 class='answer'>{format_number(solution.answer)}{option}</h3><p><code>{program}</code></p>"
 
 
 def show_steps(solution: Solution) -> str:
-    """The steps as sentences, as HTML."""
+    """Return the steps as sentences, as HTML."""
     items = "".join(f"<li>{html.escape(step.sentence)}</li>" for step in solution.steps)
     return f"<ol>{items}</ol>"
 
 
 def show_map(solution: Solution) -> str:
-    """Which words the decoder looked at when it wrote each symbol, as HTML."""
+    """Return the attention of each symbol to the words, as an HTML table."""
     if solution.attention is None:
-        return "<p>This model has no attention: it read all words before it wrote the first symbol.</p>"
+        return "<p>This model has no attention, so the page cannot show a map.</p>"
 
     def label(text: str, kind: str) -> str:
         number = _number_of(text)
@@ -113,8 +122,32 @@ def show_map(solution: Solution) -> str:
     return f"<div class='map'><table>{''.join(lines)}</table></div>"
 
 
+def draw_map(solution: Solution, *, width: float = 9.0) -> Image.Image:
+    """Draw the attention of each symbol to the words as a picture.
+
+    Args:
+        solution: A solution with attention.
+        width: Width in inches, at 100 pixels per inch.
+    """
+    weights = solution.attention[: len(solution.symbols)].numpy()
+    figure = Figure(figsize=(width, 1.3 + 0.3 * len(weights)), dpi=100, layout="constrained")
+    axes = figure.add_subplot()
+    axes.imshow(weights, cmap="Purples", vmin=0, vmax=1, aspect="auto")
+    for names, set_ticks in ((solution.words, axes.set_xticks), (solution.symbols, axes.set_yticks)):
+        shown = []
+        for name in names:
+            number = _number_of(name)
+            known = number is not None and number < len(solution.numbers)
+            shown.append(format_number(solution.numbers[number]) if known else name)
+        set_ticks(range(len(names)), shown, fontsize=10)
+    axes.tick_params(axis="x", labelrotation=90, top=True, labeltop=True, bottom=False, labelbottom=False)
+    file = io.BytesIO()
+    figure.savefig(file, format="png", facecolor="white")
+    return Image.open(file).convert("RGB")
+
+
 def show_beam(solution: Solution) -> str:
-    """The programs that were found, the chosen one marked, as HTML."""
+    """Return the programs that the search found as an HTML table. The selected program is highlighted."""
     lines = ["<tr><th></th><th>program</th><th>value</th><th>probability</th><th>score</th></tr>"]
     for rank, each in enumerate(solution.candidates[:SHOWN], 1):
         marked = " class='marked'" if each.program == solution.program else ""
@@ -128,11 +161,11 @@ def show_beam(solution: Solution) -> str:
 
 def show(solution: Solution) -> tuple[str, str, str, str]:
     """Fill the page: answer, steps, map and beam."""
-    return tell(solution), show_steps(solution), show_map(solution), show_beam(solution)
+    return show_answer(solution), show_steps(solution), show_map(solution), show_beam(solution)
 
 
 def describe(name: str, pipeline: MathProgramPipeline) -> str:
-    """A line about a model, as Markdown."""
+    """Describe a model in one line of Markdown."""
     name = Path(name).name if Path(name).is_absolute() else name
     kind = {"bilstm": "BiLSTM", "bert": "BERT"}[pipeline.config.encoder]
     attention = "with attention" if pipeline.config.attention else "without attention"
@@ -146,109 +179,113 @@ def describe(name: str, pipeline: MathProgramPipeline) -> str:
 
 @functools.lru_cache(maxsize=16)
 def draw_examples(seed: int, count: int = 6) -> tuple[str, ...]:
-    """Write problems with templates that the small default was not trained on."""
+    """Generate problems from templates that the small default model was not trained on."""
     places = range(7 * seed, 7 * (seed + count), 7)
     return tuple(word_problems.sample(place, "test", seed=seed)["problem"] for place in places)
 
 
 def check(pipeline: MathProgramPipeline) -> None:
-    """Raise a ValueError if a model cannot be shown here."""
+    """Raise an error if a model does not work on this page."""
     batch = pipeline.pad(pipeline.encode(["how much is <n0> ?"])["input_ids"])
     pipeline.search(**batch, num_numbers=[1], num_beams=1)
 
 
-def make_training(root: Path = ROOT) -> Training:
-    """The training of the small default."""
-    scores = {"loss": "loss", "right answers": "val_execution_accuracy"}
+def make_training(root: Path) -> Training:
+    """Return the training of the small default model."""
+    scores = {"loss": "loss", "correct answers": "val_execution_accuracy"}
     return Training(
-        "train_seq2seq.py", "math_program", scores=scores, minutes="some minutes", root=root, data="problems"
+        "train_seq2seq.py", "math_program", scores=scores, minutes="about ten minutes", root=root, data="problems"
     )
 
 
 class Solver:
-    """What the page's events do.
+    """The events of the page.
 
     Args:
-        root: Folder of the project.
+        root: Folder that contains runs/.
     """
 
-    def __init__(self, root: Path = ROOT):
-        self.shelf = Shelf(KINDS, make_training(root), check, MathProgramPipeline.from_pretrained)
+    def __init__(self, root: Path):
+        load = MathProgramPipeline.from_pretrained
+        self.models = PageModels(KINDS, make_training(root), check, load, space=SPACE)
+        self._solve = functools.lru_cache(maxsize=64)(self._solve)  # examples are computed once
 
     def solve(
         self, problem: str, options: str, num_beams: float, length_penalty: float, switches: Sequence[str], name=None
     ) -> Solution:
-        """Solve the problem of the page."""
+        """Solve a problem. The last results are cached."""
         unknown = [each for each in switches or () if each not in SWITCHES]
         if unknown:
-            raise ValueError(f"switches={unknown} are unknown; choose of {', '.join(SWITCHES)}.")
-        chosen = {switch: switch in (switches or ()) for switch in SWITCHES}
-        return self.shelf.get(name)(
-            problem,
-            options=(options or "").strip() or None,
-            num_beams=int(num_beams),
-            length_penalty=float(length_penalty),
-            **chosen,
+            raise ValueError(f"switches={unknown} are unknown. Choose from: {', '.join(SWITCHES)}.")
+        options = (options or "").strip() or None
+        return self._solve(problem, options, int(num_beams), float(length_penalty), tuple(switches or ()), name)
+
+    def _solve(
+        self,
+        problem: str,
+        options: str | None,
+        num_beams: int,
+        length_penalty: float,
+        switches: tuple,
+        name: str | None,
+    ) -> Solution:
+        chosen = {switch: switch in switches for switch in SWITCHES}
+        return self.models.get(name)(
+            problem, options=options, num_beams=num_beams, length_penalty=length_penalty, **chosen
         )
 
     def load(self, name: str | None) -> tuple[str, str]:
-        """Take another model, or the default: its name, and a line about it."""
-        name = (name or "").strip() or self.shelf.default
-        return name, describe(name, self.shelf.get(name))
+        """Load another model or the default model. Returns its name and its description."""
+        name = (name or "").strip() or self.models.default
+        return name, describe(name, self.models.get(name))
 
 
-def build_demo(*, root: Path = ROOT) -> gr.Blocks:
-    """Build the page; it offers to train a model where there is none and the project's scripts are in `root`.
+def build_demo(solver: Solver | None = None) -> gr.Blocks:
+    """Build the page.
 
     Args:
-        root: Folder of the project.
+        solver: The models and events of the page. Defaults to the models that are found.
     """
-    solver = Solver(root)
+    solver = solver or Solver(Path.cwd())
     with gr.Blocks(title="Math programs", analytics_enabled=False, delete_cache=(3600, 3600)) as demo:
-        gr.Markdown(TITLE)
+        gr.HTML(title("Math programs", PURPOSE, SPACE))
         model, seed = gr.State(), gr.State(0)
         with gr.Column(visible=False) as content:
             line = gr.Markdown()
             with gr.Row():
-                with gr.Column(scale=2, min_width=320):
+                with gr.Column(scale=2, min_width=300):
                     problem = gr.Textbox(
-                        label="A word problem, in English, with its numbers in digits", elem_id="problem", lines=4
+                        label="Word problem in English, with numbers as digits", elem_id="problem", lines=4
                     )
                     options = gr.Textbox(
-                        label="Options, where it is multiple choice", elem_id="options",
+                        label="Options of a multiple-choice problem (optional)", elem_id="options",
                         placeholder="a ) 24 , b ) 120 , c ) 625",
                     )  # fmt: skip
                     button = gr.Button("Solve", variant="primary", elem_id="solve")
                     examples = gr.Radio(
-                        [], label="Or one of these problems, worded as none in training", elem_id="examples"
+                        [], label="Or choose an example (its wording is not in the training data)", elem_id="examples"
                     )
-                    others = gr.Button("Write other problems", size="sm", elem_id="others")
-                with gr.Column(scale=3):
+                    others = gr.Button("Show other examples", size="sm", elem_id="others")
+                with gr.Column(scale=3, min_width=300):
                     answer = gr.HTML(elem_id="answer")
                     steps = gr.HTML(elem_id="steps")
                     attention = gr.HTML(elem_id="map")
-            with gr.Accordion("How it is searched, and what else was found", open=True), gr.Row():
-                with gr.Column(scale=2, min_width=320):
-                    beams = gr.Slider(1, 20, value=10, step=1, label="Beams", elem_id="beams")
-                    penalty = gr.Slider(0, 2, value=1, step=0.1, label="Length penalty", elem_id="penalty")
+            with gr.Accordion("Search settings and other programs", open=True), gr.Row():
+                with gr.Column(scale=2, min_width=300):
+                    beams = gr.Slider(1, 20, value=USUAL[1], step=1, label="Beams", elem_id="beams")
+                    penalty = gr.Slider(0, 2, value=USUAL[2], step=0.1, label="Length penalty", elem_id="penalty")
                     switches = gr.CheckboxGroup(
-                        [(text, name) for name, text in SWITCHES.items()], value=["grammar", "rerank"],
-                        label="Take", elem_id="switches",
+                        [(text, name) for name, text in SWITCHES.items()], value=list(USUAL[3]),
+                        label="Choose the program by", elem_id="switches",
                     )  # fmt: skip
-                    name = name_box("model of program_seq2seq")
-                with gr.Column(scale=3):
+                    name = name_box("model of type program_seq2seq")
+                with gr.Column(scale=3, min_width=300):
                     beam = gr.HTML(elem_id="beam")
             gr.Markdown(ABOUT)
-
-        settings = [problem, options, beams, penalty, switches]
-        views = [answer, steps, attention, beam]
-        private = {"api_visibility": "private", "show_progress": "hidden"}
-        turn = {"concurrency_id": "model", "concurrency_limit": 1, "show_progress": "hidden"}
-        latest = {**private, **turn, "trigger_mode": "always_last"}
-        ready = offer_training(demo, solver.shelf, content, kind="a model of program_seq2seq")
+        ready = offer_training(demo, solver.models, content, kind="a program_seq2seq model", space=SPACE)
 
         def show_live(*inputs) -> tuple[str, str, str, str]:
-            """What is wrong with a problem while it is typed is said in the place of the answer."""
+            """Show the solution, or the error in the place of the answer while a problem is being typed."""
             try:
                 return show(solver.solve(*inputs))
             except ValueError as error:
@@ -270,25 +307,42 @@ def build_demo(*, root: Path = ROOT) -> gr.Blocks:
         def draw(seed: int) -> gr.Radio:
             return gr.Radio(list(draw_examples(seed)), value=None)
 
+        settings, views = [problem, options, beams, penalty, switches], [answer, steps, attention, beam]
         again = {"fn": show_live, "inputs": [*settings, model], "outputs": views}
-        begun = ready.change(event(lambda: solver.load(None)), None, [model, line], **private | turn)
-        begun.success(lambda: draw_examples(0)[0], None, problem, **private).then(**again, **private | turn)
-        ready.change(draw, seed, examples, **private)
-        others.click(lambda: secrets.randbelow(10_000), None, seed, **private).then(draw, seed, examples, **private)
-        chosen = examples.input(lambda chosen: chosen, examples, problem, **private)
-        chosen.then(**again, **private | turn)
-        named = name.submit(event(solver.load), name, [model, line], **private | turn)
-        named.success(**again, **private | turn)
+        begun = ready.change(event(lambda: solver.load(None)), None, [model, line], **PRIVATE | TURN)
+        begun.success(lambda: draw_examples(0)[0], None, problem, **PRIVATE).then(**again, **PRIVATE | TURN)
+        ready.change(draw, seed, examples, **PRIVATE)
+        others.click(lambda: secrets.randbelow(10_000), None, seed, **PRIVATE).then(draw, seed, examples, **PRIVATE)
+        chosen = examples.input(lambda chosen: chosen, examples, problem, **PRIVATE)
+        chosen.then(**again, **PRIVATE | TURN)
+        named = name.submit(event(solver.load), name, [model, line], **PRIVATE | TURN)
+        named.success(**again, **PRIVATE | TURN)
         changes = [problem.input, options.input, beams.input, penalty.input, switches.input]
-        gr.on([*changes, problem.submit, button.click], **again, **latest)
+        gr.on([*changes, problem.submit, button.click], **again, **LATEST)
         gr.api(solve_for_api, api_name="solve", concurrency_id="model", concurrency_limit=1)
     return demo
 
 
-def main() -> None:
-    """Serve the page."""
-    build_demo().launch(**LAUNCH | {"css": CSS + STYLE})
+def record(run: Path) -> None:
+    """Record the example results of a trained model.
+
+    Args:
+        run: Folder of the run.
+    """
+    pipeline, examples = MathProgramPipeline.from_pretrained(str(run)), []
+    _, beams, penalty, switches = USUAL
+    for problem in draw_examples(0)[:3]:
+        solution = pipeline(
+            problem, num_beams=beams, length_penalty=penalty, **{switch: switch in switches for switch in SWITCHES}
+        )
+        lines = [f"Program: {solution.program}", *(step.sentence for step in solution.steps)]
+        value = solution.error if solution.answer is None else f"Answer: {format_number(solution.answer)}"
+        pictures = {"Attention of each symbol of the program to the words": draw_map(solution)}
+        examples.append(Example(problem, pictures, lines=[*lines, value], wide=True))
+    save_recordings(
+        SPACE, run, examples, title=[draw_map(solution)], scores={"Test correct answers": "test_execution_accuracy"}
+    )
 
 
 if __name__ == "__main__":
-    main()
+    serve(build_demo, record, css=STYLE)

@@ -1,309 +1,107 @@
-"""ViT masking: take patches of an image away from a vision transformer, and see what becomes of its answer.
+"""ViT masking: mask patches of an image, and see how the prediction of a vision transformer changes.
 
     scripts/run python spaces/vit_masking/app.py
+    scripts/run python spaces/vit_masking/app.py --record runs/small_vit
 
-HF_DL_MODEL names the model, a folder or a Hub id; without it the newest run of a small_vit by train_classifier.py
-under runs/ is taken, and without a run the page offers to train the small default. Any other vision transformer with
-a CLS token can be named on the page.
+HF_DL_MODEL names the model, a folder or a Hub id. `hf_dl.demo.checkpoints` describes the other places where the page
+looks for a model. Visitors can name any other vision transformer with a CLS token. The second command records the
+examples that the page shows without a model.
 """
 
-import re
-import secrets
-from dataclasses import dataclass
+import functools
 from pathlib import Path
 
 import gradio as gr
-import numpy as np
-import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 
-from hf_dl.demo import (
-    LAUNCH,
-    Classifier,
-    Picture,
-    Shelf,
-    Training,
-    describe,
-    draw_examples,
+from hf_dl.demo.checkpoints import PageModels
+from hf_dl.demo.classifiers import Classifier, describe, load_classifier
+from hf_dl.demo.masking import (
+    MEAN_HEAD,
+    PLACES,
+    Choice,
+    Comparison,
+    check,
+    compare,
+    format_patches,
+    patch_at,
+    sizes,
+)
+from hf_dl.demo.page import (
+    LATEST,
+    PRIVATE,
+    TURN,
     event,
+    fill_gallery,
     gallery,
+    make_room,
     name_box,
-    offer_training,
-    open_image,
-    overlay,
     plain,
-    resize_heat,
+    serve,
     show_bars,
     show_scale,
+    title,
     view,
 )
-from hf_dl.explain import attention_maps, center_patches, fill_patches, masked_logits, random_patches, ranked_patches
-from hf_dl.explain.masking import FILLS, WAYS
+from hf_dl.demo.pictures import Picture, draw_examples
+from hf_dl.demo.recordings import Example, save_recordings
+from hf_dl.demo.training import Training
+from hf_dl.demo.uploads import open_image
+from hf_dl.demo.welcome import offer_training
+from hf_dl.explain import WAYS
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-KINDS = ("small_vit",)  # what train_classifier.py trains that has patches and attention
+SPACE = Path(__file__).resolve().parent
+PURPOSE = "Hide parts of an image from a vision transformer, and see how its prediction changes."
+KINDS = ("small_vit",)  # the model types of train_classifier.py with patches and attention
 FLAGS = (
     "--model", "small_vit", "--image_size", "64", "--patch_size", "8", "--optimizer", "adamw", "--learning_rate",
     "1e-3", "--epochs", "30",
 )  # fmt: skip
-PLACES = {
-    "top": "most attended",
-    "bottom": "least attended",
-    "center": "center",
-    "random": "random",
-    "chosen": "those I click",
-}
 WAY_NAMES = {"mean": "mean color", "attention": "hidden from attention", "tokens": "dropped as tokens"}
-MEAN_HEAD = -1  # stands for the mean of all heads
-TITLE = """# ViT masking
-A vision transformer cuts an image into patches, and its CLS token gathers from them what the answer is made of. Take
-patches away, by **clicking on them** or by a rule, and compare what it says before and after.
+ABOUT = """### How to read the results
+A vision transformer divides an image into patches. Its CLS token reads the patches, and the prediction is computed
+from this token.
+
+**Attention** is the weight of each patch for the CLS token in the selected layer. It does not show why a patch was
+read. To test its importance, mask the most attended patches, then the same number of the least attended patches, and
+compare.
+
+**The masking method** matters. Black, gray, the mean color, a blur or noise put other content in the patch, and the
+model may react to this content. **Hidden from attention** prevents all tokens from reading the patch. **Dropped as
+tokens** gives the model only the other patches. Both methods have the same effect on a model that predicts from its
+CLS token.
+
+**KL** is the Kullback-Leibler divergence between the predictions before and after masking, in nats. It is 0 if the
+prediction did not change.
 """
-ABOUT = """### How to read it
-**The attention** is how much the CLS token reads from each patch in the chosen layer. It says what was read, not what
-it was read for: so take the most attended patches away, then as many of the least attended ones, and compare.
-
-**The ways** matter. Black, gray, the mean color, a blur or noise put *something else* there, and the model may take
-that for a thing of its own. **Hidden from attention** lets no token read the patch; **dropped as tokens** gives the
-model only the other patches. For a model that answers from its CLS token these two are the same to the number.
-
-**KL** is the Kullback-Leibler divergence of the probabilities after from those before, in nats: 0 when nothing
-changed.
-"""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Patches
-
-
-def parse_patches(text: str, total: int) -> list[int]:
-    """Read numbers of patches such as "1-4, 9", which count from 1, row by row, as indices from 0.
-
-    Args:
-        text: Numbers and ranges with commas or spaces between them.
-        total: Patches of the image.
-
-    Raises:
-        ValueError: If it is something else, or there is no such patch.
-    """
-    found: set[int] = set()
-    for part in re.sub(r"\s*-\s*", "-", text).replace(",", " ").split():
-        if not (match := re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", part)):
-            raise ValueError(f"{part!r} is no patch; write numbers and ranges such as 1-4, 9.")
-        first, last = int(match[1]), int(match[2] or match[1])
-        if not 1 <= first <= last <= total:
-            raise ValueError(f"{part!r} is out of range; the patches are 1 to {total}, row by row.")
-        found |= set(range(first - 1, last))
-    return sorted(found)
-
-
-def format_patches(indices: list[int]) -> str:
-    """Write sorted indices of patches from 0 as `parse_patches` reads them: "1-4, 9"."""
-    runs: list[list[int]] = []
-    for index in indices:
-        if runs and runs[-1][1] == index - 1:
-            runs[-1][1] = index
-        else:
-            runs.append([index, index])
-    return ", ".join(str(first + 1) if first == last else f"{first + 1}-{last + 1}" for first, last in runs)
-
-
-def patch_at(x: float, y: float, size: tuple[int, int], grid: tuple[int, int]) -> int:
-    """Index of the patch at a place of a picture.
-
-    Args:
-        x: Pixels from the left.
-        y: Pixels from the top.
-        size: Width and height of the picture.
-        grid: Rows and columns of patches.
-    """
-    column, row = (min(int(at * n / side), n - 1) for at, n, side in zip((x, y), grid[::-1], size, strict=True))
-    return max(row, 0) * grid[1] + max(column, 0)
-
-
-@dataclass
-class Choice:
-    """Which patches are taken away, and how.
-
-    Attributes:
-        place: A key of `PLACES`.
-        count: How many; not for "chosen".
-        seed: Of random patches and of noise.
-        patches: Of "chosen", as of `parse_patches`.
-        way: One of `WAYS`.
-        layer: Whose attention is shown, from 1, and ranks the patches.
-        head: Likewise, from 1, or `MEAN_HEAD`.
-    """
-
-    place: str = "top"
-    count: int = 0
-    seed: int = 0
-    patches: str = ""
-    way: str = "gray"
-    layer: int = 1
-    head: int = MEAN_HEAD
-
-    def mask(self, attention: torch.Tensor) -> torch.Tensor:
-        """The patches to take away, bool (rows, columns), as `attention` (rows, columns) is.
-
-        Raises:
-            ValueError: If the place is unknown or there are not so many patches.
-        """
-        grid, count = tuple(attention.shape), int(self.count)
-        if self.place == "chosen":
-            mask = torch.zeros(attention.numel(), dtype=torch.bool)
-            mask[parse_patches(self.patches, attention.numel())] = True
-            return mask.view(grid)
-        if self.place == "center":
-            return center_patches(grid, count)
-        if self.place == "random":
-            return random_patches(grid, count, generator=torch.Generator().manual_seed(int(self.seed)))
-        if self.place in ("top", "bottom"):
-            return ranked_patches(attention, count, largest=self.place == "top")
-        raise ValueError(f"place={self.place!r} is unknown; choose one of {', '.join(PLACES)}.")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Before and after
-
-
-@dataclass
-class Comparison:
-    """What a model says of an image with and without some patches.
-
-    Attributes:
-        image: What the model sees of the image, with the patches and those that are taken marked.
-        attention: The attention of the CLS token over it.
-        given: What is left of the image.
-        grid: Rows and columns of patches.
-        patches: Indices of those taken away.
-        before: The likeliest classes and their probabilities, of the whole image.
-        after: Likewise without the patches; the former label comes last where it is no longer among them.
-        rank: Of the former label after, from 1.
-        kl: Divergence of the probabilities, in nats.
-    """
-
-    image: Image.Image
-    attention: Image.Image
-    given: Image.Image
-    grid: tuple[int, int]
-    patches: list[int]
-    before: list[tuple[str, float]]
-    after: list[tuple[str, float]]
-    rank: int
-    kl: float
-
-
-def compare(classifier: Classifier, image: Image.Image, choice: Choice) -> Comparison:
-    """Classify an image with and without some of its patches.
-
-    Args:
-        classifier: A vision transformer.
-        image: An RGB image of any size.
-        choice: Which patches, and how they are taken away.
-
-    Raises:
-        ValueError: If a part of the choice is out of range, or the model has no CLS token whose attention can be seen.
-    """
-    if choice.way not in WAYS:
-        raise ValueError(f"way={choice.way!r} is unknown; choose one of {', '.join(WAYS)}.")
-    pixel_values = classifier.prepare(image)
-    head = None if choice.head == MEAN_HEAD else int(choice.head) - 1
-    maps, output = attention_maps(classifier.model, pixel_values, layer=int(choice.layer) - 1, head=head)
-    attention = maps[0].float().cpu()
-    mask = choice.mask(attention)
-    options = dict(zip(("image_mean", "image_std"), classifier.statistics, strict=True))
-    noise = {"generator": torch.Generator().manual_seed(int(choice.seed))}
-    logits = masked_logits(classifier.model, pixel_values, mask, by=choice.way, **options, **noise)
-    before, after = (x[0].detach().double().log_softmax(dim=-1).cpu() for x in (output.logits, logits))
-    label = int(before.argmax())
-    after_top = classifier.top(after)
-    if classifier.names[label] not in dict(after_top):
-        after_top.append((classifier.names[label], after[label].exp().item()))
-
-    seen = classifier.crop(image)
-    if choice.way in FILLS:
-        noise["generator"].manual_seed(int(choice.seed))  # the same noise as the model was given
-        filling = classifier.show(fill_patches(pixel_values, mask, choice.way, **options, **noise), seen.size)
-    else:
-        filling = _hatching(seen.size)
-    stretched = (attention - attention.min()) / (attention.max() - attention.min()).clamp_min(1e-12)
-    return Comparison(
-        image=draw_patches(seen, mask),
-        attention=overlay(seen, resize_heat(stretched.numpy(), seen.size, smooth=False)),
-        given=Image.composite(filling, seen, _enlarge(mask, seen.size)),
-        grid=tuple(mask.shape),
-        patches=mask.flatten().nonzero()[:, 0].tolist(),
-        before=classifier.top(before),
-        after=after_top,
-        rank=int((after > after[label]).sum()) + 1,
-        kl=(before.exp() * (before - after)).sum().item(),
-    )
-
-
-def _enlarge(mask: torch.Tensor, size: tuple[int, int]) -> Image.Image:
-    squares = Image.fromarray(mask.cpu().numpy().astype(np.uint8) * 255)
-    return squares.resize(size, Image.Resampling.NEAREST)
-
-
-def _hatching(size: tuple[int, int]) -> Image.Image:
-    """What stands for nothing at all: white with slanting lines."""
-    x, y = np.arange(size[0]), np.arange(size[1])[:, None]
-    return Image.fromarray(np.where((x + y) % 12 < 2, 200, 255).astype(np.uint8)).convert("RGB")
-
-
-def draw_patches(image: Image.Image, mask: torch.Tensor) -> Image.Image:
-    """Draw the borders of the patches over an image, and cross out those that are taken away."""
-    image, (rows, columns) = image.copy(), mask.shape
-    draw = ImageDraw.Draw(image, "RGBA")
-    xs = [image.width * i / columns for i in range(columns + 1)]
-    ys = [image.height * i / rows for i in range(rows + 1)]
-    for x in xs[1:-1]:
-        draw.line([(x, 0), (x, image.height)], fill=(255, 255, 255, 110))
-    for y in ys[1:-1]:
-        draw.line([(0, y), (image.width, y)], fill=(255, 255, 255, 110))
-    for row, column in mask.nonzero().tolist():
-        box = (xs[column], ys[row], xs[column + 1], ys[row + 1])
-        draw.rectangle(box, fill=(30, 27, 75, 140), outline=(165, 180, 252, 255), width=2)
-        draw.line(box, fill=(165, 180, 252, 255), width=2)
-    return image
-
-
-def check(classifier: Classifier) -> None:
-    """Raise a ValueError if a classifier shows no attention of a CLS token."""
-    compare(classifier, Image.new("RGB", (64, 64), "gray"), Choice())
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The page
-
-
-def make_training(root: Path = ROOT) -> Training:
-    """The training of the small default."""
-    scores = {"loss": "loss", "accuracy": "val_accuracy"}
+def make_training(root: Path) -> Training:
+    """Return the training of the small default model."""
     return Training(
         "train_classifier.py",
         "vit_masking",
         flags=FLAGS,
-        scores=scores,
-        minutes="about a quarter of an hour",
+        scores={"loss": "loss", "accuracy": "val_accuracy"},
+        minutes="about 15 minutes",
         root=root,
     )
 
 
 class Explorer:
-    """What the page's events do.
+    """The events of the page.
 
     Args:
-        root: Folder of the project.
+        root: Folder that contains runs/.
     """
 
-    def __init__(self, root: Path = ROOT):
-        self.shelf = Shelf(KINDS, make_training(root), check)
+    def __init__(self, root: Path):
+        self.models = PageModels(KINDS, make_training(root), check, load_classifier, space=SPACE)
+        self._compare_example = functools.lru_cache(maxsize=64)(self._compare_example)  # examples are computed once
 
     def compare(self, picture: Picture | None, name: str | None, *choice: object) -> Comparison | None:
-        """Compare the image of the page with and without patches; `choice` has the fields of a `Choice`."""
-        return compare(self.shelf.get(name), picture.image, Choice(*choice)) if picture else None
+        """Compare the image of the page with and without masked patches; `choice` has the fields of `Choice`."""
+        return compare(self.models.get(name), picture.image, Choice(*choice)) if picture else None
 
     def open(self, file: str, name: str | None, *choice: object) -> tuple[Picture, Comparison]:
         """Compare the image of a file."""
@@ -311,101 +109,106 @@ class Explorer:
         return picture, self.compare(picture, name, *choice)
 
     def choose(self, index: int, seed: int, name: str | None, *choice: object) -> tuple[Picture, Comparison]:
-        """Compare one of the examples of a seed."""
-        picture = draw_examples(seed)[index]
-        return picture, self.compare(picture, name, *choice)
+        """Compare one of the examples of a seed. The last results are cached."""
+        return draw_examples(seed)[index], self._compare_example(index, seed, name, *choice)
+
+    def _compare_example(self, index: int, seed: int, name: str | None, *choice: object) -> Comparison:
+        return self.compare(draw_examples(seed)[index], name, *choice)
 
     def toggle(self, at: tuple[float, float], picture: Picture, name: str | None, *choice: object) -> Comparison:
-        """Take the patch that was clicked on away from the former ones, or give it back."""
-        classifier, choice = self.shelf.get(name), Choice(*choice)
+        """Mask the patch at a position in addition to the others, or unmask it."""
+        classifier, choice = self.models.get(name), Choice(*choice)
         now = compare(classifier, picture.image, choice)
         choice.patches = format_patches(sorted(set(now.patches) ^ {patch_at(*at, now.image.size, now.grid)}))
         choice.place = "chosen"
         return compare(classifier, picture.image, choice)
 
     def load(self, name: str | None, picture: Picture) -> tuple[Classifier, Choice, Picture, Comparison]:
-        """Take another model, and begin with a sixth of its patches, the most attended."""
-        classifier = self.shelf.get(name and name.strip())
-        layers, _, patches = sizes(classifier)
-        choice = Choice(count=max(1, patches // 6), layer=layers)
+        """Load another model, and mask the most attended sixth of its patches."""
+        classifier = self.models.get(name and name.strip())
+        choice = first_choice(classifier)
         return classifier, choice, picture, compare(classifier, picture.image, choice)
 
     def start(self, seed: int) -> tuple[Classifier, Choice, Picture, Comparison]:
-        """Compare the first example by the default model."""
+        """Compare the first example with the default model."""
         return self.load(None, draw_examples(seed)[0])
 
 
-def sizes(classifier: Classifier) -> tuple[int, int, int]:
-    """Numbers of layers, heads and patches of a vision transformer."""
-    blank = classifier.prepare(Image.new("RGB", (64, 64), "gray"))
-    maps, output = attention_maps(classifier.model, blank)
-    return len(output.attentions), output.attentions[-1].shape[1], maps[0].numel()
+def first_choice(classifier: Classifier) -> Choice:
+    """Return the choice that the page starts with: the most attended sixth of the patches."""
+    layers, _, patches = sizes(classifier)
+    return Choice(count=max(1, patches // 6), layer=layers)
 
 
 def show(picture: Picture | None, found: Comparison | None) -> tuple:
-    """Fill the numbers of the patches, the sentence, the pictures and the bars."""
+    """Fill the patch numbers, the sentence, the pictures and the bars."""
     if found is None:
         return (gr.skip(),) * 7
     label = found.before[0][0]
     return (
         format_patches(found.patches),
-        tell(picture, found),
+        summarize(picture, found),
         found.image,
         found.attention,
         found.given,
-        show_bars("The whole image", found.before, label),
+        show_bars("Whole image", found.before, label),
         show_bars(f"Without {len(found.patches)} of {found.grid[0] * found.grid[1]} patches", found.after, label),
     )
 
 
-def tell(picture: Picture, found: Comparison) -> str:
-    """What changed, in sentences of Markdown."""
+def summarize(picture: Picture, found: Comparison) -> str:
+    """Summarize the change in Markdown."""
     (label, before), (now, probability) = found.before[0], found.after[0]
     after = dict(found.after)[label]
-    truth = "" if not picture.truth else f" (it is a {plain(picture.truth)})" if picture.truth != label else " (right)"
+    truth = ""
+    if picture.truth:
+        truth = " (correct)" if picture.truth == label else f" (the correct class is {plain(picture.truth)})"
     if not found.patches:
-        return f"### The model says {plain(label)}, {before:.0%}{truth}\nNothing is taken away yet: click on a patch."
+        return f"### Prediction: {plain(label)}, {before:.0%}{truth}\nNo patch is masked. Click on a patch to mask it."
     if found.rank == 1:
-        text = f"### It still says {plain(label)}{truth}: {before:.0%} before, {after:.0%} after"
-        return f"{text}\nThe label stays the likeliest; KL {found.kl:.2f} nats."
-    text = f"### {plain(label)}, {before:.0%}{truth}, becomes {plain(now)}, {probability:.0%}"
-    return f"{text}\nThe former label has {after:.1%} now, rank {found.rank}; KL {found.kl:.2f} nats."
+        text = f"### Prediction unchanged: {plain(label)}{truth}, {before:.0%} before and {after:.0%} after"
+        return f"{text}\nKL divergence: {found.kl:.2f} nats."
+    text = f"### Prediction changed from {plain(label)}, {before:.0%}{truth}, to {plain(now)}, {probability:.0%}"
+    return f"{text}\nThe first class now has {after:.1%} and rank {found.rank}. KL divergence: {found.kl:.2f} nats."
 
 
 def controls(layers: int = 1, heads: int = 1, patches: int = 16, choice: Choice | None = None) -> tuple:
-    """What patches are chosen with, as far as the model goes: place, count, seed, patches, way, layer, head."""
+    """Return the components that select patches, limited to the model's numbers of layers, heads and patches."""
     choice = choice or Choice()
     return (
-        gr.Radio([(name, key) for key, name in PLACES.items()], value=choice.place, label="Take away the patches",
+        gr.Radio([(name, key) for key, name in PLACES.items()], value=choice.place, label="Patches to mask",
                  elem_id="place"),
-        gr.Slider(0, patches, choice.count, step=1, label="How many", elem_id="count",
+        gr.Slider(0, patches, choice.count, step=1, label="Number of patches", elem_id="count",
                   visible=choice.place != "chosen"),
-        gr.Number(choice.seed, label="Seed", info="Of random patches and of noise.", precision=0, minimum=0,
+        gr.Number(choice.seed, label="Seed", info="For random patches and noise.", precision=0, minimum=0,
                   maximum=2**31, visible="random" in (choice.place, choice.way) or choice.way == "noise",
                   elem_id="seed"),
-        gr.Textbox(choice.patches, label="These are", info=f"1 to {patches}, row by row; write others: 1-4, 9",
+        gr.Textbox(choice.patches, label="Masked patches", info=f"1 to {patches}, row by row, for example 1-4, 9",
                    elem_id="patches", max_lines=2),
-        gr.Radio([(WAY_NAMES.get(way, way), way) for way in WAYS], value=choice.way, label="Replaced by",
+        gr.Radio([(WAY_NAMES.get(way, way), way) for way in WAYS], value=choice.way, label="Masking method",
                  elem_id="way"),
         gr.Slider(1, max(2, layers), choice.layer, step=1, label="Attention of layer", elem_id="layer",
                   visible=layers > 1),
-        gr.Dropdown([("mean of the heads", MEAN_HEAD), *((f"head {n}", n) for n in range(1, heads + 1))],
-                    value=choice.head, label="Head", elem_id="head"),
+        gr.Dropdown([("mean of all heads", MEAN_HEAD), *((f"head {n}", n) for n in range(1, heads + 1))],
+                    value=choice.head, label="Attention head", elem_id="head"),
     )  # fmt: skip
 
 
-def build_demo(*, root: Path = ROOT) -> gr.Blocks:
-    """Build the page; it offers to train a model where there is none and the project's scripts are in `root`.
+def build_demo(explorer: Explorer | None = None) -> gr.Blocks:
+    """Build the page.
 
     Args:
-        root: Folder of the project.
+        explorer: The models and events of the page. Defaults to the models that are found.
     """
-    explorer = Explorer(root)
-    first = sizes(explorer.shelf.get()) if explorer.shelf.ready else (1, 1, 16)
-    choice = controls(*first, Choice(count=max(1, first[2] // 6), layer=first[0]))
-    place, count, seed, patches, way, layer, head = choice  # rendered where they belong on the page
+    explorer = explorer or Explorer(Path.cwd())
+    if explorer.models.ready:
+        classifier = explorer.models.get()
+        choice = controls(*sizes(classifier), first_choice(classifier))
+    else:
+        choice = controls()
+    place, count, seed, patches, way, layer, head = choice  # rendered at their places below
     with gr.Blocks(title="ViT masking", analytics_enabled=False, delete_cache=(3600, 3600)) as demo:
-        gr.Markdown(TITLE)
+        gr.HTML(title("ViT masking", PURPOSE, SPACE))
         picture, model, example_seed = gr.State(), gr.State(), gr.State(0)
         with gr.Column(visible=False) as content:
             line = gr.Markdown()
@@ -415,18 +218,18 @@ def build_demo(*, root: Path = ROOT) -> gr.Blocks:
                     examples, others = gallery()
                     for component in (place, count, patches, seed):
                         component.render()
-                    clear = gr.Button("Give all patches back", size="sm", elem_id="clear")
-                with gr.Column(scale=3):
+                    clear = gr.Button("Unmask all patches", size="sm", elem_id="clear")
+                with gr.Column(scale=3, min_width=300):
                     sentence = gr.Markdown(elem_id="sentence")
                     with gr.Row():
-                        image = view("Click on patches", "image")
-                        attention = view("What the CLS token attends to", "attention")
-                        given = view("What is left", "given")
+                        image = view("Click on patches to mask them", "image")
+                        attention = view("Attention of the CLS token", "attention")
+                        given = view("Masked image", "given")
                     gr.HTML(show_scale("least attended patch", "most attended patch of this image"))
                     with gr.Row():
-                        with gr.Column(min_width=320):
+                        with gr.Column(min_width=300):
                             before = gr.HTML(elem_id="before")
-                        with gr.Column(min_width=320):
+                        with gr.Column(min_width=300):
                             after = gr.HTML(elem_id="after")
                     way.render()
                     with gr.Row():
@@ -434,13 +237,7 @@ def build_demo(*, root: Path = ROOT) -> gr.Blocks:
                         head.render()
                     name = name_box("vision transformer with a CLS token")
             gr.Markdown(ABOUT)
-
-        views = [patches, sentence, image, attention, given, before, after]
-        # What shows progress shows each error over each output as well; a message is enough.
-        private = {"api_visibility": "private", "show_progress": "hidden"}
-        turn = {"concurrency_id": "model", "concurrency_limit": 1, "show_progress": "hidden"}
-        latest = {**private, **turn, "trigger_mode": "always_last"}
-        ready = offer_training(demo, explorer.shelf, content, kind="a vision transformer")
+        ready = offer_training(demo, explorer.models, content, kind="a vision transformer", space=SPACE)
 
         def show_opened(found: tuple[Picture, Comparison]) -> tuple:
             return found[0], *show(*found)
@@ -448,7 +245,7 @@ def build_demo(*, root: Path = ROOT) -> gr.Blocks:
         def show_loaded(found: tuple[Classifier, Choice, Picture, Comparison]) -> tuple:
             classifier, choice, *rest = found
             parts = list(controls(*sizes(classifier), choice))
-            del parts[3]  # the patches, which are filled below
+            del parts[3]  # the patch numbers, which `show` fills
             return classifier.name, describe(classifier), *parts, *show_opened(rest)
 
         def show_again(picture: Picture | None, *inputs: object) -> tuple:
@@ -469,37 +266,56 @@ def build_demo(*, root: Path = ROOT) -> gr.Blocks:
         def uncover(place: str, way: str) -> tuple[gr.Slider, gr.Number]:
             return gr.Slider(visible=place != "chosen"), gr.Number(visible=place == "random" or way == "noise")
 
+        views = [patches, sentence, image, attention, given, before, after]
         settings = [model, *choice]
         loaded = [model, line, place, count, seed, way, layer, head, picture, *views]
-        ready.change(event(explorer.start, show_loaded), example_seed, loaded, **private | turn)
-        ready.change(draw, example_seed, examples, **private)
-        others.click(lambda: secrets.randbelow(10_000), None, example_seed, **private).then(
-            draw, example_seed, examples, **private
-        )
-        name.submit(event(explorer.load, show_loaded), [name, picture], loaded, **private | turn)
+        ready.change(event(explorer.start, show_loaded), example_seed, loaded, **PRIVATE | TURN)
+        fill_gallery(ready, example_seed, examples, others, draw)
+        name.submit(event(explorer.load, show_loaded), [name, picture], loaded, **PRIVATE | TURN)
         opened = file.upload(
-            event(explorer.open, show_opened), [file, *settings], [picture, *views], api_name="compare", **turn
+            event(explorer.open, show_opened), [file, *settings], [picture, *views], api_name="compare", **TURN
         )
-        for end in (opened.success, opened.failure):  # `then` is not called after a failure
-            end(lambda: None, None, file, **private)  # make room for the next file
-        examples.select(event(pick, show_opened), [example_seed, *settings], [picture, *views], **latest)
-        image.select(event(click), [picture, *settings], [place, *views], **private | turn)
+        make_room(opened, file)
+        examples.select(event(pick, show_opened), [example_seed, *settings], [picture, *views], **LATEST)
+        image.select(event(click), [picture, *settings], [place, *views], **PRIVATE | TURN)
         gr.on(
             [place.input, count.input, seed.input, way.input, layer.input, head.input],
-            event(show_again), [picture, *settings], views, **latest,
+            event(show_again), [picture, *settings], views, **LATEST,
         )  # fmt: skip
-        patches.submit(event(show_chosen), [picture, *settings], [place, *views], **latest)
-        clear.click(lambda: ("chosen", ""), None, [place, patches], **private).then(
-            event(show_again), [picture, *settings], views, **latest
+        patches.submit(event(show_chosen), [picture, *settings], [place, *views], **LATEST)
+        clear.click(lambda: ("chosen", ""), None, [place, patches], **PRIVATE).then(
+            event(show_again), [picture, *settings], views, **LATEST
         )
-        gr.on([place.change, way.change], uncover, [place, way], [count, seed], **private)
+        gr.on([place.change, way.change], uncover, [place, way], [count, seed], **PRIVATE)
     return demo
 
 
-def main() -> None:
-    """Serve the page."""
-    build_demo().launch(**LAUNCH)
+def record(run: Path) -> None:
+    """Record the example results of a trained vision transformer.
+
+    Args:
+        run: Folder of the run.
+    """
+    classifier, examples, shown = load_classifier(str(run)), [], []
+    check(classifier)
+    for picture, way in zip(draw_examples(0), ("gray", "blur", "tokens"), strict=False):
+        choice = first_choice(classifier)
+        choice.way = way
+        found = compare(classifier, picture.image, choice)
+        pictures = {"Masked patches": found.image, "Attention of the CLS token": found.attention}
+        heading = f"Without {len(found.patches)} of {found.grid[0] * found.grid[1]} patches"
+        label, change = found.before[0][0], f"{found.before[0][1]:.0%} before masking"
+        examples.append(
+            Example(
+                f"Prediction: {label}, {change}; {found.after[0][0]}, {found.after[0][1]:.0%} after masking.",
+                {"Image": picture.image, **pictures, "Masked image": found.given},
+                (heading, found.after, label),
+                [f"Masked: the most attended patches. Method: {WAY_NAMES.get(way, way)}. KL {found.kl:.2f} nats."],
+            )
+        )
+        shown.append([picture.image, found.attention, found.given])
+    save_recordings(SPACE, run, examples, title=shown[0], scores={"Test accuracy": "test_accuracy"})
 
 
 if __name__ == "__main__":
-    main()
+    serve(build_demo, record)

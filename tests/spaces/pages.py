@@ -157,5 +157,5 @@ def check_unknown_model(browser):
 
     box = browser.find_element(By.CSS_SELECTOR, "#name textarea, #name input")
     box.send_keys("nobody/no-such-model", Keys.ENTER)
-    wait_for(lambda: "was not found: it is neither a folder" in browser.page_source)
+    wait_for(lambda: "was not found. Expected a folder" in browser.page_source)
     assert "Traceback" not in browser.page_source

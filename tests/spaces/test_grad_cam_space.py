@@ -9,7 +9,10 @@ import torch
 from PIL import Image
 from transformers import HfArgumentParser, ViTConfig, ViTForImageClassification, ViTImageProcessor
 
-from hf_dl import demo
+from hf_dl.demo import pictures
+from hf_dl.demo.classifiers import Classifier, describe, load_classifier
+from hf_dl.demo.page import event
+from hf_dl.demo.pictures import Picture, draw_examples
 from hf_dl.explain import grad_cam
 from hf_dl.models.norm_resnet import NormResNetConfig, NormResNetForImageClassification, image_processor
 from hf_dl.publishing.command import main as publish
@@ -51,7 +54,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def classifier(folder):
-    return demo.load_classifier(str(folder))
+    return load_classifier(str(folder))
 
 
 @pytest.fixture
@@ -65,7 +68,7 @@ class TestExplain:
         image = make_image((16, 16))
         found = app.explain(classifier, image, label=3)
         output = grad_cam(classifier.model, classifier.prepare(image), classes=3)
-        expected = demo.color_heat(demo.resize_heat(output.maps[0].numpy(), (384, 384)))
+        expected = pictures.color_heat(pictures.resize_heat(output.maps[0].numpy(), (384, 384)))
         assert np.array_equal(np.asarray(found.heat), expected)
         assert found.label == "fish" and found.layers == output.layers
         assert found.probability == pytest.approx(output.logits.softmax(-1)[0, 3].item())
@@ -83,9 +86,9 @@ class TestExplain:
 
     def test_no_evidence_is_said(self, classifier):
         found = app.explain(classifier, make_image())
-        assert "Bright: where it finds evidence" in app.tell(demo.Picture(make_image()), found)
+        assert "Bright areas are evidence for" in app.summarize(Picture(make_image()), found)
         found.found = False
-        assert "In these layers it finds no evidence for" in app.tell(demo.Picture(make_image()), found)
+        assert "The selected layers have no evidence for" in app.summarize(Picture(make_image()), found)
 
     @pytest.mark.parametrize("size", [(60, 40), (16, 16), (384, 1), (1, 1)])
     def test_pictures_have_one_size(self, classifier, size):
@@ -116,7 +119,7 @@ class TestFindLayers:
             image_size=16, patch_size=4, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, num_labels=4
         )
         processor = ViTImageProcessor(size={"height": 16, "width": 16})
-        vit = demo.Classifier(ViTForImageClassification(config).eval(), processor, "vit")
+        vit = Classifier(ViTForImageClassification(config).eval(), processor, "vit")
         layers = app.find_layers(vit)
         assert len(layers) == 3
         assert app.explain(vit, make_image(), layers=layers).heat.size == (384, 384)
@@ -127,7 +130,7 @@ class TestExplorer:
     def test_refuses_in_a_sentence(self, explorer, kind, tmp_path):
         write_hostile(kind, tmp_path / "a.png")
         with pytest.raises(gr.Error, match=HOSTILE[kind]) as caught:
-            app.event(explorer.open)(str(tmp_path / "a.png"), None, -1, [])
+            event(explorer.open)(str(tmp_path / "a.png"), None, -1, [])
         assert caught.value.print_exception is False
 
     def test_open(self, explorer, tmp_path):
@@ -137,38 +140,38 @@ class TestExplorer:
 
     def test_choose_knows_what_it_shows(self, explorer):
         picture, found = explorer.choose(1, 0, None, -1, [])
-        assert picture is demo.draw_examples(0)[1] and picture.truth
-        assert f"it is a {picture.truth}" in app.tell(picture, found)
+        assert picture is draw_examples(0)[1] and picture.truth
+        assert f"correct class is {picture.truth}" in app.summarize(picture, found)
 
     def test_load_another_model(self, explorer, tmp_path):
         save_model(tmp_path / "other")
-        classifier, layers, picture, found = explorer.load(f" {tmp_path / 'other'} ", demo.Picture(make_image()))
+        classifier, layers, picture, found = explorer.load(f" {tmp_path / 'other'} ", Picture(make_image()))
         assert classifier.name == str(tmp_path / "other") and found.layers == (layers[-1],)
-        assert str(tmp_path) not in demo.describe(classifier)
+        assert str(tmp_path) not in describe(classifier)
 
     def test_an_unknown_model(self, explorer):
         with pytest.raises(gr.Error, match="The model '/no/such/model' was not found"):
-            app.event(explorer.load)("/no/such/model", demo.Picture(make_image()))
+            event(explorer.load)("/no/such/model", Picture(make_image()))
 
     def test_sentence(self, explorer):
-        picture = demo.Picture(make_image())
+        picture = Picture(make_image())
         found = explorer.explain(picture, None, 2, [])
-        text = app.tell(picture, found)
-        assert text.startswith("### The model says ") and "<b>" not in text
-        assert re.search(r"\*\*a &#60;b&#62;bird&#60;/b&#62;\*\*, to which it gives [\d.]+%", text)
+        text = app.summarize(picture, found)
+        assert text.startswith("### Prediction: ") and "<b>" not in text
+        assert re.search(r"\*\*a &#60;b&#62;bird&#60;/b&#62;\*\*, which has a probability of [\d.]+%", text)
         picture.truth = found.top[0][0]
-        assert ", which is right" in app.tell(picture, found)
+        assert "(correct)" in app.summarize(picture, found)
 
 
 class TestPage:
     def test_with_a_model(self, folder, tmp_path, monkeypatch):
         monkeypatch.setenv("HF_DL_MODEL", str(folder))
-        page = build_demo(app, root=tmp_path)
+        page = build_demo(app, app.Explorer(tmp_path))
         assert page.analytics_enabled is False
 
     def test_without_one(self, tmp_path, monkeypatch):
         monkeypatch.delenv("HF_DL_MODEL", raising=False)
-        assert build_demo(app, root=tmp_path).analytics_enabled is False
+        assert build_demo(app, app.Explorer(tmp_path)).analytics_enabled is False
 
     def test_lists_of_classes_and_layers(self, classifier):
         label, layers = app.choices(classifier, app.find_layers(classifier))
@@ -188,17 +191,17 @@ class TestTraining:
             "while not pathlib.Path(folder, 'go').exists(): time.sleep(0.05)\n"
             f"shutil.copytree({str(folder)!r}, folder, dirs_exist_ok=True)\n",
         )
-        shelf = app.Explorer(tmp_path).shelf
-        assert not shelf.ready and shelf.can_train
-        shelf.training.start()
+        models = app.Explorer(tmp_path).models
+        assert not models.ready and models.can_train
+        models.training.start()
         try:
-            wait_for(lambda: shelf.training.progress()[0])
-            assert shelf.training.progress() == (0.25, "Step 25 of 100 · loss 0.5 · accuracy 0.9")
-            (shelf.training.folder / "go").touch()
-            wait_for(lambda: not shelf.training.running)
+            wait_for(lambda: models.training.progress()[0])
+            assert models.training.progress() == (0.25, "Step 25 of 100 · loss 0.5 · accuracy 0.9")
+            (models.training.folder / "go").touch()
+            wait_for(lambda: not models.training.running)
         finally:
-            shelf.training.process.kill()
-        assert shelf.ready and shelf.get().names == NAMES
+            models.training.process.kill()
+        assert models.ready and models.get().names == NAMES
 
     def test_the_real_script_takes_the_flags(self):
         from scripts.train_classifier import Args
@@ -207,13 +210,12 @@ class TestTraining:
         assert Path(training.command[1]).is_file()
         (args,) = HfArgumentParser(Args).parse_args_into_dataclasses(training.command[2:])
         assert args.resume and args.model == "norm_resnet" and Path(args.output_dir).parent.name == "runs"
-        text = demo.training_text(training, problem="", can_train=True, kind="an image classifier")
-        assert "scripts/run accelerate launch scripts/train_classifier.py" in text
+        assert training.shown == "scripts/run accelerate launch scripts/train_classifier.py"
 
     def test_runs_of_the_script_are_found(self, folder, tmp_path, monkeypatch):
         monkeypatch.delenv("HF_DL_MODEL", raising=False)
         shutil.copytree(folder, tmp_path / "runs" / "norms" / "0123abcd")
-        assert app.Explorer(tmp_path).shelf.get().name == str(tmp_path / "runs" / "norms" / "0123abcd")
+        assert app.Explorer(tmp_path).models.get().name == str(tmp_path / "runs" / "norms" / "0123abcd")
 
 
 def test_publish_accepts_the_space(capsys):
@@ -261,7 +263,7 @@ def test_client(address, tmp_path):
 class TestBrowser:
     def open(self, browser, address):
         browser.get(address)
-        wait_for(lambda: shown(browser, "overlay") and "The model says" in text_of(browser, "sentence"))
+        wait_for(lambda: shown(browser, "overlay") and "Prediction" in text_of(browser, "sentence"))
 
     def test_an_image_goes_in_and_a_map_comes_out(self, browser, address, tmp_path):
         from selenium.webdriver.common.by import By
@@ -289,13 +291,13 @@ class TestBrowser:
 
         self.open(browser, address)
         before = text_of(browser, "sentence")
-        predicted = re.search(r"evidence for (.+?)(?:, to|\.)", before)[1]
+        predicted = re.search(r"evidence for (.+?)(?:, which|\.)", before)[1]
         other = next(name for name in NAMES if name != predicted)
         browser.find_element(By.CSS_SELECTOR, "#label input").click()
         wait_for(lambda: browser.find_elements(By.CSS_SELECTOR, "#label [role=option], ul[role=listbox] li"))
         options = browser.find_elements(By.CSS_SELECTOR, "#label [role=option], ul[role=listbox] li")
         next(option for option in options if other in option.text).click()
-        wait_for(lambda: f"evidence for {other}, to which it gives" in text_of(browser, "sentence"))
+        wait_for(lambda: f"evidence for {other}, which has" in text_of(browser, "sentence"))
 
     @pytest.mark.parametrize("kind", HOSTILE)
     def test_hostile_files_get_a_sentence(self, browser, address, kind, tmp_path):

@@ -4,6 +4,7 @@ import gradio as gr
 import pytest
 from transformers import HfArgumentParser
 
+from hf_dl.demo.page import event
 from hf_dl.pipelines.math_program import MathProgramPipeline
 from hf_dl.publishing.command import main as publish
 from tests.pipelines.tiny_solver import TRAIN, make_solver
@@ -43,7 +44,7 @@ class TestSolver:
     @pytest.mark.parametrize("problem", HOSTILE)
     def test_refuses_in_a_sentence(self, solver, problem):
         with pytest.raises(gr.Error, match=HOSTILE[problem]) as caught:
-            app.event(solver.solve)(problem, *USUAL)
+            event(solver.solve)(problem, *USUAL)
         assert caught.value.print_exception is False and "<img" not in str(caught.value)
 
     @pytest.mark.parametrize(
@@ -51,12 +52,12 @@ class TestSolver:
         [
             (("none", 10, 1.0, []), "holds no option"),
             (("", 10_000, 1.0, []), "num_beams=10000 must be from 1 to 100"),
-            (("", 10, 1.0, ["magic"]), "are unknown; choose of grammar, rerank, vote"),
+            (("", 10, 1.0, ["magic"]), "are unknown. Choose from: grammar, rerank, vote"),
         ],
     )
     def test_settings_that_the_page_does_not_offer(self, solver, settings, sentence):
         with pytest.raises(gr.Error, match=sentence):
-            app.event(solver.solve)(TRAIN, *settings)
+            event(solver.solve)(TRAIN, *settings)
 
     def test_another_model(self, solver, tmp_path):
         make_solver(steps=0, attention=False).save_pretrained(tmp_path / "other")
@@ -64,7 +65,7 @@ class TestSolver:
         assert name == str(tmp_path / "other") and str(tmp_path) not in line and "without attention" in line
         assert "has no attention" in app.show_map(solver.solve(TRAIN, *USUAL, name))
         with pytest.raises(gr.Error, match="The model '/no/such/model'"):
-            app.event(solver.load)("/no/such/model")
+            event(solver.load)("/no/such/model")
 
     def test_the_default_model(self, solver, folder):
         name, line = solver.load(None)
@@ -74,7 +75,7 @@ class TestSolver:
 class TestShow:
     def test_answer_steps_and_beam(self, solver):
         answer, steps, _, beam = app.show(solver.solve(TRAIN, "a ) 300", *USUAL[1:]))
-        assert "300, which is option a" in answer and "divide(n0,n1)|multiply(#0,n2)" in answer
+        assert "300 (option a)" in answer and "divide(n0,n1)|multiply(#0,n2)" in answer
         assert steps.count("<li>") == 2 and "120 divided by 2 is 60." in steps
         assert beam.count("<tr") == 11 and beam.count("class='marked'") == 1
 
@@ -96,18 +97,20 @@ class TestShow:
 
     def test_a_program_without_a_value(self, solver):
         solution = solver.solve(TRAIN.replace("2 hours", "0 hours"), "", 1, 1.0, [])
-        assert "The program has no value" in app.tell(solution) and "divides by zero" in app.tell(solution)
+        assert "The program has no value" in app.show_answer(solution) and "divides by zero" in app.show_answer(
+            solution
+        )
         assert app.show_steps(solution) == "<ol></ol>" and "divides by zero" in app.show_beam(solution)
 
 
 class TestPage:
     def test_with_a_model(self, folder, tmp_path, monkeypatch):
         monkeypatch.setenv("HF_DL_MODEL", str(folder))
-        assert build_demo(app, root=tmp_path).analytics_enabled is False
+        assert build_demo(app, app.Solver(tmp_path)).analytics_enabled is False
 
     def test_without_one(self, tmp_path, monkeypatch):
         monkeypatch.delenv("HF_DL_MODEL", raising=False)
-        assert build_demo(app, root=tmp_path).analytics_enabled is False
+        assert build_demo(app, app.Solver(tmp_path)).analytics_enabled is False
 
     def test_examples(self):
         problems = app.draw_examples(3)
@@ -126,17 +129,17 @@ class TestTraining:
             "while not pathlib.Path(folder, 'go').exists(): time.sleep(0.05)\n"
             f"shutil.copytree({str(folder)!r}, folder, dirs_exist_ok=True)\n",
         )
-        shelf = app.Solver(tmp_path).shelf
-        assert not shelf.ready and shelf.can_train
-        shelf.training.start()
+        models = app.Solver(tmp_path).models
+        assert not models.ready and models.can_train
+        models.training.start()
         try:
-            wait_for(lambda: shelf.training.progress()[0])
-            assert shelf.training.progress() == (0.25, "Step 25 of 100 · loss 0.5 · right answers 0.9")
-            (shelf.training.folder / "go").touch()
-            wait_for(lambda: shelf.ready)
+            wait_for(lambda: models.training.progress()[0])
+            assert models.training.progress() == (0.25, "Step 25 of 100 · loss 0.5 · correct answers 0.9")
+            (models.training.folder / "go").touch()
+            wait_for(lambda: models.ready)
         finally:
-            shelf.training.process.kill()
-        assert isinstance(shelf.get(), MathProgramPipeline)
+            models.training.process.kill()
+        assert isinstance(models.get(), MathProgramPipeline)
 
     def test_the_real_script_takes_the_flags(self):
         from scripts.train_seq2seq import Args

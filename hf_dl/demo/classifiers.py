@@ -1,0 +1,144 @@
+"""Load an image classifier with its processor, and convert between its inputs and pictures.
+
+Weights must be safetensors, so nothing is unpickled. Code inside a model repository is never run.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING as CLASSIFIERS
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
+
+from .checkpoints import one_line
+from .pictures import SIDE
+
+TOP_K = 5
+
+
+@dataclass
+class Classifier:
+    """An image classifier with its processor.
+
+    Attributes:
+        model: The model, in evaluation mode.
+        processor: Its image processor.
+        name: The folder or Hub id that it was loaded from.
+    """
+
+    model: torch.nn.Module
+    processor: Any
+    name: str
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the classes."""
+        known = self.model.config.id2label
+        return [str(known[number]) for number in range(self.model.config.num_labels)]
+
+    @property
+    def statistics(self) -> tuple[Any, Any]:
+        """Mean and standard deviation that the processor normalizes with."""
+        if not getattr(self.processor, "do_normalize", False):
+            return 0.0, 1.0
+        return self.processor.image_mean, self.processor.image_std
+
+    def prepare(self, image: Image.Image) -> torch.Tensor:
+        """Return the model's input for an image, (1, channels, height, width)."""
+        return self.processor(images=[image], return_tensors="pt")["pixel_values"].to(self.model.device)
+
+    def show(self, pixel_values: torch.Tensor, size: tuple[int, int]) -> Image.Image:
+        """Convert the model's input to a picture of `size` (width, height), without smoothing its pixels."""
+        mean, std = (torch.as_tensor(x, device=pixel_values.device).reshape(-1, 1, 1) for x in self.statistics)
+        pixels = (pixel_values[0] * std + mean).clamp(0, 1).expand(3, -1, -1)
+        picture = Image.fromarray((pixels * 255).round().byte().movedim(0, -1).cpu().numpy())
+        return picture.resize(size, Image.Resampling.NEAREST)
+
+    def crop(self, image: Image.Image) -> Image.Image:
+        """Return the part of an image that the model sees, with the model's proportions and at most `SIDE` pixels.
+
+        The processor itself reports this part. It receives an image whose red channel encodes the horizontal position
+        and whose green channel encodes the vertical position.
+        """
+        width, height = image.size
+        places = np.zeros((height, width, 3), dtype=np.uint8)
+        places[..., 0] = (255 * (np.arange(width) + 0.5) / width).round()
+        places[..., 1] = (255 * (np.arange(height)[:, None] + 0.5) / height).round()
+        seen = self.processor(
+            images=[Image.fromarray(places)], do_rescale=False, do_normalize=False, return_tensors="pt"
+        )["pixel_values"][0].float()
+        (left, right), (top, bottom) = (_ends(seen[0].mean(dim=0)), _ends(seen[1].mean(dim=1)))
+        rows, columns = seen.shape[-2:]
+        size = (round(SIDE * columns / max(rows, columns)), round(SIDE * rows / max(rows, columns)))
+        box = (left * width, top * height, right * width, bottom * height)
+        return image.transform(size, Image.Transform.EXTENT, box, Image.Resampling.BICUBIC)
+
+    def top(self, logits: torch.Tensor) -> list[tuple[str, float]]:
+        """Return the `TOP_K` most likely classes with their probabilities, given logits (classes,)."""
+        values, order = logits.float().softmax(dim=-1).topk(min(TOP_K, len(logits)))
+        return [(self.names[i], value) for i, value in zip(order.tolist(), values.tolist(), strict=True)]
+
+
+def _ends(values: torch.Tensor) -> tuple[float, float]:
+    """Extrapolate a line through pixel centers to the outer edges of the first and last pixel; values in 255ths."""
+    values, count = values.double().numpy() / 255, len(values)
+    edge = count // 8  # the processor may have smoothed or padded the border
+    inner = slice(edge, max(count - edge, edge + 1))
+    if count < 3:
+        return 0.0, 1.0
+    slope, start = np.polyfit(np.arange(count)[inner], values[inner], 1)
+    return start - 0.5 * slope, start + (count - 0.5) * slope
+
+
+def load_classifier(name: str) -> Classifier:
+    """Load an image classifier for evaluation, on the GPU if one is available.
+
+    Args:
+        name: A folder or a Hub id. Surrounding spaces are ignored.
+
+    Raises:
+        ValueError: If the model is missing, damaged, or not an image classifier.
+    """
+    name = name.strip()
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:
+        if not Path(name).is_dir() and not isinstance(error, ValueError):
+            raise ValueError(
+                f"The model {name!r} was not found. Expected a folder with a config.json, or the id of a model on a "
+                "Hub that can be reached."
+            ) from error
+        raise ValueError(f"The model {name!r} cannot be used ({one_line(error)}).") from error
+    if type(config) not in CLASSIFIERS:
+        raise ValueError(
+            f"The model {name!r} has model_type={config.model_type!r}, which is not an image classifier. "
+            "Choose an image classification model."
+        )
+    try:
+        model, info = AutoModelForImageClassification.from_pretrained(
+            name,
+            config=config,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+        processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # each library reports damaged files with its own type of error
+        raise ValueError(f"The model {name!r} cannot be loaded ({one_line(error)}).") from error
+    if wrong := [*info["missing_keys"], *info["mismatched_keys"]]:
+        raise ValueError(
+            f"The model {name!r} is not a trained image classifier for this version of transformers and hf_dl: "
+            f"{len(wrong)} of its tensors are missing or have the wrong shape."
+        )
+    return Classifier(model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), processor, name)
+
+
+def describe(classifier: Classifier) -> str:
+    """Describe a classifier in one line of Markdown: name, number of classes and parameters."""
+    name = Path(classifier.name).name if Path(classifier.name).is_absolute() else classifier.name
+    count = classifier.model.num_parameters()
+    return f"Model `{name.replace('`', '')}` · {len(classifier.names)} classes · {count:,} parameters"

@@ -1,0 +1,352 @@
+"""The events of the slot explorer: divide images into slots, remove slots, and mix two images."""
+
+import functools
+import html
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from PIL import Image
+
+from ..models.slot_autoencoder import SlotAutoencoderConfig, SlotAutoencoderModel
+from ..pipelines.slot_diffusion import SlotDiffusionPipeline
+from .checkpoints import find_model, find_pipeline
+from .decoders import Broadcast, Decoder, Diffusion, Frame
+from .slots import Explanation, check_seed, draw_scene, load_model, load_pipeline, new_seed
+from .training import Training
+from .uploads import open_image
+
+DEFAULT_STEPS = 20
+SOURCES = {  # for each decoder: its training script, and the environment variable for its model
+    "broadcast": ("train_slots.py", "HF_DL_MODEL"),
+    "diffusion": ("train_slot_diffusion.py", "HF_DL_DIFFUSION_MODEL"),
+}
+
+
+def make_training(root: Path) -> Training:
+    """Return the training of the small default model."""
+    scores = {"loss": "loss", "foreground ARI": "val_posterior_fg_ari"}
+    return Training("train_slots.py", "slot_explorer", scores=scores, minutes="about ten minutes", root=root)
+
+
+def _load(name: str | None, load: Callable[[str], Any]) -> tuple[Any, str]:
+    """Return the model or None, and the reason why it cannot be used, if there is one."""
+    try:
+        return (load(name) if name else None), ""
+    except ValueError as error:
+        return None, str(error)
+
+
+class Explorer:
+    """The events of the page.
+
+    Methods with `*settings` take the page's noise seed, whether to keep it for new images, and the number of steps.
+    Decoders that paint at once ignore them.
+
+    Args:
+        model: The slot autoencoder, or None.
+        problem: Why the slot autoencoder cannot be used, or an empty string.
+        root: Folder that contains runs/. Defaults to the current folder.
+        pipe: The slot diffusion pipeline, or None.
+        pipe_problem: Why the pipeline cannot be used, or an empty string.
+    """
+
+    def __init__(
+        self,
+        model: SlotAutoencoderModel | None = None,
+        problem: str = "",
+        root: Path | None = None,
+        *,
+        pipe: SlotDiffusionPipeline | None = None,
+        pipe_problem: str = "",
+    ):
+        self.problems = {Broadcast.name: problem, Diffusion.name: pipe_problem}
+        self.training = make_training(root or Path.cwd())
+        self.decoders: dict[str, Decoder] = {}
+        if model is not None:
+            self.decoders[Broadcast.name] = Broadcast(model)
+        if pipe is not None:
+            self.decoders[Diffusion.name] = Diffusion(pipe)
+        self._explain_scene = functools.lru_cache(maxsize=32)(self._explain_scene)  # examples are computed once
+
+    @classmethod
+    def find(cls, *, space: Path, root: Path) -> "Explorer":
+        """Find and load the models to show.
+
+        Args:
+            space: Folder of app.py, which may contain `model/`.
+            root: Folder that contains runs/.
+        """
+        name = find_model([SlotAutoencoderConfig.model_type], space=space, root=root)
+        model, problem = _load(name, load_model)
+        variable = SOURCES[Diffusion.name][1]
+        name = find_pipeline(SlotDiffusionPipeline.__name__, variable=variable, space=space, root=root)
+        pipe, pipe_problem = _load(name, load_pipeline)
+        return cls(model, problem, root, pipe=pipe, pipe_problem=pipe_problem)
+
+    @property
+    def default(self) -> str:
+        """Name of the decoder that is selected first."""
+        return next(iter(self.decoders), Broadcast.name)
+
+    def get(self, name: str) -> Decoder:
+        """Return a decoder by name, or raise a ValueError if its model is missing."""
+        if name not in self.decoders:
+            variable = SOURCES.get(name, SOURCES[Broadcast.name])[1]
+            raise ValueError(
+                f"The {name} decoder has no model yet. Train one, or set {variable} and start the page again."
+            )
+        return self.decoders[name]
+
+    @property
+    def problem(self) -> str:
+        """Why the models cannot be used, or an empty string."""
+        return " ".join(filter(None, self.problems.values()))
+
+    @property
+    def can_train(self) -> bool:
+        """Whether the page may offer training: not on a Space, which has no training scripts."""
+        return self.training.script.is_file() and not self.problem
+
+    @property
+    def ready(self) -> bool:
+        """Whether the page has a model. Loads the model of a training that has just finished."""
+        process = self.training.process
+        if not self.decoders and process is not None and process.poll() == 0:
+            model, self.problems[Broadcast.name] = _load(str(self.training.folder), load_model)
+            if model is not None:
+                self.decoders[Broadcast.name] = Broadcast(model)
+        return bool(self.decoders)
+
+    def missing_text(self) -> str:
+        """Explain, as HTML, how to add the second decoder if only one is available."""
+        texts = []
+        for name, (script, variable) in SOURCES.items():
+            if name in self.decoders:
+                continue
+            if self.problems[name]:
+                texts.append(html.escape(self.problems[name]))
+            elif (self.training.script.parent / script).is_file():
+                texts.append(
+                    f"To add the {name} decoder, train it with <code>scripts/run accelerate launch "
+                    f"scripts/{script}</code>, and start this page again."
+                )
+            else:
+                texts.append(f"To add the {name} decoder, set <code>{variable}</code> to a Hub id and start again.")
+        return "".join(f"<p>{text}</p>" for text in texts)
+
+    # ------------------------------------------------------------------------------------------ explaining
+
+    def open(self, file: str, num_slots: int, num_iterations: int, decoder: str = Broadcast.name) -> Explanation:
+        """Divide the image of a file into slots."""
+        image = open_image(file)
+        return self.get(decoder).explain(image, num_slots=num_slots, num_iterations=num_iterations)
+
+    def draw(
+        self, style: str, seed: int, num_slots: int, num_iterations: int, decoder: str = Broadcast.name
+    ) -> Explanation:
+        """Divide a random scene into slots. The last results are cached."""
+        self.get(decoder)
+        found = self._explain_scene(style, seed, num_slots, num_iterations, decoder)
+        return replace(found, seed=new_seed())  # the seed of the noise belongs to one visitor
+
+    def _explain_scene(self, style: str, seed: int, num_slots: int, num_iterations: int, decoder: str) -> Explanation:
+        image = self.scene(style, seed, decoder)
+        return self.get(decoder).explain(image, num_slots=num_slots, num_iterations=num_iterations)
+
+    def scene(self, style: str, seed: int, decoder: str) -> Image.Image:
+        """Return a random scene with at most as many objects as the decoder has slots for objects."""
+        return draw_scene(style, seed, max_objects=self.get(decoder).config.num_slots - 1)
+
+    def draw_any(self, style: str, num_slots: int, num_iterations: int, decoder: str = Broadcast.name) -> Explanation:
+        """Divide a random scene with a new seed into slots."""
+        return self.draw(style, new_seed(), num_slots, num_iterations, decoder)
+
+    def again(
+        self,
+        first: Explanation | None,
+        second: Explanation | None,
+        num_slots: int,
+        num_iterations: int,
+        decoder: str = Broadcast.name,
+    ) -> tuple[Explanation, Explanation] | None:
+        """Divide the same two images with another decoder, or other numbers of slots and iterations.
+
+        Returns:
+            The two explanations, or None if an image is missing or nothing has changed.
+        """
+        if first is None or second is None or first.made == second.made == (decoder, num_slots, num_iterations):
+            return None
+        found, numbers = self.get(decoder), {"num_slots": num_slots, "num_iterations": num_iterations}
+        return found.explain(first.image, **numbers), found.explain(second.image, **numbers)
+
+    # ------------------------------------------------------------------------------------------ painting
+
+    def _frames(
+        self,
+        *chosen: tuple[Explanation, list[int]],
+        noise: int | None = None,
+        keep_noise: bool = False,
+        steps: int = DEFAULT_STEPS,
+    ) -> Iterator[Frame]:
+        """Paint with the decoder that found the slots, even if the page has switched to the other one."""
+        found = chosen[0][0]
+        if any(slot >= len(of.parts) for of, keep in chosen for slot in keep):
+            return iter(())  # the boxes still belong to the previous image; the new image is painted next
+        if keep_noise and noise is not None:  # it is None while a new seed is being typed
+            found.seed = noise
+        return self.get(found.made[0]).frames(*chosen, seed=found.seed, steps=steps)
+
+    def _show(self, found: Explanation, view: str, frame: Frame) -> dict:
+        """Put a frame into one of the page's views."""
+        title = self.get(found.made[0]).titles[view]
+        return gr.update(value=frame.picture, label=f"{title} · {frame.note}" if frame.note else title)
+
+    def paint(self, found: Explanation | None, keep: list[int], *settings: Any) -> Iterator[dict]:
+        """Paint the image from some slots."""
+        if found:
+            for frame in self._frames((found, keep), **_named(settings)):
+                yield self._show(found, "painted", frame)
+
+    def paint_again(self, found: Explanation | None, keep: list[int], *settings: Any) -> Iterator[tuple]:
+        """Paint the image from all slots, unless the explanation already has that, and from the selected slots."""
+        if not found:
+            return
+        alone = set(keep) != set(_all(found))
+        for frame in self._frames((found, _all(found)), **_named(settings)):
+            whole = gr.skip() if found.reconstruction else self._show(found, "reconstruction", frame)
+            yield whole, gr.skip() if alone else self._show(found, "painted", frame)
+        if alone:
+            for shown in self.paint(found, keep, *settings):
+                yield gr.skip(), shown
+
+    def paint_afresh(self, found: Explanation | None, *settings: Any) -> Iterator[tuple]:
+        """Paint a new image from all its slots, and show the seed of its noise."""
+        if found:
+            frames = self.paint_again(found, _all(found), *settings)
+            for number, shown in enumerate(frames):  # show the seed once, because a visitor may be typing another
+                yield gr.skip() if number else found.seed, *shown
+
+    def mix(
+        self,
+        first: Explanation | None,
+        second: Explanation | None,
+        keep_first: list[int],
+        keep_second: list[int],
+        *settings: Any,
+    ) -> Iterator[dict]:
+        """Paint the selected slots of two images into one image."""
+        if _can_mix(first, second):
+            for frame in self._frames((first, keep_first), (second, keep_second), **_named(settings)):
+                yield self._show(first, "mixed", frame)
+
+    def mix_afresh(self, first: Explanation | None, second: Explanation | None) -> Any:
+        """Select the initial slots of both images, and paint them if the decoder paints at once.
+
+        All slots of the first image are selected. Of the second image, a decoder that paints any number of slots gets
+        everything except the background, and any other decoder gets the largest object.
+        """
+        if not _can_mix(first, second):
+            return gr.skip()
+        decoder, keep = self.get(first.made[0]), self.begin(first, second)
+        picture = decoder.at_once((first, keep[0]), (second, keep[1]))
+        return _boxes(first, keep[0]), _boxes(second, keep[1]), picture
+
+    def mix_in_steps(self, first: Explanation | None, second: Explanation | None, *settings: Any) -> Iterator[dict]:
+        """Paint the initial selection of `mix_afresh` if the decoder needs steps."""
+        if _can_mix(first, second) and not self.get(first.made[0]).quick:
+            yield from self.mix(first, second, *self.begin(first, second), *settings)
+
+    def begin(self, first: Explanation | None, second: Explanation | None) -> tuple[list[int], list[int]] | None:
+        """Return the slots that `mix_afresh` selects."""
+        return (_all(first), _all(second)[self.get(first.made[0]).added]) if _can_mix(first, second) else None
+
+    def begin_mixing(self, first: Explanation | None, second: Explanation | None) -> tuple:
+        """Return the input of `show_mix` for two new images."""
+        return self.mix_afresh(first, second), self.begin(first, second)
+
+    def swap(
+        self, first: Explanation | None, second: Explanation | None, mine: int, theirs: int, *settings: Any
+    ) -> Iterator[tuple]:
+        """Replace one slot of the first image by a slot of the second image, and paint the result."""
+        if _can_mix(first, second):
+            yield from self._edit(first, second, [slot for slot in _all(first) if slot != mine], theirs, settings)
+
+    def insert(
+        self, first: Explanation | None, second: Explanation | None, theirs: int, *settings: Any
+    ) -> Iterator[tuple]:
+        """Add a slot of the second image to the first image, and paint the result."""
+        if _can_mix(first, second):
+            yield from self._edit(first, second, _all(first), theirs, settings)
+
+    def _edit(
+        self, first: Explanation, second: Explanation, keep: list[int], theirs: int, settings: tuple
+    ) -> Iterator[tuple]:
+        yield _boxes(first, keep), _boxes(second, [theirs]), keep, [theirs], gr.skip()
+        for shown in self.mix(first, second, keep, [theirs], *settings):
+            yield *[gr.skip()] * 4, shown
+
+    # ------------------------------------------------------------------------------------------ noise
+
+    def set_noise(self, found: Explanation | None, noise: int | None) -> None:
+        """Set the noise seed of an image. An empty field changes nothing."""
+        if found and noise is not None:
+            found.seed = check_seed(noise)
+
+    def renew_noise(self, found: Explanation | None) -> Any:
+        """Draw a new noise seed for an image."""
+        if not found:
+            return gr.skip()
+        found.seed = new_seed()
+        return found.seed
+
+
+def _named(settings: tuple) -> dict[str, Any]:
+    return dict(zip(("noise", "keep_noise", "steps"), settings, strict=False))
+
+
+def _can_mix(first: Explanation | None, second: Explanation | None) -> bool:
+    """Whether there are two images whose slots come from the same decoder."""
+    return bool(first and second and first.made[0] == second.made[0])
+
+
+def _all(found: Explanation) -> list[int]:
+    return list(range(len(found.parts)))
+
+
+def _choices(found: Explanation) -> list[tuple[str, int]]:
+    return [(f"Slot {index + 1} · {share:.0%}", index) for index, share in enumerate(found.shares)]
+
+
+def _boxes(found: Explanation, keep: list[int]) -> gr.CheckboxGroup:
+    return gr.CheckboxGroup(choices=_choices(found), value=keep)
+
+
+def show_first(found: Explanation) -> tuple:
+    """Fill the upper part of the page: the pictures, the content of each slot, and the boxes."""
+    gallery = [(part, f"Slot {index + 1}") for index, part in enumerate(found.parts)]
+    image = found.image.resize(found.segments.size, Image.Resampling.BICUBIC)
+    boxes = _boxes(found, _all(found))
+    return found, image, found.segments, found.reconstruction, gallery, boxes, _all(found)
+
+
+def show_second(found: Explanation) -> tuple:
+    """Fill the part of the second image."""
+    return found, found.segments
+
+
+def show_both(found: tuple[Explanation, Explanation] | None) -> Any:
+    """Fill the parts of both images. Without images, change nothing."""
+    return (*show_first(found[0]), *show_second(found[1])) if found else gr.skip()
+
+
+def show_mix(found: tuple[Any, tuple[list[int], list[int]] | None]) -> Any:
+    """Fill the tab for mixing: boxes, selection, picture, and the lists for swapping."""
+    made, selected = found
+    if selected is None:
+        return gr.skip()
+    *boxes, picture = made
+    slots = (gr.Dropdown(choices=each.choices, value=each.choices[1][1]) for each in boxes)
+    return *boxes, *selected, picture, *slots

@@ -1,0 +1,199 @@
+"""Slots of an image as pictures, and the loading of the models that find them."""
+
+import functools
+import secrets
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+
+from ..data import scenes
+from ..models.slot_autoencoder import SlotAutoencoderConfig, SlotAutoencoderModel
+from ..pipelines.slot_diffusion import SlotDiffusionPipeline
+from ..reporting.grids import color_segments
+from .checkpoints import one_line
+from .pictures import shown_size, to_picture
+
+MAX_SEED = 2**31 - 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models
+
+
+def _model_type(name: str | Path) -> str | None:
+    try:
+        return SlotAutoencoderConfig.get_config_dict(name)[0].get("model_type")
+    except (OSError, ValueError):
+        return None
+
+
+def load_model(name: str) -> SlotAutoencoderModel:
+    """Load a slot autoencoder for evaluation, on the GPU if one is available.
+
+    Args:
+        name: A folder or a Hub id.
+
+    Raises:
+        ValueError: If the model is missing, damaged, or has another type.
+    """
+    kind = _model_type(name)
+    if kind is None:
+        raise ValueError(
+            f"The model {name!r} was not found. Expected a folder with a config.json, or the id of a model on a Hub "
+            "that can be reached. Set HF_DL_MODEL to a slot autoencoder, and start the page again."
+        )
+    if kind != SlotAutoencoderConfig.model_type:
+        raise ValueError(f"The model {name!r} has model_type={kind!r}. This page needs a 'slot_autoencoder'.")
+    try:
+        model, info = SlotAutoencoderModel.from_pretrained(
+            name, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    except Exception as error:  # each library reports damaged files with its own type of error
+        raise ValueError(f"The model {name!r} cannot be loaded ({one_line(error)}).") from error
+    if wrong := [*info["missing_keys"], *info["mismatched_keys"]]:
+        raise ValueError(
+            f"The model {name!r} does not fit this version of hf_dl: {len(wrong)} of its tensors are missing or have "
+            "the wrong shape. Train it again, or install the version that trained it."
+        )
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def load_pipeline(name: str) -> SlotDiffusionPipeline:
+    """Load a slot diffusion pipeline, on the GPU if one is available.
+
+    Args:
+        name: A folder or a Hub id.
+
+    Raises:
+        ValueError: If the pipeline is missing, damaged, or has another class.
+    """
+    try:
+        pipe = SlotDiffusionPipeline.from_pretrained(name)
+    except Exception as error:  # each library reports damaged files with its own type of error
+        if isinstance(error, OSError) and not Path(name).is_dir():
+            raise ValueError(
+                f"The diffusion pipeline {name!r} was not found. Expected a folder with a model_index.json, or the id "
+                "of a pipeline on a Hub that can be reached. Set HF_DL_DIFFUSION_MODEL to a slot diffusion pipeline, "
+                "and start the page again."
+            ) from error
+        raise ValueError(f"The diffusion pipeline {name!r} cannot be loaded ({one_line(error)}).") from error
+    for part in (pipe.slot_encoder, pipe.unet, pipe.autoencoder):
+        part.eval()
+    return pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scenes and seeds
+
+
+@functools.lru_cache(maxsize=64)
+def draw_scene(style: str, seed: int, *, max_objects: int = 4) -> Image.Image:
+    """Draw a random scene.
+
+    Args:
+        style: "plain" or "textured".
+        seed: Seed of the scene.
+        max_objects: The scene has between 2 and this number of objects.
+    """
+    objects = (2, max(2, max_objects))
+    data = scenes.load("test", style=style, size=192, num_objects=objects, num_scenes=1, seed=seed, streaming=True)
+    return next(iter(data))["image"]
+
+
+def new_seed() -> int:
+    """Draw a new seed for a scene or for noise."""
+    return secrets.randbelow(10_000)
+
+
+def check_seed(seed: int | None) -> int:
+    """Return a seed for noise, or raise a ValueError if it is out of range."""
+    if seed is None or not 0 <= seed <= MAX_SEED:
+        raise ValueError(f"The noise seed {seed} is out of range. Expected a whole number from 0 to {MAX_SEED}.")
+    return int(seed)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Explanations
+
+
+@dataclass
+class Explanation:
+    """An image divided into slots. The slots are sorted from the largest, usually the background, to the smallest.
+
+    Attributes:
+        image: The original image. The pictures below have its proportions, with a longer side of `SIDE` pixels.
+        segments: The image under one color per slot.
+        reconstruction: The image as painted by all slots, or None if it still has to be drawn.
+        parts: For each slot, its content inside its mask, on white, in a frame of its color.
+        shares: For each slot, its share of the pixels. The shares sum to 1.
+        slots: The slots, (1, slots, slot_dim), on the CPU.
+        made: Name of the decoder that found the slots, and the requested numbers of slots and iterations.
+        seed: Seed of the noise for drawing the image and its edits.
+    """
+
+    image: Image.Image
+    segments: Image.Image
+    reconstruction: Image.Image | None
+    parts: list[Image.Image]
+    shares: list[float]
+    slots: torch.Tensor
+    made: tuple[str, int | None, int | None]
+    seed: int = field(default_factory=new_seed)
+
+
+def make_explanation(
+    image: Image.Image,
+    *,
+    slots: torch.Tensor,
+    masks: torch.Tensor,
+    contents: torch.Tensor,
+    posterior: torch.Tensor,
+    reconstruction: torch.Tensor | None,
+    made: tuple[str, int | None, int | None],
+) -> Explanation:
+    """Sort the slots by size, and make the pictures of an explanation.
+
+    Args:
+        image: The image.
+        slots: The slots, (1, slots, slot_dim).
+        masks: Weight of each slot for each pixel, (slots, height, width), summing to 1 over the slots.
+        contents: Content of each slot, (slots, 3, height, width), in [0, 1].
+        posterior: Scores that assign each pixel to a slot, (slots, height, width).
+        reconstruction: The image from all slots, (3, height, width) in [0, 1], or None.
+        made: See `Explanation`.
+    """
+    order = masks.mean(dim=(1, 2)).argsort(descending=True)
+    masks, contents = masks[order].float(), contents[order]
+    width, height = size = shown_size(image)
+    posterior = F.interpolate(posterior[None, order], size=(height, width), mode="bilinear")
+    labels = posterior[0].argmax(dim=0).cpu().numpy()
+    parts = [
+        ImageOps.expand(to_picture(content * mask + 1 - mask, size), border=10, fill=tuple(map(int, color)))
+        for content, mask, color in zip(contents, masks, color_segments(np.arange(len(masks))), strict=True)
+    ]
+    return Explanation(
+        image=image,
+        segments=color_slots(image.resize(size, Image.Resampling.BICUBIC), labels),
+        reconstruction=None if reconstruction is None else to_picture(reconstruction, size),
+        parts=parts,
+        shares=(np.bincount(labels.ravel(), minlength=len(masks)) / labels.size).tolist(),
+        slots=slots[:, order].cpu(),
+        made=made,
+    )
+
+
+def color_slots(image: Image.Image, labels: np.ndarray) -> Image.Image:
+    """Draw the color of each label (height, width) over an image, with white lines between different labels."""
+    gray = np.asarray(image.convert("L"))[..., None]
+    picture = (0.4 * gray + 0.6 * color_segments(labels)).astype(np.uint8)
+    edge = np.zeros(labels.shape, dtype=bool)
+    edge[:, 1:] |= labels[:, 1:] != labels[:, :-1]
+    edge[1:] |= labels[1:] != labels[:-1]
+    edge[:, :-1] |= edge[:, 1:]
+    edge[:-1] |= edge[1:]
+    picture[edge] = 255
+    return Image.fromarray(picture)

@@ -1,0 +1,93 @@
+"""Train the small default model of a page in a separate process, and report its progress."""
+
+import atexit
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"  # of a clone; a Space does not have them
+
+
+class Training:
+    """The training of a page's small default model. It runs in its own process and continues if the page is closed.
+
+    Args:
+        script: File name of the training script.
+        name: Name of the run's folder under runs/.
+        flags: Flags of the training script.
+        scores: Maps each score's label on the page to its name in the log.
+        minutes: Expected time in words, for example "about five minutes".
+        root: Folder that contains runs/. Its scripts/ folder comes before the folder `SCRIPTS`.
+        data: The training data in one word, for example "scenes".
+    """
+
+    def __init__(
+        self,
+        script: str,
+        name: str,
+        *,
+        flags: Sequence[str] = (),
+        scores: dict[str, str],
+        minutes: str,
+        root: Path,
+        data: str = "scenes",
+    ):
+        self.data = data
+        self.root, self.folder = root, root / "runs" / name
+        folder = root / "scripts" if (root / "scripts" / script).is_file() else SCRIPTS
+        self.script, self.log = folder / script, self.folder / "training.log"
+        self.scores, self.minutes = scores, minutes
+        self.shown = " ".join(["scripts/run accelerate launch", f"scripts/{script}", *flags])
+        # The script runs without `accelerate launch`, so that stopping the process stops the training.
+        self.command = [sys.executable, str(self.script), *flags, "--output_dir", str(self.folder), "--resume"]
+        self.process: subprocess.Popen | None = None
+        atexit.register(self.stop)
+
+    def start(self) -> None:
+        """Start training, or resume it from the last checkpoint. Does nothing while it is running."""
+        if self.running:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        # Scripts without a terminal disable progress bars unless this variable is set.
+        environment = {**os.environ, "HF_DATASETS_DISABLE_PROGRESS_BARS": "0"}
+        with open(self.log, "wb") as log:
+            self.process = subprocess.Popen(self.command, cwd=self.root, env=environment, stdout=log, stderr=log)
+
+    def stop(self) -> None:
+        """Stop training. The script saves a checkpoint to resume from."""
+        if self.running:
+            self.process.terminate()
+
+    @property
+    def running(self) -> bool:
+        """Whether the process is running."""
+        return self.process is not None and self.process.poll() is None
+
+    def progress(self) -> tuple[float, str]:
+        """Return the finished fraction, in [0, 1], and one line about it."""
+        lines = re.split(r"[\r\n]+", self.log.read_text(errors="replace").strip())
+        for line in reversed(lines):
+            if found := re.match(r"step (\d+)/(\d+)", line):
+                step, total = map(int, found.groups())
+                known = [
+                    f"{label} {value[1]}"
+                    for label, name in self.scores.items()
+                    if (value := re.search(rf" {name} (\S+)", line))
+                ]
+                return step / total, " · ".join([f"Step {step:,} of {total:,}", *known])
+            if found := re.match(r"Generating (\w+) split: (\d+)", line):
+                return 0.0, f"Generating {self.data}: {int(found[2]):,} for {found[1]}"
+        return 0.0, f"Starting. The first run generates the training {self.data}."
+
+    def failure(self) -> str:
+        """Return one sentence about a process that ended without a model, or an empty string."""
+        if self.process is None or not self.process.poll():
+            return ""
+        if self.process.returncode == -signal.SIGTERM:  # stopped before the first step, so no checkpoint was saved
+            return "Training was stopped before its first step."
+        lines = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
+        return f"Training failed: {lines[-1][:300] if lines else 'the script wrote no message.'}"

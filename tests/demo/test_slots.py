@@ -1,0 +1,92 @@
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from hf_dl.demo.decoders import Broadcast, Diffusion
+from hf_dl.demo.slots import draw_scene, load_model, load_pipeline
+
+from ..spaces.pages import make_image
+
+
+@pytest.mark.parametrize("style", ["plain", "textured"])
+def test_scenes_are_functions_of_the_seed(style):
+    first, again, other = (draw_scene(style, seed) for seed in (5, 5, 6))
+    assert first.tobytes() == again.tobytes() != other.tobytes()
+    assert first.mode == "RGB"
+
+
+class TestLoadModel:
+    def test_load(self, model, tmp_path):
+        model.save_pretrained(tmp_path)
+        loaded = load_model(str(tmp_path))
+        assert not loaded.training
+        image = make_image()
+        assert torch.equal(Broadcast(loaded).explain(image).slots, Broadcast(model).explain(image).slots)
+
+    def test_missing(self, tmp_path):
+        with pytest.raises(ValueError, match="was not found.*Set HF_DL_MODEL"):
+            load_model(str(tmp_path / "nowhere"))
+
+    def test_another_kind(self, tmp_path):
+        (tmp_path / "config.json").write_text('{"model_type": "vit"}')
+        with pytest.raises(ValueError, match="has model_type='vit'. This page needs a 'slot_autoencoder'"):
+            load_model(str(tmp_path))
+
+    def test_of_another_version(self, model, tmp_path):
+        model.save_pretrained(tmp_path)
+        config = json.loads((tmp_path / "config.json").read_text())
+        (tmp_path / "config.json").write_text(json.dumps({**config, "slot_mlp_dim": 12}))
+        with pytest.raises(ValueError, match="does not fit this version of hf_dl: 3 of its tensors"):
+            load_model(str(tmp_path))
+
+    def test_damaged(self, model, tmp_path):
+        model.save_pretrained(tmp_path)
+        weights = tmp_path / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:100])
+        with pytest.raises(ValueError, match="cannot be loaded"):
+            load_model(str(tmp_path))
+
+
+class TestLoadPipeline:
+    @pytest.fixture
+    def saved(self, pipe, tmp_path):
+        pipe.save_pretrained(tmp_path / "runs" / "drawn")
+        return tmp_path / "runs" / "drawn"
+
+    def test_load(self, pipe, saved):
+        loaded, image = load_pipeline(str(saved)), make_image()
+        found = [Diffusion(each).explain(image) for each in (loaded, pipe)]
+        assert torch.equal(found[0].slots, found[1].slots)
+        assert "16 × 16 pixels" in Diffusion(loaded).describe() and "drawn" in Diffusion(loaded).describe()
+
+    def test_missing(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        for name in (str(tmp_path / "nowhere"), "/not/a/repo/id"):
+            with pytest.raises(ValueError, match="was not found.*Set HF_DL_DIFFUSION_MODEL"):
+                load_pipeline(name)
+
+    def test_another_kind(self, model, tmp_path):
+        model.save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match="cannot be loaded .*has no model_index.json of a SlotDiffusionPipeline"):
+            load_pipeline(str(tmp_path))
+
+    @pytest.mark.parametrize("part", ["slot_encoder", "unet", "autoencoder"])
+    @pytest.mark.parametrize("damage", ["cut", "gone", "fewer", "other"])
+    def test_damaged(self, saved, part, damage):
+        (weights,) = (saved / part).glob("*.safetensors")
+        if damage == "cut":
+            weights.write_bytes(weights.read_bytes()[:100])
+        elif damage == "gone":
+            weights.unlink()
+        else:
+            tensors = load_file(weights)
+            name = next(iter(tensors))
+            tensors[name] = torch.zeros(1, 2, 3)
+            if damage == "fewer":
+                del tensors[name]
+            save_file(tensors, weights, metadata={"format": "pt"})
+        with pytest.raises(ValueError, match="The diffusion pipeline .* cannot be loaded") as caught:
+            load_pipeline(str(saved))
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 500

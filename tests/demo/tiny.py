@@ -1,0 +1,50 @@
+"""Tiny models for the tests of the demo pages."""
+
+import torch
+
+from hf_dl.models.norm_resnet import NormResNetConfig, NormResNetForImageClassification, image_processor
+from hf_dl.models.slot_autoencoder import SlotAutoencoderConfig, SlotAutoencoderModel
+from hf_dl.models.small_vit import SmallViTConfig, SmallViTForImageClassification, SmallViTImageProcessor
+
+from ..pipelines.test_slot_diffusion import make_pipe
+
+TINY_SLOTS = {
+    "image_size": 16, "encoder_channels": [8], "encoder_strides": [2], "token_dim": 8, "num_slots": 4, "slot_dim": 8,
+    "slot_mlp_dim": 8, "slot_init": "learned", "gradient": "bilevel", "decoder": "pixel_shuffle",
+    "decoder_channels": [8], "decoder_size": 4,
+}  # fmt: skip
+TINY_VIT = {"image_size": 16, "patch_size": 4, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
+VIT_NAMES = ["cat", "dog", "bird", "fish", "cow", "hen", "fox"]
+
+
+def make_slots(**options):
+    torch.manual_seed(0)
+    return SlotAutoencoderModel(SlotAutoencoderConfig(**{**TINY_SLOTS, **options})).eval()
+
+
+def make_slot_pipe():
+    """Return a pipeline whose pictures depend on the slots more than with new weights."""
+    pipe = make_pipe()
+    with torch.no_grad():
+        for name, parameter in pipe.unet.named_parameters():
+            if "cross_attention" in name:
+                parameter.mul_(100)
+    return pipe
+
+
+def save_resnet(folder, names=None, **options):
+    torch.manual_seed(0)
+    labels = {"id2label": dict(enumerate(names))} if names else {"num_labels": 6}
+    config = NormResNetConfig(n=1, widths=[4, 8, 8], image_size=16, **labels, **options)
+    NormResNetForImageClassification(config).save_pretrained(folder)
+    image_processor(config).save_pretrained(folder)
+    return folder
+
+
+def save_vit(folder):
+    torch.manual_seed(0)
+    labels = dict(enumerate(VIT_NAMES))
+    config = SmallViTConfig(**TINY_VIT, intermediate_size=24, initializer_range=0.5, id2label=labels)
+    SmallViTForImageClassification(config).save_pretrained(folder)
+    SmallViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)
+    return folder
