@@ -155,8 +155,8 @@ class PageModels:
 
     @property
     def can_train(self) -> bool:
-        """Whether the page may offer training: not on a Space, which has no training scripts."""
-        return self.training.script.is_file() and not self.problem
+        """Whether the page may offer training."""
+        return self.training.available and not self.problem
 
     @property
     def ready(self) -> bool:

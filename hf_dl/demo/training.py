@@ -9,7 +9,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"  # of a clone; a Space does not have them
+PACKAGE = Path(__file__).resolve().parents[1]
+BUNDLE = PACKAGE / "bundle"  # a wheel has its scripts here
+SCRIPTS = (BUNDLE if BUNDLE.is_dir() else PACKAGE.parent) / "scripts"
 
 
 class Training:
@@ -41,11 +43,18 @@ class Training:
         folder = root / "scripts" if (root / "scripts" / script).is_file() else SCRIPTS
         self.script, self.log = folder / script, self.folder / "training.log"
         self.scores, self.minutes = scores, minutes
-        self.shown = " ".join(["scripts/run accelerate launch", f"scripts/{script}", *flags])
+        system = script.removeprefix("train_").removesuffix(".py")
+        command = f"hf-dl train {system}" if BUNDLE.is_dir() else f"scripts/run accelerate launch scripts/{script}"
+        self.shown = " ".join([command, *flags])
         # The script runs without `accelerate launch`, so that stopping the process stops the training.
         self.command = [sys.executable, str(self.script), *flags, "--output_dir", str(self.folder), "--resume"]
         self.process: subprocess.Popen | None = None
         atexit.register(self.stop)
+
+    @property
+    def available(self) -> bool:
+        """Whether the page can train: the script exists, and the page is not a Space on the Hub."""
+        return self.script.is_file() and "SPACE_ID" not in os.environ
 
     def start(self) -> None:
         """Start training, or resume it from the last checkpoint. Does nothing while it is running."""
