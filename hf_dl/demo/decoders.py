@@ -19,7 +19,8 @@ from PIL import Image
 
 from ..models.layers_attention import attention_masks
 from ..models.slot_autoencoder import SlotAutoencoderConfig, SlotAutoencoderModel, SlotImageProcessor
-from ..pipelines.slot_diffusion import PREDICTION_TYPES, SlotDiffusionPipeline
+from ..pipelines.diffusion_sampling import PREDICTION_TYPES
+from ..pipelines.slot_diffusion import SlotDiffusionPipeline
 from .pictures import shown_size, to_picture
 from .slots import Explanation, check_seed, make_explanation
 

@@ -9,7 +9,8 @@ from PIL import Image
 from hf_dl.demo.decoders import MAX_FRAMES, Broadcast, Diffusion
 from hf_dl.demo.pictures import SIDE, to_picture
 from hf_dl.models.slot_decoders import blend_slots
-from hf_dl.pipelines.slot_diffusion import SlotDiffusionPipeline, noise_schedule
+from hf_dl.pipelines.diffusion_sampling import noise_schedule
+from hf_dl.pipelines.slot_diffusion import SlotDiffusionPipeline
 from hf_dl.reporting.grids import SEGMENT_COLORS
 
 from ..pipelines.test_slot_diffusion import make_pipe
