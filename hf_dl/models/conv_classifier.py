@@ -1,13 +1,13 @@
-"""A plain convolutional classifier: three convolutions and two linear layers, the second of which is any output layer.
+"""A plain convolutional classifier: three convolutions, a linear layer, and a choice of output layers.
 
-The base network on which output layers are compared. Each 3x3 convolution is followed by an optional normalization,
-2x2 max pooling and a ReLU (in the usual order, ReLU first, the numbers are the same and the work is more); what is
-left of the image is flattened, a linear layer with ReLU and dropout makes hidden states of it, and an output layer of
-`HEADS` in layers_heads.py names the class. With the default sizes and 100 classes there are 0.64 million parameters,
-82 % of them in the first linear layer.
+This is the network for comparing output layers. Each 3x3 convolution is followed by an optional normalization, 2x2 max
+pooling and a ReLU. The usual order, ReLU before pooling, has the same result and takes more time. The feature map is
+flattened. A linear layer with ReLU and dropout computes the hidden states, and a head from `HEADS` in layers_heads.py
+classifies them. With the default sizes and 100 classes, the network has 0.64 million parameters, 82 % of them in the
+first linear layer.
 
-`logits` are log-probabilities, whichever the head, so `softmax`, `argmax`, top-k and cross-entropy take them as
-they do those of any classifier.
+`logits` are log-probabilities for all heads. They can be used like the logits of any classifier, because
+softmax(log p) = p.
 """
 
 import json
@@ -32,17 +32,17 @@ from .layers_output_head import OutputHead
 
 @strict
 class ConvClassifierConfig(PreTrainedConfig):
-    """Configuration of a `ConvClassifierModel`; the number of classes comes with `num_labels` or `id2label`.
+    """Configuration of a `ConvClassifierModel`. Set the number of classes with `num_labels` or `id2label`.
 
     Args:
         widths: Channels of the three convolutions.
-        hidden_size: Channels of the hidden states, which the output layer takes.
-        norm: What follows each convolution, a key of `NORMS` such as "batch" or "group"; "none" for a bias alone.
-        dropout: Part of the hidden states that is dropped in training, at least 0 and below 1.
-        image_size: Height and width of the images, in pixels; a multiple of 8.
+        hidden_size: Channels of the hidden states, the input of the output layer.
+        norm: Normalization after each convolution, a key of `NORMS` such as "batch", "group" or "none".
+        dropout: Dropout probability of the hidden states, at least 0 and less than 1.
+        image_size: Height and width of the images in pixels, a multiple of 8.
         num_channels: Channels of the images.
-        head: The output layer, a key of `HEADS`: "softmax", "gumbel", "hierarchical" or "adaptive".
-        head_options: Its options, see `make_head`; what JSON can hold.
+        head: Output layer, a key of `HEADS` such as "softmax" or "hierarchical".
+        head_options: Options of the output layer, see `make_head`. Values must be JSON types.
 
     Example:
         ```python
@@ -65,24 +65,24 @@ class ConvClassifierConfig(PreTrainedConfig):
     head_options: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs):
-        """Make the fields what JSON gives back, so that a saved config equals the one it came from."""
+        """Convert fields to JSON types, so that a config that was saved and loaded is equal to the original."""
         self.widths = list(self.widths)
         self.head_options = json.loads(json.dumps(self.head_options))
         super().__post_init__(**kwargs)
 
     def validate_architecture(self):
-        """Refuse fields that do not fit together.
+        """Validate the fields.
 
         Raises:
-            ValueError: With the field, its value and what was expected.
+            ValueError: If a field is invalid or does not fit another field.
         """
         for name in ("hidden_size", "image_size", "num_channels"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
         if len(self.widths) != 3 or min(self.widths) < 1:
-            raise ValueError(f"widths={self.widths} must be the channels of the three convolutions, each at least 1.")
+            raise ValueError(f"widths={self.widths} must be three numbers of channels, each at least 1.")
         if self.image_size % 8:
-            raise ValueError(f"image_size={self.image_size} must be a multiple of 8: it is halved three times.")
+            raise ValueError(f"image_size={self.image_size} must be a multiple of 8. It is halved three times.")
         check_norm(self.norm, self.widths)
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout} must be at least 0 and below 1.")
@@ -90,12 +90,12 @@ class ConvClassifierConfig(PreTrainedConfig):
 
     @property
     def flat_size(self) -> int:
-        """Values of an image that the first linear layer takes."""
+        """Return the number of inputs of the first linear layer."""
         return self.widths[-1] * (self.image_size // 8) ** 2
 
 
 class ConvClassifierPreTrainedModel(PreTrainedModel):
-    """Weight initialization and loading of the network."""
+    """Base class for weight initialization and loading."""
 
     config: ConvClassifierConfig
     base_model_prefix = "conv_classifier"
@@ -119,7 +119,7 @@ class ConvClassifierPreTrainedModel(PreTrainedModel):
 
 
 class ConvClassifierModel(ConvClassifierPreTrainedModel):
-    """The network up to the hidden states, which any output layer takes.
+    """The network without its output layer; it ends with the hidden states.
 
     Example:
         ```python
@@ -150,23 +150,23 @@ class ConvClassifierModel(ConvClassifierPreTrainedModel):
         """Compute the hidden states of images.
 
         Args:
-            pixel_values: (batch, channels, image_size, image_size), of mean 0 and deviation 1 or in [-1, 1].
-            output_hidden_states: Whether to give the feature maps after each stage.
-            **kwargs: `return_dict=False` gives a tuple.
+            pixel_values: (batch, channels, image_size, image_size), in [-1, 1] or with mean 0 and deviation 1.
+            output_hidden_states: Whether to return the feature maps after each stage. Defaults to the config.
+            **kwargs: `return_dict=False` returns a tuple.
 
         Returns:
-            `last_hidden_state` (batch, channels, image_size / 8, image_size / 8), `pooler_output` (batch,
-            hidden_size), at least 0, and, on request, `hidden_states`.
+            `last_hidden_state` (batch, channels, image_size / 8, image_size / 8); `pooler_output` (batch,
+            hidden_size), the hidden states, which are not negative; and `hidden_states`, if requested.
 
         Raises:
-            ValueError: If the images have another shape.
+            ValueError: If the shape of `pixel_values` is invalid.
         """
         config = self.config
         expected = (config.num_channels, config.image_size, config.image_size)
         if pixel_values.ndim != 4 or pixel_values.shape[1:] != expected:
             raise ValueError(
                 f"pixel_values has shape {tuple(pixel_values.shape)}, expected "
-                f"(batch, {', '.join(map(str, expected))}); the processor of the folder resizes."
+                f"(batch, {', '.join(map(str, expected))}). Resize images with the processor of the model's folder."
             )
         if output_hidden_states is None:
             output_hidden_states = config.output_hidden_states
@@ -182,7 +182,7 @@ class ConvClassifierModel(ConvClassifierPreTrainedModel):
 
 
 class ConvClassifierForImageClassification(ConvClassifierPreTrainedModel):
-    """The network and its output layer.
+    """The network with its output layer, for image classification.
 
     Example:
         ```python
@@ -197,7 +197,7 @@ class ConvClassifierForImageClassification(ConvClassifierPreTrainedModel):
 
     def __init__(self, config: ConvClassifierConfig):
         super().__init__(config)
-        # Saving enters the class that is saved; AutoModel is to load the part of it.
+        # `save_pretrained` enters the class that it saves. This entry makes AutoModel load the network inside it.
         here = {"AutoModel": "conv_classifier.ConvClassifierModel"}
         config.auto_map = {**here, **(getattr(config, "auto_map", None) or {})}
         self.conv_classifier = ConvClassifierModel(config)
@@ -217,15 +217,16 @@ class ConvClassifierForImageClassification(ConvClassifierPreTrainedModel):
         """Classify images.
 
         Args:
-            pixel_values: (batch, channels, image_size, image_size), as of `ConvClassifierModel`.
-            labels: Classes, int (batch,); with them `loss` is that of the head, the mean of -log P(label) by default.
-            output_hidden_states: Whether to give the feature maps after each stage.
-            temperature: Of the noise of head="gumbel" in training, above 0.
-            generator: Source of that noise.
-            **kwargs: `return_dict=False` gives a tuple.
+            pixel_values: (batch, channels, image_size, image_size), as in `ConvClassifierModel`.
+            labels: Classes in [0, num_labels), int (batch,).
+            output_hidden_states: Whether to return the feature maps after each stage. Defaults to the config.
+            temperature: Temperature of the noise that head="gumbel" adds in training, greater than 0.
+            generator: Random generator for that noise.
+            **kwargs: `return_dict=False` returns a tuple.
 
         Returns:
-            `loss`, `logits` (batch, num_labels), which are log-probabilities, and, on request, `hidden_states`.
+            `loss`, the loss of the head, if `labels` are given; `logits` (batch, num_labels), which are
+            log-probabilities; and `hidden_states`, if requested.
         """
         outputs = self.conv_classifier(pixel_values, output_hidden_states=output_hidden_states, return_dict=True)
         hidden, loss = outputs.pooler_output, None

@@ -16,19 +16,22 @@ from torch import nn
 from .layers_output_head import OutputHead, at_least_float32, largest
 from .layers_trees import check_counts, check_groups, group_members
 
-_SCAN = 4096  # up to so many classes a compiled step computes all probabilities, which have fixed shapes
+_SCAN = 4096  # up to this many classes, a compiled step computes all probabilities, because they have fixed shapes
 
+# Costs besides the matrix products, in multiplications, as measured on a CPU.
 
-# What a tail costs beside its products, in multiplications: launching its operations, and picking its examples.
+# Per tail and step, for starting its operations and picking its examples.
 _TAIL_OVERHEAD = 3e6
-# What an entry of a weight costs a step however few examples need it: its dense gradient is written.
+
+# Per weight entry and step, for writing its dense gradient.
 _ENTRY_COST = 64.0
-# What a score costs beside its product: it is written, exponentiated, and its gradient is written.
+
+# Per score, for writing the score, its exponential and its gradient.
 _SCORE_COST = 128.0
 
 
 def _least_rank(size: int) -> int:
-    """Channels that so many classes need at least to be told apart well; fewer starve them."""
+    """Return the number of channels that a tail needs at least to separate its classes."""
     return max(1, min(8, math.ceil(math.log2(size)) if size > 1 else 1))
 
 
@@ -41,26 +44,30 @@ def choose_cutoffs(
     max_tails: int = 3,
     min_rank: int | None = None,
 ) -> list[int]:
-    """Choose the cutoffs that make a step cheapest (Grave et al. 2017, section 4.2).
+    """Choose the cutoffs with the lowest cost per step (Grave et al. 2017, section 4.2).
 
-    A step of B examples costs, in multiplications, with V_h and V_i the classes of head and tails, p_i the part of the
-    examples that are in tail i, and r_i its channels,
+    The head has V_h classes. Tail i has V_i classes, r_i channels and a share p_i of the examples. A step of B
+    examples then takes this number of multiplications:
 
         B (d + 128) (V_h + tails) + 64 d V_h + sum_i [B p_i (r_i (d + V_i) + 128 V_i) + 64 r_i (d + V_i) + overhead]
 
-    with 128 for the softmax of a score and 64 for the dense gradient of a weight, as measured on a CPU. All choices of
-    up to `max_tails` cutoffs on a geometric grid are tried.
+    Here 128 is the cost of the softmax of a score, and 64 is the cost of the dense gradient of a weight entry. Both
+    were measured on a CPU. The function tries all choices of up to `max_tails` cutoffs on a geometric grid.
 
     Args:
-        class_counts: How often each class occurs, (classes,), in any order.
+        class_counts: Count of each class, (classes,), in any order.
         in_features: d, channels of the hidden states.
         div_value: Tail i has d / div_value^(i + 1) channels.
-        batch_size: B.
-        max_tails: Most tails, 1 to 3.
-        min_rank: Fewest channels of a tail, see `AdaptiveHead`.
+        batch_size: B, number of examples per step.
+        max_tails: Largest number of tails, 1 to 3.
+        min_rank: Smallest number of channels per tail, as in `AdaptiveHead`.
 
     Returns:
-        Cutoffs that rise, each in [1, classes - 1]; none where one softmax over all costs least, as with few classes.
+        Increasing cutoffs in [1, classes - 1]. The list is empty if one softmax over all classes costs least, as with
+        few classes.
+
+    Raises:
+        ValueError: If `max_tails` is out of range or a count is invalid.
 
     Example:
         ```python
@@ -77,7 +84,7 @@ def choose_cutoffs(
     total = len(counts)
     covered = np.concatenate([[0.0], counts.cumsum()]) / max(counts.sum(), 1e-300)
     grid = np.unique(np.geomspace(1, max(total - 1, 1), 36).astype(np.int64))
-    of_head = batch_size * (in_features + _SCORE_COST) + _ENTRY_COST * in_features  # for each row of it
+    of_head = batch_size * (in_features + _SCORE_COST) + _ENTRY_COST * in_features  # cost per row of the head
     best, chosen = of_head * total, []
     if total < 2:
         return []
@@ -101,39 +108,40 @@ def choose_cutoffs(
 
 
 class AdaptiveHead(OutputHead):
-    """Adaptive softmax (Grave et al. 2017): frequent classes in the head, rare ones in tails of fewer channels.
+    """Adaptive softmax (Grave et al. 2017): frequent classes in the head, rare classes in tails with fewer channels.
 
-    Sorted by falling frequency, the first classes up to the first cutoff and one entry for each tail share a softmax;
-    the classes of tail i, between two cutoffs, share another one over a projection to r_i = d / div_value^(i + 1)
-    channels:
+    Classes are sorted by falling frequency. The head is a softmax over the classes before the first cutoff and one
+    entry per tail. Tail i is a softmax over the classes between two cutoffs, after a projection P_i to
+    r_i = d / div_value^(i + 1) channels:
 
         log P(c | h) = log softmax(W_head h)_c                                     for c in the head
         log P(c | h) = log softmax(W_head h)_{tail i} + log softmax(W_i P_i h)_c   for c in tail i
 
-    A step costs the head for all examples, and a tail for its own only. `head` and `tail` are as in
-    `nn.AdaptiveLogSoftmaxWithLoss`, so state dicts fit; what torch leaves to the caller, that labels are numbered by
-    frequency, is done inside: labels and log-probabilities are in the caller's order.
+    A step computes the head for all examples, and each tail for its own examples only. State dicts of
+    `nn.AdaptiveLogSoftmaxWithLoss` fit, because `head` and `tail` have the same structure. Unlike with torch's layer,
+    the caller does not number the labels by frequency. The head sorts the classes itself, and labels and
+    log-probabilities keep the caller's order.
 
-    With equal frequencies there is nothing to gain; keep the cutoffs few and `div_value=1`. The entry of a tail stands
-    for all of its classes; `groups` puts related ones together, which over three seeds on CIFAR-100 made no clear
-    difference (model_cards/softmax_heads.md).
+    If all classes are equally frequent, the head saves no time. Then use few cutoffs and `div_value=1`. `groups` puts
+    related classes into the same tail. With three seeds on CIFAR-100 this made no clear difference
+    (model_cards/softmax_heads.md).
 
     Args:
         in_features: d, channels of the hidden states.
-        num_classes: V.
-        cutoffs: Classes up to each cutoff, rising, each in [1, num_classes - 1]; none is a softmax over all. Where
-            None, `choose_cutoffs` takes those that cost least.
-        class_counts: How often each class occurs in the training split, (classes,), in the order of the labels. Where
-            None labels count as numbered by falling frequency.
-        groups: Related classes, as lists that may be nested and hold each class once: of classes that are equally
-            frequent those of a group are numbered in a row. Where None the lower label comes first.
-        div_value: By how much each tail has fewer channels than the one before; at least 1.
+        num_classes: V, number of classes.
+        cutoffs: Increasing class ranks in [1, num_classes - 1] at which tails start. Empty for one softmax over all
+            classes. Defaults to the result of `choose_cutoffs`.
+        class_counts: Number of training examples of each class, (classes,), in the order of the labels. By default,
+            labels are assumed to be sorted by falling frequency.
+        groups: Nested lists that contain each class once. Among equally frequent classes, the members of a group get
+            consecutive ranks. By default, the lower label comes first.
+        div_value: Factor by which the channels shrink from tail to tail, at least 1.
         head_bias: Whether the head has a bias.
-        min_rank: Fewest channels of a tail. Where None log2 of its classes, 8 at most: with fewer its classes cannot
-            be told apart, and learning starves; the classes of a tail of rank 4 of 90 stay near chance.
+        min_rank: Smallest number of channels per tail. Defaults to log2 of its classes, but at most 8. With fewer
+            channels, a tail cannot separate its classes: 90 classes in 4 channels stay near chance.
 
     Raises:
-        ValueError: If cutoffs or counts do not fit, or a tail would have too few channels.
+        ValueError: If `cutoffs`, `class_counts` or another option is invalid, or a tail has too few channels.
 
     Example:
         ```python
@@ -163,13 +171,13 @@ class AdaptiveHead(OutputHead):
             raise ValueError(f"min_rank={min_rank} must be at least 1.")
         counts = check_counts(class_counts, num_classes)
         if cutoffs is None:
-            known = 1 / np.arange(1, num_classes + 1) if class_counts is None else counts  # Zipf, where not said
+            known = 1 / np.arange(1, num_classes + 1) if class_counts is None else counts  # Zipf's law by default
             cutoffs = choose_cutoffs(known, in_features, div_value=div_value, min_rank=min_rank)
         cutoffs = [int(cutoff) for cutoff in cutoffs]
         if cutoffs != sorted(set(cutoffs)) or (cutoffs and not 1 <= cutoffs[0] <= cutoffs[-1] < num_classes):
             raise ValueError(
-                f"cutoffs={cutoffs} must rise and lie in 1 to num_classes - 1 = {num_classes - 1}; the last tail ends "
-                "at num_classes by itself."
+                f"cutoffs={cutoffs} must increase and be in the range 1 to num_classes - 1 = {num_classes - 1}. Do "
+                "not list num_classes, where the last tail ends."
             )
         self.cutoffs, self.div_value = cutoffs, div_value
         edges = [*cutoffs, num_classes]
@@ -187,26 +195,27 @@ class AdaptiveHead(OutputHead):
             if channels < least:
                 raise ValueError(
                     f"tail {i} has {last - first} classes in {channels} channels (in_features={in_features} / "
-                    f"div_value={div_value} to the power {i + 1}), expected at least {least}: they could not be told "
-                    "apart. Give fewer cutoffs, a lower div_value (1 for classes of equal frequency), or min_rank to "
-                    "have it all the same."
+                    f"div_value={div_value} to the power {i + 1}), expected at least {least} channels to separate "
+                    "them. Use fewer cutoffs or a lower div_value (1 for classes of equal frequency), or set min_rank "
+                    "to allow fewer channels."
                 )
             projection = nn.Linear(in_features, channels, bias=False)
             self.tail.append(nn.Sequential(projection, nn.Linear(channels, last - first, bias=False)))
 
     def make_buffers(self) -> dict[str, torch.Tensor]:
-        """Compute `order`, the class of each rank, and `rank`, the rank of each class, int64 (classes,)."""
+        """Compute `order`, the class of each frequency rank, and `rank`, its inverse, int64 (classes,) each."""
         order = np.lexsort((self._places, -self._counts))
         return {"order": torch.from_numpy(order), "rank": torch.from_numpy(np.argsort(order, kind="stable"))}
 
     def extra_repr(self) -> str:
-        """What `print` shows of the layer."""
+        """Return the text that `print` shows in the parentheses of the layer."""
         return f"{super().extra_repr()}, cutoffs={self.cutoffs}, div_value={self.div_value}"
 
     def _losses(
         self, hidden: torch.Tensor, labels: torch.Tensor, temperature: float, generator: torch.Generator | None
     ) -> torch.Tensor:
-        if not self.cutoffs or (torch.compiler.is_compiling() and self.num_classes <= _SCAN):  # of fixed shapes
+        if not self.cutoffs or (torch.compiler.is_compiling() and self.num_classes <= _SCAN):
+            # This form has fixed shapes.
             return -self._log_prob(hidden).gather(1, labels[:, None]).squeeze(1)
         return self._tail_losses(hidden, labels)
 
@@ -220,7 +229,7 @@ class AdaptiveHead(OutputHead):
         losses = F.cross_entropy(at_least_float32(self.head(hidden)), in_head, reduction="none")
         examples = tail.argsort(stable=True).split(tail.bincount(minlength=len(self.cutoffs) + 1).tolist())
         for rows, first, (projection, output) in zip(examples[1:], self.cutoffs, self.tail, strict=True):
-            # Tails without an example have a part too: all parameters get a gradient, as training in parallel wants.
+            # Tails without examples are computed, too: distributed training needs a gradient for every parameter.
             scores = at_least_float32(output(projection(hidden.index_select(0, rows))))
             targets = ranks.index_select(0, rows) - first
             losses = losses.index_add(0, rows, F.cross_entropy(scores, targets, reduction="none"))
@@ -236,7 +245,7 @@ class AdaptiveHead(OutputHead):
         return torch.cat(parts, dim=1).index_select(1, self.rank)
 
     def _predict(self, hidden: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-        # A class of a tail is at most as probable as the tail: only tails above the k-th best so far are looked at.
+        # A class is at most as probable as its tail, so only tails above the k-th best class so far are computed.
         head = at_least_float32(self.head(hidden)).log_softmax(1)
         shortlist = head.shape[1] - len(self.cutoffs)
         known = min(k, shortlist)

@@ -1,34 +1,28 @@
 """Output layers over many classes: softmax, Gumbel softmax, hierarchical softmax and adaptive softmax.
 
-Each takes hidden states (batch, dim), has parameters of its own in place of a last linear layer, and gives
+This file has softmax and Gumbel softmax, the dict `HEADS` of all heads, and the functions that make heads and their
+optimizers. layers_output_head.py describes the methods that all heads have.
 
-- `head(hidden, labels)`: the loss, the mean of -log P(label | hidden) in evaluation and, but for Gumbel, in training;
-- `head.log_prob(hidden)`: log P(class | hidden), (batch, classes), normalized. A model returns it as `logits`, which
-  it also is: softmax(log p) = p, so that pipelines, top-5 scores and confusion matrices work as with any classifier;
-- `head.predict(hidden, k)`: the k most probable classes, exactly.
+Which head to choose, with the cost of the loss of one example for V classes and d channels:
 
-Which to use, with V classes, hidden states of d channels, and the cost of the loss of one example:
+- "softmax", O(V d): for up to a few thousand classes, or if accuracy matters more than time.
+- "gumbel", O(V d): softmax with noise on the logits, as a regularizer or to sample with gradients.
+- "hierarchical", O(d log V): for 10^4 or more classes of unequal frequency, with `sparse=True`. Accuracy depends on
+  the tree. Put similar classes together (`groups`) and use few levels (`tree="two_level"`).
+- "adaptive", O(V d / c), where c depends on the frequencies: for 10^4 or more classes of unequal frequency on a GPU,
+  or if all probabilities are needed quickly. It computes a few large matrix products instead of many small ones.
 
-============  =================  ==================================================================================
-softmax       O(V d)             Up to some thousands of classes, and wherever accuracy matters more than time.
-gumbel        O(V d)             Softmax with noise on the logits: a regularizer, and a sampler with gradients.
-hierarchical  O(d log V)         10^4 classes and more of unequal frequency, with `sparse=True`. What a binary tree
-                                 asks of a linear layer at each node decides the accuracy: classes that are alike
-                                 belong together (`groups`), and few levels do better than many ("two_level").
-adaptive      O(V d / some)      10^4 classes and more on a GPU, or where all probabilities are needed quickly: few
-                                 large products in place of many small ones. Needs unequal frequencies.
-============  =================  ==================================================================================
+The input must be the last hidden state, not probabilities or logits. A softmax before one of these heads keeps
+accuracy near chance, because the rows of probabilities are nearly equal. The heads warn about such inputs.
 
-The input is the last hidden state, never probabilities or logits. Softmax before one of these heads leaves accuracy at
-chance: hidden states between 0 and 1 that sum to 1 hardly differ. The heads warn where they see such.
+Sources: Jang et al. 2017, "Categorical reparameterization with Gumbel-softmax"; Maddison et al. 2017, "The concrete
+distribution". layers_hierarchical.py and layers_adaptive.py name their own sources.
 
-Sources: Goodman 2001, "Classes for fast maximum entropy training" (two levels); Morin & Bengio 2005 and Mikolov et al.
-2013, "Distributed representations of words and phrases" section 2.1 (binary tree, Huffman); Grave et al. 2017,
-"Efficient softmax approximation for GPUs" (adaptive); Jang et al. 2017, "Categorical reparameterization with
-Gumbel-softmax", and Maddison et al. 2017, "The concrete distribution".
+Differences from the papers:
 
-What differs from them: the heads compute in float32 or wider also under autocast; labels of -100 are left out, as
-everywhere in transformers; adaptive softmax sorts the classes by frequency itself.
+- The heads compute in float32 or float64, also under autocast.
+- Labels of -100 are ignored, as in transformers.
+- Adaptive softmax sorts the classes by frequency itself.
 """
 
 import math
@@ -47,18 +41,19 @@ from .layers_output_head import OutputHead, at_least_float32, largest
 class SoftmaxHead(OutputHead):
     """Softmax over all classes: z = W h + b, log P(c | h) = z_c - log sum_k exp z_k.
 
-    The one to beat below some thousands of classes. Its `weight` and `bias` are those of an `nn.Linear`.
+    The baseline for up to a few thousand classes. State dicts of `nn.Linear` fit.
 
     Args:
         in_features: d, channels of the hidden states.
-        num_classes: V.
-        bias: Whether there is b.
+        num_classes: V, number of classes.
+        bias: Whether to add b.
 
     Example:
         ```python
         >>> head = SoftmaxHead(16, 10)
-        >>> head.log_prob(torch.randn(4, 16)).exp().sum(1)
-        tensor([1., 1., 1., 1.], grad_fn=<SumBackward1>)
+        >>> probabilities = head.log_prob(torch.randn(4, 16)).exp()
+        >>> probabilities.shape, torch.allclose(probabilities.sum(1), torch.ones(4))
+        (torch.Size([4, 10]), True)
 
         ```
     """
@@ -72,7 +67,7 @@ class SoftmaxHead(OutputHead):
         self.reset_parameters()
 
     def scores(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Compute z = W h + b of (batch, dim): (batch, classes), not normalized."""
+        """Compute the unnormalized scores z = W h + b, from (batch, dim) to (batch, classes)."""
         return at_least_float32(F.linear(hidden, self.weight, self.bias))
 
     def _losses(
@@ -90,49 +85,51 @@ class SoftmaxHead(OutputHead):
 
 
 def gumbel_noise(like: torch.Tensor, *, generator: torch.Generator | None = None) -> torch.Tensor:
-    """Draw standard Gumbel noise g = -log(-log U), as -log of an exponential variable: no U to clamp.
+    """Draw standard Gumbel noise g = -log(-log U).
+
+    -log U has an exponential distribution, so the noise is -log of an exponential sample. This needs no clamping of U.
 
     Args:
-        like: Gives shape, device and dtype; float32 or wider, or the logarithm of the smallest values is lost.
-        generator: Source of the noise, on that device.
+        like: Tensor with the shape, device and dtype of the noise. Use float32 or float64; lower precision cannot
+            represent the logarithms of small values.
+        generator: Random generator on that device.
 
     Returns:
-        Finite values; argmax(z + g) is a draw from softmax(z) (Gumbel-max).
+        Finite noise. argmax(z + g) is a sample from softmax(z) (the Gumbel-max trick).
     """
     noise = torch.empty_like(like, memory_format=torch.contiguous_format).exponential_(generator=generator)
     return -noise.clamp_(min=torch.finfo(noise.dtype).tiny).log_()
 
 
 class GumbelHead(SoftmaxHead):
-    """Softmax whose logits are perturbed with Gumbel noise in training, and not in evaluation.
+    """Softmax with Gumbel noise on the logits during training, and without noise in evaluation.
 
-    With g standard Gumbel noise and tau the temperature, the relaxed sample is y = softmax((z + g) / tau) (Jang et al.
-    2017, equation 2). The loss of training is minus the log of what it gives to the label, in log space:
+    With standard Gumbel noise g and temperature tau, the relaxed sample is y = softmax((z + g) / tau) (Jang et al.
+    2017, equation 2). The training loss is the cross-entropy of the perturbed logits, computed in log space:
 
         -log y_label = -log softmax((z + g) / tau)_label
 
-    the cross-entropy of perturbed logits. It is not the cross-entropy of `z`, and higher; compare losses and scores of
-    evaluation, where there is no noise: the head then is `SoftmaxHead`, its temperature 1. The gradient grows as
-    1 / tau: anneal tau from 1 to 0.5, not to 0. Feeding y into a cross-entropy, which takes logits, caps the gradient
-    and leaves accuracy at chance.
+    This loss is higher than the cross-entropy of z. To compare heads, use the evaluation loss: there the head is a
+    `SoftmaxHead` with temperature 1. The gradient grows as 1 / tau, so anneal tau from 1 to 0.5, not to 0. Do not pass
+    y to a cross-entropy. It expects logits, so the gradient is capped and accuracy stays at chance.
 
-    With `straight_through` the loss of training is 1 - Y_label with Y the one-hot argmax of z + g: 1 where the sampled
-    class is wrong. Its gradient is that of -y_label (Bengio et al. 2013), which vanishes where the label is
-    improbable, so it learns slowly from scratch. It estimates the error rate of a sampling classifier, bounded, and no
-    likelihood: -log Y_label would be infinite at the first wrong sample.
+    With `straight_through`, the training loss is 1 - Y_label, where Y is the one-hot argmax of z + g. It is 1 if the
+    sampled class is wrong. Its gradient is the gradient of -y_label (Bengio et al. 2013). That vanishes if the label
+    is improbable, so training from scratch is slow. The loss estimates the error rate of a classifier that samples.
+    It is not a likelihood: -log Y_label would be infinite at the first wrong sample.
 
     Args:
         in_features: d, channels of the hidden states.
-        num_classes: V.
+        num_classes: V, number of classes.
         bias: Whether the linear layer has a bias.
-        straight_through: Which loss of training.
+        straight_through: Whether to use the straight-through loss. Defaults to the loss of the relaxed sample.
 
     Example:
         ```python
         >>> head = GumbelHead(16, 10)
         >>> loss = head(torch.randn(4, 16), torch.tensor([0, 1, 2, 9]), temperature=0.7)
-        >>> head.sample(torch.randn(4, 16), hard=True).sum(1)
-        tensor([1., 1., 1., 1.], grad_fn=<SumBackward1>)
+        >>> head.sample(torch.randn(4, 16), hard=True).shape
+        torch.Size([4, 10])
 
         ```
     """
@@ -149,16 +146,19 @@ class GumbelHead(SoftmaxHead):
         hard: bool = False,
         generator: torch.Generator | None = None,
     ) -> torch.Tensor:
-        """Draw relaxed samples, for what comes after a discrete choice; not logits.
+        """Draw relaxed samples, for layers that follow a discrete choice. Samples are drawn in evaluation, too.
 
         Args:
-            hidden: (..., dim).
-            temperature: tau, above 0: high is uniform, low is one-hot.
-            hard: Whether the result is one-hot, with the gradient of the relaxed sample (straight-through).
-            generator: Source of the noise.
+            hidden: Hidden states, (..., dim).
+            temperature: tau, greater than 0. Samples are nearly uniform if it is high and nearly one-hot if it is low.
+            hard: Whether to return one-hot samples with the gradient of the relaxed samples (straight-through).
+            generator: Random generator for the noise.
 
         Returns:
-            (..., classes), not negative, rows summing to 1; drawn in evaluation as well.
+            Samples, (..., classes): probabilities that sum to 1, not logits.
+
+        Raises:
+            ValueError: If `temperature` is not positive and finite.
         """
         flat = self._flat(hidden)
         with torch.autocast(flat.device.type, enabled=False):
@@ -167,7 +167,7 @@ class GumbelHead(SoftmaxHead):
 
     def _perturbed(self, hidden: torch.Tensor, temperature: float, generator: torch.Generator | None) -> torch.Tensor:
         if not 0 < temperature < math.inf:
-            raise ValueError(f"temperature={temperature} must be above 0 and finite; anneal it from 1 to 0.5.")
+            raise ValueError(f"temperature={temperature} must be greater than 0 and finite. Anneal it from 1 to 0.5.")
         scores = self.scores(hidden)
         return (scores + gumbel_noise(scores, generator=generator)) / temperature
 
@@ -225,12 +225,11 @@ def make_head(head: str, in_features: int, num_classes: int, **options: Any) -> 
     Args:
         head: A key of `HEADS`.
         in_features: d, channels of the hidden states.
-        num_classes: V.
-        **options: Options of that head: `straight_through` of gumbel; `tree`, `class_counts`, `groups`, `sparse` of
-            hierarchical; `cutoffs`, `class_counts`, `groups`, `div_value`, `min_rank`, `head_bias` of adaptive.
+        num_classes: V, number of classes.
+        **options: Options of that head. `HEADS[head].option_names({})` lists them; its class describes them.
 
     Returns:
-        A layer with `forward(hidden, labels)`, `log_prob(hidden)` and `predict(hidden, k)`.
+        The head.
 
     Raises:
         ValueError: If the head or an option is unknown, or the value of an option is invalid.
@@ -253,19 +252,20 @@ def make_optimizers(
     weight_decay: float = 0.0,
     betas: tuple[float, float] = (0.9, 0.999),
 ) -> list[torch.optim.Optimizer]:
-    """Make the optimizers of a model with a sparse head: AdamW, which refuses sparse gradients, and SparseAdam.
+    """Make AdamW for dense gradients and SparseAdam for sparse gradients, which AdamW does not accept.
 
-    SparseAdam moves only the rows that have a gradient, so a step costs the path and not the number of classes. It has
-    no weight decay, which would touch all rows.
+    SparseAdam updates only the rows that have a gradient, so the time of a step does not depend on the number of
+    classes. It has no weight decay, because that would update all rows.
 
     Args:
-        model: With heads of `sparse=True`, or `nn.Embedding(sparse=True)`; others get AdamW alone.
-        learning_rate: Of both.
-        weight_decay: Of AdamW, for parameters of two and more dimensions.
-        betas: Of both.
+        model: A model. Parameters of `sparse_parameters()` of its heads and of `nn.Embedding(sparse=True)` go to
+            SparseAdam.
+        learning_rate: Learning rate of both optimizers.
+        weight_decay: Weight decay of AdamW for parameters of two or more dimensions.
+        betas: Betas of both optimizers.
 
     Returns:
-        One optimizer or two; call `step` and `zero_grad` on each.
+        The optimizers that have parameters. Call `step` and `zero_grad` on each.
 
     Example:
         ```python

@@ -1,5 +1,7 @@
 """Hierarchical softmax: a binary tree of logistic classifiers, or a softmax over groups and one within each group.
 
+layers_trees.py builds the trees. layers_hierarchical_kernel.py computes only the weight rows that a batch needs.
+
 Sources: Goodman 2001, "Classes for fast maximum entropy training" (two levels); Morin & Bengio 2005 and Mikolov et al.
 2013, "Distributed representations of words and phrases" section 2.1 (binary tree, Huffman).
 """
@@ -26,16 +28,16 @@ from .layers_trees import (
     level_sizes,
 )
 
-_ALL_NODES = 256  # up to so many rows one product with all of them costs less than picking those that are needed
-_SCAN = 4096  # up to so many classes all probabilities cost less than a search
-_CHUNK = 2**26  # values that a search keeps at most where it has to look at all classes
+_ALL_NODES = 256  # up to this many rows, one product with all rows is faster than picking the rows that are needed
+_SCAN = 4096  # up to this many classes, computing all probabilities is faster than a search
+_CHUNK = 2**26  # largest number of values in memory when a search falls back to all classes
 
 
 class HierarchicalHead(OutputHead):
-    """Base class of the hierarchical heads; `make` chooses between them by the option `tree`.
+    """Base class of the hierarchical heads; `make` chooses the subclass for the option `tree`.
 
-    Subclasses hold their tree in buffers. Loading a state dict replaces it by the tree that was saved, which may have
-    another shape.
+    The subclasses store their tree in buffers. Loading a state dict replaces the tree with the saved one, whose
+    buffers may have another shape.
     """
 
     @classmethod
@@ -44,9 +46,9 @@ class HierarchicalHead(OutputHead):
 
         Args:
             in_features: d, channels of the hidden states.
-            num_classes: V.
+            num_classes: V, number of classes.
             tree: "huffman", "balanced", "given" or "two_level".
-            **options: `class_counts`, `groups`, `sparse`.
+            **options: Other options of that class: `class_counts`, `groups`, `sparse`.
 
         Returns:
             The head.
@@ -57,7 +59,7 @@ class HierarchicalHead(OutputHead):
 
     @classmethod
     def option_names(cls, options: Mapping[str, Any]) -> list[str]:
-        """List the options of the head that `make` chooses."""
+        """List `tree` and the options of the class that `make` chooses."""
         chosen = TwoLevelHead if options.get("tree") == "two_level" else TreeHead
         return list(dict.fromkeys(["tree", *list(inspect.signature(chosen).parameters)[2:]]))
 
@@ -72,38 +74,41 @@ class HierarchicalHead(OutputHead):
 class TreeHead(HierarchicalHead):
     """Hierarchical softmax over a binary tree of classes.
 
-    Each of the V - 1 inner nodes n is a logistic classifier: left with probability sigmoid(z_n), z_n = w_n h + b_n.
-    The way from the root to class c takes the inner nodes n_1, n_2, ... with signs s = +1 (left) or -1 (right):
+    Each of the V - 1 inner nodes n is a logistic classifier. It goes left with probability sigmoid(z_n), where
+    z_n = w_n h + b_n. The path from the root to class c visits the inner nodes n_1, n_2, ... with signs s = +1 (left)
+    or -1 (right):
 
         log P(c | h) = sum_l log sigmoid(s_l z_{n_l}),    loss = sum_l softplus(-s_l z_{n_l})
 
-    summed over the path (never averaged; nodes off the path have no part) and averaged over the batch. The
-    probabilities of all classes sum to 1 as those of any two children sum to that of their parent. The loss of an
-    example costs its path: at V = 10^6 of Zipf frequencies, 13 of a million rows.
+    The loss is summed over the path, not averaged, and nodes outside the path do not contribute. It is averaged over
+    the batch. The probabilities of all classes sum to 1, because the probabilities of two children sum to the
+    probability of their parent. The time of an example depends on its path only. For V = 10^6 with Zipf frequencies,
+    the mean path has 13 nodes of a million.
 
-    With `sparse=True` backward costs the path too, but torch.optim.Adam and AdamW refuse such gradients: take the
-    optimizers from `make_optimizers`. With dense gradients (the default) backward fills a gradient of V rows.
+    With `sparse=True`, the time of the backward pass depends on the path only, too. torch.optim.Adam and AdamW do not
+    accept sparse gradients, so use `make_optimizers`. With dense gradients, the backward pass fills V rows.
 
     Args:
         in_features: d, channels of the hidden states.
-        num_classes: V.
-        tree: "huffman": shortest mean path for `class_counts`. "balanced": all paths equally long, but for one step.
-            "given": `groups` says which classes belong together.
-        class_counts: How often each class occurs, (classes,), in the order of the labels; equally often where None.
-            Only of the training split.
-        groups: Nested lists of classes, see `grouped_tree`; from knowledge (superclasses) or from `cluster_classes`.
+        num_classes: V, number of classes.
+        tree: "huffman" for the shortest mean path with `class_counts`, "balanced" for paths whose lengths differ by at
+            most 1, or "given" for the tree in `groups`.
+        class_counts: Number of training examples of each class, (classes,), in the order of the labels. Defaults to
+            equal counts.
+        groups: Nested lists of classes as in `grouped_tree`, such as superclasses or the result of `cluster_classes`.
+            Only for tree="given".
         sparse: Whether the gradients of weight and bias are sparse.
 
     Raises:
-        ValueError: If tree, counts or groups do not fit.
+        ValueError: If `tree` is unknown, or `class_counts` or `groups` is invalid.
 
     Example:
         ```python
         >>> head = TreeHead(16, 4, class_counts=[8, 4, 2, 2])
         >>> head.depths.tolist()
         [1, 2, 3, 3]
-        >>> head.log_prob(torch.randn(2, 16)).exp().sum(1)
-        tensor([1., 1.], grad_fn=<SumBackward1>)
+        >>> torch.allclose(head.log_prob(torch.randn(2, 16)).exp().sum(1), torch.ones(2))
+        True
 
         ```
     """
@@ -120,11 +125,12 @@ class TreeHead(HierarchicalHead):
     ):
         super().__init__(in_features, num_classes)
         if tree not in ("huffman", "balanced", "given"):
-            raise ValueError(f"tree={tree!r} is unknown; choose one of huffman, balanced, given (or two_level).")
+            raise ValueError(f"tree={tree!r} is unknown. Choose one of: huffman, balanced, given, two_level.")
         if (tree == "given") != (groups is not None):
             raise ValueError(
-                f"tree={tree!r} {'needs groups' if groups is None else 'takes no groups'}; nested lists of classes "
-                "belong to tree='given'."
+                f"tree={tree!r} needs groups, nested lists of classes."
+                if groups is None
+                else f"tree={tree!r} does not use groups. Remove groups, or set tree='given'."
             )
         self.tree, self.sparse = tree, sparse
         self._counts = check_counts(class_counts, num_classes)
@@ -137,7 +143,7 @@ class TreeHead(HierarchicalHead):
         self.reset_parameters()
 
     def make_buffers(self) -> dict[str, torch.Tensor]:
-        """Compute the tree anew: `branches`, `path`, `sign`, `offset`, `scan`, `slot`."""
+        """Compute the arrays of the tree, the fields of `TreeLayout`, from the arguments of the constructor."""
         if self.tree == "given":
             branches = grouped_tree(self._groups, self._counts)
         else:
@@ -146,16 +152,16 @@ class TreeHead(HierarchicalHead):
         return {name: torch.from_numpy(array) for name, array in layout._asdict().items()}
 
     def extra_repr(self) -> str:
-        """What `print` shows of the layer."""
+        """Return the text that `print` shows in the parentheses of the layer."""
         return f"{super().extra_repr()}, tree={self.tree!r}, sparse={self.sparse}"
 
     @property
     def depths(self) -> torch.Tensor:
-        """Inner nodes on the way to each class, int64 (classes,)."""
+        """Return the number of inner nodes on the path to each class, int64 (classes,)."""
         return self.offset.diff()
 
     def sparse_parameters(self) -> list[nn.Parameter]:
-        """The parameters whose gradients are sparse."""
+        """Return the parameters with sparse gradients."""
         return [self.weight, self.bias] if self.sparse else []
 
     def _load_from_state_dict(self, *args: Any) -> None:
@@ -165,14 +171,14 @@ class TreeHead(HierarchicalHead):
     def _losses(
         self, hidden: torch.Tensor, labels: torch.Tensor, temperature: float, generator: torch.Generator | None
     ) -> torch.Tensor:
-        if torch.compiler.is_compiling() and self.num_classes <= _SCAN:  # of fixed shapes
+        if torch.compiler.is_compiling() and self.num_classes <= _SCAN:  # this form has fixed shapes
             return -self._log_prob(hidden).gather(1, labels[:, None]).squeeze(1)
         return self._path_losses(hidden, labels)
 
     @torch.compiler.disable
     def _path_losses(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         if self.num_classes == 1:
-            return at_least_float32(hidden.sum(1) * 0.0)  # certain
+            return at_least_float32(hidden.sum(1) * 0.0)  # the only class has probability 1
         begin = self.offset.index_select(0, labels)
         lengths = self.offset.index_select(0, labels + 1) - begin
         starts = lengths.cumsum(0) - lengths
@@ -189,7 +195,7 @@ class TreeHead(HierarchicalHead):
             return at_least_float32(hidden.sum(1, keepdim=True) * 0.0)
         z = at_least_float32(F.linear(hidden, self.weight, self.bias))
         steps = torch.stack([F.logsigmoid(z), F.logsigmoid(-z)], dim=2)  # (batch, nodes, left and right)
-        node = z.new_zeros(len(z), 1)  # the root is certain
+        node = z.new_zeros(len(z), 1)  # the root has probability 1
         leaves, first = [], 0
         for size, below in zip(self._levels, [*self._levels[1:], 0], strict=True):
             children = (node[:, :, None] + steps[:, first : first + size]).flatten(1)
@@ -208,40 +214,41 @@ class TreeHead(HierarchicalHead):
     def best_first(
         self, hidden: torch.Tensor, k: int = 1, *, width: int = 4, max_nodes: int | None = None
     ) -> tuple[Prediction, torch.Tensor]:
-        """Find the k most probable classes without looking at all nodes.
+        """Find the k most probable classes exactly, without visiting all nodes.
 
-        log P only falls along a path, so a node whose log P is not above that of the k-th best class found so far
-        cannot lead to a better one. The most probable nodes of each row are opened first, until none is above.
+        log P only decreases along a path. A node can lead to a better class only if its log P is greater than the
+        log P of the k-th best class so far. Each row expands its most probable nodes first and stops when all such
+        nodes are expanded.
 
         Args:
-            hidden: (batch, dim).
-            k: How many classes, 1 to num_classes.
-            width: Nodes of a row that are opened at a time; 1 opens the fewest.
-            max_nodes: Nodes of a row after which all classes are looked at instead, which costs less for rows whose
-                probabilities hardly differ, as those of a new head; 256 or a 64th of all nodes where None. The result
-                is the same.
+            hidden: Hidden states, (batch, dim).
+            k: Number of classes, from 1 to num_classes.
+            width: Number of nodes per row that a step expands. 1 expands the fewest nodes in total.
+            max_nodes: Number of expanded nodes per row after which the search computes all classes instead. This is
+                faster for rows with similar probabilities, as in a new head. The result is the same. Defaults to
+                1/64 of all nodes, but at least 256.
 
         Returns:
-            The classes, and how many nodes were opened for each row, int64 (batch,).
+            The classes, and the number of expanded nodes per row, int64 (batch,).
 
         Raises:
-            ValueError: If k is out of range or hidden holds NaN.
+            ValueError: If `k` is out of range or `hidden` contains NaN.
         """
         flat = self._flat(hidden)
         if not 1 <= k <= self.num_classes:
             raise ValueError(f"k={k} is out of range; expected 1 to num_classes={self.num_classes}.")
         if flat.isnan().any():
-            raise ValueError("hidden holds NaN, which has no most probable class; look at the loss of the model.")
+            raise ValueError("hidden contains NaN, so no class is the most probable. Check the loss of the model.")
         if max_nodes is None:
             max_nodes = max(256, len(self.weight) // 64)
         batch, inner = len(flat), len(self.weight)
         scores = at_least_float32(flat).new_full((batch, k), -math.inf)
         classes = torch.zeros(batch, k, dtype=torch.long, device=flat.device)
         visits = torch.zeros(batch, dtype=torch.long, device=flat.device)
-        rows = torch.arange(batch if inner else 0, device=flat.device)  # that are not finished
+        rows = torch.arange(batch if inner else 0, device=flat.device)  # rows that are not finished
         if not inner:
             scores.zero_()
-        # Of the rows that are not finished: nodes to open, and the best classes so far.
+        # For each unfinished row: the nodes to expand, and the best classes so far.
         open_scores, open_nodes = scores.new_zeros(len(rows), 1), classes.new_zeros(len(rows), 1)
         best, best_classes = scores.clone(), classes.clone()
         while len(rows):
@@ -280,23 +287,25 @@ class TreeHead(HierarchicalHead):
 
 
 class TwoLevelHead(HierarchicalHead):
-    """Hierarchical softmax of two levels: which group, then which class of it (Goodman 2001).
+    """Hierarchical softmax with two levels: a softmax over groups, and one over the classes of a group (Goodman 2001).
 
         log P(c | h) = log softmax(U h + a)_{group of c} + log softmax(W_{group of c} h + b)_c
 
-    A softmax over the groups and one over the classes of each. With sqrt(V) groups the loss of an example costs
-    O(sqrt(V) d). Shallow trees ask less of a linear layer than binary ones and come closest to the softmax.
+    With sqrt(V) groups, the loss of an example takes O(sqrt(V) d) operations. Two levels are easier to separate with
+    linear layers than the levels of a binary tree, so accuracy is closer to softmax.
 
     Args:
         in_features: d, channels of the hidden states.
-        num_classes: V.
-        groups: Lists of classes, each class once, such as the 20 superclasses of CIFAR-100; where None about sqrt(V)
-            groups of equal size, the most frequent classes in the first.
-        class_counts: How often each class occurs, (classes,), where there are no groups.
-        sparse: Whether the gradients of `weight` and `bias` are sparse; those of the groups' are not.
+        num_classes: V, number of classes.
+        groups: Lists that contain each class once, such as the 20 superclasses of CIFAR-100. Defaults to about sqrt(V)
+            groups of equal size in the order of falling frequency.
+        class_counts: Number of training examples of each class, (classes,), for the default groups. Defaults to equal
+            counts.
+        sparse: Whether the gradients of `weight` and `bias` are sparse. The gradients of `group_weight` and
+            `group_bias` are always dense.
 
     Raises:
-        ValueError: If counts or groups do not fit.
+        ValueError: If `class_counts` or `groups` is invalid.
 
     Example:
         ```python
@@ -336,7 +345,12 @@ class TwoLevelHead(HierarchicalHead):
         self.reset_parameters()
 
     def make_buffers(self) -> dict[str, torch.Tensor]:
-        """Compute `members` (groups, most classes), -1 where there is none, and the place of each class, `slot`."""
+        """Compute the classes of each group and the position of each class.
+
+        Returns:
+            `members`, the classes of each group, (groups, size of the largest group), padded with -1; and `slot`, the
+            position of each class in the flattened members, (classes,).
+        """
         widest = max(map(len, self._groups))
         members = np.full((len(self._groups), widest), -1, dtype=np.int32)
         slot = np.empty(self.num_classes, dtype=np.int32)
@@ -346,11 +360,11 @@ class TwoLevelHead(HierarchicalHead):
         return {"members": torch.from_numpy(members), "slot": torch.from_numpy(slot)}
 
     def extra_repr(self) -> str:
-        """What `print` shows of the layer."""
+        """Return the text that `print` shows in the parentheses of the layer."""
         return f"{super().extra_repr()} in {len(self.group_weight)} groups, sparse={self.sparse}"
 
     def sparse_parameters(self) -> list[nn.Parameter]:
-        """The parameters whose gradients are sparse."""
+        """Return the parameters with sparse gradients."""
         return [self.weight, self.bias] if self.sparse else []
 
     def _losses(
@@ -362,7 +376,7 @@ class TwoLevelHead(HierarchicalHead):
         group_loss = F.cross_entropy(
             at_least_float32(F.linear(hidden, self.group_weight, self.group_bias)), group, reduction="none"
         )
-        classes = self.members.index_select(0, group).long()  # (batch, most classes)
+        classes = self.members.index_select(0, group).long()  # (batch, size of the largest group)
         absent = classes < 0
         if torch.compiler.is_compiling() or (len(self.weight) <= _ALL_NODES and not self.sparse):
             scores = F.linear(hidden, self.weight, self.bias).gather(1, classes.clamp(min=0))
@@ -379,5 +393,5 @@ class TwoLevelHead(HierarchicalHead):
         scores = at_least_float32(F.linear(hidden, self.weight, self.bias))
         padded = scores.index_select(1, self.members.flatten().clamp(min=0)).view(len(hidden), *self.members.shape)
         inside = padded.masked_fill(self.members < 0, -math.inf).log_softmax(2)
-        # the absent ones are -inf and are not picked
+        # `slot` picks no padding, so the -inf of the padding is not returned.
         return (of_groups[:, :, None] + inside).flatten(1).index_select(1, self.slot)

@@ -1,22 +1,29 @@
 """Normalization layers for images, from their definitions: batch, instance, batch-instance, layer and group.
 
-Ioffe & Szegedy 2015 (batch), Ba et al. 2016 (layer), Ulyanov et al. 2016 (instance), Nam & Kim 2018 (batch-instance),
-Wu & He 2018 (group). All take x of (batch, channels, height, width), subtract a mean, divide by a standard deviation
-and apply a learned scale and shift for each channel:
+All layers take x of shape (batch, channels, height, width). They subtract a mean, divide by a standard deviation, and
+apply a learned scale and shift per channel:
 
     y = weight * (x - mean) / sqrt(var + eps) + bias
 
-and differ only in which values share a mean and a variance. `standardize_plainly` is the formula in plain operations;
-layers_norm_kernel.py computes the same in fewer passes over x, and is what runs unless a compiler does.
+They differ only in the values that share a mean and a variance:
 
-What differs from torch.nn's layers:
+- batch: all values of a channel (Ioffe & Szegedy 2015);
+- instance: all values of a channel of an image (Ulyanov et al. 2016);
+- batch-instance: a learned mixture of these two (Nam & Kim 2018);
+- layer: all values of an image (Ba et al. 2016);
+- group: all values of a group of channels of an image (Wu & He 2018).
 
-- Statistics are those of a shifted x, in float32 or wider, pooled in float64: means of 10^4 with deviations of 1 are
-  no trouble, nor is bfloat16. The result has the dtype of x, also under autocast.
-- `InstanceNorm2d` has scale and shift unless told otherwise, as the other layers have.
-- `LayerNorm2d` has them for each channel, not for each pixel, unless told the height and width.
+`standardize_plainly` is the formula in plain operations. layers_norm_kernel.py computes the same with fewer passes
+over x. The kernel runs unless the model is compiled.
+
+Differences from the layers of torch.nn:
+
+- Statistics are computed from a shifted x in float32 or float64 and pooled in float64. They are therefore exact for a
+  mean of 10^4 with a deviation of 1, and for bfloat16. The result has the dtype of x, also under autocast.
+- `InstanceNorm2d` has a scale and a shift by default, like the other layers.
+- `LayerNorm2d` has one scale and shift per channel, not per pixel, unless `image_size` is set.
 - `BatchNorm2d(sync=True)` shares its statistics between the processes of a distributed run.
-- No second derivatives in eager mode (asking for them raises).
+- Second derivatives are not supported in eager mode and raise an error.
 """
 
 from collections.abc import Sequence
@@ -38,10 +45,11 @@ def standardize_plainly(
     sources: Sequence[Pool | Given],
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | float]:
-    """The definition in plain operations, which a compiler fuses; eager, each would be a pass over x of its own."""
+    """Compute `standardize` in plain operations. A compiler fuses them; without it, each is a pass over x."""
     dtype, wide = compute_dtypes(x)
     pixels, values = x.shape[2] * x.shape[3], x.to(dtype)
     if any(isinstance(source, Pool) for source in sources):
+        # Moments of each channel of each image. Subtracting a first estimate of the mean keeps them exact.
         pivot = values.detach().mean((2, 3))
         centered = values - pivot[:, :, None, None]
         rest = centered.mean((2, 3))
@@ -52,6 +60,7 @@ def standardize_plainly(
         mean = var = None
         pivot = sources[0][0].to(dtype).expand(x.shape[:2]).to(wide)
         centered = values - pivot.to(dtype)[:, :, None, None]
+    # y = scale * (x - pivot) + shift, with the contributions of all sources added up.
     scale, shift, first = 0.0, 0.0, None
     for share, source in zip(shares_of(None if gate is None else gate.to(wide)), sources, strict=True):
         pooled_mean, pooled_var, count = pool_moments(source, mean, var, pixels)
@@ -87,7 +96,7 @@ def standardize(
         weight: Scale per channel, (channels,). `None` for 1.
         bias: Shift per channel, (channels,). `None` for 0.
         sources: One source of mean and variance, or two that `gate` mixes. A `Pool` computes them from x; a pair
-            (mean, variance) is used as it is.
+            (mean, variance) gives them directly.
         eps: Added to the variance.
         gate: Share of the first of two sources per channel, (channels,), in [0, 1].
 
@@ -107,7 +116,7 @@ def standardize(
 
 
 class NormLayer:
-    """The methods of a normalization class that models use; every class in `NORMS` has them.
+    """The methods of normalization classes that models use. Every class in `NORMS` has them.
 
     Models call `make` to create a layer and `reset_parameters` to initialize it; their configs call `check_channels`.
     """
@@ -129,14 +138,14 @@ class NormLayer:
 
     @classmethod
     def check_channels(cls, channels: int, **options: Any) -> None:
-        """Check that `make` accepts a number of channels; it always does by default.
+        """Check that `make` accepts a number of channels. By default, it accepts any number.
 
         Args:
             channels: Channels of the images.
             **options: As in `make`.
 
         Raises:
-            ValueError: If the layer cannot have so many channels.
+            ValueError: If the layer does not accept this number of channels.
         """
 
     @torch.no_grad()
@@ -173,7 +182,7 @@ class Norm2d(NormLayer, nn.Module):
     def __init__(self, channels: int, eps: float = 1e-5, *, affine: bool = True, shape: Sequence[int] | None = None):
         super().__init__()
         if channels < 1:
-            raise ValueError(f"The number of channels is {channels}; it must be at least 1.")
+            raise ValueError(f"The number of channels is {channels}. It must be at least 1.")
         self.eps, self.affine = eps, affine
         self._channels = channels
         shape = (channels,) if shape is None else tuple(shape)
@@ -188,31 +197,33 @@ class Norm2d(NormLayer, nn.Module):
             )
 
     def extra_repr(self) -> str:
-        """What `print` shows of the layer."""
+        """Return the text that `print` shows in the parentheses of the layer."""
         return f"{self._channels}, eps={self.eps}, affine={self.affine}"
 
 
 class BatchNorm2d(Norm2d):
-    """All values of a channel share a mean and a variance: over batch, height and width.
+    """Normalize each channel over batch, height and width.
 
-    In training they are the batch's own, and running averages of them are kept, the variance's unbiased (divided by
-    n - 1); in evaluation they are those averages. State dicts are those of `torch.nn.BatchNorm2d`, both ways.
+        mean_c = mean of x[:, c, :, :],    var_c = mean of (x[:, c, :, :] - mean_c)^2
 
-    In a distributed run each process has its batch's own statistics, as with `torch.nn.BatchNorm2d`, and
-    `DistributedDataParallel` hands the running averages of the first process to all before each forward. With
-    `sync=True` all share those of the whole batch, as with `torch.nn.SyncBatchNorm`, for two small reductions in each
-    direction.
+    Training uses the statistics of the batch and keeps running averages of them. The running variance is unbiased
+    (divided by n - 1). Evaluation uses the running averages. State dicts are compatible with `torch.nn.BatchNorm2d`.
+
+    In a distributed run, each process uses the statistics of its own batch, as with `torch.nn.BatchNorm2d`.
+    `DistributedDataParallel` copies the running averages of the first process to all processes before each forward
+    pass. With `sync=True`, all processes use the statistics of the whole batch, as with `torch.nn.SyncBatchNorm`. This
+    takes two small reductions per forward and backward pass.
 
     Args:
-        num_features: C.
+        num_features: C, number of channels.
         eps: Added to the variance.
-        momentum: Weight of the new statistics in the running ones; None for the plain average of all so far.
-        affine: Whether there is a learned scale and shift.
-        track_running_stats: Whether there are running averages; without them evaluation too uses the batch's own.
-        sync: Whether the processes of a distributed run share their statistics in training.
+        momentum: Weight of the new statistics in the running averages. `None` for the plain average of all batches.
+        affine: Whether to learn a scale and a shift.
+        track_running_stats: Whether to keep running averages. Without them, evaluation uses the batch, too.
+        sync: Whether the processes of a distributed run share their statistics during training.
 
     Raises:
-        ValueError: In training, where a channel has a single value, and by that no variance.
+        ValueError: If a channel has a single value during training. It has no variance then.
 
     Example:
         ```python
@@ -240,12 +251,12 @@ class BatchNorm2d(Norm2d):
         self.register_buffer("num_batches_tracked", torch.tensor(0) if track_running_stats else None)
 
     def extra_repr(self) -> str:
-        """What `print` shows of the layer."""
+        """Return the text that `print` shows in the parentheses of the layer."""
         shared = ", sync=True" if self.sync else ""
         return f"{super().extra_repr()}, momentum={self.momentum}{shared}"
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Normalize x of (batch, channels, height, width), and in training take note of its statistics."""
+        """Normalize x, (batch, channels, height, width); in training, also update the running averages."""
         y, *statistics = standardize(x, self.weight, self.bias, [self._source(x)], eps=self.eps)
         self._track(*statistics)
         return y
@@ -257,8 +268,8 @@ class BatchNorm2d(Norm2d):
         sync = self.sync and self.training and dist.is_available() and dist.is_initialized()
         if x.numel() <= self.num_features and not sync:
             raise ValueError(
-                f"x has shape {tuple(x.shape)}, a single value for each channel or none, which has no variance; "
-                "train on larger batches or images, or call eval()."
+                f"x has shape {tuple(x.shape)}, at most one value per channel, which has no variance. Train with "
+                "larger batches or images, or call eval()."
             )
         return Pool(over_batch=True, sync=sync)
 
@@ -274,17 +285,19 @@ class BatchNorm2d(Norm2d):
 
 
 class InstanceNorm2d(Norm2d):
-    """Each channel of each image has its own mean and variance: over height and width.
+    """Normalize each channel of each image over height and width.
 
-    State dicts are those of `torch.nn.InstanceNorm2d(affine=True)`, both ways. Running averages are not kept.
+        mean_nc = mean of x[n, c, :, :],    var_nc = mean of (x[n, c, :, :] - mean_nc)^2
+
+    The layer keeps no running averages. State dicts are compatible with `torch.nn.InstanceNorm2d(affine=True)`.
 
     Args:
-        num_features: C.
+        num_features: C, number of channels.
         eps: Added to the variance.
-        affine: Whether there is a learned scale and shift.
+        affine: Whether to learn a scale and a shift.
 
     Raises:
-        ValueError: For images of a single pixel: all would become zero.
+        ValueError: If images have a single pixel, which would always become zero.
     """
 
     def __init__(self, num_features: int, eps: float = 1e-5, *, affine: bool = True):
@@ -292,33 +305,32 @@ class InstanceNorm2d(Norm2d):
         self.num_features = num_features
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Normalize x of (batch, channels, height, width)."""
+        """Normalize x, (batch, channels, height, width)."""
         self._check(x)
         if x.shape[2] * x.shape[3] == 1:
             raise ValueError(
-                f"x has shape {tuple(x.shape)}: the instance norm of a single pixel is zero whatever it was; "
-                "use larger images, or another norm."
+                f"x has shape {tuple(x.shape)}. The instance norm of a single pixel is always zero. Use larger images "
+                "or another norm."
             )
         return standardize(x, self.weight, self.bias, [Pool()], eps=self.eps)[0]
 
 
 class BatchInstanceNorm2d(BatchNorm2d):
-    """A learned gate rho in [0, 1] for each channel mixes batch and instance normalization.
+    """Mix batch and instance normalization with a learned gate rho in [0, 1] per channel.
 
         y = weight * (rho * x_batch + (1 - rho) * x_instance) + bias
 
-    Nam & Kim 2018, equation 3. rho starts at 1, batch normalization, and is clipped to [0, 1] after each update: here
-    at the next forward pass, so that any training loop will do; a checkpoint may hold a value just outside, which
-    counts as the bound. In evaluation the batch half has running statistics.
+    Nam & Kim 2018, equation 3. rho starts at 1, which is batch normalization. The paper clips rho to [0, 1] after each
+    update. This layer clips it at the next forward pass, so that any training loop works. A checkpoint may therefore
+    contain a value slightly outside; it counts as the bound. Evaluation uses running averages for the batch part.
 
     Args:
-        num_features: C.
+        num_features: C, number of channels.
         eps: Added to the variances.
         momentum: See `BatchNorm2d`.
-        affine: Whether there is a learned scale and shift.
-        gate_multiplier: By how much rho learns faster than the other weights; 10 is the paper's. The gradient of rho
-            is multiplied, which with SGD is the same as a learning rate of its own; Adam's steps do not depend on the
-            scale of a gradient, so there it takes a parameter group.
+        affine: Whether to learn a scale and a shift.
+        gate_multiplier: Factor by which the gradient of rho is multiplied. Defaults to 10, as in the paper. With SGD
+            this is a separate learning rate. Adam ignores the scale of gradients; use a parameter group there.
         sync: See `BatchNorm2d`.
     """
 
@@ -338,16 +350,16 @@ class BatchInstanceNorm2d(BatchNorm2d):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Set scale, shift and rho to 1, 0 and 1, and forget the running averages."""
+        """Reset scale, shift and running averages, and set rho to 1."""
         super().reset_parameters()
         init.ones_(self.gate)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Normalize x of (batch, channels, height, width), and in training take note of its statistics."""
+        """Normalize x, (batch, channels, height, width); in training, also update the running averages."""
         if self.training:
-            # By .data, for the backward of an earlier forward that still holds rho: its value is not another.
+            # Through .data, so that the backward pass of an earlier forward pass accepts the in-place change.
             self.gate.data.clamp_(0, 1)
-        # The gradient goes past the bound that the value is kept within, or a gate beyond it would never come back.
+        # The value is clipped but its gradient is not; otherwise a gate outside the bounds could never return.
         multiplied = self.gate * self.gate_multiplier
         rho = multiplied + (self.gate.clamp(0, 1) - multiplied).detach()
         sources = [self._source(x), Pool()]
@@ -357,18 +369,21 @@ class BatchInstanceNorm2d(BatchNorm2d):
 
 
 class GroupNorm2d(Norm2d):
-    """The channels of a group share a mean and a variance for each image: over channels, height and width.
+    """Normalize each group of channels of each image over its channels, height and width.
 
-    State dicts are those of `torch.nn.GroupNorm`, both ways.
+        mean_ng = mean of x[n, channels of group g, :, :],    var_ng = mean of (x[n, ...] - mean_ng)^2
+
+    State dicts are compatible with `torch.nn.GroupNorm`.
 
     Args:
-        num_groups: Groups of neighboring channels; 1 is layer normalization, one a channel instance normalization.
+        num_groups: Number of groups of neighboring channels. One group is layer normalization, and one group per
+            channel is instance normalization.
         num_channels: C, a multiple of `num_groups`.
         eps: Added to the variance.
-        affine: Whether there is a learned scale and shift for each channel.
+        affine: Whether to learn a scale and a shift per channel.
 
     Raises:
-        ValueError: If the channels do not divide into the groups.
+        ValueError: If `num_groups` does not divide `num_channels`.
     """
 
     def __init__(self, num_groups: int, num_channels: int, eps: float = 1e-5, *, affine: bool = True):
@@ -378,40 +393,38 @@ class GroupNorm2d(Norm2d):
 
     @classmethod
     def make(cls, channels: int, *, num_groups: int | None = None, **options: Any) -> "GroupNorm2d":
-        """Make a layer of `num_groups` groups; by default 8, or one per channel if there are fewer channels."""
+        """Make a layer with `num_groups` groups. Defaults to 8, or to one per channel for fewer than 8 channels."""
         return cls(min(8, channels) if num_groups is None else num_groups, channels)
 
     @classmethod
     def check_channels(cls, channels: int, *, num_groups: int | None = None, **options: Any) -> None:
-        """Raise ValueError unless the groups divide the channels."""
+        """Raise ValueError unless the number of groups divides the number of channels."""
         num_groups = min(8, channels) if num_groups is None else num_groups
         if num_groups < 1 or channels % num_groups:
             raise ValueError(f"num_groups={num_groups} must divide num_channels={channels}.")
 
     def extra_repr(self) -> str:
-        """What `print` shows of the layer."""
+        """Return the text that `print` shows in the parentheses of the layer."""
         return f"{self.num_groups}, {super().extra_repr()}"
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Normalize x of (batch, channels, height, width)."""
+        """Normalize x, (batch, channels, height, width)."""
         self._check(x)
         return standardize(x, self.weight, self.bias, [Pool(groups=self.num_groups)], eps=self.eps)[0]
 
 
 class LayerNorm2d(Norm2d):
-    """All values of an image share a mean and a variance: over channels, height and width.
+    """Normalize each image over channels, height and width.
+
+        mean_n = mean of x[n, :, :, :],    var_n = mean of (x[n, :, :, :] - mean_n)^2
 
     Args:
-        num_channels: C.
+        num_channels: C, number of channels.
         eps: Added to the variance.
-        affine: Whether there is a learned scale and shift.
-        image_size: (height, width), for a scale and a shift of every value, (channels, height, width), as
-            `torch.nn.LayerNorm` has them: 16.8 million of them in a ResNet-14 for 256x256 images that otherwise has
-            173 thousand weights, and images of one size only. By default there is one for each channel.
-        over: "image", or "channels": a mean and a variance for each pixel, over its channels alone, as in ConvNeXt.
-
-    Raises:
-        ValueError: If `over` is unknown, or given with `image_size`.
+        affine: Whether to learn a scale and a shift.
+        image_size: (height, width) of the images, to learn a scale and a shift per value as `torch.nn.LayerNorm` does.
+            The layer then accepts images of this size only. A ResNet-14 for 256x256 images has 16.8 million of them,
+            besides 173 thousand other weights. Defaults to a scale and a shift per channel.
     """
 
     def __init__(
@@ -421,55 +434,43 @@ class LayerNorm2d(Norm2d):
         *,
         affine: bool = True,
         image_size: tuple[int, int] | None = None,
-        over: str = "image",
     ):
-        if over not in ("image", "channels"):
-            raise ValueError(f"over={over!r} is unknown; choose one of image, channels.")
-        if over == "channels" and image_size is not None:
-            raise ValueError(f"over='channels' has one scale for each channel; leave image_size={image_size} out.")
         shape = None if image_size is None else (num_channels, *image_size)
         super().__init__(num_channels, eps=eps, affine=affine, shape=shape)
-        self.num_channels, self.over = num_channels, over
+        self.num_channels = num_channels
         self.image_size = None if image_size is None else tuple(image_size)
 
     @classmethod
     def make(cls, channels: int, *, image_size: tuple[int, int] | None = None, **options: Any) -> "LayerNorm2d":
-        """Make a layer; with `image_size` it has a scale and a shift for each value of an image."""
+        """Make a layer. With `image_size`, it has a scale and a shift per value of an image."""
         return cls(channels, image_size=image_size)
 
     def extra_repr(self) -> str:
-        """What `print` shows of the layer."""
-        size = "" if self.image_size is None else f", image_size={self.image_size}"
-        return f"{super().extra_repr()}{size}" + ("" if self.over == "image" else f", over={self.over!r}")
+        """Return the text that `print` shows in the parentheses of the layer."""
+        return super().extra_repr() + ("" if self.image_size is None else f", image_size={self.image_size}")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Normalize x of (batch, channels, height, width)."""
+        """Normalize x, (batch, channels, height, width)."""
         self._check(x)
-        if self.over == "channels":
-            # Pixels are the images of this view, so that channels are what is averaged over.
-            pixels = x.permute(0, 2, 3, 1).flatten(0, 2)[:, :, None, None]
-            y = standardize(pixels, self.weight, self.bias, [Pool(groups=1)], eps=self.eps)[0]
-            y = y.view(len(x), *x.shape[2:], x.shape[1]).permute(0, 3, 1, 2)
-            return y.contiguous() if x.is_contiguous() else y
         if self.image_size is None:
             return standardize(x, self.weight, self.bias, [Pool(groups=1)], eps=self.eps)[0]
         if tuple(x.shape[2:]) != self.image_size:
             raise ValueError(
-                f"x has shape {tuple(x.shape)}, but the layer has a scale for each of "
-                f"{self.image_size[0]}x{self.image_size[1]} pixels; without image_size it takes any."
+                f"x has shape {tuple(x.shape)}, but the layer has one scale per pixel of images of size "
+                f"{self.image_size[0]}x{self.image_size[1]}. Without image_size, it accepts images of any size."
             )
         y = standardize(x, None, None, [Pool(groups=1)], eps=self.eps)[0]
         return y * self.weight.to(y.dtype) + self.bias.to(y.dtype) if self.affine else y
 
 
 class NoNorm(NormLayer, nn.Identity):
-    """No normalization: returns its input. The convolution before it has a bias."""
+    """No normalization: return the input. The convolution before it has a bias."""
 
     has_shift = False
 
 
 class TorchBatchNorm2d(NormLayer, nn.BatchNorm2d):
-    """`torch.nn.BatchNorm2d`, to compare `BatchNorm2d` with."""
+    """`torch.nn.BatchNorm2d`, as a reference for `BatchNorm2d`."""
 
 
 # From name to class. To add a normalization, write a subclass of `Norm2d` and enter it here.
@@ -485,7 +486,7 @@ NORMS: dict[str, type[NormLayer]] = {
 
 
 def check_norm(norm: str, widths: Sequence[int] = (), **options: Any) -> None:
-    """Check the name of a normalization, and that it accepts the channels of a network.
+    """Check that a normalization exists and accepts the channels of a network.
 
     Args:
         norm: A key of `NORMS`.

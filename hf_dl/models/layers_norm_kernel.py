@@ -1,14 +1,14 @@
-"""The kernel of the normalization layers: both passes over x in blocks that fit the cache, with a backward by hand.
+"""The kernel of the normalization layers: passes over x in blocks that fit the cache, and the backward pass by hand.
 
 layers_norm.py has the definitions. All layers share this kernel, because they differ only in which values share a mean
-and a variance. By the law of total variance, var = E[var_nc] + Var[mean_nc], with the mean and the variance of each
-channel c of each image n. So:
+and a variance. The law of total variance pools the moments of each channel c of each image n:
+var = E[var_nc] + Var[mean_nc]. The forward pass has three steps:
 
-1. One pass over x computes the moments of each (image, channel).
-2. Moments are pooled as (batch, channels) tensors, which costs nothing.
+1. A pass over x computes the mean and variance of each (image, channel).
+2. The moments are pooled. They have shape (batch, channels), so this takes almost no time.
 3. A second pass over x writes y = scale * (x - pivot) + shift.
 
-The backward pass also needs two sums for each (image, channel) and writes one combination of x and the gradient.
+The backward pass computes two sums per (image, channel). It then writes a linear combination of x and the gradient.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,17 +18,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-_BLOCK_BYTES = 2**18  # a few of them stay in a core's cache between the passes
+_BLOCK_BYTES = 2**18  # a few blocks of this size fit in the cache of a core
 
 
 @dataclass(frozen=True)
 class Pool:
-    """Which (image, channel) pairs share a mean and a variance; the default is none, each has its own.
+    """The (image, channel) pairs that share a mean and a variance. By default, each pair has its own.
 
     Args:
-        over_batch: All images share them.
-        sync: So do the images of all processes.
-        groups: The channels of each of so many groups share them; 0 for none.
+        over_batch: Whether all images share them.
+        sync: Whether the images of all processes share them. Requires `over_batch`.
+        groups: Number of groups whose channels share them. 0 for no groups.
     """
 
     over_batch: bool = False
@@ -36,14 +36,14 @@ class Pool:
     groups: int = 0
 
     def average(self, values: torch.Tensor, pixels: int) -> tuple[torch.Tensor, torch.Tensor | float]:
-        """Average over what shares.
+        """Average values over the pairs that share statistics.
 
         Args:
-            values: (batch, channels), each a mean over the pixels of one channel of one image.
-            pixels: How many.
+            values: Means over the pixels of each channel of each image, (batch, channels).
+            pixels: Number of pixels of an image.
 
         Returns:
-            The averages, of a shape that broadcasts to (batch, channels), and how many pixels each is over.
+            The averages, in a shape that broadcasts to (batch, channels), and the number of pixels in each average.
         """
         batch, channels = values.shape
         if self.groups:
@@ -53,20 +53,20 @@ class Pool:
             return values, pixels
         if not self.sync:
             return values.mean(0, keepdim=True), batch * pixels
-        # Processes may hold different numbers of images, of different sizes: sums and counts travel, not means.
+        # Processes may have different numbers and sizes of images, so they exchange sums and counts instead of means.
         total = torch.cat([values.sum(0) * pixels, values.new_tensor([batch * pixels])])
         dist.all_reduce(total)
         return total[:-1].unsqueeze(0) / total[-1], total[-1]
 
 
-# Statistics that are given, as a BatchNorm2d has them in evaluation: (mean, variance), each (channels,).
+# Known statistics (mean, variance), each (channels,), such as the running averages of a BatchNorm2d in evaluation.
 Given = tuple[torch.Tensor, torch.Tensor]
 
 
 def pool_moments(
     source: Pool | Given, mean: torch.Tensor | None, var: torch.Tensor | None, pixels: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | float]:
-    """Pool moments of (batch, channels): the mean, the variance, and how many pixels they are over."""
+    """Pool the moments of each (image, channel); return the mean, the variance and the number of pixels in each."""
     if not isinstance(source, Pool):
         return source[0].unsqueeze(0), source[1].unsqueeze(0), 0
     pooled_mean, count = source.average(mean, pixels)
@@ -75,21 +75,21 @@ def pool_moments(
 
 
 def shares_of(gate: torch.Tensor | None) -> tuple[torch.Tensor | float, ...]:
-    """How much of each standardized x the result has: all of the only one, or rho and 1 - rho of the two."""
+    """Return the weight of each source: 1 for a single source, or rho and 1 - rho for two."""
     return (1.0,) if gate is None else (gate, 1 - gate)
 
 
 def compute_dtypes(x: torch.Tensor) -> tuple[torch.dtype, torch.dtype]:
-    """The dtypes of the passes over x and of the pooled statistics."""
+    """Return the dtype of the passes over x and the dtype of the pooled statistics."""
     if x.dtype == torch.float64:
         return torch.float64, torch.float64
     return torch.float32, torch.float32 if x.device.type == "mps" else torch.float64  # Metal has no float64
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
-    """View x as (rows, columns, pixels), rows being what blocks are cut along.
+    """View x as (rows, columns, pixels), to be cut into blocks of rows.
 
-    Rows are channels of images, or whole images where the channels of a pixel lie together (channels_last).
+    A row is a channel of an image, or a whole image in the memory format channels_last.
     """
     batch, channels, height, width = x.shape
     if x.is_contiguous():
@@ -100,16 +100,16 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
 def _blocks(
     x: torch.Tensor, *others: torch.Tensor, scratch: Sequence[torch.dtype] = ()
 ) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Cut tensors of as many rows as x along them into blocks that fit the cache.
+    """Cut x, and other tensors with the same number of rows, into blocks of rows that fit in the cache.
 
-    For each dtype of `scratch`, blocks come with room for a result of their shape, the same for all, so that it stays
-    in the cache.
+    Each block comes with one scratch tensor of its shape per dtype in `scratch`. All blocks use the same memory for
+    it, so that it stays in the cache.
     """
     size = _BLOCK_BYTES
     if x.device.type != "cpu":
-        size *= 256  # so that launches do not count
+        size *= 256  # large blocks, so that the time of kernel launches is negligible
     elif (threads := torch.get_num_threads()) > 1:
-        size *= 4 * threads  # each pass over a block ends in a wait for the slowest thread; so fewer of them
+        size *= 4 * threads  # fewer blocks, because each one ends with a wait for the slowest thread
     step = max(1, size // max(1, x[:1].numel() * max(4, x.element_size())))
     blocks = [tensor.split(step) for tensor in (x, *others)]
     first, last = blocks[0][0], blocks[0][-1]
@@ -123,11 +123,11 @@ class Standardize(torch.autograd.Function):
     """y = weight * sum_k share_k (x - mean_k) / sqrt(var_k + eps) + bias, for one or two sources of statistics.
 
     With inv = 1 / sqrt(var + eps), xhat = (x - mean) * inv and g = weight * share * dy, the gradient through one
-    source is (Ioffe & Szegedy 2015, section 3, its three paths added up)
+    source is (Ioffe & Szegedy 2015, section 3, with its three paths added up)
 
         dx = inv * (g - E[g] - xhat * E[g * xhat])
 
-    with E the average over what shares the statistics; both averages vanish for statistics that are given.
+    E is the average over the values that share the statistics. Both averages are 0 for known statistics.
     """
 
     @staticmethod
@@ -140,7 +140,7 @@ class Standardize(torch.autograd.Function):
         sources: Sequence[Pool | Given],
         eps: float,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | float]:
-        """Standardize; also returns the first source's mean, variance and count."""
+        """Compute y; also return the mean, variance and pixel count of the first source."""
         if not x.is_contiguous():
             last = x.is_contiguous(memory_format=torch.channels_last)
             x = x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
@@ -150,7 +150,7 @@ class Standardize(torch.autograd.Function):
         columns = (*rows.shape[:2], 1)
 
         if any(isinstance(source, Pool) for source in sources):
-            # Two steps: x minus its mean as far as float32 holds it, then the mean and the square of the rest.
+            # First subtract the mean rounded to float32, then compute the mean and the square of the rest.
             pivot, rest, square = (x.new_empty(columns, dtype=dtype) for _ in range(3))
             for block, m, r, s, d, d2 in _blocks(rows, pivot, rest, square, scratch=(dtype, dtype)):
                 torch.sum(block, 2, True, dtype=dtype, out=m).mul_(1 / pixels)
@@ -163,8 +163,8 @@ class Standardize(torch.autograd.Function):
         else:
             mean = var = None
             pivot = sources[0][0].to(dtype).expand(batch, channels).to(wide)
-        # x whose mean is within a few deviations of zero loses nothing by not being shifted, and saves three passes.
-        # Looking costs a wait on other devices.
+        # If the mean is within a few deviations of zero, x needs no shift, which saves three passes. Other devices
+        # always shift, because this test would wait for the device.
         spread = sources[0][1].to(wide) if var is None else var
         center = x.device.type != "cpu" or bool((pivot.square() > 16 * (spread + eps)).any())
         if not center:
@@ -205,7 +205,7 @@ class Standardize(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
-        """The gradients of x, weight, bias and gate."""
+        """Compute the gradients of x, weight, bias and gate."""
         x, weight, gate, pivot, scale, *saved = ctx.saved_tensors
         dy = dy.contiguous(memory_format=torch.contiguous_format if x.is_contiguous() else torch.channels_last)
         dtype, wide = compute_dtypes(x)
@@ -240,7 +240,7 @@ class Standardize(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx = torch.empty_like(x)
             rescaled = scale.reshape(columns)
-            if slope is None:  # the statistics were given
+            if slope is None:  # the statistics are known constants
                 for g, out, a, result in _blocks(gradients, _rows(dx), rescaled, scratch=(dtype,)):
                     out.copy_(torch.mul(g, a, out=result))
             else:

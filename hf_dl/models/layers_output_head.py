@@ -2,8 +2,8 @@
 
 A head takes hidden states (batch, dim) and has its own parameters in place of a last linear layer:
 
-- `head(hidden, labels)` computes the loss. In evaluation it is the mean of -log P(label | hidden). The Gumbel head
-  adds noise during training; all other heads have the same loss in training.
+- `head(hidden, labels)` computes the loss, the mean of -log P(label | hidden). Only the Gumbel head has another loss
+  during training, when it adds noise.
 - `head.log_prob(hidden)` computes log P(class | hidden) of all classes, (batch, classes). Models return it as
   `logits`. Since softmax(log p) = p, pipelines and metrics treat it as the logits of any classifier.
 - `head.predict(hidden, k)` finds the k most probable classes.
@@ -22,15 +22,15 @@ from torch import nn
 from transformers import initialization as init
 
 IGNORED = -100  # labels with this value are ignored, as in transformers
-_LOOKS = 3  # calls that check whether hidden states look like probabilities; wrong wiring shows in each call
+_CHECKS = 3  # number of calls that check whether hidden states look like probabilities
 
 
 class Prediction(NamedTuple):
     """The most probable classes, best first.
 
     Args:
-        log_prob: log P(class | hidden), (batch, k), falling.
-        classes: Their numbers, int64 (batch, k).
+        log_prob: log P(class | hidden) in decreasing order, (batch, k).
+        classes: The class numbers, int64 (batch, k).
     """
 
     log_prob: torch.Tensor
@@ -38,22 +38,23 @@ class Prediction(NamedTuple):
 
 
 class OutputHead(nn.Module, abc.ABC):
-    """What the output layers share: checks, leading dimensions, precision and reduction.
+    """Base class of the output layers: checks inputs, flattens leading dimensions, sets precision, reduces losses.
 
     A new head needs two methods. Both take hidden states (batch, dim) in the precision of the head's weights:
 
     - `_losses(hidden, labels, temperature, generator)` returns the losses, (batch,);
     - `_log_prob(hidden)` returns log P(class | hidden), (batch, classes).
 
-    It overrides `make` and `option_names` if options choose between classes, `reset_parameters` if its parameters need
-    another initialization, `make_buffers` if it has buffers, and `sparse_parameters` if it has sparse gradients.
+    Some heads override more. `reset_parameters` sets another initialization, `make_buffers` computes buffers, and
+    `sparse_parameters` lists parameters with sparse gradients. `make` and `option_names` let an option choose between
+    classes.
 
     Args:
-        in_features: d, channels of the hidden states.
+        in_features: d, channels of the hidden states, at least 1.
         num_classes: V, at least 1.
 
     Raises:
-        ValueError: If one of them is below 1.
+        ValueError: If `in_features` or `num_classes` is less than 1.
     """
 
     has_class_rows = False  # whether `weight` has one row per class, so that a language model can tie its embedding
@@ -64,14 +65,14 @@ class OutputHead(nn.Module, abc.ABC):
             if value < 1:
                 raise ValueError(f"{name}={value} must be at least 1.")
         self.in_features, self.num_classes = in_features, num_classes
-        self._looks = _LOOKS
+        self._checks_left = _CHECKS
 
     def extra_repr(self) -> str:
-        """What `print` shows of the layer."""
+        """Return the text that `print` shows in the parentheses of the layer."""
         return f"{self.in_features} -> {self.num_classes} classes"
 
     def sparse_parameters(self) -> list[nn.Parameter]:
-        """The parameters whose gradients are sparse; `make_optimizers` gives them the optimizer they need."""
+        """Return the parameters with sparse gradients; `make_optimizers` gives them an optimizer that accepts them."""
         return []
 
     @classmethod
@@ -93,7 +94,7 @@ class OutputHead(nn.Module, abc.ABC):
         """List the options that `make` takes.
 
         Args:
-            options: The options that are set, in case the others depend on them.
+            options: The options that the user set; other options may depend on them.
 
         Returns:
             Names, in the order of the signature.
@@ -111,7 +112,7 @@ class OutputHead(nn.Module, abc.ABC):
         """
         for parameter in self.parameters(recurse=False):
             if std is None:
-                uniform_like_linear_(parameter, self.in_features)
+                init.uniform_(parameter, -(self.in_features**-0.5), self.in_features**-0.5)
             elif parameter.ndim > 1:
                 init.trunc_normal_(parameter, std=std)
             else:
@@ -128,10 +129,13 @@ class OutputHead(nn.Module, abc.ABC):
             init.copy_(getattr(self, name), values)
 
     def make_buffers(self) -> dict[str, torch.Tensor]:
-        """Compute the buffers anew from what the head was made of, for who fills them where a checkpoint lacks them.
+        """Compute the values of the buffers from the arguments of the constructor.
 
-        They are part of the state dict. A model's `_init_weights` copies these into them: `from_pretrained` leaves the
-        buffers of a new head on a pretrained body as it found the memory.
+        Buffers are part of the state dict. If a checkpoint does not have them, for example under a new head on a
+        pretrained body, `from_pretrained` leaves their memory uninitialized. `init_weights` then fills them.
+
+        Returns:
+            The value of each buffer by name.
         """
         return {}
 
@@ -147,20 +151,20 @@ class OutputHead(nn.Module, abc.ABC):
         """Compute the loss.
 
         Args:
-            hidden: (..., dim), what the last hidden layer gives; any range.
-            labels: (...), integers in [0, num_classes), or -100 for what is to be left out.
-            temperature: Of the Gumbel noise, above 0; the other heads have none and leave it alone.
-            generator: Source of that noise, on the device of `hidden`.
-            reduction: "mean" over the labels that count (0 where none does), "sum", or "none" for (...).
+            hidden: Output of the last hidden layer, (..., dim). Values may have any range.
+            labels: Classes, integers in [0, num_classes), (...). Labels of -100 are ignored.
+            temperature: Temperature of the Gumbel noise, greater than 0. Ignored by heads without noise.
+            generator: Random generator for the noise, on the device of `hidden`.
+            reduction: "mean" over the labels that are not ignored (0 if all are), "sum", or "none".
 
         Returns:
-            The loss in nats, a scalar, or (...) with `reduction="none"`.
+            The loss in nats: a scalar, or (...) with `reduction="none"`.
 
         Raises:
-            ValueError: If shapes, dtypes, labels or options are not as above.
+            ValueError: If a shape, a dtype, a label or an option is invalid.
         """
         if reduction not in ("mean", "sum", "none"):
-            raise ValueError(f"reduction={reduction!r} is unknown; choose one of mean, sum, none.")
+            raise ValueError(f"reduction={reduction!r} is unknown. Choose one of: mean, sum, none.")
         flat = self._flat(hidden)
         targets, counted = labels.flatten().to(flat.device).long(), None
         if self._check_labels(hidden, labels):
@@ -180,10 +184,11 @@ class OutputHead(nn.Module, abc.ABC):
         """Compute log P(class | hidden) of all classes.
 
         Args:
-            hidden: (..., dim).
+            hidden: Hidden states, (..., dim).
 
         Returns:
-            (..., classes), at most 0; exp of it sums to 1. In the order of the labels, float32 or wider.
+            Log-probabilities in the order of the labels, (..., classes), in float32 or float64. Their exponentials
+            sum to 1.
         """
         flat = self._flat(hidden)
         with torch.autocast(flat.device.type, enabled=False):
@@ -191,17 +196,17 @@ class OutputHead(nn.Module, abc.ABC):
 
     @torch.no_grad()
     def predict(self, hidden: torch.Tensor, k: int = 1) -> Prediction:
-        """Find the most probable classes; never at random, and exactly.
+        """Find the k most probable classes. The result is exact and does not depend on noise.
 
         Args:
-            hidden: (..., dim).
-            k: How many classes, 1 to num_classes.
+            hidden: Hidden states, (..., dim).
+            k: Number of classes, from 1 to num_classes.
 
         Returns:
             Log-probabilities and classes, each (..., k), best first.
 
         Raises:
-            ValueError: If k is out of range.
+            ValueError: If `k` is out of range.
         """
         flat = self._flat(hidden)
         if not 1 <= k <= self.num_classes:
@@ -225,11 +230,11 @@ class OutputHead(nn.Module, abc.ABC):
         if hidden.ndim < 2 or hidden.shape[-1] != self.in_features or not hidden.is_floating_point():
             raise ValueError(
                 f"hidden has shape {tuple(hidden.shape)} and dtype {hidden.dtype}, expected floating point (batch, "
-                f"{self.in_features}): what the last hidden layer gives."
+                f"{self.in_features}). Pass the output of the last hidden layer."
             )
         flat = hidden.flatten(0, -2)
-        if self._looks and not torch.compiler.is_compiling():
-            self._looks -= 1
+        if self._checks_left and not torch.compiler.is_compiling():
+            self._checks_left -= 1
             self._warn_of_probabilities(flat.detach())
         return flat.to(next(self.parameters()).dtype)
 
@@ -242,19 +247,19 @@ class OutputHead(nn.Module, abc.ABC):
             if values.min() >= 0 and off < (1e-3 if hidden.dtype in (torch.float32, torch.float64) else 3e-2):
                 warnings.warn(
                     f"hidden looks like {kind}: its rows are not negative and sum to 1. {type(self).__name__} takes "
-                    "hidden states and has an output layer of its own; with probabilities it stays near chance. "
-                    "Remove the softmax, and the linear layer before it.",
+                    "hidden states and has its own output layer; with probabilities its accuracy stays near chance. "
+                    "Remove the softmax and the linear layer before it.",
                     stacklevel=6,  # the caller of the module
                 )
-                self._looks = 0
+                self._checks_left = 0
                 return
 
     def _check_labels(self, hidden: torch.Tensor, labels: torch.Tensor) -> bool:
-        """Refuse labels that there are not; whether some may be to be left out."""
+        """Validate labels; return whether some are ignored, or True if that is not known while compiling."""
         if labels.shape != hidden.shape[:-1]:
             raise ValueError(
-                f"labels has shape {tuple(labels.shape)}, expected {tuple(hidden.shape[:-1])}, a class number for "
-                "each hidden state (not one-hot vectors)."
+                f"labels has shape {tuple(labels.shape)}, expected {tuple(hidden.shape[:-1])}: one class number per "
+                "hidden state, not one-hot vectors."
             )
         if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
             raise ValueError(f"labels has dtype {labels.dtype}, expected integers; call .long().")
@@ -268,23 +273,17 @@ class OutputHead(nn.Module, abc.ABC):
             ignored = False
         if low < 0 or high >= self.num_classes:
             raise ValueError(
-                f"labels holds {high if high >= self.num_classes else low}, expected 0 to {self.num_classes - 1} in "
-                f"the order of the classes (the head sorts them itself where it needs to), or {IGNORED} to leave an "
-                "example out."
+                f"labels contains {high if high >= self.num_classes else low}, expected 0 to {self.num_classes - 1}, "
+                f"or {IGNORED} to ignore an example. Do not renumber labels by frequency; the head does that itself."
             )
         return ignored
 
 
 def at_least_float32(values: torch.Tensor) -> torch.Tensor:
-    """Logarithms and exponentials want float32 at least."""
+    """Convert to float32 unless the values are float64; logarithms and exponentials need that precision."""
     return values if values.dtype == torch.float64 else values.float()
 
 
 def largest(values: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k largest of each row and where they are; looking for one is the faster for not being topk."""
+    """Return the k largest values of each row and their columns; `max` is faster than `topk(1)`."""
     return values.max(1, keepdim=True) if k == 1 else values.topk(k, dim=1)
-
-
-def uniform_like_linear_(parameter: nn.Parameter, fan_in: int) -> None:
-    """U(-1 / sqrt(fan_in), 1 / sqrt(fan_in)), as nn.Linear has it."""
-    init.uniform_(parameter, -(fan_in**-0.5), fan_in**-0.5)

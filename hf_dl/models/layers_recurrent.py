@@ -1,12 +1,12 @@
-"""The LSTM from its definition: a step, a cell, a layer that goes on from a state, and a bidirectional encoder.
+"""The LSTM from its definition: one step, a cell, a layer that continues from a state, and a bidirectional encoder.
 
-Hochreiter & Schmidhuber 1997, "Long Short-Term Memory", with the forget gate of Gers et al. 2000; the gates in the
-order and with the two biases that torch has, so that weights go back and forth unchanged.
+Hochreiter & Schmidhuber 1997, "Long Short-Term Memory", with the forget gate of Gers et al. 2000. The order of the
+gates and the two biases are the same as in torch, so weights can be exchanged with the modules of torch.
 
-Everything runs in one of two ways that agree to rounding: written out (`fused=False`), where every line of the
-definition is seen, or through the library's kernel (`fused=True`, the default), which is faster. There is one
-exception: on a CPU the gradient of torch's kernel for packed sequences takes time by the square of their length, so
-there the encoder is trained by the steps.
+Each module runs in one of two ways, whose results differ only by rounding. `fused=False` runs the definition step by
+step. `fused=True`, the default, uses the kernel of torch and is faster. There is one exception: the CPU kernel for
+packed sequences has a backward pass whose time grows with the square of the length. Therefore, the bidirectional
+encoder always trains step by step on a CPU.
 """
 
 import torch
@@ -22,15 +22,15 @@ def lstm_step(
     bias_ih: torch.Tensor,
     bias_hh: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Take one step of an LSTM.
+    """Compute one step of an LSTM.
 
     Args:
         x: Inputs, (batch, inputs).
-        state: h and c, the hidden and the cell state, (batch, hidden) each.
-        weight_ih: W of x, (4 * hidden, inputs): the rows of the input, forget, cell and output gate.
-        weight_hh: U of h, (4 * hidden, hidden).
-        bias_ih: b of x, (4 * hidden).
-        bias_hh: b of h, (4 * hidden).
+        state: Hidden state h and cell state c, (batch, hidden) each.
+        weight_ih: Weight of x, (4 * hidden, inputs), with the rows of the input, forget, cell and output gate.
+        weight_hh: Weight of h, (4 * hidden, hidden).
+        bias_ih: Bias of the product with x, (4 * hidden,).
+        bias_hh: Bias of the product with h, (4 * hidden,).
 
     Returns:
         The next h and c, (batch, hidden) each.
@@ -40,7 +40,7 @@ def lstm_step(
 
 
 def lstm_update(gates: torch.Tensor, cell: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The next h and c, (..., hidden), of the four gates before their functions, (..., 4 * hidden), and the last c."""
+    """Compute the next h and c, (..., hidden), from the gates before activation, (..., 4 * hidden), and the last c."""
     i, f, g, o = gates.chunk(4, dim=-1)
     cell = f.sigmoid() * cell + i.sigmoid() * g.tanh()  # c' = f * c + i * g
     hidden = o.sigmoid() * cell.tanh()  # h' = o * tanh(c')
@@ -48,12 +48,12 @@ def lstm_update(gates: torch.Tensor, cell: torch.Tensor) -> tuple[torch.Tensor, 
 
 
 class LSTMCell(nn.Module):
-    """One step of an LSTM, with its weights; they are named as torch's `nn.LSTMCell` names them.
+    """One step of an LSTM with its weights, which have the same names as in `torch.nn.LSTMCell`.
 
     Args:
         input_size: Channels of the inputs.
-        hidden_size: Channels of h and of c.
-        fused: Whether torch's kernel does the step, or `lstm_step`.
+        hidden_size: Channels of h and c.
+        fused: Whether to use the kernel of torch instead of `lstm_step`.
 
     Example:
         ```python
@@ -75,13 +75,13 @@ class LSTMCell(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw all weights from U(-1 / sqrt(hidden), 1 / sqrt(hidden)), as torch does."""
+        """Draw all weights uniformly within 1 / sqrt(hidden_size), as torch does."""
         bound = self.hidden_size**-0.5
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -bound, bound)
 
     def forward(self, x: torch.Tensor, state: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Take a step.
+        """Compute one step.
 
         Args:
             x: Inputs, (batch, input_size).
@@ -95,17 +95,17 @@ class LSTMCell(nn.Module):
 
 
 class BidirectionalLSTM(nn.Module):
-    """LSTMs that read a sequence forwards and backwards, over tokens that a mask keeps.
+    """LSTM layers that read a sequence forward and backward, and skip masked tokens.
 
-    A token that the mask leaves out is as good as not there, wherever it stands: neither direction steps on it, and
-    its output is 0. `lstm` holds the weights, of torch's names and layout, for both ways of running.
+    Masked tokens may be anywhere. They do not change the states, and their output is 0. `lstm` contains the weights
+    with the names and shapes of torch.
 
     Args:
         input_size: Channels of the inputs.
-        hidden_size: Channels of a direction.
-        num_layers: Layers; each but the first reads the outputs of both directions of the one below.
-        dropout: Dropout between layers.
-        fused: Whether torch's kernel runs the layers, or `lstm_step`, step by step.
+        hidden_size: Channels per direction.
+        num_layers: Number of layers. Each layer reads the outputs of both directions of the layer below.
+        dropout: Dropout probability between layers.
+        fused: Whether to use the kernel of torch instead of single steps.
 
     Example:
         ```python
@@ -135,19 +135,20 @@ class BidirectionalLSTM(nn.Module):
     def forward(
         self, x: torch.Tensor, attention_mask: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
-        """Read sequences.
+        """Encode sequences.
 
         Args:
             x: Inputs, (batch, length, input_size).
-            attention_mask: Tokens to read, 1 or True, (batch, length), at least one in each row; None: all.
+            attention_mask: 1 or True for tokens to read, at least one per row, (batch, length). Defaults to all
+                tokens.
 
         Returns:
-            The outputs of the last layer, (batch, length, 2 * hidden_size), forward direction first, 0 where masked;
-            and h and c after each layer's last step, (batch, num_layers, 2 * hidden_size) each: the forward
-            direction's after the last kept token, the backward direction's after the first.
+            The outputs of the last layer, (batch, length, 2 * hidden_size), with the forward direction first and 0 for
+            masked tokens; and the final h and c of each layer, (batch, num_layers, 2 * hidden_size) each. The forward
+            direction ends at the last token that is not masked, the backward direction at the first one.
 
         Raises:
-            ValueError: If the mask has another shape, or keeps no token of a row.
+            ValueError: If the mask has the wrong shape or masks all tokens of a row.
         """
         keep, lengths = _kept(x, attention_mask)
         if self.fused and not (x.device.type == "cpu" and torch.is_grad_enabled()):
@@ -162,7 +163,7 @@ class BidirectionalLSTM(nn.Module):
         return outputs, (h, c)
 
     def _run_steps(self, x, keep):
-        # Both directions at once, (2, batch, length, channels): the backward one reads what is flipped.
+        # Run both directions together, (2, batch, length, channels). The backward direction reads a flipped sequence.
         kept = torch.stack([keep, keep.flip(1)])[..., None]
         hiddens, cells = [], []
         for layer in range(self.lstm.num_layers):
@@ -180,7 +181,7 @@ class BidirectionalLSTM(nn.Module):
             for step, here in zip(inputs.unbind(2), kept.unbind(2), strict=True):
                 new_h, new_c = lstm_update(torch.baddbmm(step, h, weight_hh.transpose(1, 2)), c)
                 outputs.append(torch.where(here, new_h, 0.0))
-                h, c = torch.where(here, new_h, h), torch.where(here, new_c, c)  # a masked token is stepped over
+                h, c = torch.where(here, new_h, h), torch.where(here, new_c, c)  # skip masked tokens
             forward, backward = torch.stack(outputs, dim=2)
             x = torch.cat([forward, backward.flip(1)], dim=-1)
             hiddens.append(torch.cat([*h], dim=-1))
@@ -189,17 +190,17 @@ class BidirectionalLSTM(nn.Module):
 
 
 class LSTM(nn.Module):
-    """LSTMs above each other that read sequences forwards, from a state to a state.
+    """LSTM layers that read a sequence forward, starting from a state, and skip masked tokens.
 
-    The state after one piece of a sequence is that with which the next one is read: both pieces give what the whole
-    sequence gives. A token that the mask leaves out is as good as not there.
+    A long sequence can be read in pieces: pass the state after one piece to the next call. The result is the same as
+    for the whole sequence.
 
     Args:
         input_size: Channels of the inputs.
-        hidden_size: Channels of h and of c.
-        num_layers: Layers.
-        dropout: Dropout between layers.
-        fused: Whether torch's kernel runs the layers, or `lstm_step`, step by step.
+        hidden_size: Channels of h and c.
+        num_layers: Number of layers.
+        dropout: Dropout probability between layers.
+        fused: Whether to use the kernel of torch instead of single steps.
 
     Example:
         ```python
@@ -225,19 +226,20 @@ class LSTM(nn.Module):
         state: tuple[torch.Tensor, torch.Tensor] | None = None,
         attention_mask: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
-        """Read sequences.
+        """Encode sequences.
 
         Args:
             x: Inputs, (batch, length, input_size).
-            state: h and c of each layer, (batch, num_layers, hidden_size) each; None: zeros.
-            attention_mask: Tokens to read, 1 or True, (batch, length), at least one in each row; None: all.
+            state: h and c of each layer, (batch, num_layers, hidden_size) each. Defaults to zeros.
+            attention_mask: 1 or True for tokens to read, at least one per row, (batch, length). Defaults to all
+                tokens.
 
         Returns:
-            The outputs of the last layer, (batch, length, hidden_size), 0 where masked, and the state after the last
-            kept token.
+            The outputs of the last layer, (batch, length, hidden_size), with 0 for masked tokens; and the state after
+            the last token that is not masked.
 
         Raises:
-            ValueError: If mask or state have another shape, or the mask keeps no token of a row.
+            ValueError: If the mask or the state has the wrong shape, or the mask masks all tokens of a row.
         """
         shape = (len(x), self.lstm.num_layers, self.lstm.hidden_size)
         if state is None:
@@ -268,7 +270,7 @@ class LSTM(nn.Module):
 
 
 def _kept(x, attention_mask):
-    """Which tokens are read, bool (batch, length), and how many of each row, on the CPU."""
+    """Return the mask of the tokens to read, bool (batch, length), and their number per row, on the CPU."""
     batch, length = x.shape[:2]
     if attention_mask is None:
         keep = torch.ones(batch, length, dtype=torch.bool, device=x.device)
@@ -284,8 +286,8 @@ def _kept(x, attention_mask):
 
 
 def _read_packed(lstm, x, keep, lengths, state=None):
-    """Run torch's kernel over the kept tokens: outputs (batch, length, channels), 0 where masked, and its states."""
-    # The kernel wants what is kept at the front; stable, so that the order stays.
+    """Run the kernel of torch; return outputs (batch, length, channels), with 0 for masked tokens, and the states."""
+    # The kernel needs the tokens to read at the start of each row. A stable sort keeps their order.
     order = keep.logical_not().to(torch.uint8).argsort(dim=1, stable=True)
     x = x.gather(1, order[..., None].expand_as(x))
     packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
@@ -295,7 +297,7 @@ def _read_packed(lstm, x, keep, lengths, state=None):
 
 
 def _read_steps(lstm, x, keep, suffix, state=None):
-    """Run a layer in one direction step by step over the kept tokens: outputs, and the last h and c."""
+    """Run one direction of a layer step by step; return the outputs and the last h and c."""
     names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
     weights = [getattr(lstm, name + suffix) for name in names]
     h = c = x.new_zeros(len(x), lstm.hidden_size)
@@ -307,5 +309,5 @@ def _read_steps(lstm, x, keep, suffix, state=None):
         kept = keep[:, t, None]
         new_h, new_c = lstm_step(x[:, t], (h, c), *weights)
         outputs[t] = torch.where(kept, new_h, 0.0)
-        h, c = torch.where(kept, new_h, h), torch.where(kept, new_c, c)  # a masked token is stepped over
+        h, c = torch.where(kept, new_h, h), torch.where(kept, new_c, c)  # skip masked tokens
     return torch.stack(outputs, dim=1), h, c

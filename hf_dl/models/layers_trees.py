@@ -10,40 +10,40 @@ import torch
 
 
 def check_counts(class_counts: Sequence[float] | None, num_classes: int) -> np.ndarray:
-    """How often each class occurs, float64 (classes,); all as often where it is not said."""
+    """Validate class counts and return them as float64 (classes,); `None` becomes equal counts."""
     if class_counts is None:
         return np.ones(num_classes)
     counts = np.asarray(class_counts, dtype=np.float64)
     if counts.shape != (num_classes,):
         raise ValueError(
-            f"class_counts has shape {counts.shape}, expected a count of each class, ({num_classes},), in the order "
-            "of the labels."
+            f"class_counts has shape {counts.shape}, expected ({num_classes},): one count per class, in the order of "
+            "the labels."
         )
     if not np.isfinite(counts).all() or (counts < 0).any():
-        raise ValueError("class_counts holds a count that is negative or not finite; expected 0 or above.")
+        raise ValueError("class_counts contains a count that is negative or not finite. Counts must be 0 or greater.")
     return counts
 
 
 def huffman_tree(class_counts: Sequence[float]) -> np.ndarray:
     """Build the binary tree with the shortest mean path (Huffman 1952).
 
-    Huffman joins the two lightest trees until one is left. With m the sum of the two lightest, whatever he makes is at
-    least m, so all trees up to m are joined in pairs, in their order, before any new one has its turn: one round of
-    array operations. The lightest weight doubles every two rounds, so there are about 2 log2(sum / least) of them.
+    Huffman's algorithm joins the two lightest trees until one tree is left. Let m be the sum of the two lightest
+    weights. New trees weigh at least m, so all trees of weight m or less are joined in pairs first. One round of array
+    operations does that. The smallest weight doubles every two rounds, so about 2 log2(sum / smallest) rounds suffice.
 
     Args:
-        class_counts: How often each class occurs, (classes,), 0 or above. Equal counts give a balanced tree that pairs
+        class_counts: Count of each class, (classes,), 0 or greater. Equal counts give a balanced tree that pairs
             neighbors.
 
     Returns:
-        The branches, int64 (classes - 1, 2): row n holds the left and the right child of inner node n, the number of
-        an inner node, or -1 - c for class c. The last row is the root. With p = counts / sum and H their entropy in
-        bits, H <= mean path < H + 1.
+        The branches, int64 (classes - 1, 2). Row n contains the left and the right child of inner node n: the number
+        of an inner node, or -1 - c for class c. The last row is the root. If H is the entropy of the classes in bits,
+        then H <= mean path length < H + 1.
 
     Example:
         ```python
         >>> huffman_tree([5, 1, 1]).tolist()
-        [[-2, -3], [-1, 0]]
+        [[-2, -3], [0, -1]]
 
         ```
     """
@@ -66,24 +66,24 @@ def huffman_tree(class_counts: Sequence[float]) -> np.ndarray:
 
 
 def grouped_tree(groups: Sequence[Any], class_counts: Sequence[float]) -> np.ndarray:
-    """Build the binary tree in which the classes of each group lie below one node.
+    """Build a binary tree in which each group is a subtree.
 
     Args:
-        groups: Nested lists of classes to any depth, such as `[[0, 3], [1, [2, 4]]]`; each class once. Lists of two
-            are nodes as they stand; longer ones are split as Huffman does.
-        class_counts: How often each class occurs, (classes,).
+        groups: Nested lists of any depth that contain each class once, such as `[[0, 3], [1, [2, 4]]]`. A list of two
+            is one node. A longer list becomes a Huffman tree of its members.
+        class_counts: Count of each class, (classes,).
 
     Returns:
-        The branches, as `huffman_tree` gives them.
+        The branches in the format of `huffman_tree`.
 
     Raises:
-        ValueError: If a class is missing, twice or unknown, or a group is empty.
+        ValueError: If a class is missing, repeated or unknown, or a group is empty.
     """
     counts = np.asarray(class_counts, dtype=np.float64)
     check_groups(groups, len(counts))
     branches: list[tuple[int, int]] = []
     done: list[tuple[float, int]] = []  # weight and node of finished subtrees
-    tasks: list[tuple[bool, Any]] = [(False, groups)]  # depth first, without recursion: trees may be deep
+    tasks: list[tuple[bool, Any]] = [(False, groups)]  # a stack instead of recursion, because trees may be deep
     while tasks:
         ready, group = tasks.pop()
         if not isinstance(group, (list, tuple)):
@@ -95,7 +95,7 @@ def grouped_tree(groups: Sequence[Any], class_counts: Sequence[float]) -> np.nda
             members = done[-len(group) :]
             del done[-len(group) :]
             heap = [(weight, place, node) for place, (weight, node) in enumerate(members)]
-            if len(heap) > 2:  # a pair stays in its order
+            if len(heap) > 2:  # a pair keeps its order
                 heapq.heapify(heap)
             for place in itertools.count(len(heap)):
                 if len(heap) == 1:
@@ -114,39 +114,39 @@ def group_members(groups: Sequence[Any]) -> Iterator[int]:
         member = tasks.pop()
         if isinstance(member, (list, tuple)):
             if not member:
-                raise ValueError("groups holds an empty group; remove it.")
+                raise ValueError("groups contains an empty group. Remove it.")
             tasks += member
         else:
             yield int(member)
 
 
 def check_groups(groups: Sequence[Any], num_classes: int) -> None:
-    """Raise ValueError unless nested lists hold each class from 0 to num_classes - 1 exactly once."""
+    """Raise ValueError unless nested lists contain each class from 0 to num_classes - 1 exactly once."""
     found = np.fromiter(group_members(groups), dtype=np.int64)
     if len(found) and not 0 <= found.min() <= found.max() < num_classes:
         wrong = found.max() if found.max() >= num_classes else found.min()
-        raise ValueError(f"groups holds class {wrong}, expected 0 to {num_classes - 1}.")
+        raise ValueError(f"groups contains class {wrong}, expected 0 to {num_classes - 1}.")
     times = np.bincount(found, minlength=num_classes)
     if (times != 1).any():
         wrong = int((times != 1).argmax())
-        raise ValueError(f"groups holds class {wrong} {times[wrong]} times, expected each class once.")
+        raise ValueError(f"groups contains class {wrong} {times[wrong]} times, expected each class once.")
 
 
 def cluster_classes(weight: torch.Tensor, *, seed: int = 0, restarts: int = 8, iterations: int = 20) -> list[Any]:
-    """Learn a tree from a trained output layer: classes whose weights are alike come to lie together.
+    """Build a tree from a trained output layer, with classes of similar weights in the same subtree.
 
-    Splits the classes in halves by balanced 2-means on their weights, and each half again: assigning half of the
-    classes to each of two centers with the smallest sum of squared distances means sorting by the difference of the
-    two distances.
+    The function splits the classes into two halves by balanced 2-means on their weights, then splits each half again.
+    Balanced 2-means assigns half of the classes to each of two centers. The smallest sum of squared distances results
+    from sorting the classes by the difference of their distances to the two centers.
 
     Args:
-        weight: (classes, dim), such as `SoftmaxHead.weight` after training.
-        seed: Of the first centers.
-        restarts: Starts of 2-means a split, of which the best result is kept.
-        iterations: Of 2-means, at most, a start.
+        weight: One row per class, (classes, dim), such as `SoftmaxHead.weight` after training.
+        seed: Seed of the initial centers.
+        restarts: Number of runs of 2-means per split. The best result is kept.
+        iterations: Largest number of iterations per run.
 
     Returns:
-        Nested pairs of classes, for `TreeHead(..., groups=...)`; JSON can hold them.
+        Nested pairs of classes for the option `groups`. They can be saved as JSON.
 
     Example:
         ```python
@@ -161,7 +161,7 @@ def cluster_classes(weight: torch.Tensor, *, seed: int = 0, restarts: int = 8, i
     def halve(points: np.ndarray, first: np.ndarray, second: np.ndarray) -> tuple[float, np.ndarray]:
         before = None
         for _ in range(iterations):
-            # |x - a|^2 - |x - b|^2 orders as (b - a) x does
+            # |x - a|^2 - |x - b|^2 has the same order as (b - a) x.
             order = np.argsort(points @ (second - first), kind="stable")
             left = np.zeros(len(points), dtype=bool)
             left[order[: (len(points) + 1) // 2]] = True
@@ -181,7 +181,7 @@ def cluster_classes(weight: torch.Tensor, *, seed: int = 0, restarts: int = 8, i
         halves = [classes[left], classes[~left]]
         return halves if halves[0].min() < halves[1].min() else halves[::-1]
 
-    def build(classes: np.ndarray) -> Any:  # as deep as log2 of the classes
+    def build(classes: np.ndarray) -> Any:  # the recursion is log2(classes) deep
         return int(classes[0]) if len(classes) == 1 else [build(half) for half in split(classes)]
 
     tree = build(np.arange(len(rows)))
@@ -189,18 +189,18 @@ def cluster_classes(weight: torch.Tensor, *, seed: int = 0, restarts: int = 8, i
 
 
 class TreeLayout(NamedTuple):
-    """A tree laid out for computing; inner nodes are numbered level by level from the root, 0."""
+    """The arrays of a tree. Inner nodes are numbered level by level; the root is 0."""
 
-    branches: np.ndarray  # int32 (classes - 1, 2): children left and right, -1 - c for class c
-    path: np.ndarray  # int32: inner nodes from the root to each class, one class after the other
-    sign: np.ndarray  # int8, beside path: +1 where it goes left, -1 right
-    offset: np.ndarray  # int64 (classes + 1,): where the path of each class begins
-    scan: np.ndarray  # int32, 2 a node: for each level, which children are inner nodes, then which are classes
-    slot: np.ndarray  # int32 (classes,): the place of each class when the classes of all levels stand in a row
+    branches: np.ndarray  # int32 (classes - 1, 2): left and right child, -1 - c for class c
+    path: np.ndarray  # int32: inner nodes from the root to each class, for all classes in a row
+    sign: np.ndarray  # int8, same length as path: +1 for left, -1 for right
+    offset: np.ndarray  # int64 (classes + 1,): start of the path of each class
+    scan: np.ndarray  # int32, 2 entries per node: per level, the children that are inner nodes, then the classes
+    slot: np.ndarray  # int32 (classes,): position of each class in the list of the classes of all levels
 
 
 def lay_out_tree(branches: np.ndarray, num_classes: int) -> TreeLayout:
-    """Number the nodes level by level, and write down the paths of all classes at once; one pass a level."""
+    """Number the nodes level by level and compute the paths of all classes, with one pass per level."""
     inner = len(branches)
     new = np.empty(inner, dtype=np.int64)  # old number -> new number
     levels, scan, leaves, parents, numbered = [], [], [], [], 0
@@ -239,7 +239,7 @@ def lay_out_tree(branches: np.ndarray, num_classes: int) -> TreeLayout:
     path = np.empty(offset[-1], dtype=np.int32)
     sign = np.empty(offset[-1], dtype=np.int8)
     place, classes = offset[1:] - 1, np.arange(num_classes)
-    while len(classes):  # all climb one step
+    while len(classes):  # each class goes up one level
         path[place], sign[place] = node, turn
         turn, node = side[node], above[node]
         climbing = node >= 0
@@ -250,8 +250,8 @@ def lay_out_tree(branches: np.ndarray, num_classes: int) -> TreeLayout:
 
 
 def level_sizes(branches: np.ndarray) -> list[int]:
-    """How many inner nodes each level has, of branches that are numbered level by level."""
-    inner = (branches >= 0).sum(1).cumsum()  # children that are inner nodes, so far
+    """Return the number of inner nodes per level, for branches that are numbered level by level."""
+    inner = (branches >= 0).sum(1).cumsum()  # number of children so far that are inner nodes
     sizes, first, size = [], 0, min(1, len(branches))
     while size:
         sizes.append(size)

@@ -1,19 +1,23 @@
-"""The ResNet of 6n + 2 layers for small images, with a choice of normalizations.
+"""The ResNet with 6n + 2 layers for small images, with a choice of normalizations.
 
-He et al. 2015, "Deep Residual Learning for Image Recognition", section 4.2: a 3x3 convolution, three stages of 2n 3x3
-convolutions at full, half and quarter resolution and of 16, 32 and 64 channels, a residual connection around each two,
-normalization right after each convolution, the mean over the pixels, a linear layer. n = 3, 5, 9, 18 are the paper's
-ResNet-20, -32, -56 and -110.
+He et al. 2015, "Deep Residual Learning for Image Recognition", section 4.2. The network has these parts:
 
-What differs from the paper:
+1. a 3x3 convolution;
+2. three stages of 2n 3x3 convolutions, with 16, 32 and 64 channels at full, half and quarter resolution;
+3. the mean over the pixels, and a linear layer.
 
-- `norm` is any of `NORMS` in layers_norm.py; with "none" the convolutions have a bias in its place.
-- `shortcut="projection"` gives the shortcuts that change size a strided 1x1 convolution (the paper's option B) in
-  place of striding and padding with zeros (option A).
-- Images of any size: the mean over the pixels takes what there is.
+A normalization follows each convolution, and a residual connection skips every two convolutions. n = 3, 5, 9, 18 are
+ResNet-20, -32, -56 and -110 of the paper.
 
-How far a pixel of the last feature map sees is in `NormResNetConfig.receptive_field`: 53 pixels with n = 2. On images
-much larger than that, the network is a bag of patches.
+Differences from the paper:
+
+- `norm` is a key of `NORMS` in layers_norm.py. With "none", the convolutions have a bias instead.
+- `shortcut="projection"` uses a strided 1x1 convolution if a shortcut changes the size (option B of the paper). The
+  default strides and pads with zeros (option A).
+- Images may have any size, because of the mean over the pixels.
+
+`NormResNetConfig.receptive_field` is the size of the image area that a pixel of the last feature map depends on:
+53x53 pixels with n = 2. On much larger images, the network only sees small patches and averages over them.
 """
 
 from typing import Literal
@@ -35,21 +39,20 @@ from .layers_norm import NORMS, NormLayer, check_norm, make_norm
 
 @strict
 class NormResNetConfig(PreTrainedConfig):
-    """Configuration of a `NormResNetModel`; the defaults are ResNet-14 with batch normalization.
+    """Configuration of a `NormResNetModel`. Defaults to a ResNet-14 with batch normalization.
 
     Args:
-        n: Residual blocks of a stage; the network has 6n + 2 layers with weights.
-        norm: What follows each convolution, a key of `NORMS`: "none", "batch", "instance", "batch_instance", "layer",
-            "group", or "torch_batch", which is torch's own to compare with.
-        num_groups: Groups of "group".
-        layer_norm_affine: "channel", or "pixel" for a scale and a shift of each value in "layer", as
-            `torch.nn.LayerNorm` has them; the model then takes images of `image_size` only.
+        n: Number of residual blocks per stage. The network has 6n + 2 layers with weights.
+        norm: Normalization after each convolution, a key of `NORMS` such as "batch", "group" or "none".
+        num_groups: Number of groups of norm="group".
+        layer_norm_affine: "channel" for one scale and shift per channel in norm="layer", or "pixel" for one per value
+            as in `torch.nn.LayerNorm`. With "pixel", the model accepts images of `image_size` only.
         widths: Channels of the three stages.
-        image_size: Height and width that images are resized to by the processor; the model takes any.
+        image_size: Height and width to which the processor resizes images, in pixels. The model accepts any size.
         num_channels: Channels of the images.
-        shortcut: "identity" (stride, and zeros for the channels that are new) or "projection" (1x1 convolution), where
-            the size changes.
-        num_labels: Classes; `id2label` names them.
+        shortcut: Shortcut where the size changes: "identity" (stride, and zeros for new channels) or "projection"
+            (1x1 convolution).
+        num_labels: Number of classes. `id2label` names them.
 
     Example:
         ```python
@@ -72,54 +75,54 @@ class NormResNetConfig(PreTrainedConfig):
     shortcut: Literal["identity", "projection"] = "identity"
 
     def __post_init__(self, **kwargs):
-        """Make the fields what JSON gives back, so that a saved config equals the one it came from."""
+        """Convert fields to JSON types, so that a config that was saved and loaded is equal to the original."""
         self.widths = list(self.widths)
         super().__post_init__(**kwargs)
 
     def validate_architecture(self):
-        """Refuse fields that do not fit together.
+        """Validate the fields.
 
         Raises:
-            ValueError: With the field, its value and what was expected.
+            ValueError: If a field is invalid or does not fit another field.
         """
         for name in ("n", "num_groups", "image_size", "num_channels"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
         if len(self.widths) != 3 or min(self.widths) < 1:
-            raise ValueError(f"widths={self.widths} must be the channels of the three stages, each at least 1.")
+            raise ValueError(f"widths={self.widths} must be three numbers of channels, each at least 1.")
         if self.shortcut == "identity" and sorted(self.widths) != self.widths:
             raise ValueError(
-                f"widths={self.widths} must not fall: shortcut='identity' can only add channels; "
-                "shortcut='projection' changes them at will."
+                f"widths={self.widths} must not decrease, because shortcut='identity' can only add channels. Use "
+                "shortcut='projection' for other widths."
             )
         check_norm(self.norm, self.widths, num_groups=self.num_groups)
 
     @property
     def num_layers(self) -> int:
-        """Convolutions and linear layers on the longest path."""
+        """Return the number of convolutions and linear layers on the longest path."""
         return 6 * self.n + 2
 
     @property
     def receptive_field(self) -> int:
-        """Height and width, in pixels of the image, of what a pixel of the last feature map depends on."""
+        """Return the side of the image area that a pixel of the last feature map depends on, in pixels."""
         strides = [1, *[1] * (2 * self.n), *2 * [2, *[1] * (2 * self.n - 1)]]
         size, step = 1, 1  # step: pixels between neighbors of the feature map
         for stride in strides:
-            size += 2 * step  # a 3x3 kernel sees a neighbor on either side
+            size += 2 * step  # a 3x3 kernel adds a neighbor on each side
             step *= stride
         return size
 
 
 def image_processor(config: NormResNetConfig) -> ViTImageProcessor:
-    """Make the processor that is saved beside the weights: resizes to a square, maps to [-1, 1].
+    """Make the image processor of the model. It resizes images to a square and maps them to [-1, 1].
 
-    It is one of transformers' own, so that a folder needs no code for it.
+    It is a class of transformers, so that a checkpoint needs no code for it.
 
     Args:
-        config: Of the model, for its `image_size`.
+        config: Configuration of the model, which contains `image_size`.
 
     Returns:
-        The processor; `save_pretrained` writes it into the model's folder.
+        The processor. Save it to the folder of the model with `save_pretrained`.
     """
     return ViTImageProcessor(
         size={"height": config.image_size, "width": config.image_size},
@@ -130,7 +133,7 @@ def image_processor(config: NormResNetConfig) -> ViTImageProcessor:
 
 
 class ConvNorm(nn.Sequential):
-    """A convolution and the normalization right after it."""
+    """A convolution followed by a normalization."""
 
     def __init__(self, config: NormResNetConfig, inputs: int, outputs: int, *, kernel: int, stride: int, size: int):
         convolution = nn.Conv2d(
@@ -142,7 +145,7 @@ class ConvNorm(nn.Sequential):
 
 
 class ResidualBlock(nn.Module):
-    """relu(shortcut(x) + norm(conv(relu(norm(conv(x)))))); `size` is that of the feature map it gives."""
+    """A residual block, relu(shortcut(x) + norm(conv(relu(norm(conv(x)))))); `size` is the size of its output."""
 
     def __init__(self, config: NormResNetConfig, inputs: int, outputs: int, *, stride: int, size: int):
         super().__init__()
@@ -154,18 +157,18 @@ class ResidualBlock(nn.Module):
             self.projection = ConvNorm(config, inputs, outputs, kernel=1, stride=stride, size=size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Transform x of (batch, inputs, height, width)."""
+        """Transform x, (batch, inputs, height, width)."""
         residual = self.second(F.relu(self.first(x)))
         if self.projection is not None:
             x = self.projection(x)
         elif self.stride > 1 or self.new_channels:
-            # The pixels that a 3x3 convolution of this stride is centered on.
+            # Keep the pixels at the centers of a 3x3 convolution with this stride.
             x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.new_channels))
         return F.relu(x + residual)
 
 
 class NormResNetPreTrainedModel(PreTrainedModel):
-    """Weight initialization and loading of the network."""
+    """Base class for weight initialization and loading."""
 
     config: NormResNetConfig
     base_model_prefix = "norm_resnet"
@@ -185,7 +188,7 @@ class NormResNetPreTrainedModel(PreTrainedModel):
 
 
 class NormResNetModel(NormResNetPreTrainedModel):
-    """The network up to the mean over the pixels.
+    """The network without its linear layer; it ends with the mean over the pixels.
 
     Example:
         ```python
@@ -212,7 +215,7 @@ class NormResNetModel(NormResNetPreTrainedModel):
         self.post_init()
 
     def extra_repr(self) -> str:
-        """What `print` shows of the model."""
+        """Return the text that `print` shows in the parentheses of the model."""
         return f"{self.config.num_layers} layers, sees {self.config.receptive_field} pixels"
 
     @can_return_tuple
@@ -223,15 +226,16 @@ class NormResNetModel(NormResNetPreTrainedModel):
 
         Args:
             pixel_values: (batch, channels, height, width), in [-1, 1].
-            output_hidden_states: Whether to give the feature maps after the first convolution and each stage.
-            **kwargs: `return_dict=False` gives a tuple.
+            output_hidden_states: Whether to return the feature maps after the first convolution and after each stage.
+                Defaults to the config.
+            **kwargs: `return_dict=False` returns a tuple.
 
         Returns:
-            `last_hidden_state` (batch, channels, height / 4, width / 4), `pooler_output` (batch, channels) and, on
-            request, `hidden_states`.
+            `last_hidden_state` (batch, channels, height / 4, width / 4), `pooler_output` (batch, channels) and
+            `hidden_states`, if requested.
 
         Raises:
-            ValueError: If the images have another shape.
+            ValueError: If the shape of `pixel_values` is invalid.
         """
         if pixel_values.ndim != 4 or pixel_values.shape[1] != self.config.num_channels:
             raise ValueError(
@@ -251,7 +255,7 @@ class NormResNetModel(NormResNetPreTrainedModel):
 
 
 class NormResNetForImageClassification(NormResNetPreTrainedModel):
-    """The network and its linear layer.
+    """The network with its linear layer, for image classification.
 
     Example:
         ```python
@@ -264,7 +268,7 @@ class NormResNetForImageClassification(NormResNetPreTrainedModel):
 
     def __init__(self, config: NormResNetConfig):
         super().__init__(config)
-        # Saving enters the class that is saved; AutoModel is to load the part of it.
+        # `save_pretrained` enters the class that it saves. This entry makes AutoModel load the network inside it.
         config.auto_map = {"AutoModel": "norm_resnet.NormResNetModel", **(getattr(config, "auto_map", None) or {})}
         self.norm_resnet = NormResNetModel(config)
         self.classifier = nn.Linear(config.widths[-1], config.num_labels)
@@ -282,13 +286,14 @@ class NormResNetForImageClassification(NormResNetPreTrainedModel):
 
         Args:
             pixel_values: (batch, channels, height, width), in [-1, 1].
-            labels: (batch,), classes in [0, num_labels).
-            output_hidden_states: Whether to give the feature maps after the first convolution and each stage.
-            **kwargs: `return_dict=False` gives a tuple.
+            labels: Classes in [0, num_labels), (batch,).
+            output_hidden_states: Whether to return the feature maps after the first convolution and after each stage.
+                Defaults to the config.
+            **kwargs: `return_dict=False` returns a tuple.
 
         Returns:
-            `loss`, the mean cross entropy where there are labels, `logits` (batch, num_labels) and, on request,
-            `hidden_states`.
+            `loss`, the mean cross-entropy, if `labels` are given; `logits` (batch, num_labels); and `hidden_states`,
+            if requested.
         """
         outputs = self.norm_resnet(pixel_values, output_hidden_states=output_hidden_states)
         logits = self.classifier(outputs.pooler_output)

@@ -1,13 +1,15 @@
-"""A recurrent language model: embedding, LSTM, dropout, and any output layer, which is where large vocabularies cost.
+"""A recurrent language model: embedding, LSTM, dropout, and a choice of output layers for large vocabularies.
 
-Mikolov et al. 2010, "Recurrent neural network based language model", with the LSTM and the dropout of Zaremba et al.
-2014, "Recurrent neural network regularization": on what goes up from layer to layer, not on what goes on in time.
-The output layer is any of `HEADS` in layers_heads.py. `logits` are log-probabilities, whichever the head, so
-`generate`, pipelines and perplexities take them as they do those of any language model.
+Mikolov et al. 2010, "Recurrent neural network based language model". The LSTM and its dropout follow Zaremba et al.
+2014, "Recurrent neural network regularization": dropout applies between layers, not between time steps. The output
+layer is a key of `HEADS` in layers_heads.py. `logits` are log-probabilities for all heads. `generate` and pipelines
+use them like the logits of any language model.
 
-What differs from other language models of transformers: the state of the LSTM goes in and out as `state`, which is of
-one size however long the text; and in training no `logits` are computed beside the loss, unless `skip_logits=False`:
-with 10,000 words they cost more than the loss of a hierarchical or adaptive head.
+Differences from the language models of transformers:
+
+- The state of the LSTM is passed and returned as `state`. Its size does not depend on the length of the text.
+- Training does not compute `logits` unless `skip_logits=False`. For 10,000 words they take more time than the loss of
+  a hierarchical or adaptive head.
 """
 
 import json
@@ -33,21 +35,20 @@ class RecurrentLMConfig(PreTrainedConfig):
     """Configuration of a `RecurrentLMModel`.
 
     Args:
-        vocab_size: Tokens that the model knows.
+        vocab_size: Number of tokens in the vocabulary.
         embedding_size: Channels of the embedded tokens.
-        hidden_size: Channels of the LSTM, and of the hidden states, which the output layer takes.
-        num_hidden_layers: Layers of the LSTM.
-        dropout: Part of what goes into, between and out of the layers that is dropped in training, at least 0 and
-            below 1.
-        fused: Whether torch's kernel runs the LSTM, or its written-out definition.
-        sparse_embedding: Whether the embedding has sparse gradients; see `make_optimizers`.
-        head: The output layer, a key of `HEADS`: "softmax", "gumbel", "hierarchical" or "adaptive".
-        head_options: Its options, see `make_head`; what JSON can hold.
-        tie_word_embeddings: Whether the output layer has the weights of the embedding (Press & Wolf 2017), as softmax
-            and gumbel can; embedding_size then equals hidden_size.
-        use_cache: Whether the state is returned.
-        bos_token_id: The token before the first one of a text.
-        eos_token_id: The token after the last one, by default the same.
+        hidden_size: Channels of the LSTM and of the hidden states, the input of the output layer.
+        num_hidden_layers: Number of LSTM layers.
+        dropout: Dropout probability before, between and after the layers, at least 0 and less than 1.
+        fused: Whether to run the LSTM with the kernel of torch. If not, it runs step by step.
+        sparse_embedding: Whether the embedding has sparse gradients, see `make_optimizers`.
+        head: Output layer, a key of `HEADS` such as "softmax" or "hierarchical".
+        head_options: Options of the output layer, see `make_head`. Values must be JSON types.
+        tie_word_embeddings: Whether the output layer shares the weights of the embedding (Press & Wolf 2017). This
+            needs a head with one weight row per token, and embedding_size equal to hidden_size.
+        use_cache: Whether to return the state.
+        bos_token_id: Token before the first token of a text.
+        eos_token_id: Token after the last token of a text. By default the same as `bos_token_id`.
 
     Example:
         ```python
@@ -75,15 +76,15 @@ class RecurrentLMConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = 1
 
     def __post_init__(self, **kwargs):
-        """Make the fields what JSON gives back, so that a saved config equals the one it came from."""
+        """Convert fields to JSON types, so that a config that was saved and loaded is equal to the original."""
         self.head_options = json.loads(json.dumps(self.head_options))
         super().__post_init__(**kwargs)
 
     def validate_architecture(self):
-        """Refuse fields that do not fit together.
+        """Validate the fields.
 
         Raises:
-            ValueError: With the field, its value and what was expected.
+            ValueError: If a field is invalid or does not fit another field.
         """
         for name in ("vocab_size", "embedding_size", "hidden_size", "num_hidden_layers"):
             if getattr(self, name) < 1:
@@ -106,19 +107,19 @@ class RecurrentLMConfig(PreTrainedConfig):
             )
         if self.sparse_embedding:
             raise ValueError(
-                "tie_word_embeddings=True does not go with sparse_embedding=True: the output layer's gradient is "
-                "dense."
+                "tie_word_embeddings=True does not work with sparse_embedding=True, because the output layer has "
+                "dense gradients."
             )
 
 
 @dataclass
 class RecurrentLMModelOutput(ModelOutput):
-    """What `RecurrentLMModel` returns.
+    """Output of `RecurrentLMModel`.
 
     Args:
-        last_hidden_state: Hidden states, after dropout, (batch, length, hidden_size).
+        last_hidden_state: Hidden states after dropout, (batch, length, hidden_size).
         state: h and c after the last token, (batch, num_hidden_layers, hidden_size) each.
-        hidden_states: On request, the embedded tokens and the last hidden states.
+        hidden_states: The embedded tokens and the last hidden states, if requested.
     """
 
     last_hidden_state: torch.FloatTensor | None = None
@@ -128,13 +129,13 @@ class RecurrentLMModelOutput(ModelOutput):
 
 @dataclass
 class RecurrentLMOutput(ModelOutput):
-    """What `RecurrentLMForCausalLM` returns.
+    """Output of `RecurrentLMForCausalLM`.
 
     Args:
-        loss: Mean of -log P over the labels that count, in nats, where there are labels.
-        logits: log P of each token to come next, (batch, length, vocab_size); None in training, see `skip_logits`.
+        loss: Mean of -log P(label) in nats, over the labels that are not ignored, if labels are given.
+        logits: log P of each next token, (batch, length, vocab_size). `None` in training, see `skip_logits`.
         state: h and c after the last token, (batch, num_hidden_layers, hidden_size) each.
-        hidden_states: On request, the embedded tokens and the last hidden states.
+        hidden_states: The embedded tokens and the last hidden states, if requested.
     """
 
     loss: torch.FloatTensor | None = None
@@ -144,7 +145,7 @@ class RecurrentLMOutput(ModelOutput):
 
 
 class RecurrentLMPreTrainedModel(PreTrainedModel):
-    """Weight initialization and loading of the model."""
+    """Base class for weight initialization and loading."""
 
     config: RecurrentLMConfig
     base_model_prefix = "recurrent_lm"
@@ -167,7 +168,7 @@ class RecurrentLMPreTrainedModel(PreTrainedModel):
 
 
 class RecurrentLMModel(RecurrentLMPreTrainedModel):
-    """The model up to the hidden states, which any output layer takes.
+    """The model without its output layer; it ends with the hidden states.
 
     Example:
         ```python
@@ -203,30 +204,32 @@ class RecurrentLMModel(RecurrentLMPreTrainedModel):
         output_hidden_states: bool | None = None,
         **kwargs: Any,
     ) -> RecurrentLMModelOutput:
-        """Read tokens.
+        """Compute the hidden states of tokens.
 
         Args:
-            input_ids: Tokens, int (batch, length), in [0, vocab_size).
-            attention_mask: Tokens to read, 1 or True, (batch, length); the others leave the state as it is. None: all.
-            state: What an earlier call returned, to go on from there; None: from zeros.
-            inputs_embeds: Embedded tokens in place of input_ids, (batch, length, embedding_size).
-            use_cache: Whether to return the state; None: as the config says.
-            output_hidden_states: Whether to give the embedded tokens and the last hidden states.
-            **kwargs: `return_dict=False` gives a tuple.
+            input_ids: Tokens in [0, vocab_size), int (batch, length).
+            attention_mask: 1 or True for tokens to read, (batch, length). Other tokens do not change the state.
+                Defaults to all tokens.
+            state: State that an earlier call returned, to continue its text. Defaults to zeros.
+            inputs_embeds: Embedded tokens instead of `input_ids`, (batch, length, embedding_size).
+            use_cache: Whether to return the state. Defaults to the config.
+            output_hidden_states: Whether to return the embedded tokens and the last hidden states. Defaults to the
+                config.
+            **kwargs: `return_dict=False` returns a tuple.
 
         Returns:
-            `last_hidden_state` (batch, length, hidden_size), 0 where masked, `state`, and, on request,
-            `hidden_states`.
+            `last_hidden_state` (batch, length, hidden_size), which is 0 for masked tokens; `state`; and
+            `hidden_states`, if requested.
 
         Raises:
-            ValueError: If both or neither of input_ids and inputs_embeds are given, or a shape does not fit.
+            ValueError: If both or neither of `input_ids` and `inputs_embeds` are given, or a shape is invalid.
         """
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Give either input_ids or inputs_embeds.")
+            raise ValueError("Pass either input_ids or inputs_embeds, not both or neither.")
         embedded = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         mask = attention_mask
         if mask is not None and not torch.compiler.is_compiling() and bool((mask != 0).all()):
-            mask = None  # the usual case, and the faster one
+            mask = None  # running without a mask is faster
         hidden, after = self.layers(self.dropout(embedded), state, mask)
         hidden = self.dropout(hidden)
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
@@ -239,7 +242,7 @@ class RecurrentLMModel(RecurrentLMPreTrainedModel):
 
 
 class RecurrentLMForCausalLM(RecurrentLMPreTrainedModel, GenerationMixin):
-    """The model and its output layer: it says what comes next.
+    """The model with its output layer, which predicts the next token.
 
     Example:
         ```python
@@ -252,11 +255,11 @@ class RecurrentLMForCausalLM(RecurrentLMPreTrainedModel, GenerationMixin):
     """
 
     _tied_weights_keys = {"head.weight": "recurrent_lm.embed_tokens.weight"}
-    _is_stateful = True  # no token that was read can be taken back, as assisted generation would
+    _is_stateful = True  # assisted generation is not supported, because the LSTM cannot undo a token
 
     def __init__(self, config: RecurrentLMConfig):
         super().__init__(config)
-        # Saving enters the class that is saved; AutoModel is to load the part of it.
+        # `save_pretrained` enters the class that it saves. This entry makes AutoModel load the model inside it.
         here = {"AutoModel": "recurrent_lm.RecurrentLMModel"}
         config.auto_map = {**here, **(getattr(config, "auto_map", None) or {})}
         self.recurrent_lm = RecurrentLMModel(config)
@@ -264,7 +267,7 @@ class RecurrentLMForCausalLM(RecurrentLMPreTrainedModel, GenerationMixin):
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Module | None:
-        """Return the output layer where it has a row of weights for each token."""
+        """Return the output layer if its weight has one row per token, otherwise `None`."""
         return self.head if self.head.has_class_rows else None
 
     @can_return_tuple
@@ -284,31 +287,32 @@ class RecurrentLMForCausalLM(RecurrentLMPreTrainedModel, GenerationMixin):
         generator: torch.Generator | None = None,
         **kwargs: Any,
     ) -> RecurrentLMOutput:
-        """Say what comes next.
+        """Predict the next token after each token.
 
         Args:
-            input_ids: Tokens, int (batch, length), in [0, vocab_size).
-            attention_mask: Tokens to read, 1 or True, (batch, length); None: all.
-            state: What an earlier call returned, to go on from there; None: from zeros.
-            inputs_embeds: Embedded tokens in place of input_ids, (batch, length, embedding_size).
-            labels: The tokens themselves, (batch, length), with -100 for what is to be left out; each is predicted
-                from those before it, and the first of a row is not.
-            shift_labels: In place of labels, for each token the one that follows it: where a text is read in pieces,
-                the last token of a piece has one too.
-            use_cache: Whether to return the state; None: as the config says.
-            output_hidden_states: Whether to give the embedded tokens and the last hidden states.
-            logits_to_keep: Of how many last tokens logits are computed; 0: of all.
-            skip_logits: Whether to compute no logits beside a loss; None: in training.
-            temperature: Of the noise of head="gumbel" in training, above 0.
-            generator: Source of that noise.
-            **kwargs: `return_dict=False` gives a tuple.
+            input_ids: Tokens in [0, vocab_size), int (batch, length).
+            attention_mask: 1 or True for tokens to read, (batch, length). Defaults to all tokens.
+            state: State that an earlier call returned, to continue its text. Defaults to zeros.
+            inputs_embeds: Embedded tokens instead of `input_ids`, (batch, length, embedding_size).
+            labels: The tokens themselves, (batch, length), with -100 for tokens to ignore. The model predicts each
+                token from the tokens before it. The first token of a row is not predicted.
+            shift_labels: The token after each token, instead of `labels`. If a text is read in pieces, this gives the
+                last token of a piece a label, too.
+            use_cache: Whether to return the state. Defaults to the config.
+            output_hidden_states: Whether to return the embedded tokens and the last hidden states. Defaults to the
+                config.
+            logits_to_keep: Number of last tokens to compute logits for. 0 for all tokens.
+            skip_logits: Whether to return a loss without logits. Defaults to True in training, otherwise to False.
+            temperature: Temperature of the noise that head="gumbel" adds in training, greater than 0.
+            generator: Random generator for that noise.
+            **kwargs: `return_dict=False` returns a tuple.
 
         Returns:
-            `loss`, `logits` (batch, length, vocab_size), which are log-probabilities, `state`, and, on request,
-            `hidden_states`.
+            `loss`, if labels are given; `logits` (batch, length, vocab_size), which are log-probabilities; `state`;
+            and `hidden_states`, if requested.
 
         Raises:
-            ValueError: If both labels and shift_labels are given, or something does not fit.
+            ValueError: If both `labels` and `shift_labels` are given, or another input is invalid.
         """
         outputs = self.recurrent_lm(
             input_ids,
@@ -322,7 +326,7 @@ class RecurrentLMForCausalLM(RecurrentLMPreTrainedModel, GenerationMixin):
         hidden, loss, logits = outputs.last_hidden_state, None, None
         if labels is not None:
             if shift_labels is not None:
-                raise ValueError("Give either labels or shift_labels; the latter are those of the tokens that follow.")
+                raise ValueError("Pass either labels or shift_labels, not both.")
             shift_labels = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
         if shift_labels is not None:
             loss = self.head(hidden, shift_labels.to(hidden.device), temperature=temperature, generator=generator)
@@ -330,11 +334,11 @@ class RecurrentLMForCausalLM(RecurrentLMPreTrainedModel, GenerationMixin):
             logits = self.head.log_prob(hidden[:, -logits_to_keep:])
         return RecurrentLMOutput(loss=loss, logits=logits, state=outputs.state, hidden_states=outputs.hidden_states)
 
-    # What generate() asks for beside forward().
+    # `generate` uses the methods below.
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
-        return False  # a cache of keys and values: there are none
+        return False  # an LSTM has no keys and values to cache
 
     def prepare_inputs_for_generation(
         self,
@@ -346,16 +350,16 @@ class RecurrentLMForCausalLM(RecurrentLMPreTrainedModel, GenerationMixin):
         is_first_iteration: bool = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Choose what a step reads: with a state, the last token alone.
+        """Select the inputs of a generation step. With a state, only the last token is read.
 
         Args:
             input_ids: All tokens so far, (batch, length).
-            state: The state after all but the last of them, or None.
-            attention_mask: Of all tokens so far, or None.
-            inputs_embeds: An embedded prompt, read in place of the tokens in the first step.
-            use_cache: Whether a state is kept.
-            is_first_iteration: Whether it is the prompt that is read.
-            **kwargs: Not needed.
+            state: State after all tokens except the last one, or `None`.
+            attention_mask: Mask of all tokens so far, or `None`.
+            inputs_embeds: Embedded prompt, which the first step reads instead of the tokens.
+            use_cache: Whether to return the state.
+            is_first_iteration: Whether this step reads the prompt.
+            **kwargs: Ignored.
 
         Returns:
             The arguments of `forward`.

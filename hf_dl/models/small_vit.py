@@ -1,17 +1,17 @@
-"""Small vision transformer: an image classifier whose patches and attention can be looked at and taken away.
+"""Small vision transformer for image classification, which can return its attention and ignore masked patches.
 
-Dosovitskiy et al. 2021, "An Image is Worth 16x16 Words", section 3.1: patches are projected linearly, a CLS token is
-put before them, learned positions are added, pre-norm transformer blocks follow, and a linear head reads the CLS
-token.
+Dosovitskiy et al. 2021, "An Image is Worth 16x16 Words", section 3.1. A linear layer projects the patches of an image
+to tokens. The model adds a CLS token and learned positions, applies pre-norm transformer blocks, and classifies the
+CLS token.
 
-What differs from the paper:
+Differences from the paper:
 
-- Default sizes that a CPU trains in minutes: 64x64 images, 8x8 patches, 4 blocks of 64 channels.
-- The queries, keys and values of a block come from one projection, and attention runs through
-  `scaled_dot_product_attention`; the attention matrices are only built when they are asked for.
-- Images of another size than the config's are taken: the positions of the patches are interpolated to their grid.
-- No tanh layer between the CLS token and the head.
-- The head is any of `HEADS` in layers_heads.py, with log-probabilities as logits; the default is the linear one.
+- By default, the model trains in minutes on a CPU: 64x64 images, 8x8 patches, 4 blocks of 64 channels.
+- One projection computes the queries, keys and values of a block. Attention uses `scaled_dot_product_attention`, and
+  attention matrices are computed only if requested.
+- The model accepts images of other sizes and interpolates the positions of the patches.
+- The CLS token goes to the head without a tanh layer.
+- The head is a key of `HEADS` in layers_heads.py, and `logits` are log-probabilities. The default is a linear layer.
 """
 
 import json
@@ -36,23 +36,23 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"gelu": F.gelu
 
 @strict
 class SmallViTConfig(PreTrainedConfig):
-    """Configuration of a `SmallViTModel`; the number of classes comes with `num_labels` or `id2label`.
+    """Configuration of a `SmallViTModel`. Set the number of classes with `num_labels` or `id2label`.
 
     Args:
-        image_size: Height and width of the images, in pixels; a multiple of `patch_size`.
-        patch_size: Height and width of a patch, in pixels.
+        image_size: Height and width of the images in pixels, a multiple of `patch_size`.
+        patch_size: Height and width of a patch in pixels.
         num_channels: Channels of the images.
-        hidden_size: Channels of a token; a multiple of `num_attention_heads`.
-        num_hidden_layers: Transformer blocks.
-        num_attention_heads: Heads of each block's attention.
-        intermediate_size: Hidden units of each block's MLP.
-        hidden_act: "gelu", "relu" or "silu".
-        hidden_dropout_prob: Dropout of the embeddings, and of what attention and MLP add to the tokens.
-        attention_probs_dropout_prob: Dropout of the attention.
-        initializer_range: Standard deviation of the normal that weights, positions and CLS token start from.
+        hidden_size: Channels of a token, a multiple of `num_attention_heads`.
+        num_hidden_layers: Number of transformer blocks.
+        num_attention_heads: Number of attention heads per block.
+        intermediate_size: Hidden units of the MLP of a block.
+        hidden_act: Activation of the MLP: "gelu", "relu" or "silu".
+        hidden_dropout_prob: Dropout probability of the embeddings and of the outputs of attention and MLP.
+        attention_probs_dropout_prob: Dropout probability of the attention weights.
+        initializer_range: Standard deviation of the initial weights, positions and CLS token.
         layer_norm_eps: Epsilon of the layer normalizations.
-        head: The output layer, a key of `HEADS`: "softmax", "gumbel", "hierarchical" or "adaptive".
-        head_options: Its options, see `make_head`; what JSON can hold.
+        head: Output layer, a key of `HEADS` such as "softmax" or "hierarchical".
+        head_options: Options of the output layer, see `make_head`. Values must be JSON types.
 
     Example:
         ```python
@@ -80,15 +80,15 @@ class SmallViTConfig(PreTrainedConfig):
     head_options: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs):
-        """Make the fields what JSON gives back, so that a saved config equals the one it came from."""
+        """Convert fields to JSON types, so that a config that was saved and loaded is equal to the original."""
         self.head_options = json.loads(json.dumps(self.head_options))
         super().__post_init__(**kwargs)
 
     def validate_architecture(self):
-        """Refuse fields that do not fit together.
+        """Validate the fields.
 
         Raises:
-            ValueError: With the field, its value and what was expected.
+            ValueError: If a field is invalid or does not fit another field.
         """
         for name in (
             "image_size",
@@ -116,12 +116,12 @@ class SmallViTConfig(PreTrainedConfig):
 
     @property
     def grid_size(self) -> int:
-        """Patches along a side of an image of `image_size`."""
+        """Return the number of patches along one side of an image of `image_size`."""
         return self.image_size // self.patch_size
 
 
 class SmallViTImageProcessor(TorchvisionBackend):
-    """Resizes images to a square and maps them to [-1, 1]."""
+    """Image processor that resizes images to a square and maps them to [-1, 1]."""
 
     resample = PILImageResampling.BILINEAR
     image_mean = [0.5, 0.5, 0.5]
@@ -134,7 +134,10 @@ class SmallViTImageProcessor(TorchvisionBackend):
 
 
 class SmallViTEmbeddings(nn.Module):
-    """Images (batch, channels, height, width) to tokens (batch, 1 + patches, hidden_size), CLS first, row by row."""
+    """Embed images (batch, channels, height, width) as tokens (batch, 1 + patches, hidden_size).
+
+    The CLS token comes first, then the patches row by row.
+    """
 
     def __init__(self, config: SmallViTConfig):
         super().__init__()
@@ -147,7 +150,7 @@ class SmallViTEmbeddings(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def positions_of(self, height: int, width: int) -> torch.Tensor:
-        """The positions of CLS and a grid of patches, (1, 1 + height * width, hidden_size)."""
+        """Return the positions of CLS and a grid of patches, (1, 1 + height * width, hidden_size)."""
         if (height, width) == (self.grid_size, self.grid_size):
             return self.positions
         cls, patches = self.positions.split([1, self.grid_size**2], dim=1)
@@ -156,15 +159,15 @@ class SmallViTEmbeddings(nn.Module):
         return torch.cat([cls, patches.flatten(2).transpose(1, 2)], dim=1)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Embed images."""
-        patches = self.patch_projection(pixel_values)  # (batch, hidden_size, height, width) of the grid
+        """Embed images, (batch, channels, height, width)."""
+        patches = self.patch_projection(pixel_values)  # (batch, hidden_size, rows, columns)
         positions = self.positions_of(*patches.shape[-2:])
         tokens = torch.cat([self.cls_token.expand(len(patches), -1, -1), patches.flatten(2).transpose(1, 2)], dim=1)
         return self.dropout(tokens + positions)
 
 
 class SmallViTAttention(nn.Module):
-    """Multi-head self-attention, softmax(q k^T / sqrt(d)) v a head."""
+    """Multi-head self-attention: softmax(q k^T / sqrt(d)) v for each head."""
 
     def __init__(self, config: SmallViTConfig):
         super().__init__()
@@ -176,15 +179,17 @@ class SmallViTAttention(nn.Module):
     def forward(
         self, tokens: torch.Tensor, keep: torch.Tensor | None = None, *, output_attention: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Mix the tokens.
+        """Compute self-attention.
 
         Args:
-            tokens: (batch, tokens, hidden_size).
-            keep: Tokens that may be attended to, bool, broadcast to (batch, heads, tokens, tokens); None: all.
-            output_attention: Whether to build and return the attention.
+            tokens: Tokens, (batch, tokens, hidden_size).
+            keep: Boolean mask that broadcasts to (batch, heads, tokens, tokens). False masks a token. Defaults to no
+                mask.
+            output_attention: Whether to compute and return the attention weights.
 
         Returns:
-            The tokens' updates, and the attention (batch, heads, tokens, tokens), rows summing to 1, or None.
+            The outputs, (batch, tokens, hidden_size), and the attention weights, (batch, heads, tokens, tokens), or
+            `None`. The weights of a row sum to 1.
         """
         query, key, value = self.qkv(tokens).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         dropout = self.dropout if self.training else 0.0
@@ -201,7 +206,7 @@ class SmallViTAttention(nn.Module):
 
 
 class SmallViTBlock(nn.Module):
-    """Pre-norm transformer block: x + attention(norm(x)), then x + MLP(norm(x))."""
+    """Pre-norm transformer block: x = x + attention(norm(x)), then x = x + MLP(norm(x))."""
 
     def __init__(self, config: SmallViTConfig):
         super().__init__()
@@ -216,7 +221,7 @@ class SmallViTBlock(nn.Module):
     def forward(
         self, tokens: torch.Tensor, keep: torch.Tensor | None = None, *, output_attention: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Update the tokens; arguments and results as of `SmallViTAttention`."""
+        """Update the tokens. Arguments and results are the same as in `SmallViTAttention`."""
         update, attention = self.attention(self.attention_norm(tokens), keep, output_attention=output_attention)
         tokens = tokens + self.dropout(update)
         update = self.mlp_out(self.activation(self.mlp_in(self.mlp_norm(tokens))))
@@ -224,7 +229,7 @@ class SmallViTBlock(nn.Module):
 
 
 class SmallViTPreTrainedModel(PreTrainedModel):
-    """Weight initialization and loading of the small vision transformer."""
+    """Base class for weight initialization and loading."""
 
     config: SmallViTConfig
     base_model_prefix = "small_vit"
@@ -251,7 +256,7 @@ class SmallViTPreTrainedModel(PreTrainedModel):
 
 
 class SmallViTModel(SmallViTPreTrainedModel):
-    """Small vision transformer without a head.
+    """Small vision transformer without an output layer.
 
     Example:
         ```python
@@ -282,19 +287,21 @@ class SmallViTModel(SmallViTPreTrainedModel):
         """Encode images.
 
         Args:
-            pixel_values: (batch, channels, height, width), in [-1, 1]; sides are multiples of `patch_size`.
-            attention_mask: Tokens that may be attended to, (batch, 1 + patches): CLS, then the patches row by row;
-                0 or False leaves one out, which is the same to CLS as if it were not there.
-            output_attentions: Whether to return each block's attention; the config's when not given.
-            output_hidden_states: Whether to return the tokens before each block and after the last, likewise.
-            **kwargs: `return_dict=False` gives a tuple.
+            pixel_values: (batch, channels, height, width), in [-1, 1]. Height and width are multiples of `patch_size`.
+            attention_mask: Mask of the CLS token and the patches row by row, (batch, 1 + patches). A token with 0 or
+                False is ignored. For the CLS token, the result is the same as without the patch.
+            output_attentions: Whether to return the attention weights of each block. Defaults to the config.
+            output_hidden_states: Whether to return the tokens before each block and after the last block. Defaults to
+                the config.
+            **kwargs: `return_dict=False` returns a tuple.
 
         Returns:
-            `last_hidden_state` (batch, 1 + patches, hidden_size) after the last normalization; `pooler_output`, its
-            CLS token; `attentions`, one (batch, heads, tokens, tokens) a block; `hidden_states`.
+            `last_hidden_state` (batch, 1 + patches, hidden_size), after the last normalization, and `pooler_output`
+            (batch, hidden_size), its CLS token. If requested, also `hidden_states` and `attentions`, which are (batch,
+            heads, tokens, tokens) for each block.
 
         Raises:
-            ValueError: If images or mask have another shape than expected, or an image has no token left.
+            ValueError: If the shape of `pixel_values` or `attention_mask` is invalid.
         """
         config = self.config
         if pixel_values.ndim != 4 or pixel_values.shape[1] != config.num_channels:
@@ -315,8 +322,8 @@ class SmallViTModel(SmallViTPreTrainedModel):
         if attention_mask is not None:
             if attention_mask.shape != tokens.shape[:2]:
                 raise ValueError(
-                    f"attention_mask has shape {tuple(attention_mask.shape)}, expected {tuple(tokens.shape[:2])}: "
-                    "CLS and the patches."
+                    f"attention_mask has shape {tuple(attention_mask.shape)}, expected {tuple(tokens.shape[:2])}: the "
+                    "CLS token and the patches."
                 )
             keep = attention_mask.to(tokens.device).bool()[:, None, None, :]
         hidden_states, attentions = (tokens,), ()
@@ -334,7 +341,7 @@ class SmallViTModel(SmallViTPreTrainedModel):
 
 
 class SmallViTForImageClassification(SmallViTPreTrainedModel):
-    """Small vision transformer with an output layer on its CLS token.
+    """Small vision transformer with an output layer on its CLS token, for image classification.
 
     Example:
         ```python
@@ -347,7 +354,7 @@ class SmallViTForImageClassification(SmallViTPreTrainedModel):
 
     def __init__(self, config: SmallViTConfig):
         super().__init__(config)
-        # Saving enters the class that is saved; AutoModel must find the model without a head in the same folder.
+        # `save_pretrained` enters the class that it saves. This entry makes AutoModel load the model inside it.
         config.auto_map = {"AutoModel": "small_vit.SmallViTModel", **(getattr(config, "auto_map", None) or {})}
         self.small_vit = SmallViTModel(config)
         options = config.head_options or {}
@@ -369,18 +376,18 @@ class SmallViTForImageClassification(SmallViTPreTrainedModel):
         """Classify images.
 
         Args:
-            pixel_values: (batch, channels, height, width), in [-1, 1]; sides are multiples of `patch_size`.
-            labels: Classes, int (batch,); with them `loss` is that of the head, the mean cross-entropy by default.
-            attention_mask: As of `SmallViTModel`.
-            output_attentions: As of `SmallViTModel`.
-            output_hidden_states: As of `SmallViTModel`.
-            temperature: Of the noise of head="gumbel" in training, above 0.
-            generator: Source of that noise.
-            **kwargs: `return_dict=False` gives a tuple.
+            pixel_values: (batch, channels, height, width), in [-1, 1]. Height and width are multiples of `patch_size`.
+            labels: Classes in [0, num_labels), int (batch,).
+            attention_mask: See `SmallViTModel`.
+            output_attentions: See `SmallViTModel`.
+            output_hidden_states: See `SmallViTModel`.
+            temperature: Temperature of the noise that head="gumbel" adds in training, greater than 0.
+            generator: Random generator for that noise.
+            **kwargs: `return_dict=False` returns a tuple.
 
         Returns:
-            `loss`, `logits` (batch, num_labels), which are log-probabilities, and `hidden_states` and `attentions`
-            when asked for.
+            `loss`, the loss of the head, if `labels` are given; `logits` (batch, num_labels), which are
+            log-probabilities; and, if requested, `hidden_states` and `attentions`.
         """
         output = self.small_vit(
             pixel_values,

@@ -1,4 +1,4 @@
-"""What every model of the package must pass; a model's test class inherits `ModelContract` and says what is small."""
+"""Tests that every model of the package must pass. Test classes inherit `ModelContract` and define a tiny config."""
 
 import json
 import subprocess
@@ -20,18 +20,18 @@ class ModelContract:
 
     model_class = None
     processor_class = None
-    auto_classes = ()  # of transformers; all of them must load the model's folder
+    auto_classes = ()  # names of Auto classes that must load the saved model
     output_key = "logits"  # the field of the output that is compared
     frozen = ()  # parameters that are not trained
     overfit_steps = 300
     overfit_learning_rate = 3e-3
-    overfit_ratio = 0.1  # the loss on eight examples must fall to this part of where it began
+    overfit_ratio = 0.1  # largest final loss on eight examples, as a fraction of the first
 
     def config(self):
         raise NotImplementedError
 
     def inputs(self, batch):
-        """Keyword arguments of forward, rows drawn independently."""
+        """Return keyword arguments of forward with independent random rows."""
         raise NotImplementedError
 
     @pytest.fixture
@@ -52,7 +52,7 @@ class ModelContract:
         assert isinstance(as_tuple, tuple) and torch.equal(as_tuple[0], output.loss)
 
     def test_save_and_load_give_every_parameter_and_buffer_back(self, model, tmp_path):
-        with torch.no_grad():  # away from the initial values, or forgetting to load would go unseen
+        with torch.no_grad():  # with initial values, a tensor that is not loaded would go unnoticed
             for tensor in [*model.parameters(), *model.buffers()]:
                 if tensor.is_floating_point():
                     tensor.add_(torch.randn_like(tensor) * 0.1)
@@ -142,12 +142,12 @@ if {self.processor_class is not None}:
         assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.requires_grad)
 
     def test_compiles_to_the_same_numbers(self, model):
-        # aot_eager traces forward and backward as inductor does, and needs no C++ compiler.
+        # aot_eager traces like inductor, but does not need a C++ compiler.
         inputs = self.inputs(2)
         expected = self.answer(model, inputs)
         try:
             compiled = torch.compile(model, backend="aot_eager")
-            # After a graph break (drawing from a generator is one) dynamo looks at .grad of what it resumes with.
+            # After a graph break, such as drawing from a generator, dynamo reads .grad of the tensors it resumes with.
             warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
             torch.testing.assert_close(self.answer(compiled, inputs), expected, rtol=1e-4, atol=1e-5)
         finally:

@@ -1,4 +1,4 @@
-"""The output layers in NumPy, float64, with gradients by hand: a readable loop and a vectorized form of each.
+"""The output layers in NumPy and float64, with gradients by hand: a loop and a vectorized version of each.
 
 Every function returns the losses (batch,) and the gradients of their sum, in the order of its arguments. Trees come as
 paths: for each class a list of (inner node, sign), which is read from nested pairs here, not from the package.
@@ -84,7 +84,7 @@ def paths_of(tree, num_classes):
 
 
 def huffman_pairs(counts):
-    """Huffman's algorithm as it is told: join the two lightest until one is left. Nested pairs."""
+    """Build a Huffman tree as nested pairs: join the two lightest trees until one tree is left."""
     trees = [(count, place, place) for place, count in enumerate(counts)]
     place = len(trees)
     while len(trees) > 1:
@@ -113,7 +113,7 @@ def tree_loop(hidden, weight, bias, labels, paths):
 
 
 def tree_vectorized(hidden, weight, bias, labels, paths):
-    """All nodes at once: signs (classes, nodes) are 0 off the path, which then has no part in loss or gradient."""
+    """Compute all nodes together. Signs (classes, nodes) are 0 for nodes outside the path, which do not contribute."""
     signs = np.zeros((len(paths), len(weight)))
     for label, path in paths.items():
         for node, sign in path:

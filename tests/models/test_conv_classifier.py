@@ -32,7 +32,7 @@ class TestSoftmax(ModelContract):
     model_class = ConvClassifierForImageClassification
     processor_class = ViTImageProcessor
     auto_classes = ("AutoModelForImageClassification",)
-    test_loads_in_a_fresh_process_without_the_package = None  # no other code than below
+    test_loads_in_a_fresh_process_without_the_package = None  # tested below with the same code
     head = "softmax"
     overfit_steps = 60
     overfit_learning_rate = 1e-2
@@ -48,7 +48,7 @@ class TestSoftmax(ModelContract):
 
 class TestGumbel(TestSoftmax):
     head = "gumbel"
-    overfit_ratio = 0.3  # the noise is not learned
+    overfit_ratio = 0.3  # the noise keeps the loss up
 
 
 class TestHierarchical(TestSoftmax):
@@ -100,7 +100,7 @@ def test_parameter_counts():
         model = ConvClassifierForImageClassification(ConvClassifierConfig(num_labels=100))
         normed = ConvClassifierForImageClassification(ConvClassifierConfig(num_labels=100, norm="batch"))
     assert model.num_parameters() == convolutions + 2048 * 256 + 256 + 256 * 100 + 100
-    assert normed.num_parameters() == model.num_parameters() + 32 + 64 + 128  # a scale too
+    assert normed.num_parameters() == model.num_parameters() + 32 + 64 + 128  # the scale is added
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -122,7 +122,7 @@ def test_logits_are_log_probabilities_of_every_head(head, images):
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_tree_and_order_travel_with_the_folder(head, images, tmp_path):
+def test_tree_and_order_are_saved_with_the_model(head, images, tmp_path):
     model = build(head)
     model.config.id2label = dict(enumerate(("ant", "bee", "cat", "dog", "eel")))
     model.save_pretrained(tmp_path)
@@ -145,8 +145,8 @@ def test_tree_and_order_travel_with_the_folder(head, images, tmp_path):
     }
 
 
-def test_weights_that_a_checkpoint_lacks_are_drawn(images, tmp_path):
-    """A body alone under a new head, as for other classes."""
+def test_weights_missing_from_a_checkpoint_are_initialized(images, tmp_path):
+    """Load a body without a head, as for training on other classes."""
     body = build().conv_classifier
     body.save_pretrained(tmp_path)
     for head in HEADS:
@@ -155,13 +155,13 @@ def test_weights_that_a_checkpoint_lacks_are_drawn(images, tmp_path):
         torch.testing.assert_close(model.conv_classifier.hidden.weight, body.hidden.weight)
         fresh = build(head)
         for (name, a), (_, b) in zip(model.named_buffers(), fresh.named_buffers(), strict=True):
-            assert torch.equal(a, b), name  # the tree, which the checkpoint lacks
+            assert torch.equal(a, b), name  # the tree, which is not in the checkpoint
         for name, parameter in model.head.named_parameters():
             assert parameter.abs().max() <= parameter.shape[-1] ** -0.5 + 1e-6 or parameter.ndim == 1, name
         torch.testing.assert_close(model(images).logits.exp().sum(1), torch.ones(4))
 
 
-def test_dropout_and_noise_are_of_training_only(images):
+def test_dropout_and_noise_apply_in_training_only(images):
     model = build("gumbel", dropout=0.5)
     labels = torch.tensor([0, 3, 4, 1])
     assert torch.equal(model(images).logits, model(images).logits)
@@ -178,7 +178,7 @@ def test_dropout_and_noise_are_of_training_only(images):
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
-        ({"widths": (4, 4)}, "widths=\\[4, 4\\] must be the channels of the three"),
+        ({"widths": (4, 4)}, "widths=\\[4, 4\\] must be three numbers of channels"),
         ({"image_size": 20}, "image_size=20 must be a multiple of 8"),
         ({"norm": "bath"}, "norm='bath' is unknown. Choose one of: none, batch"),
         ({"norm": "group", "widths": (8, 12, 8)}, r"widths=\[8, 12, 8\] do not fit .* must divide num_channels=12"),
@@ -191,14 +191,14 @@ def test_dropout_and_noise_are_of_training_only(images):
         ),
     ],
 )
-def test_fields_that_do_not_fit_are_refused(fields, sentence):
+def test_invalid_fields_raise_an_error(fields, sentence):
     with pytest.raises(Exception, match=sentence):
         ConvClassifierConfig(**{**TINY, **fields})
 
 
-def test_calls_that_do_not_fit_are_refused(images):
+def test_invalid_inputs_raise_an_error(images):
     model = build()
     with pytest.raises(ValueError, match="pixel_values has shape \\(4, 3, 16, 8\\), expected \\(batch, 3, 16, 16\\)"):
         model(images[..., :8])
-    with pytest.raises(ValueError, match="labels holds 5, expected 0 to 4"):
+    with pytest.raises(ValueError, match="labels contains 5, expected 0 to 4"):
         model(images, labels=torch.tensor([0, 3, 5, 1]))

@@ -9,7 +9,7 @@ from tests.models.heads import DIM, LAWS, assert_all_close, draw, gradients, num
 
 
 @pytest.mark.parametrize("cutoffs", [[4], [3, 7], [1, 2, 10]])
-def test_adaptive_is_the_reference(cutoffs):
+def test_adaptive_equals_the_reference(cutoffs):
     counts = np.random.default_rng(0).permutation(15) + 1
     torch.manual_seed(0)
     head = AdaptiveHead(DIM, 15, cutoffs=cutoffs, class_counts=counts, div_value=2, min_rank=1).double()
@@ -24,7 +24,7 @@ def test_adaptive_is_the_reference(cutoffs):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("head_bias", [False, True])
-def test_adaptive_is_torch_s_own_with_the_same_weights(dtype, head_bias):
+def test_adaptive_equals_torch_with_the_same_weights(dtype, head_bias):
     torch.manual_seed(0)
     sizes = {"cutoffs": [10, 40, 100], "div_value": 3.0, "head_bias": head_bias}
     theirs = nn.AdaptiveLogSoftmaxWithLoss(96, 300, **sizes).to(dtype)
@@ -45,7 +45,7 @@ def test_adaptive_is_torch_s_own_with_the_same_weights(dtype, head_bias):
 
 
 def test_adaptive_sorts_the_classes_itself():
-    """With the classes in any order the loss is torch's on labels that the caller sorted."""
+    """For any class order, the loss equals the loss of torch with labels that were sorted by the caller."""
     torch.manual_seed(0)
     counts = np.random.default_rng(0).permutation(60) ** 2
     order = np.argsort(-counts, kind="stable")  # the class of each rank
@@ -58,7 +58,7 @@ def test_adaptive_sorts_the_classes_itself():
     torch.testing.assert_close(ours.log_prob(hidden)[:, order], theirs.log_prob(hidden))
 
 
-def test_adaptive_keeps_groups_together_where_classes_are_equally_frequent():
+def test_adaptive_keeps_groups_of_equally_frequent_classes_together():
     counts, groups = [5, 1, 1, 9, 1, 1], [[4, [1]], [5, 2, 0], 3]
     head = AdaptiveHead(8, 6, cutoffs=[2, 4], div_value=1.0, class_counts=counts, groups=groups)
     assert head.order.tolist() == [3, 0, 4, 1, 5, 2]
@@ -67,11 +67,11 @@ def test_adaptive_keeps_groups_together_where_classes_are_equally_frequent():
     log_prob = head.double().log_prob(hidden)
     torch.testing.assert_close(log_prob.exp().sum(1), torch.ones(len(hidden)).double())
     torch.testing.assert_close(head(hidden, labels), -log_prob.gather(1, labels[:, None]).mean())
-    with pytest.raises(ValueError, match="groups holds class 4 0 times, expected each class once"):
+    with pytest.raises(ValueError, match="groups contains class 4 0 times, expected each class once"):
         AdaptiveHead(8, 6, cutoffs=[2], groups=[[0, 1], [2, 3, 5]])
 
 
-def test_every_tail_gets_a_gradient_though_no_label_is_in_it():
+def test_tails_without_labels_get_a_gradient():
     head = AdaptiveHead(32, 60, cutoffs=[10, 30], div_value=2.0)
     head(torch.randn(4, 32), torch.zeros(4, dtype=torch.long)).backward()
     assert all(parameter.grad is not None for parameter in head.parameters())
@@ -79,7 +79,7 @@ def test_every_tail_gets_a_gradient_though_no_label_is_in_it():
 
 
 def test_cutoffs_by_cost():
-    assert choose_cutoffs(LAWS["equal"](100), 128) == []  # nothing to gain
+    assert choose_cutoffs(LAWS["equal"](100), 128) == []  # one softmax is cheapest
     assert choose_cutoffs([3.0], 128) == []
     zipf = LAWS["zipf"](50_000)
     cutoffs = choose_cutoffs(zipf, 128)
@@ -89,11 +89,11 @@ def test_cutoffs_by_cost():
     head = AdaptiveHead(128, 50_000, class_counts=shuffled)
     assert head.cutoffs == cutoffs
     assert len(choose_cutoffs(zipf, 128, max_tails=1)) == 1
-    for i, tail in enumerate(head.tail):  # none is starved
+    for i, tail in enumerate(head.tail):  # each tail has enough channels
         assert tail[0].out_features == 128 // 4 ** (i + 1) >= 8
 
 
-def test_starved_tails_are_refused():
+def test_tails_with_too_few_channels_raise_an_error():
     sentence = (
         r"tail 2 has 90 classes in 4 channels \(in_features=256 / div_value=4.0 to the power 3\), expected at least 7"
     )

@@ -30,7 +30,7 @@ from tests.models.heads import (
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("law", LAWS)
 @pytest.mark.parametrize("classes", [1, 2, 3, 5, 37, 300])
-def test_probabilities_sum_to_one_and_the_loss_is_that_of_the_label(kind, law, classes):
+def test_probabilities_sum_to_one_and_the_loss_is_minus_log_p_of_the_label(kind, law, classes):
     head, (hidden, labels) = build(kind, classes, law=law), draw(classes)
     log_prob = head.log_prob(hidden)
     assert log_prob.shape == (40, classes) and log_prob.max() <= 1e-12
@@ -39,7 +39,7 @@ def test_probabilities_sum_to_one_and_the_loss_is_that_of_the_label(kind, law, c
     torch.testing.assert_close(head(hidden, labels, reduction="none"), expected)
     torch.testing.assert_close(head(hidden, labels), expected.mean())
     torch.testing.assert_close(head(hidden, labels, reduction="sum"), expected.sum())
-    assert torch.equal(log_prob.log_softmax(1).argmax(1), log_prob.argmax(1))  # they are logits too
+    assert torch.equal(log_prob.log_softmax(1).argmax(1), log_prob.argmax(1))  # log-probabilities are valid logits
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -48,7 +48,7 @@ def test_predictions_are_the_most_probable_classes(kind, classes, monkeypatch):
     head, (hidden, _) = build(kind, classes), draw(classes)
     k = min(5, classes)
     expected = head.log_prob(hidden).topk(k, dim=1)
-    for scan in (layers_hierarchical._SCAN, 0):  # looking at all of them, and searching
+    for scan in (layers_hierarchical._SCAN, 0):  # computing all classes, and searching
         monkeypatch.setattr(layers_hierarchical, "_SCAN", scan)
         found = head.predict(hidden, k)
         torch.testing.assert_close(found.log_prob, expected.values)
@@ -57,9 +57,11 @@ def test_predictions_are_the_most_probable_classes(kind, classes, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_gradients_are_those_of_finite_differences(kind, monkeypatch):
+def test_gradients_equal_finite_differences(kind, monkeypatch):
     head, (hidden, labels) = build(kind, 9, dim=5), draw(9, batch=5, dim=5)
-    if head.sparse_parameters():  # gradcheck takes no sparse gradients; they equal the dense ones in another test
+    if (
+        head.sparse_parameters()
+    ):  # gradcheck does not support sparse gradients; another test compares them with dense gradients
         head.sparse = False
         monkeypatch.setattr(layers_hierarchical, "_ALL_NODES", 0)
     names = [f"head.{name}" for name, _ in head.named_parameters()]
@@ -106,13 +108,13 @@ def test_leading_dimensions_and_ignored_labels(kind):
     keep = targets.flatten() != -100
     torch.testing.assert_close(head(shaped, targets), expected[keep].mean())
     assert head(shaped, targets, reduction="none")[0, 1, 2] == 0
-    assert head(hidden, torch.full((24,), -100)) == 0  # nothing counts
+    assert head(hidden, torch.full((24,), -100)) == 0  # all labels are ignored
     with_gaps, without = (
         gradients(head, shaped.flatten(0, 2), targets.flatten()), gradients(head, hidden[keep], labels[keep])
     )  # fmt: skip
     assert_all_close(with_gaps[2:], without[2:])
     assert (with_gaps[1][~keep.numpy()] == 0).all()
-    torch.testing.assert_close(head(hidden.float(), labels.int()), expected.mean())  # cast to what the weights are
+    torch.testing.assert_close(head(hidden.float(), labels.int()), expected.mean())  # cast to the dtype of the weights
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -131,10 +133,10 @@ def test_under_bfloat16_autocast_they_compute_in_float32(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_buffers_and_weights_survive_saving(kind, tmp_path):
     head, (hidden, labels) = build(kind, 37, law="zipf"), draw(37)
-    other = build(kind, 37, law="steep", seed=5)  # other frequencies: other tree, other order, other sizes
-    other.log_prob(hidden)  # what it remembers of its own tree must go
+    other = build(kind, 37, law="steep", seed=5)  # other frequencies give another tree, order and sizes
+    other.log_prob(hidden)  # loading must discard all that is cached of this tree
     if kind == "adaptive_by_cost":
-        other = build(kind, 37, law="zipf", seed=5)  # the cutoffs are what is built, not what is loaded
+        other = build(kind, 37, law="zipf", seed=5)  # cutoffs are not part of the state dict
     save_model(head, tmp_path / "head.safetensors")
     load_model(other, tmp_path / "head.safetensors")
     for (name, a), (_, b) in zip(head.state_dict().items(), other.state_dict().items(), strict=True):
@@ -158,7 +160,7 @@ def test_compiles_without_a_break(kind):
 
 @pytest.mark.parametrize("kind", ["softmax", "huffman", "two_level", "adaptive"])
 def test_a_new_head_starts_near_chance_and_learns(kind):
-    """On classes that a linear layer can tell apart."""
+    """With classes that a linear layer can separate."""
     torch.manual_seed(0)
     head = make_head(
         kind if kind in HEADS else "hierarchical",
@@ -178,7 +180,7 @@ def test_a_new_head_starts_near_chance_and_learns(kind):
     assert (head.predict(hidden).classes[:, 0] == labels).float().mean() > 0.98
 
 
-def test_softmax_is_the_reference():
+def test_softmax_equals_the_reference():
     head, (hidden, labels) = build("softmax", 9), draw(9, batch=7)
     found = gradients(head, hidden, labels)
     for function in (reference.softmax_loop, reference.softmax_vectorized):
@@ -189,7 +191,7 @@ def test_softmax_is_the_reference():
 
 
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
-def test_gumbel_with_fixed_noise_is_the_reference(temperature):
+def test_gumbel_with_fixed_noise_equals_the_reference(temperature):
     head, (hidden, labels) = build("gumbel", 9).train(), draw(9, batch=7)
     noise = gumbel_noise(torch.empty(7, 9).double(), generator=torch.Generator().manual_seed(3)).numpy()
     arguments = (hidden.numpy(), *numpy_of(head), labels.numpy(), noise, temperature)
@@ -201,7 +203,7 @@ def test_gumbel_with_fixed_noise_is_the_reference(temperature):
         assert_all_close(found(), function(*arguments))
     sample = head.sample(hidden, temperature=temperature, generator=torch.Generator().manual_seed(3))
     of_label = sample.gather(1, labels[:, None]).squeeze(1)
-    np.testing.assert_allclose(found()[0], -of_label.log().detach().numpy(), rtol=1e-9)  # as it is said to be
+    np.testing.assert_allclose(found()[0], -of_label.log().detach().numpy(), rtol=1e-9)  # as its docstring states
     head.straight_through = True
     assert_all_close(found(), reference.straight_through_vectorized(*arguments))
 
@@ -219,8 +221,8 @@ def test_gumbel_is_deterministic_at_evaluation_and_random_in_training():
     assert draws[0] == draws[1] != draws[2]
 
 
-def test_gumbel_max_draws_the_classes_by_their_probability():
-    """Chi-square of 40,000 draws; 99.9 % of such statistics with 4 degrees of freedom lie below 18.5."""
+def test_gumbel_max_samples_classes_with_their_probabilities():
+    """Chi-square test with 40,000 samples. With 4 degrees of freedom, 99.9 % of the statistics are below 18.5."""
     head, (hidden, _) = build("gumbel", 5), draw(5, batch=1)
     many = hidden.expand(40_000, -1)
     generator = torch.Generator().manual_seed(0)
@@ -238,13 +240,13 @@ def test_the_temperature_makes_samples_uniform_or_one_hot():
     head, (hidden, _) = build("gumbel", 9), draw(9)
     assert (head.sample(hidden, temperature=1e4) - 1 / 9).abs().max() < 0.01
     assert head.sample(hidden, temperature=1e-4).max(1).values.min() > 0.99
-    with pytest.raises(ValueError, match="temperature=0 must be above 0 and finite; anneal it from 1 to 0.5"):
+    with pytest.raises(ValueError, match="temperature=0 must be greater than 0 and finite. Anneal it from 1 to 0.5"):
         head.sample(hidden, temperature=0)
     with pytest.raises(ValueError, match="temperature=-1"):
         head.train()(hidden, torch.zeros(40, dtype=torch.long), temperature=-1)
 
 
-def test_the_optimizers_take_a_sparse_head_and_learn():
+def test_the_optimizers_train_a_sparse_head():
     torch.manual_seed(0)
     model = nn.ModuleDict({"body": nn.Linear(6, DIM), "head": TreeHead(DIM, 500, sparse=True)})
     optimizers = make_optimizers(model, learning_rate=0.05, weight_decay=0.1)
@@ -269,33 +271,33 @@ def test_the_optimizers_take_a_sparse_head_and_learn():
     assert torch.equal(moved, used)
     (only,) = make_optimizers(nn.Linear(2, 2), learning_rate=0.1)
     assert type(only) is torch.optim.AdamW
-    with pytest.raises(RuntimeError, match="sparse"):  # why there are two
+    with pytest.raises(RuntimeError, match="sparse"):  # the reason for two optimizers
         model["head"](model["body"](x), labels).backward()
         torch.optim.AdamW(model["head"].parameters()).step()
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("form", ["softmax", "log_softmax"])
-def test_probabilities_in_place_of_hidden_states_are_warned_of(kind, form):
+def test_heads_warn_about_probabilities_instead_of_hidden_states(kind, form):
     head, (hidden, labels) = build(kind, 37), draw(37)
     with pytest.warns(UserWarning, match=f"hidden looks like .*probabilities.*{type(head).__name__} takes hidden"):
         head(getattr(hidden, form)(1), labels)
-    head(hidden.softmax(1), labels)  # once is enough: other warnings are errors here
+    head(hidden.softmax(1), labels)  # warns only once, and another warning would be an error here
     fresh = build(kind, 37)
     for values in (hidden, hidden.relu(), hidden.sigmoid(), torch.zeros_like(hidden)):
-        fresh._looks = 3
+        fresh._checks_left = 3
         fresh(values, labels)
     with pytest.warns(UserWarning, match="near chance"):
         build(kind, 37).float()(hidden.float().softmax(1).bfloat16(), labels)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_labels_that_there_are_not_are_refused(kind):
+def test_invalid_inputs_raise_an_error(kind):
     head, (hidden, labels) = build(kind, 37), draw(37)
     for wrong in (37, -1):
         spoiled = labels.clone()
         spoiled[3], spoiled[4] = wrong, -100
-        with pytest.raises(ValueError, match=f"labels holds {wrong}, expected 0 to 36 in the order of the classes"):
+        with pytest.raises(ValueError, match=f"labels contains {wrong}, expected 0 to 36, or -100 to ignore"):
             head(hidden, spoiled)
     with pytest.raises(ValueError, match=r"labels has shape \(40, 37\), expected \(40,\).*not one-hot"):
         head(hidden, torch.eye(37)[labels])
@@ -303,7 +305,7 @@ def test_labels_that_there_are_not_are_refused(kind):
         head(hidden, labels.float())
     with pytest.raises(ValueError, match=r"hidden has shape \(40, 37\) .*expected floating point \(batch, 12\)"):
         head(torch.randn(40, 37), labels)
-    with pytest.raises(ValueError, match="reduction='avg' is unknown; choose one of mean, sum, none"):
+    with pytest.raises(ValueError, match="reduction='avg' is unknown. Choose one of: mean, sum, none"):
         head(hidden, labels, reduction="avg")
     with pytest.raises(ValueError, match="k=38 is out of range; expected 1 to num_classes=37"):
         head.predict(hidden, 38)
@@ -319,33 +321,37 @@ def test_labels_that_there_are_not_are_refused(kind):
             {"cutoffs": [2]},
             "option 'cutoffs'. The options of head='hierarchical' are: tree, class_counts",
         ),
-        ("hierarchical", {"tree": "oak"}, "tree='oak' is unknown; choose one of huffman, balanced, given"),
+        ("hierarchical", {"tree": "oak"}, "tree='oak' is unknown. Choose one of: huffman, balanced, given, two_level"),
         ("hierarchical", {"tree": "given"}, "tree='given' needs groups"),
-        ("hierarchical", {"groups": [[0, 1], [2, 3, 4]]}, "tree='huffman' takes no groups"),
+        ("hierarchical", {"groups": [[0, 1], [2, 3, 4]]}, "tree='huffman' does not use groups"),
         ("hierarchical", {"tree": "given", "groups": [[0, 1], [2, 3]]}, "class 4 0 times, expected each class once"),
-        ("hierarchical", {"tree": "given", "groups": [[0, 1], [1, 2, 3, 4]]}, "holds class 1 2 times"),
+        ("hierarchical", {"tree": "given", "groups": [[0, 1], [1, 2, 3, 4]]}, "contains class 1 2 times"),
         ("hierarchical", {"tree": "two_level", "groups": [[0, 1], [2, 3, 4, 5]]}, "class 5, expected 0 to 4"),
         ("hierarchical", {"tree": "two_level", "groups": [[0, 1, 2, 3, 4], []]}, "an empty group"),
         ("hierarchical", {"class_counts": [1, 2]}, r"class_counts has shape \(2,\), expected .*\(5,\)"),
         ("hierarchical", {"class_counts": [1, 2, 3, 4, -1]}, "negative or not finite"),
-        ("adaptive", {"cutoffs": [3, 2]}, r"cutoffs=\[3, 2\] must rise and lie in 1 to num_classes - 1 = 4"),
-        ("adaptive", {"cutoffs": [2, 5]}, r"cutoffs=\[2, 5\] must rise"),
+        (
+            "adaptive",
+            {"cutoffs": [3, 2]},
+            r"\[3, 2\] must increase and be in the range 1 to num_classes - 1 = 4",
+        ),
+        ("adaptive", {"cutoffs": [2, 5]}, r"cutoffs=\[2, 5\] must increase"),
         ("adaptive", {"cutoffs": [2], "div_value": 0.5}, "div_value=0.5 must be at least 1"),
         ("adaptive", {"cutoffs": [2], "min_rank": 0}, "min_rank=0 must be at least 1"),
     ],
 )
-def test_options_that_do_not_fit_are_refused(head, options, sentence):
+def test_invalid_options_raise_an_error(head, options, sentence):
     with pytest.raises(ValueError, match=sentence):
         make_head(head, DIM, 5, **options)
 
 
-def test_sizes_that_do_not_fit_are_refused():
+def test_invalid_sizes_raise_an_error():
     with pytest.raises(ValueError, match="num_classes=0 must be at least 1"):
         SoftmaxHead(4, 0)
     with pytest.raises(ValueError, match="in_features=0 must be at least 1"):
         GumbelHead(0, 4)
     with pytest.raises(ValueError, match="max_tails=4 must be 1, 2 or 3"):
         choose_cutoffs([1, 2], 8, max_tails=4)
-    with pytest.raises(ValueError, match="hidden holds NaN"):
+    with pytest.raises(ValueError, match="hidden contains NaN"):
         build("huffman", 37).best_first(torch.full((1, DIM), torch.nan).double())
     assert grouped_tree([[0, 1], [2]], [1, 1, 1]).shape == (2, 2)

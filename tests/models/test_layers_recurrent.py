@@ -21,7 +21,7 @@ def gradients(loss, *tensors):
 
 @DTYPES
 @WAYS
-def test_the_cell_is_torch_s(dtype, fused):
+def test_the_cell_equals_torch(dtype, fused):
     torch.manual_seed(0)
     ours, theirs = LSTMCell(5, 7, fused=fused).to(dtype), nn.LSTMCell(5, 7).to(dtype)
     ours.load_state_dict(theirs.state_dict())
@@ -56,7 +56,7 @@ def test_a_step_by_hand():
 @DTYPES
 @WAYS
 @pytest.mark.parametrize("layers", [1, 2])
-def test_the_encoder_is_torch_s_on_each_sequence_alone(dtype, fused, layers):
+def test_the_encoder_equals_torch_on_each_sequence_alone(dtype, fused, layers):
     torch.manual_seed(1)
     ours, theirs = (
         BidirectionalLSTM(4, 6, num_layers=layers, fused=fused).to(dtype),
@@ -67,7 +67,7 @@ def test_the_encoder_is_torch_s_on_each_sequence_alone(dtype, fused, layers):
     keep = torch.zeros(4, 9, dtype=torch.bool)
     keep[0] = True
     keep[1, :4] = keep[2, 5:] = True  # padded right, padded left
-    keep[3, [0, 2, 3, 7]] = True  # holes
+    keep[3, [0, 2, 3, 7]] = True  # gaps in the middle
     outputs, (h, c) = ours(x, keep)
     assert (outputs[~keep] == 0).all()
     weight = torch.randn(outputs.shape, dtype=dtype)
@@ -86,7 +86,7 @@ def test_the_encoder_is_torch_s_on_each_sequence_alone(dtype, fused, layers):
 
 
 def test_the_kernel_has_the_gradient_of_the_steps():
-    # on a CPU it is not run where there is one, and a GPU may not be there
+    # the CPU does not use the kernel for gradients, so call it directly
     torch.manual_seed(3)
     lstm, x = BidirectionalLSTM(4, 6, num_layers=2), torch.randn(3, 5, 4)
     keep = torch.tensor([[1, 1, 0, 1, 0], [0, 1, 1, 1, 1], [1, 1, 1, 1, 1]]).bool()
@@ -98,7 +98,7 @@ def test_the_kernel_has_the_gradient_of_the_steps():
 
 
 @WAYS
-def test_what_is_masked_cannot_be_seen(fused):
+def test_masked_tokens_have_no_effect(fused):
     torch.manual_seed(2)
     lstm = BidirectionalLSTM(4, 6, num_layers=2, fused=fused)
     x, keep = torch.randn(2, 5, 4), torch.tensor([[1, 1, 0, 1, 0], [0, 1, 1, 1, 1]])
@@ -111,7 +111,7 @@ def test_what_is_masked_cannot_be_seen(fused):
 
 
 @WAYS
-def test_dropout_is_between_layers_and_of_training_only(fused):
+def test_dropout_applies_between_layers_and_in_training_only(fused):
     torch.manual_seed(0)
     x = torch.randn(2, 5, 4)
     lstm = BidirectionalLSTM(4, 6, num_layers=2, dropout=0.5, fused=fused)
@@ -122,7 +122,7 @@ def test_dropout_is_between_layers_and_of_training_only(fused):
     torch.testing.assert_close(lstm(x), lstm(x))
 
 
-def test_calls_that_do_not_fit_are_refused():
+def test_invalid_inputs_raise_an_error():
     lstm = BidirectionalLSTM(4, 6)
     with pytest.raises(ValueError, match="attention_mask has shape \\(2, 4\\), expected \\(2, 5\\)"):
         lstm(torch.zeros(2, 5, 4), torch.ones(2, 4))
@@ -130,13 +130,13 @@ def test_calls_that_do_not_fit_are_refused():
         lstm(torch.zeros(2, 5, 4), torch.tensor([[1] * 5, [0] * 5]))
 
 
-# ------------------------------------------------------------------------------------------ from a state to a state
+# ------------------------------------------------------------------------------------------ continuing from a state
 
 
 @DTYPES
 @WAYS
 @pytest.mark.parametrize("layers", [1, 2])
-def test_pieces_of_a_sequence_give_what_torch_gives_on_the_whole(dtype, fused, layers):
+def test_pieces_of_a_sequence_equal_torch_on_the_whole_sequence(dtype, fused, layers):
     torch.manual_seed(2)
     ours = LSTM(4, 6, num_layers=layers, fused=fused).to(dtype)
     theirs = nn.LSTM(4, 6, layers, batch_first=True).to(dtype)
@@ -159,7 +159,7 @@ def test_pieces_of_a_sequence_give_what_torch_gives_on_the_whole(dtype, fused, l
 
 
 @WAYS
-def test_masked_tokens_leave_the_state_as_it_is(fused):
+def test_masked_tokens_do_not_change_the_state(fused):
     torch.manual_seed(3)
     lstm = LSTM(4, 6, num_layers=2, fused=fused)
     x, state = torch.randn(3, 7, 4), (torch.randn(3, 2, 6), torch.randn(3, 2, 6))
@@ -174,14 +174,14 @@ def test_masked_tokens_leave_the_state_as_it_is(fused):
             check_close(one[row], other[0], torch.float32)
 
 
-def test_dropout_between_layers_is_of_training_only():
+def test_dropout_between_layers_applies_in_training_only():
     for fused in (True, False):
         lstm, x = LSTM(4, 6, num_layers=2, dropout=0.5, fused=fused), torch.randn(2, 5, 4)
         assert not torch.equal(lstm(x)[0], lstm(x)[0])
         assert torch.equal(lstm.eval()(x)[0], lstm(x)[0])
 
 
-def test_states_and_masks_that_do_not_fit_are_refused():
+def test_invalid_states_and_masks_raise_an_error():
     lstm, x = LSTM(4, 6, num_layers=2), torch.zeros(3, 5, 4)
     with pytest.raises(ValueError, match=r"state has shape \(3, 1, 6\), expected \(3, 2, 6\)"):
         lstm(x, (torch.zeros(3, 1, 6), torch.zeros(3, 1, 6)))

@@ -19,7 +19,7 @@ def test_a_million_classes_are_laid_out_in_seconds():
     assert depths.max() == 24 and (depths * counts).sum() / counts.sum() == pytest.approx(13.43, abs=0.01)
 
 
-def test_learned_trees_bring_alike_classes_together():
+def test_cluster_classes_puts_similar_classes_together():
     generator = torch.Generator().manual_seed(0)
     centers = torch.randn(4, 16, generator=generator) * 5
     kind = torch.randperm(32, generator=generator) % 4
@@ -32,4 +32,4 @@ def test_learned_trees_bring_alike_classes_together():
     assert set(head.depths.tolist()) == {5}
     assert cluster_classes(torch.ones(1, 3)) == [0]
     assert TreeHead(4, 1, tree="given", groups=[0]).log_prob(torch.ones(2, 4)).tolist() == [[0.0], [0.0]]
-    assert sorted(group_members(cluster_classes(torch.zeros(7, 3)))) == list(range(7))  # all alike
+    assert sorted(group_members(cluster_classes(torch.zeros(7, 3)))) == list(range(7))  # equal weights

@@ -39,7 +39,7 @@ class TestBatchInstanceWithProjections(TestBatch):
 
 
 class TestGroup(TestBatch):
-    test_loads_in_a_fresh_process_without_the_package = None  # no other code than above
+    test_loads_in_a_fresh_process_without_the_package = None  # tested above with the same code
 
     def config(self):
         return NormResNetConfig(**TINY, norm="group")
@@ -68,7 +68,7 @@ def test_parameter_counts_of_the_paper(n, classes, expected):
 def test_parameter_counts_of_the_options():
     norm_channels = 5 * 16 + 4 * 32 + 4 * 64
     assert count(num_labels=10, norm="torch_batch") == count(num_labels=10, norm="group") == 172506
-    assert count(num_labels=10, norm="none") == 172506 - norm_channels  # a bias in place of scale and shift
+    assert count(num_labels=10, norm="none") == 172506 - norm_channels  # a bias replaces scale and shift
     assert count(num_labels=10, norm="batch_instance") == 172506 + norm_channels
     assert count(num_labels=10, shortcut="projection") == 172506 + 16 * 32 + 32 * 64 + 2 * (32 + 64)
     pixels = 2 * (5 * 16 * 256**2 + 4 * 32 * 128**2 + 4 * 64 * 64**2)
@@ -78,7 +78,7 @@ def test_parameter_counts_of_the_options():
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 9, 18])
-def test_layers_as_the_paper_counts_them(n):
+def test_number_of_layers_as_in_the_paper(n):
     config = NormResNetConfig(n=n)
     with torch.device("meta"):
         model = NormResNetForImageClassification(config)
@@ -100,13 +100,13 @@ def test_receptive_fields(n, expected):
     assert NormResNetConfig(n=n).receptive_field == expected
 
 
-def test_the_receptive_field_is_what_reaches_a_pixel():
+def test_the_receptive_field_is_the_area_with_a_gradient():
     torch.manual_seed(0)
     config = NormResNetConfig(n=2, norm="none", widths=(4, 4, 4))
     model = NormResNetModel(config).double().eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.abs_()  # so that no ReLU hides a path
+            parameter.abs_()  # so that no ReLU blocks a path
     image = torch.rand(1, 3, 96, 96, dtype=torch.float64).requires_grad_()
     model(image).last_hidden_state[0, :, 12, 12].sum().backward()
     rows = image.grad.abs().sum((0, 1, 3)).nonzero().flatten()
@@ -148,11 +148,11 @@ def test_identity_shortcuts_stride_and_pad_with_zeros():
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_every_variant_trains_and_starts_as_it_should(norm):
+def test_every_norm_trains_and_is_initialized(norm):
     torch.manual_seed(0)
     model = NormResNetForImageClassification(NormResNetConfig(**TINY, norm=norm)).train()
     first = model.norm_resnet.stem[0].weight
-    assert first.std().item() == pytest.approx((2 / (8 * 9)) ** 0.5, rel=0.2)  # He et al., by what goes out
+    assert first.std().item() == pytest.approx((2 / (8 * 9)) ** 0.5, rel=0.2)  # He et al., with fan_out
     pixel_values, labels = torch.rand(12, 3, 16, 16) * 2 - 1, torch.arange(12) % 3
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     losses = []
@@ -171,7 +171,7 @@ def test_every_variant_trains_and_starts_as_it_should(norm):
             assert module.gate.min() >= 0 and module.gate.max() <= 1
 
 
-def test_ours_follows_the_curve_of_torchs_batch_norm():
+def test_batch_norm_has_the_loss_curve_of_torch():
     curves = {}
     for norm in ("batch", "torch_batch"):
         torch.manual_seed(0)
@@ -190,7 +190,7 @@ def test_ours_follows_the_curve_of_torchs_batch_norm():
     torch.testing.assert_close(curves["batch"][-1], curves["torch_batch"][-1], rtol=1e-8, atol=1e-8)
 
 
-def test_weights_go_from_torchs_batch_norm_to_ours_and_back(tmp_path):
+def test_weights_load_from_torch_batch_to_batch_and_back(tmp_path):
     torch.manual_seed(0)
     theirs = NormResNetForImageClassification(NormResNetConfig(**TINY, norm="torch_batch"))
     theirs(torch.rand(4, 3, 16, 16))
@@ -209,7 +209,7 @@ def saved(tmp_path):
     fields = {name: value for name, value in TINY.items() if name != "num_labels"}
     config = NormResNetConfig(**fields, id2label=names, label2id={name: index for index, name in names.items()})
     model = NormResNetForImageClassification(config)
-    model(torch.rand(4, 3, 16, 16))  # running statistics that are not the initial ones
+    model(torch.rand(4, 3, 16, 16))  # changes the running statistics
     model.eval().save_pretrained(tmp_path)
     image_processor(config).save_pretrained(tmp_path)
     return tmp_path, model
@@ -263,11 +263,11 @@ def test_auto_model_loads_the_network_without_its_linear_layer(saved):
     assert torch.equal(base(pixel_values).pooler_output, model.norm_resnet(pixel_values).pooler_output)
 
 
-def test_the_option_of_pixel_affine_takes_one_size_only():
+def test_pixel_affine_accepts_one_size_only():
     model = NormResNetModel(NormResNetConfig(**TINY, norm="layer", layer_norm_affine="pixel")).eval()
     sizes = [module.image_size for module in model.modules() if isinstance(module, LayerNorm2d)]
     assert sizes == [(16, 16)] * 3 + [(8, 8)] * 2 + [(4, 4)] * 2
-    with pytest.raises(ValueError, match="a scale for each of 16x16 pixels"):
+    with pytest.raises(ValueError, match="one scale per pixel of images of size 16x16"):
         model(torch.rand(1, 3, 32, 32))
 
 
@@ -279,18 +279,18 @@ def test_the_option_of_pixel_affine_takes_one_size_only():
             {"norm": "bath"},
             "norm='bath' is unknown. Choose one of: none, batch, instance, batch_instance, layer, group",
         ),
-        ({"widths": (16, 32)}, "must be the channels of the three stages"),
-        ({"widths": (32, 16, 64)}, "must not fall: shortcut='identity' can only add channels"),
+        ({"widths": (16, 32)}, "must be three numbers of channels"),
+        ({"widths": (32, 16, 64)}, "must not decrease, because shortcut='identity' can only add channels"),
         ({"norm": "group", "num_groups": 12}, "do not fit norm='group': num_groups=12 must divide num_channels=16"),
         ({"shortcut": "none"}, "shortcut"),
     ],
 )
-def test_fields_that_do_not_fit_are_refused(fields, sentence):
+def test_invalid_fields_raise_an_error(fields, sentence):
     with pytest.raises(Exception, match=sentence):
         NormResNetConfig(**fields)
 
 
-def test_images_that_do_not_fit_are_refused():
+def test_invalid_images_raise_an_error():
     model = NormResNetForImageClassification(NormResNetConfig(**TINY))
     with pytest.raises(
         ValueError, match=r"pixel_values has shape \(1, 1, 16, 16\), expected \(batch, 3, height, width\)"

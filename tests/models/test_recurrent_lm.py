@@ -34,7 +34,7 @@ def build(head="softmax", **fields):
 class TestSoftmaxLM(ModelContract):
     model_class = RecurrentLMForCausalLM
     auto_classes = ("AutoModelForCausalLM",)
-    test_loads_in_a_fresh_process_without_the_package = None  # no other code than below
+    test_loads_in_a_fresh_process_without_the_package = None  # tested below with the same code
     head = "softmax"
     overfit_steps = 200
     overfit_learning_rate = 2e-2
@@ -45,7 +45,7 @@ class TestSoftmaxLM(ModelContract):
     def inputs(self, batch):
         draw = torch.Generator().manual_seed(batch)
         ids = torch.randint(12, (batch, 5), generator=draw)
-        ids[:, 0] = torch.arange(batch)  # or the second token could not be learned
+        ids[:, 0] = torch.arange(batch)  # otherwise the second token could not be learned
         return {"input_ids": ids, "labels": ids.clone()}
 
     def test_every_parameter_gets_a_gradient(self, model):
@@ -57,7 +57,7 @@ class TestSoftmaxLM(ModelContract):
 
 class TestGumbelLM(TestSoftmaxLM):
     head = "gumbel"
-    overfit_ratio = 0.4  # the noise is not learned
+    overfit_ratio = 0.4  # the noise keeps the loss up
 
 
 class TestHierarchicalLM(TestSoftmaxLM):
@@ -75,7 +75,7 @@ class TestTiedLM(TestSoftmaxLM):
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_logits_are_log_probabilities_of_what_comes_next(head):
+def test_logits_are_log_probabilities_of_the_next_token(head):
     model, ids = build(head), torch.randint(12, (3, 7))
     output = model(ids, labels=ids)
     torch.testing.assert_close(output.logits.exp().sum(-1), torch.ones(3, 7))
@@ -89,7 +89,7 @@ def test_logits_are_log_probabilities_of_what_comes_next(head):
     assert model(ids, labels=ids).logits is None and model(ids).logits is not None
 
 
-def test_a_text_read_in_pieces_is_the_text():
+def test_reading_in_pieces_equals_reading_the_whole_text():
     model, ids = build(), torch.randint(12, (2, 9))
     whole = model(ids, output_hidden_states=True)
     first = model(ids[:, :4])
@@ -103,14 +103,14 @@ def test_a_text_read_in_pieces_is_the_text():
     torch.testing.assert_close(model(inputs_embeds=embedded).logits, whole.logits)
 
 
-def test_the_written_out_lstm_gives_the_same():
+def test_the_unfused_lstm_gives_the_same_result():
     fused, ids = build(), torch.randint(12, (2, 9))
     steps = build(fused=False)
     steps.load_state_dict(fused.state_dict())
     torch.testing.assert_close(fused(ids).logits, steps(ids).logits, rtol=1e-4, atol=1e-5)
 
 
-def test_tied_weights_are_one_and_travel_as_one(tmp_path):
+def test_tied_weights_are_shared_and_saved_once(tmp_path):
     fields = {"embedding_size": 8, "tie_word_embeddings": True}
     model = build(**fields)
     assert model.head.weight is model.recurrent_lm.embed_tokens.weight
@@ -122,8 +122,8 @@ def test_tied_weights_are_one_and_travel_as_one(tmp_path):
     assert loaded.get_output_embeddings() is loaded.head and build("adaptive").get_output_embeddings() is None
 
 
-def test_sparse_gradients_step_as_dense_ones_do_where_each_row_is_seen():
-    """SparseAdam moves only rows with a gradient; where all rows have one it is Adam."""
+def test_sparse_steps_equal_dense_steps_if_all_rows_have_a_gradient():
+    """SparseAdam updates only rows with a gradient, and equals Adam if all rows have one."""
     options = {"class_counts": COUNTS, "sparse": True}
     sparse = RecurrentLMForCausalLM(
         RecurrentLMConfig(**TINY, head="hierarchical", head_options=options, sparse_embedding=True, dropout=0.0)
@@ -143,21 +143,23 @@ def test_sparse_gradients_step_as_dense_ones_do_where_each_row_is_seen():
                 optimizer.zero_grad()
     for (name, one), (_, other) in zip(sparse.named_parameters(), dense.named_parameters(), strict=True):
         assert (one - before[name]).abs().max() > 0.02, name
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-3, msg=name)  # the two add epsilon at different places
+        torch.testing.assert_close(
+            one, other, rtol=0, atol=1e-3, msg=name
+        )  # the optimizers add epsilon in different places
 
 
-def test_weights_that_a_checkpoint_lacks_are_drawn(tmp_path):
+def test_weights_missing_from_a_checkpoint_are_initialized(tmp_path):
     body = build().recurrent_lm
     body.save_pretrained(tmp_path)
     for head in HEADS:
         model = RecurrentLMForCausalLM.from_pretrained(tmp_path, config=config_of(head)).eval()
         torch.testing.assert_close(model.recurrent_lm.embed_tokens.weight, body.embed_tokens.weight)
         for (name, a), (_, b) in zip(model.named_buffers(), build(head).named_buffers(), strict=True):
-            assert torch.equal(a, b), name  # the tree, which the checkpoint lacks
+            assert torch.equal(a, b), name  # the tree, which is not in the checkpoint
         torch.testing.assert_close(model(torch.tensor([[1, 2]])).logits.exp().sum(-1), torch.ones(1, 2))
 
 
-def test_the_folder_gives_the_body_too(tmp_path):
+def test_auto_model_loads_the_model_without_its_head(tmp_path):
     model, ids = build("hierarchical"), torch.randint(12, (2, 4))
     model.save_pretrained(tmp_path)
     body = AutoModel.from_pretrained(tmp_path)
@@ -175,7 +177,7 @@ def test_the_folder_gives_the_body_too(tmp_path):
 
 @pytest.fixture(scope="module")
 def sharp():
-    """A model whose next token depends on all that it has read."""
+    """Make a model whose next token depends on all previous tokens."""
     model = build("hierarchical")
     with torch.no_grad():
         for parameter in model.parameters():
@@ -183,7 +185,7 @@ def sharp():
     return model
 
 
-def test_greedy_text_is_the_argmax_of_the_whole_text_each_time(sharp, monkeypatch):
+def test_greedy_generation_equals_the_argmax_for_the_whole_text(sharp, monkeypatch):
     prompt = torch.tensor([[1, 5, 2], [1, 3, 3]])
     expected = prompt
     for _ in range(6):
@@ -192,11 +194,11 @@ def test_greedy_text_is_the_argmax_of_the_whole_text_each_time(sharp, monkeypatc
     monkeypatch.setattr(sharp, "forward", lambda *a, **k: lengths.append(k["input_ids"].shape[1]) or forward(*a, **k))
     options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
     assert torch.equal(sharp.generate(prompt, **options), expected)
-    assert lengths == [3, 1, 1, 1, 1, 1]  # the state stands for what was read
+    assert lengths == [3, 1, 1, 1, 1, 1]  # the state replaces the tokens before
     assert torch.equal(sharp.generate(prompt, use_cache=False, **options), expected)
 
 
-def test_a_padded_prompt_goes_on_as_it_does_alone(sharp):
+def test_padding_does_not_change_the_continuation_of_a_prompt(sharp):
     options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
     long, short = torch.tensor([[4, 5, 2, 7]]), torch.tensor([[3, 6]])
     together = torch.cat([long, torch.tensor([[1, 1, 3, 6]])])
@@ -217,7 +219,7 @@ def test_a_beam_wide_enough_finds_the_most_probable_text(sharp):
     assert torch.equal(found, sharp.generate(prompt, max_new_tokens=3, use_cache=False, **beams))
 
 
-def test_sampled_text_has_the_model_s_probabilities(sharp):
+def test_sampling_follows_the_probabilities_of_the_model(sharp):
     torch.manual_seed(0)
     prompt = torch.tensor([[1, 5]]).expand(4000, 2)
     drawn = sharp.generate(prompt, max_new_tokens=1, do_sample=True, top_k=0, eos_token_id=None)[:, 2]
@@ -235,7 +237,7 @@ def test_the_pipeline_writes_text(tmp_path):
     assert found["generated_text"].startswith("the a ") and len(found["generated_text"].split()) <= 6
 
 
-# --- what is refused -------------------------------------------------------------------------------------------------
+# --- invalid arguments -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -250,27 +252,27 @@ def test_the_pipeline_writes_text(tmp_path):
             "head='adaptive': its weight does not have one row per token. Choose one of: softmax, gumbel.",
         ),
         ({"tie_word_embeddings": True, "hidden_size": 16}, "needs embedding_size=128 to equal hidden_size=16"),
-        ({"tie_word_embeddings": True, "sparse_embedding": True}, "does not go with sparse_embedding=True"),
+        ({"tie_word_embeddings": True, "sparse_embedding": True}, "does not work with sparse_embedding=True"),
     ],
 )
-def test_fields_that_do_not_fit_are_refused(fields, sentence):
+def test_invalid_fields_raise_an_error(fields, sentence):
     with pytest.raises(Exception, match="validat") as caught:
         RecurrentLMConfig(**fields)
     assert sentence in str(caught.value.__cause__ or caught.value)
 
 
-def test_inputs_that_do_not_fit_are_refused():
+def test_invalid_inputs_raise_an_error():
     model, ids = build(), torch.zeros(1, 3, dtype=torch.long)
-    with pytest.raises(ValueError, match="Give either labels or shift_labels"):
+    with pytest.raises(ValueError, match="Pass either labels or shift_labels"):
         model(ids, labels=ids, shift_labels=ids)
-    with pytest.raises(ValueError, match="Give either input_ids or inputs_embeds"):
+    with pytest.raises(ValueError, match="Pass either input_ids or inputs_embeds"):
         model(ids, inputs_embeds=torch.zeros(1, 3, 6))
-    with pytest.raises(ValueError, match="labels holds 12"):
+    with pytest.raises(ValueError, match="labels contains 12"):
         model(ids, shift_labels=ids + 12)
     with pytest.raises(ValueError, match="state has shape"):
         model(ids, state=(torch.zeros(1, 1, 8), torch.zeros(1, 1, 8)))
 
 
-def test_a_new_model_is_about_as_sure_as_the_frequencies():
+def test_the_initial_loss_is_near_that_of_equal_frequencies():
     ids = torch.randint(12, (4, 9), generator=torch.Generator().manual_seed(0))
     assert build()(ids, labels=ids).loss.item() == pytest.approx(math.log(12), abs=0.2)

@@ -42,7 +42,7 @@ class TestForImageClassification(ModelContract):
 
 
 class TestWithGumbelSoftmax(TestForImageClassification):
-    test_loads_in_a_fresh_process_without_the_package = None  # no other code than above
+    test_loads_in_a_fresh_process_without_the_package = None  # tested above with the same code
     overfit_learning_rate = 1e-2
     overfit_steps = 80
 
@@ -65,7 +65,7 @@ def model():
     torch.manual_seed(0)
     model = SmallViTForImageClassification(SmallViTConfig(**TINY, num_labels=3, initializer_range=0.3)).eval()
     with torch.no_grad():
-        for p in model.parameters():  # biases start at zero, which would hide a wrong one
+        for p in model.parameters():  # biases are initially zero, which would hide an error
             p.add_(0.1 * torch.randn_like(p))
     return model
 
@@ -75,7 +75,7 @@ def images():
     return torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
 
 
-def test_a_block_is_torch_s_own_pre_norm_layer(model):
+def test_a_block_equals_the_pre_norm_layer_of_torch(model):
     block = model.small_vit.blocks[0]
     oracle = nn.TransformerEncoderLayer(
         16, 2, 24, dropout=0.0, activation="gelu", batch_first=True, norm_first=True, layer_norm_eps=1e-6
@@ -108,7 +108,7 @@ def test_patches_run_row_by_row(model, images):
     torch.testing.assert_close(tokens[:, 0], embeddings.cls_token[0].expand(2, -1), rtol=1e-5, atol=1e-6)
 
 
-def test_attentions_and_hidden_states_come_on_request(model, images):
+def test_attentions_and_hidden_states_are_returned_on_request(model, images):
     plain, full = model(images), model(images, output_attentions=True, output_hidden_states=True)
     assert plain.attentions is None and plain.hidden_states is None
     torch.testing.assert_close(full.logits, plain.logits, rtol=1e-5, atol=1e-5)
@@ -119,7 +119,7 @@ def test_attentions_and_hidden_states_come_on_request(model, images):
     assert len(model(images).hidden_states) == 3
 
 
-def test_a_masked_patch_is_as_good_as_gone(model, images):
+def test_a_masked_patch_has_no_effect(model, images):
     keep = torch.ones(2, 17, dtype=torch.long)
     keep[0, 5] = keep[1, [3, 16]] = 0
     changed = images.clone()
@@ -144,7 +144,7 @@ def test_other_sizes_interpolate_the_positions(model):
     torch.testing.assert_close(embeddings.positions_of(6, 2)[:, 1:], torch.full((1, 12, 16), 0.5))
 
 
-def test_the_model_without_a_head_reads_a_classifier_s_folder(model, images, tmp_path):
+def test_the_model_without_a_head_loads_a_classifier(model, images, tmp_path):
     from transformers import AutoModel
 
     model.save_pretrained(tmp_path)
@@ -153,7 +153,7 @@ def test_the_model_without_a_head_reads_a_classifier_s_folder(model, images, tmp
     torch.testing.assert_close(model.classifier.log_prob(base(images).pooler_output), model(images).logits)
 
 
-def test_the_softmax_head_is_the_linear_layer_that_it_was(model, images):
+def test_the_softmax_head_is_a_linear_layer(model, images):
     linear = nn.Linear(16, 3)
     linear.load_state_dict({name: model.state_dict()[f"classifier.{name}"] for name in ("weight", "bias")})
     scores, labels = linear(model.small_vit(images).pooler_output), torch.tensor([2, 0])
@@ -178,7 +178,7 @@ def test_gumbel_noise_is_drawn_in_training_from_the_generator(images):
 
 
 def test_both_auto_classes_are_named_in_the_folder(model, tmp_path):
-    """So that both load with remote code where hf_dl is not installed."""
+    """Both must load with remote code where hf_dl is not installed."""
     model.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["auto_map"] == {
         "AutoConfig": "small_vit.SmallViTConfig",
@@ -187,7 +187,7 @@ def test_both_auto_classes_are_named_in_the_folder(model, tmp_path):
     }
 
 
-def test_the_pipeline_of_transformers_takes_the_saved_folder(model, tmp_path):
+def test_the_pipeline_of_transformers_loads_the_saved_folder(model, tmp_path):
     model.config.id2label = {0: "cube", 1: "ball", 2: "cone"}
     model.save_pretrained(tmp_path)
     SmallViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path)
@@ -199,7 +199,7 @@ def test_the_pipeline_of_transformers_takes_the_saved_folder(model, tmp_path):
     assert found[0]["score"] == pytest.approx(expected, abs=1e-5)
 
 
-def test_dropout_is_of_training_only():
+def test_dropout_applies_in_training_only():
     config = SmallViTConfig(**TINY, hidden_dropout_prob=0.3, attention_probs_dropout_prob=0.3)
     model, images = SmallViTModel(config), torch.randn(2, 3, 16, 16)
     model.train()
@@ -220,12 +220,12 @@ def test_dropout_is_of_training_only():
         ({"head_options": {"tree": "huffman"}}, "unknown option 'tree'"),
     ],
 )
-def test_fields_that_do_not_fit_are_refused(fields, sentence):
+def test_invalid_fields_raise_an_error(fields, sentence):
     with pytest.raises(Exception, match=sentence):
         SmallViTConfig(**{**TINY, **fields})
 
 
-def test_calls_that_do_not_fit_are_refused(model, images):
+def test_invalid_inputs_raise_an_error(model, images):
     with pytest.raises(ValueError, match="pixel_values has shape \\(2, 1, 16, 16\\), expected \\(batch, 3, height"):
         model(images[:, :1])
     with pytest.raises(ValueError, match="height 16 and width 15, expected multiples of patch_size=4"):
