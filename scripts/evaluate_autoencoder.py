@@ -16,7 +16,6 @@ from typing import Any, Literal
 import diffusers
 import torch
 from diffusers import AutoencoderKL, VQModel
-from evaluate_slots import SlotData, load_images, to_pixel_values, to_uint8
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import HfArgumentParser
@@ -26,6 +25,7 @@ from hf_dl.data.image_arrays import ImageTensors
 from hf_dl.metrics import perceptual
 from hf_dl.metrics.images import default_features, fid
 from hf_dl.models.latent_autoencoder import ARCHITECTURES, decode_latents, encode_latents
+from hf_dl.recipes.scene_images import SceneFlags, load_images, to_pixel_values, to_uint8
 from hf_dl.reporting.card import LOCAL_ID, run_card
 from hf_dl.reporting.experiment import portable
 from hf_dl.reporting.grids import image_grid
@@ -51,7 +51,7 @@ STATISTICS_IMAGES = 1000  # training images of which the spread of the latents i
 
 
 @dataclass
-class Args(SlotData):
+class Args(SceneFlags):
     """Flags of the evaluation."""
 
     model: str = field(default="runs/train_autoencoder", metadata={"help": "Folder or Hub id of the autoencoder."})

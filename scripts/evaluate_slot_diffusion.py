@@ -28,15 +28,6 @@ from diffusers import (
     VQModel,
 )
 from evaluate_autoencoder import load_autoencoder
-from evaluate_slots import (
-    PERCEPTUAL,
-    SlotData,
-    checked,
-    load_images,
-    mean_distance,
-    to_pixel_values,
-    to_uint8,
-)
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import HfArgumentParser
@@ -56,12 +47,13 @@ from hf_dl.models.slot_unet import ARCHITECTURES as UNETS
 from hf_dl.models.slot_unet import SlotUNetModel
 from hf_dl.pipelines.diffusion_sampling import noise_schedule
 from hf_dl.pipelines.slot_diffusion import SlotDiffusionPipeline
+from hf_dl.recipes.evaluation import checked_config
+from hf_dl.recipes.scene_images import PERCEPTUAL_HELP, SceneFlags, load_images, to_pixel_values, to_uint8
+from hf_dl.recipes.scene_images import mean_perceptual_distance as mean_distance
 from hf_dl.reporting.card import LOCAL_ID, run_card
 from hf_dl.reporting.experiment import portable, read_results
 from hf_dl.reporting.grids import color_segments, image_grid
 from hf_dl.reporting.plots import plot_run
-
-__all__ = ["SlotData", "checked", "load_autoencoder", "load_images", "to_pixel_values"]
 
 SUMMARY = (
     "Slot diffusion (Wu et al. 2023; Jiang et al. 2023): it finds the objects of an image without labels, as slots, "
@@ -87,13 +79,13 @@ LIBRARY_IMAGES = 2000  # training images whose slots fill the library
 
 
 @dataclass
-class Args(SlotData):
+class Args(SceneFlags):
     """Flags of the evaluation."""
 
     model: str = field(default="runs/train_slot_diffusion", metadata={"help": "Folder or Hub id of the pipeline."})
     num_drawn: int = field(default=200, metadata={"help": "Test images that are drawn again, and scenes composed."})
     num_inference_steps: int = field(default=20, metadata={"help": "Steps of DPM-Solver++."})
-    perceptual: str = field(default="random", metadata={"help": PERCEPTUAL})
+    perceptual: str = field(default="random", metadata={"help": PERCEPTUAL_HELP})
     output_dir: str = field(default="", metadata={"help": "Where to write; default: the model's folder."})
 
 
@@ -127,13 +119,13 @@ class ModelFlags:
     num_timesteps: int = field(default=1000, metadata={"help": "Steps T of the noise schedule."})
     num_drawn: int = field(default=200, metadata={"help": "Test images that are drawn again in the end."})
     num_inference_steps: int = field(default=20, metadata={"help": "Steps of DPM-Solver++, with which they are."})
-    perceptual: str = field(default="random", metadata={"help": PERCEPTUAL})
+    perceptual: str = field(default="random", metadata={"help": PERCEPTUAL_HELP})
 
 
 def check(args: Any) -> None:
     """Refuse flags of the training script that cannot be, and put the slot encoder's config beside them."""
     sizes = {"image_size": args.image_size, "num_slots": args.num_slots, "num_iterations": args.num_iterations}
-    args.config = checked(ARCHITECTURES[args.architecture], **sizes, slot_init=args.slot_init)
+    args.config = checked_config(ARCHITECTURES[args.architecture], **sizes, slot_init=args.slot_init)
     if not 0 < args.beta_start <= args.beta_end < 1:
         raise ValueError(f"beta_start={args.beta_start} and beta_end={args.beta_end} must rise within 0 to 1.")
     for name in ("broadcast_weight", "area_penalty", "matching_weight", "matching_power"):

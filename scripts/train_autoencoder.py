@@ -25,7 +25,7 @@ from hf_dl.training.run import TrainingRun
 
 
 @dataclass
-class Args(latent.ModelFlags, latent.SlotData, TrainingArgs):
+class Args(latent.ModelFlags, latent.SceneFlags, TrainingArgs):
     """Flags of this script."""
 
     max_steps: int = 1200

@@ -21,7 +21,7 @@ from hf_dl.training.run import TrainingRun
 
 
 @dataclass
-class Args(diffusion.ModelFlags, diffusion.SlotData, TrainingArgs):
+class Args(diffusion.ModelFlags, diffusion.SceneFlags, TrainingArgs):
     """Flags of this script; the learning rate is that of the U-Net."""
 
     max_steps: int = 1500

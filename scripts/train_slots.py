@@ -1,34 +1,37 @@
-"""Train a slot autoencoder, which finds the objects of images by itself.
+"""Train a slot autoencoder, which learns to find the objects of images without labels.
 
-scripts/run accelerate launch scripts/train_slots.py
+    scripts/run accelerate launch scripts/train_slots.py
+
+The default run takes about 5 minutes on two CPU cores and reaches a foreground ARI of about 0.91 on test scenes:
+model_cards/slots_default.md. Slot attention is from Locatello et al. 2020, "Object-Centric Learning with Slot
+Attention". The area penalty and the restarts of runs without objects are ours.
 """
 
-import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
-
-sys.path.insert(0, str(Path(__file__).parent))  # evaluate_slots is found also when a test imports this file
-import evaluate_slots as slots
 
 from hf_dl.data.collate import as_is
 from hf_dl.metrics.binding import failure_to_bind
 from hf_dl.models.slot_autoencoder import SlotAutoencoderModel, SlotImageProcessor
-from hf_dl.models.slot_config import ARCHITECTURES
+from hf_dl.recipes import slots
+from hf_dl.recipes.scene_images import SceneFlags, load_images, to_pixel_values
 from hf_dl.training.args import TrainingArgs, parse_args
 from hf_dl.training.run import TrainingRun
 
 
 @dataclass
-class Args(slots.SlotData, TrainingArgs):
-    """Flags of this script; the defaults are the run that two CPU cores end within five minutes."""
+class Args(slots.SlotFlags, SceneFlags, TrainingArgs):
+    """Flags of this script."""
 
-    architecture: Literal["small", "paper", "resnet18"] = field(default="small", metadata={"help": "Kind of network."})
-    num_slots: int = field(default=5, metadata={"help": "Slots K: most objects, and one for the background."})
-    num_iterations: int = field(default=3, metadata={"help": "Iterations T of slot attention."})
-    area_penalty: float = field(default=6e-3, metadata={"help": "Price that all masks but the largest rise to."})
-    binding_step: int = field(default=800, metadata={"help": "Step at which slots must have bound; 0: no check."})
-    max_restarts: int = field(default=3, metadata={"help": "Fresh starts after slots that did not bind."})
+    area_penalty: float = field(
+        default=6e-3, metadata={"help": "Final weight of the area penalty, applied to all masks except the largest."}
+    )
+    binding_step: int = field(
+        default=800, metadata={"help": "Step after which the slots must follow the objects; 0: no check."}
+    )
+    max_restarts: int = field(
+        default=3, metadata={"help": "Most restarts with new weights if the check at binding_step fails."}
+    )
     max_steps: int = 5000
     batch_size: int = 16
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"
@@ -40,29 +43,39 @@ class Args(slots.SlotData, TrainingArgs):
 
     def __post_init__(self):
         super().__post_init__()
-        sizes = {"image_size": self.image_size, "num_slots": self.num_slots, "num_iterations": self.num_iterations}
-        self.config = slots.checked(ARCHITECTURES[self.architecture], **sizes)
+        self.config = slots.make_config(self)
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
-    """Train, evaluate on the test split, and leave model, report and pictures in `output_dir`."""
+    """Train, evaluate on the test split, and write the model, the report and the pictures into `output_dir`."""
     args = parse_args(Args, argv)
-    train, validation, test = (slots.load_images(args, split) for split in ("train", "validation", "test"))
+    train, validation, test = (load_images(args, split) for split in ("train", "validation", "test"))
     processor = SlotImageProcessor(size={"height": args.image_size, "width": args.image_size})
     run = TrainingRun(args, SlotAutoencoderModel(args.config), train, collate=as_is, processor=processor)
     validation_batches, test_batches = run.shard(validation, 64), run.shard(test, 64)
 
     for batch in run:
-        output = run.model(slots.to_pixel_values(batch["image"], run.device), generator=run.generator)
-        # Several slots paint the ground as well as one. Once they have bound, all but the largest mask cost a little.
-        rest = 1 - output.masks.mean(dim=(2, 3)).amax(dim=1).mean()
-        weight = args.area_penalty * min(1.0, max(0.0, (run.progress - 0.4) / 0.2))
-        run.step(output.loss + weight * rest, mse=output.loss)
-        if run.due(args.eval_every) or (run.due(args.binding_step) and run.steps == args.binding_step):
+        pixel_values = to_pixel_values(batch["image"], run.device)  # (batch, 3, height, width), in [-1, 1]
+        output = run.model(pixel_values, generator=run.generator)
+
+        # Reconstruction error: mean of (reconstruction - pixel_values)^2 over images, channels and pixels.
+        reconstruction_error = output.loss
+
+        # Area penalty: the part of the image that all masks except the largest cover, 1 - max_k mean_xy mask_k.
+        # Several slots can paint the ground as well as one slot. The penalty makes one slot cheaper. Its weight rises
+        # from 0 to its final value between 40 % and 60 % of the run, after the slots have found the objects.
+        areas = output.masks.mean(dim=(2, 3))  # (batch, slots)
+        area_penalty = 1 - areas.amax(dim=1).mean()
+        area_weight = args.area_penalty * min(1.0, max(0.0, (run.progress - 0.4) / 0.2))
+
+        run.step(reconstruction_error + area_weight * area_penalty, mse=reconstruction_error)
+
+        check_binding = run.due(args.binding_step) and run.steps == args.binding_step
+        if run.due(args.eval_every) or check_binding:
             with run.averaged():
                 scores, masks = slots.evaluate(run.model, validation_batches, gather=run.gather)
             run.log(**{f"val_{name}": scores[name] for name in slots.WATCHED})
-            if run.steps == args.binding_step and run.restarts < args.max_restarts:
+            if check_binding and run.restarts < args.max_restarts:
                 if reason := failure_to_bind(masks, explained_variance=scores["explained_variance"]):
                     run.restart(SlotAutoencoderModel(args.config), reason=reason)
 

@@ -174,11 +174,9 @@ SCRIPTS = {Path(name).stem for name in PROGRAMS if name.startswith("scripts/")}
 TO_MOVE = {
     "scripts/benchmarks/slot_diffusion.py",
     "scripts/benchmarks/slots.py",
-    "scripts/evaluate_autoencoder.py",
     "scripts/evaluate_slot_diffusion.py",
     "scripts/train_autoencoder.py",
     "scripts/train_slot_diffusion.py",
-    "scripts/train_slots.py",
     "scripts/train_vae.py",
 }
 

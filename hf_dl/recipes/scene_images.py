@@ -1,0 +1,94 @@
+"""Images with object masks for slots, slot diffusion and latent autoencoders: flags, loading and pixel values."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import torch
+
+from hf_dl.data import masked_images, scenes
+from hf_dl.data.image_arrays import ImageTensors
+from hf_dl.metrics.perceptual import PerceptualDistance
+
+from .evaluation import hide_progress_bars
+
+PERCEPTUAL_HELP = "Network of the perceptual distance: random, lpips, or the Hub id of an image classifier."
+
+
+@dataclass
+class SceneFlags:
+    """Flags that select the images. Training and evaluation scripts share them."""
+
+    source: str = field(
+        default="synthetic",
+        metadata={"help": "synthetic, a CLEVRTex folder, or the folder or Hub id of a dataset of images and masks."},
+    )
+    style: Literal["plain", "textured"] = field(default="plain", metadata={"help": "Look of the synthetic scenes."})
+    image_size: int = field(default=64, metadata={"help": "Height and width of the images, in pixels."})
+    crop: int = field(
+        default=192, metadata={"help": "Size of the center crop of real images before resizing, in pixels; 0: none."}
+    )
+    num_objects: list[int] = field(
+        default_factory=lambda: [2, 4],
+        metadata={"help": "Fewest and most objects per synthetic scene."},
+    )
+    num_train: int = field(
+        default=10_000, metadata={"help": "Number of training images; 0: all images of a real dataset."}
+    )
+    num_test: int = field(
+        default=500, metadata={"help": "Number of validation images, and of test images; 0: all of a real dataset."}
+    )
+
+
+def load_images(flags: SceneFlags, split: str) -> ImageTensors:
+    """Load one split of the source, decoded and kept in memory.
+
+    Args:
+        flags: Selects the source, the image size and the number of images.
+        split: "train", "validation" or "test".
+
+    Returns:
+        Rows with `image` (3, height, width) and `mask` (height, width), both uint8.
+
+    Raises:
+        FileNotFoundError: If the source is not a folder and is not on the Hub.
+        ValueError: If a flag is out of range, or the source has no masks.
+    """
+    hide_progress_bars()
+    count = (flags.num_train if split == "train" else flags.num_test) or None
+    if flags.source == "synthetic":
+        options = {"style": flags.style, "size": flags.image_size, "num_objects": tuple(flags.num_objects)}
+        return ImageTensors(scenes.load(split, num_scenes=count, **options))
+    data = masked_images.load(split, flags.source, size=flags.image_size, crop=flags.crop or None)
+    return ImageTensors(data if count is None else data.select(range(min(count, len(data)))))
+
+
+def to_pixel_values(images: torch.Tensor, device: torch.device | str = "cpu") -> torch.Tensor:
+    """Map uint8 images to [-1, 1], like the image processor of the models."""
+    return images.to(device).float() / 127.5 - 1
+
+
+def to_uint8(images: torch.Tensor) -> np.ndarray:
+    """Convert images (..., 3, height, width) in [0, 1] to uint8 arrays (..., height, width, 3)."""
+    return quantize(images).movedim(-3, -1).numpy()
+
+
+def quantize(images: torch.Tensor) -> torch.Tensor:
+    """Round images in [0, 1] to uint8 of the same shape, on the CPU."""
+    return (images.clamp(0, 1) * 255).round().byte().cpu()
+
+
+@torch.no_grad()
+def mean_perceptual_distance(measure: PerceptualDistance, images: torch.Tensor, others: torch.Tensor) -> float:
+    """Average the perceptual distance over pairs of images.
+
+    Args:
+        measure: The distance, see `hf_dl.metrics.perceptual.load`.
+        images: uint8 (images, 3, height, width).
+        others: uint8, same shape. Image i is compared with `others[i]`.
+
+    Returns:
+        The mean distance.
+    """
+    pairs = zip(images.split(50), others.split(50), strict=True)
+    return torch.cat([measure(to_pixel_values(one), to_pixel_values(other)) for one, other in pairs]).mean().item()
