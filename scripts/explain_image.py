@@ -7,8 +7,8 @@ With `--images`, the script draws one figure per image: the original, the map, t
 classes. With `--mask_counts`, it masks patches and reports the change of the predictions.
 
 Without `--images`, the script studies validation images. It draws five correct and five wrong images for several
-classes. If the data have masks of the objects, as the generated images do, it measures how much of each map is on the
-object, and how often the maximum of the map is on it. This takes about a minute on two CPU cores.
+classes. The generated images have masks of the objects. For them it also measures the fraction of each map that is on
+the object, and how often the maximum of the map is on the object. A study takes about a minute on two CPU cores.
 model_cards/explain_resnet.md and model_cards/explain_vit.md list the scores to expect.
 
 The script writes the figures and explanations.json. With `--output_dir`, a study also writes results.json, so that it

@@ -85,8 +85,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
         loss = output.loss  # the mean of -log P(label) over the batch
         if args.label_smoothing:
-            # Szegedy et al. 2016, section 7: the target is (1 - s) * one_hot(label) + s / num_classes, so the loss is
-            # (1 - s) * mean of -log P(label) + s * mean of -log P(class) over the batch and all classes.
+            # Label smoothing (Szegedy et al. 2016, section 7). The target is (1 - s) * one_hot(label) + s / classes.
+            # With the mean over the batch, the loss is (1 - s) * -log P(label) + s * mean over classes of -log P.
             log_prob = output.logits.float().log_softmax(dim=1)
             loss = (1 - args.label_smoothing) * loss - args.label_smoothing * log_prob.mean()
         run.step(loss, temperature=temperature)

@@ -414,9 +414,9 @@ def evaluate(
         gather: Joins tensors of all processes.
 
     Returns:
-        The scores `loss` (cross-entropy), `accuracy`, `error`, `micro_f1`, `macro_f1`, `macro_precision`,
-        `macro_recall`, `top_5_accuracy` (with more than 5 classes) and `images` (number of images); and the confusion
-        matrix (true class, predicted class).
+        The scores, and the confusion matrix (true class, predicted class). The scores are `loss` (cross-entropy),
+        `accuracy`, `error`, `micro_f1`, `macro_f1`, `macro_precision`, `macro_recall` and `images` (number of
+        images). With more than 5 classes, `top_5_accuracy` is added.
     """
     model.eval()
     device = next(model.parameters()).device
@@ -454,7 +454,7 @@ def evaluate_splits(
 
 
 def watch(run: Any, loaders: Mapping[str, Iterable[Mapping[str, torch.Tensor]]], processor: Any) -> dict[str, float]:
-    """Compute the scores to log during training: those in `WATCHED`, per split. See `evaluate_splits`."""
+    """Compute the scores in `WATCHED` per split, to log them during training. See `evaluate_splits`."""
     metrics, _ = evaluate_splits(run, loaders, processor)
     return {f"{split}_{name}": metrics[f"{split}_{name}"] for split in loaders for name in WATCHED}
 

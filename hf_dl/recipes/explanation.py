@@ -88,7 +88,7 @@ class Explainer:
 
     Attributes:
         names: Names of the classes.
-        layers: Names of the layers, as soon as they are known.
+        layers: Names or number of the layers. `explain` replaces the number by the names.
         target: The class to explain, or None for the predicted class.
 
     Args:
@@ -111,7 +111,7 @@ class Explainer:
         self.layers = [int(x) for x in args.layers] if "".join(args.layers).isdigit() else args.layers
         self.target = None if not args.label else self.find_class(args.label, "label")
         if args.method != "grad_cam":
-            explain.find_blocks(self.model)  # raises ValueError before any work if there are no transformer blocks
+            explain.find_blocks(self.model)  # raises ValueError early if the model has no transformer blocks
 
     def find_class(self, name: str, flag: str) -> int:
         """Return the number of a class.
@@ -191,7 +191,7 @@ def color_heat(maps: np.ndarray) -> np.ndarray:
 
 
 def overlay(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
-    """Blend the gray image and the colored map, uint8 (height, width, 3)."""
+    """Blend the gray-scale image and the colored map, uint8 (height, width, 3)."""
     gray = image.mean(axis=-1, keepdims=True)
     return (0.45 * gray + 0.55 * color_heat(heat)).round().astype(np.uint8)
 
@@ -401,8 +401,8 @@ def explain_study(explainer: Explainer, folder: Path) -> tuple[dict[str, float],
 
     Returns:
         The metrics over all images, correct images (`_right`) and wrong images (`_wrong`); and one entry per drawn
-        image. With masks: `share_inside`, the fraction of the map on the object; `pointing_game`, how often the
-        maximum of the map is on the object; and `object_share`, the fraction of pixels on the object.
+        image. Masks add three metrics: `share_inside` is the fraction of the map on the object, `pointing_game` is
+        how often the maximum of the map is on the object, and `object_share` is the fraction of pixels on it.
     """
     args = explainer.args
     classes = [explainer.find_class(name, "study_classes") for name in args.study_classes]

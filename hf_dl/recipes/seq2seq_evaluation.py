@@ -312,8 +312,8 @@ def write_predictions(
 ) -> None:
     """Write one line per problem into predictions_<split>.jsonl.
 
-    Each line has the problem, the predicted and the correct program, the value and the answer, whether they agree
-    (`right`), and whether the template is in the training data (`seen`).
+    Each line has the problem, the predicted program and its value, and the correct program and its answer. `right`
+    says whether value and answer agree, and `seen` whether the template is in the training data.
 
     Args:
         folder: The folder to write to.
