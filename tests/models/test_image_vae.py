@@ -286,7 +286,7 @@ def test_wrong_input_is_a_sentence(images):
         model.sample(0)
     with pytest.raises(ValueError, match="num_steps=1 must be at least 2"):
         model.interpolate(torch.zeros(1, 3), torch.ones(1, 3), 1)
-    with pytest.raises(ValueError, match="mode='cubic' is unknown; choose linear or spherical"):
+    with pytest.raises(ValueError, match="mode='cubic' is unknown; choose one of linear, spherical"):
         model.interpolate(torch.zeros(1, 3), torch.ones(1, 3), mode="cubic")
     with pytest.raises(ValueError, match=r"end has shape \(2, 3\), expected that of start, \(1, 3\)"):
         model.interpolate(torch.zeros(1, 3), torch.ones(2, 3))

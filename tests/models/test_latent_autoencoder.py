@@ -53,7 +53,7 @@ def test_a_checkpoint_loads_by_path(kind, tmp_path):
 def test_what_is_unknown_is_refused():
     with pytest.raises(ValueError, match="architecture='big' is unknown; choose one of small, clevrtex"):
         make_autoencoder("big")
-    with pytest.raises(ValueError, match="kind='gan' is unknown; choose kl or vq"):
+    with pytest.raises(ValueError, match="kind='gan' is unknown; choose one of kl, vq"):
         make_autoencoder(kind="gan")
     with pytest.raises(TypeError, match="layer_per_block"):
         make_autoencoder(layer_per_block=2)
