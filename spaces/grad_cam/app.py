@@ -40,10 +40,11 @@ from hf_dl.demo.training import Training
 from hf_dl.demo.uploads import open_image
 from hf_dl.demo.welcome import offer_training
 from hf_dl.explain import default_layers, grad_cam
+from hf_dl.recipes.classifier import CLASSIFIERS
 
 SPACE = Path(__file__).resolve().parent
 PURPOSE = "See which parts of an image support the prediction of a classifier, or any other class."
-KINDS = ("norm_resnet", "small_vit")  # the model types of train_classifier.py
+KINDS = [kind.config.model_type for kind in CLASSIFIERS.values()]
 MAX_LAYERS = 12  # maximum number of layers in the list
 PREDICTED = -1  # represents the predicted class in the list of classes
 ABOUT = """### How to read the map

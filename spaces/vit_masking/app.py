@@ -49,10 +49,11 @@ from hf_dl.demo.training import Training
 from hf_dl.demo.uploads import open_image
 from hf_dl.demo.welcome import offer_training
 from hf_dl.explain import WAYS
+from hf_dl.recipes.classifier import CLASSIFIERS
 
 SPACE = Path(__file__).resolve().parent
 PURPOSE = "Hide parts of an image from a vision transformer, and see how its prediction changes."
-KINDS = ("small_vit",)  # the model types of train_classifier.py with patches and attention
+KINDS = [kind.config.model_type for kind in CLASSIFIERS.values() if "patch_size" in kind.flags]
 FLAGS = (
     "--model", "small_vit", "--image_size", "64", "--patch_size", "8", "--optimizer", "adamw", "--learning_rate",
     "1e-3", "--epochs", "30",
