@@ -200,10 +200,10 @@ def write_everything(experiment: Experiment, runs: Path, folder: Path) -> Report
     figures = [plot_table(report, path.with_suffix(".svg"))]
     figures.append(plot_curves(report, folder / f"{experiment.name}_curves.svg"))
     figures.append(plot_confusion(report, folder / f"{experiment.name}_confusion.png"))
-    names = [figure for figure in experiment.figures if (folder / figure).is_file()]
-    names += [figure.name for figure in figures if figure]
+    shown = [folder / name for name in experiment.figures if (folder / name).is_file()]
+    shown += [figure for figure in figures if figure]
     card = path.with_suffix(".md")
-    experiment_card(report, figures=names).save(card)
+    experiment_card(report, figures=shown).save(card)
     print(f"\n{table}\n\nWritten: {', '.join(str(each) for each in (card, path, *filter(None, figures)))}")
     return report
 

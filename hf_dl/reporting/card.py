@@ -6,6 +6,7 @@ the model-index with the exact value of each result.
 
 import json
 import math
+import re
 import shlex
 import statistics
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,7 @@ from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from PIL import Image
 
 from .experiment import portable, read_results
 from .reading import fill_reading
@@ -33,6 +35,7 @@ TASKS = {
 # The Hub's name of a metric, for parts of our names that are not the Hub's name already.
 METRIC_TYPES = {"macro_f1": "f1", "micro_f1": "f1", "macro_precision": "precision", "macro_recall": "recall"}
 METRIC_TYPES |= {"miou": "mean_iou", "fid": "fid", "kid": "kid", "mse": "mse", "perplexity": "perplexity"}
+MAX_HEIGHT = 0.65  # of a leading picture, relative to its width
 INDEXED = 3  # metrics per setting in the model-index of an experiment
 
 
@@ -250,12 +253,30 @@ def _limits(results: Sequence[Mapping[str, Any]], seeds: int) -> list[str]:
     return limits
 
 
-def _pictures(names: Sequence[str]) -> dict[str, Any]:
-    """Return the leading picture of a card and the others; learning curves and confusion matrices do not lead."""
-    pictures = [{"file": name, "alt": Path(name).stem.replace("_", " ")} for name in names]
-    leading = [p for p in pictures if not p["alt"].endswith(("curves", "confusion"))] or pictures
-    lead = leading[0] if leading else None
+def _pictures(paths: Sequence[Path]) -> dict[str, Any]:
+    """Return the leading picture of a card and the others.
+
+    The leading picture is low enough to leave room for the table on the first screen. Learning curves and confusion
+    matrices lead only if no other picture can.
+    """
+    pictures = [{"file": path.name, "alt": path.stem.replace("_", " ")} for path in paths]
+    low = [picture for picture, path in zip(pictures, paths, strict=True) if _height_to_width(path) <= MAX_HEIGHT]
+    lead = next((p for p in low if not p["alt"].endswith(("curves", "confusion"))), low[0] if low else None)
     return {"lead": lead, "figures": [picture for picture in pictures if picture is not lead]}
+
+
+def _height_to_width(path: Path) -> float:
+    """Return the height of a picture divided by its width, or 0 if it cannot be read."""
+    try:
+        if path.suffix.lower() == ".svg":
+            size = re.search(r'viewBox="\S+ \S+ (\S+) (\S+)"', path.read_text(encoding="utf-8"))
+            width, height = (float(size[1]), float(size[2])) if size else (1, 0)
+        else:
+            with Image.open(path) as image:
+                width, height = image.size
+    except OSError:
+        return 0.0
+    return height / width
 
 
 def _card(metadata: ModelCardData, **texts: Any) -> ModelCard:
@@ -340,7 +361,7 @@ def run_card(
         title=name,
         summary=summary or f"`{model_class}`{parameters}, trained with `scripts/{script}` of hf_dl.",
         results=_metrics_table(metrics) if metrics else None,
-        **_pictures(sorted(path.name for path in folder.iterdir() if path.suffix.lower() in PICTURES)),
+        **_pictures(sorted(path for path in folder.iterdir() if path.suffix.lower() in PICTURES)),
         usage=usage or usage_snippet(folder, model_class),
         training="\n".join(f"- {fact}" for fact in _training_facts(results)),
         settings=_details("All flags", _rows(["flag", "value"], [[f"`{k}`", f"`{v}`"] for k, v in flags])),
@@ -365,12 +386,12 @@ def _details(title: str, text: str) -> str:
     return f"<details><summary>{title}</summary>\n\n{text}\n\n</details>"
 
 
-def experiment_card(report: Report, *, figures: Sequence[str] = (), license: str = LICENSE) -> ModelCard:
+def experiment_card(report: Report, *, figures: Sequence[str | Path] = (), license: str = LICENSE) -> ModelCard:
     """Make the card of an experiment from its report.
 
     Args:
         report: The report.
-        figures: File names of figures in the folder of the card; the first one leads the card.
+        figures: Figures in the folder of the card; the first one that is wide enough leads the card.
         license: The Hub's name of the license of the results.
 
     Returns:
@@ -440,7 +461,7 @@ def experiment_card(report: Report, *, figures: Sequence[str] = (), license: str
         notes="\n".join(f"- **{report.value_label(key)}**: {text}" for key, text in experiment.notes.items()),
         expect=experiment.expect,
         claims=claims_table(report),
-        **_pictures(figures),
+        **_pictures([Path(figure) for figure in figures]),
         training="\n".join(f"- {fact}" for fact in _experiment_facts(report, [*scripts])),
         settings=_details("All flags", _rows(["flag", "values"], flags)),
         data=" ".join(sources) or "No run has finished.",

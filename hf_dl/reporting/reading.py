@@ -17,7 +17,7 @@ from .report import Group, Report
 from .tables import column_decimals, decimals_for
 
 _PLACEHOLDER = re.compile(r"\{[^{}]*\}")
-_CONTENT = re.compile(r"\{(?:(?P<setting>[^:]+):)?\s*(?P<metric>\w+)\s*(?P<percent>%)?\s*\}")
+_CONTENT = re.compile(r"\{(?:(?P<setting>.+):)?\s*(?P<metric>\w+)\s*(?P<percent>%)?\s*\}", re.DOTALL)
 _TYPED = re.compile(r"\d+\.\d+|\d+\s*%")
 
 
@@ -40,7 +40,8 @@ def fill_reading(report: Report) -> str:
             f"{report.experiment.name}.toml: reading contains the number {typed[0]!r}. Write a placeholder such as "
             "{flag=value: metric}, so that it is read from the results."
         )
-    return _PLACEHOLDER.sub(lambda found: _number(report, found[0]), text)
+    text = _PLACEHOLDER.sub(lambda found: _number(report, found[0]), text)
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
 
 
 def _number(report: Report, placeholder: str) -> str:

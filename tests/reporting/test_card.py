@@ -4,6 +4,7 @@ import re
 import pytest
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.repocard_data import model_index_to_eval_results
+from PIL import Image
 
 from hf_dl.reporting.card import (
     experiment_card,
@@ -260,3 +261,24 @@ def test_an_experiment_indexes_test_metrics_first_and_no_training_metrics_or_tim
     kinds = [result.metric_type for result in card.data.eval_results]
     assert kinds == ["accuracy"] * 4 + ["f1"] * 4 + ["loss"] * 4
     assert {result.dataset_split for result in card.data.eval_results} == {"test"}
+
+
+def test_a_wide_picture_leads_and_curves_lead_only_if_no_other_can(folder):
+    sizes = {"curves.png": (100, 40), "tall.png": (100, 90), "wide.png": (100, 50)}
+    for name, size in sizes.items():
+        Image.new("RGB", size).save(folder / name)
+    (folder / "square.svg").write_text('<svg viewBox="0 0 10 10"></svg>')
+
+    def pictures():
+        text = run_card(folder).text
+        return re.findall(r"\]\((\S+?\.(?:png|svg))\)|(## Results)", text)
+
+    assert pictures() == [
+        ("wide.png", ""),
+        ("", "## Results"),
+        *[(n, "") for n in ("curves.png", "square.svg", "tall.png")],
+    ]
+    (folder / "wide.png").unlink()
+    assert pictures()[:2] == [("curves.png", ""), ("", "## Results")]
+    (folder / "curves.png").unlink()
+    assert pictures()[0] == ("", "## Results")

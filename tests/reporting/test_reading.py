@@ -65,3 +65,8 @@ def test_no_reading_is_no_section(report):
 def test_mistakes_are_found_when_the_card_is_made(report, reading, message):
     with pytest.raises(ValueError, match=message):
         experiment_card(report(reading))
+
+
+def test_a_value_may_contain_a_colon_and_an_equals_sign(report):
+    text = TOML.replace('"batch", "group"', '"x=a:b", "group"')
+    assert float(fill_reading(report("{norm=x=a:b, width=4: val_accuracy}", text))) > 0
