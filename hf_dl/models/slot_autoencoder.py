@@ -1,8 +1,9 @@
 """Slot autoencoder: an image becomes a set of slots, each slot paints its part, and the parts add up to the image.
 
-Locatello et al. 2020, "Object-Centric Learning with Slot Attention", section 4.1 and appendix E: convolutional
-encoder, 2-D position embedding, MLP, slot attention, spatial broadcast decoder (Watters et al. 2019), softmax over the
-alphas of the slots, mean squared error.
+The model is from Locatello et al. 2020, "Object-Centric Learning with Slot Attention", section 4.1 and appendix E.
+The encoder consists of convolutions, a 2-D position embedding and an MLP. Slot attention turns its tokens into slots.
+The spatial broadcast decoder (Watters et al. 2019) paints each slot, a softmax over the alphas of the slots blends the
+results, and the loss is the mean squared error.
 
 Differences from the paper, each selected by a field of the config:
 
@@ -177,9 +178,9 @@ class SlotAutoencoderPreTrainedModel(PreTrainedModel):
 class SlotAutoencoderModel(SlotAutoencoderPreTrainedModel):
     """Slot attention autoencoder: finds the objects of an image without labels.
 
-    In training, slots of `slot_init="gaussian"` are drawn anew for every image. In evaluation without a `generator`
-    they are the same draws for every image and every call: results are repeatable and rows of a batch independent.
-    Evaluation tries `num_draws` draws for each image and keeps the one with the smallest reconstruction error.
+    In training, `slot_init="gaussian"` draws new slots for every image. In evaluation without a `generator`, it uses
+    the same draws for every image and every call, so results are repeatable and images of a batch independent.
+    Evaluation tries `num_draws` draws per image and keeps the draw with the lowest reconstruction error.
 
     Example:
         ```python
@@ -211,17 +212,19 @@ class SlotAutoencoderModel(SlotAutoencoderPreTrainedModel):
 
         Args:
             pixel_values: (batch, channels, image_size, image_size), in [-1, 1].
-            num_slots: K; the config's when not given.
-            num_iterations: T; the config's when not given.
-            num_draws: Draws to try for each image; the config's when not given, and one in training.
-            generator: Source of the draws of `slot_init="gaussian"`.
-            **kwargs: `return_dict=False` gives a tuple.
+            num_slots: K. Defaults to `config.num_slots`.
+            num_iterations: T. Defaults to `config.num_iterations`.
+            num_draws: Number of draws to try per image. Defaults to 1 in training and to `config.num_draws` in
+                evaluation.
+            generator: Source of randomness for `slot_init="gaussian"`.
+            **kwargs: `return_dict=False` returns a tuple.
 
         Returns:
             See `SlotAutoencoderOutput`.
 
         Raises:
-            ValueError: If the images have another shape than the config says, or K or T cannot be had.
+            ValueError: If the images have the wrong shape, or `num_slots`, `num_iterations` or `num_draws` is out of
+                range.
         """
         self._check_images(pixel_values)
         num_iterations = self.config.num_iterations if num_iterations is None else num_iterations
@@ -259,11 +262,11 @@ class SlotAutoencoderModel(SlotAutoencoderPreTrainedModel):
 
     @torch.no_grad()
     def decode(self, slots: torch.Tensor, *, keep: torch.Tensor | None = None) -> torch.Tensor:
-        """Paint images from slots, those of an image, edited ones or ones from a `SlotLibrary`.
+        """Paint images from slots: slots of an image, edited slots, or slots from a `SlotLibrary`.
 
         Args:
             slots: (batch, slots, slot_dim).
-            keep: Slots to paint, bool (batch, slots); all when not given.
+            keep: The slots to paint, bool (batch, slots). Defaults to all slots.
 
         Returns:
             Images, (batch, channels, height, width), in [0, 1].
@@ -274,14 +277,14 @@ class SlotAutoencoderModel(SlotAutoencoderPreTrainedModel):
 
     @torch.no_grad()
     def posterior(self, pixel_values: torch.Tensor, output: SlotAutoencoderOutput) -> torch.Tensor:
-        """The probability that a slot explains a pixel, given the pixel: `mixture_posterior` over `needed_slots`.
+        """Compute the `mixture_posterior` over the slots that an image needs (`find_needed_slots`).
 
         Args:
             pixel_values: (batch, channels, height, width).
-            output: What the model gave for them.
+            output: The output of the model for these images.
 
         Returns:
-            (batch, slots, height, width), summing to 1 over the slots; 0 for slots that are not needed.
+            (batch, slots, height, width), which sums to 1 over the slots. Slots that are not needed have 0.
         """
         contents, masks = output.contents, output.masks
         keep = find_needed_slots(pixel_values, contents, masks, max_error=self.config.prune_error)
@@ -291,16 +294,17 @@ class SlotAutoencoderModel(SlotAutoencoderPreTrainedModel):
     def segment(
         self, images: ImageInput, *, num_slots: int | None = None, num_iterations: int | None = None
     ) -> torch.Tensor | list[torch.Tensor]:
-        """Say for each pixel which slot explains it: the largest `posterior`.
+        """Assign each pixel to the slot with the highest `posterior`.
 
         Args:
-            images: A PIL image, an array or tensor (channels, height, width) of uint8, or a list of them, of any size.
-            num_slots: K; the config's when not given.
-            num_iterations: T; the config's when not given.
+            images: A PIL image, a uint8 array or tensor (channels, height, width), or a list of these, of any size.
+            num_slots: K. Defaults to `config.num_slots`.
+            num_iterations: T. Defaults to `config.num_iterations`.
 
         Returns:
-            int64 (height, width) at the image's own size, with values in [0, K); a list of them for a list. A value is
-            the index of the slot in `SlotAutoencoderOutput.slots`; which of them is the background is not labeled.
+            int64 (height, width) at the original image size, or a list of these for a list of images. The values are
+            indices of `SlotAutoencoderOutput.slots`, in [0, K). The background is one of them, without a special
+            index.
 
         Example:
             ```python
@@ -327,8 +331,8 @@ class SlotEncoderOutput(ModelOutput):
 
     Args:
         slots: (batch, slots, slot_dim).
-        attentions: One (batch, slots, tokens) for each iteration, summing to 1 over the slots; the tokens are the
-            cells of a square grid over the image, row by row.
+        attentions: One tensor (batch, slots, tokens) per iteration, which sums to 1 over the slots. The tokens are the
+            cells of a square grid over the image in row-major order.
     """
 
     slots: torch.Tensor | None = None
@@ -336,12 +340,12 @@ class SlotEncoderOutput(ModelOutput):
 
 
 class SlotEncoderModel(SlotAutoencoderPreTrainedModel):
-    """The encoder of a slot autoencoder without its decoder, to train with another one, such as slot diffusion.
+    """The encoder of a slot autoencoder, to be trained with another decoder, such as slot diffusion.
 
-    It has the same config, of which the decoder's fields are not used, and loads the encoder from the checkpoint of a
-    `SlotAutoencoderModel` too. Slots are drawn as there, but only once for each image: the several draws of evaluation
-    are told apart by the reconstruction, which is not known here. Load it by its class: the Auto classes take the
-    config for that of a `SlotAutoencoderModel`.
+    It has the same config and ignores the fields of the decoder. It also loads the encoder from the checkpoint of a
+    `SlotAutoencoderModel`. Slots are drawn once per image: choosing the best of several draws needs a reconstruction,
+    which an encoder does not have. Load the model with its class, because the Auto classes map the config to
+    `SlotAutoencoderModel`.
 
     Example:
         ```python
@@ -372,16 +376,16 @@ class SlotEncoderModel(SlotAutoencoderPreTrainedModel):
 
         Args:
             pixel_values: (batch, channels, image_size, image_size), in [-1, 1].
-            num_slots: K; the config's when not given.
-            num_iterations: T; the config's when not given.
-            generator: Source of the draws of `slot_init="gaussian"`.
-            **kwargs: `return_dict=False` gives a tuple.
+            num_slots: K. Defaults to `config.num_slots`.
+            num_iterations: T. Defaults to `config.num_iterations`.
+            generator: Source of randomness for `slot_init="gaussian"`.
+            **kwargs: `return_dict=False` returns a tuple.
 
         Returns:
             See `SlotEncoderOutput`.
 
         Raises:
-            ValueError: If the images have another shape than the config says, or K or T cannot be had.
+            ValueError: If the images have the wrong shape, or `num_slots` or `num_iterations` is out of range.
         """
         self._check_images(pixel_values)
         slots, attentions = self.slot_attention(
@@ -399,8 +403,8 @@ class SlotDecoderOutput(ModelOutput):
 
     Args:
         reconstruction: (batch, channels, height, width).
-        masks: Alphas, (batch, slots, height, width), summing to 1 over the slots.
-        contents: What each slot paints before it is masked, (batch, slots, channels, height, width).
+        masks: Alphas, (batch, slots, height, width), which sum to 1 over the slots.
+        contents: The image that each slot paints before masking, (batch, slots, channels, height, width).
     """
 
     reconstruction: torch.Tensor | None = None
@@ -409,10 +413,11 @@ class SlotDecoderOutput(ModelOutput):
 
 
 class SlotDecoderModel(SlotAutoencoderPreTrainedModel):
-    """The decoder of a slot autoencoder without its encoder: paints images, or latents, from slots.
+    """The decoder of a slot autoencoder, which paints images or latents from slots.
 
-    It has the same config, of which the encoder's fields are not used, and loads the decoder from the checkpoint of a
-    `SlotAutoencoderModel` too. Load it by its class, as `SlotEncoderModel`.
+    It has the same config and ignores the fields of the encoder. It also loads the decoder from the checkpoint of a
+    `SlotAutoencoderModel`. Load the model with its class, because the Auto classes map the config to
+    `SlotAutoencoderModel`.
 
     Example:
         ```python
@@ -437,14 +442,14 @@ class SlotDecoderModel(SlotAutoencoderPreTrainedModel):
 
         Args:
             slots: (batch, slots, slot_dim).
-            keep: Slots to paint, bool (batch, slots); all when not given.
-            **kwargs: `return_dict=False` gives a tuple.
+            keep: The slots to paint, bool (batch, slots). Defaults to all slots.
+            **kwargs: `return_dict=False` returns a tuple.
 
         Returns:
             See `SlotDecoderOutput`.
 
         Raises:
-            ValueError: If `slots` has another shape, or `keep` leaves an image without a slot.
+            ValueError: If `slots` has the wrong shape, or `keep` keeps no slot of an image.
         """
         reconstruction, contents, masks = blend_slots(self.decoder, self.config, slots, keep)
         return SlotDecoderOutput(reconstruction=reconstruction, masks=masks, contents=contents)

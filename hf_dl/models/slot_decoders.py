@@ -146,8 +146,9 @@ def blend_slots(
             to their alphas. Defaults to all slots.
 
     Returns:
-        The blended image, (batch, channels, height, width); the image of each slot, (batch, slots, channels, height,
-        width); and the masks, (batch, slots, height, width), which sum to 1 over the slots.
+        - The blended image, (batch, channels, height, width).
+        - The image of each slot, (batch, slots, channels, height, width).
+        - The masks, (batch, slots, height, width), which sum to 1 over the slots.
 
     Raises:
         ValueError: If `slots` has the wrong shape, or `keep` has the wrong shape or keeps no slot of an image.

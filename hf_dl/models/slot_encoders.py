@@ -32,8 +32,8 @@ def make_cnn(config: PreTrainedConfig) -> tuple[nn.Module, int]:
 def make_resnet18(config: PreTrainedConfig) -> tuple[nn.Module, int]:
     """Build ResNet-18 with group normalization and stride 4, as in SlotDiffusion's CLEVRTex baseline.
 
-    Small images need a small stride: the stem is a 3x3 convolution of stride 1 without pooling, and only the first
-    three stages are used (strides 1, 2, 2).
+    Small images need a small stride. The stem is therefore a 3x3 convolution of stride 1 without pooling, followed by
+    the first three stages only, with strides 1, 2 and 2.
 
     Args:
         config: A `SlotAutoencoderConfig`.

@@ -2,14 +2,14 @@
 
     multiply(n0,const_100)|divide(#0,n1)        is        n0 * 100 / n1
 
-- `operations`: what each operation computes, for each semantics
+- `operations`: the definition of each operation, for each semantics
 - `language`: programs, their text, and their validation
 - `execution`: run programs within fixed bounds; export them as Python source
 - `equivalence`: canonical forms, and whether two programs compute the same
 - `numbers`: the numbers of a problem and its multiple-choice options
 
 The language was published by Amini et al., "MathQA: towards interpretable math word problem solving with
-operation-based formalisms", NAACL 2019, https://arxiv.org/abs/1905.13319. The package imports nothing of hf_dl.
+operation-based formalisms", NAACL 2019, https://arxiv.org/abs/1905.13319. The package does not import other parts of hf_dl.
 """
 
 from .equivalence import canonical, canonical_order, equivalent

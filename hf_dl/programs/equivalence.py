@@ -1,4 +1,4 @@
-"""Compare programs: the order of MathQA, a canonical form, and equality of what two programs compute."""
+"""Compare programs: the step order of MathQA, a canonical form, and whether two programs compute the same."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .operations import SEMANTICS, Number, check_choice
 
 
 def _levels(program: Program) -> list[int]:
-    """How deep each step is, 1 for those that only use numbers; 0 for those that the result does not need."""
+    """Return the depth of each step: 1 if it only uses numbers, 0 if the result does not depend on it."""
     depths: list[int] = []
     for step in program.steps:
         depths.append(1 + max((depths[int(a[1:])] for a in step.args if a.startswith("#")), default=0))
@@ -25,19 +25,19 @@ def _levels(program: Program) -> list[int]:
 
 
 def canonical_order(program: Program | str) -> Program:
-    """Put the steps in the order of MathQA: by depth, then by the name of the operation.
+    """Sort the steps as in MathQA: by depth, then by the name of the operation.
 
-    Steps that the result does not need are dropped; the order of arguments stays. All programs of MathQA as it was
-    published are in this order.
+    Steps that the result does not depend on are removed. The order of arguments does not change. All programs of the
+    published MathQA are in this order.
 
     Args:
         program: The program or its text.
 
     Returns:
-        The program with the same value.
+        A program with the same value.
 
     Raises:
-        ProgramError: The program is wrong.
+        ProgramError: If the program is invalid.
 
     Example:
         >>> str(canonical_order("multiply(n0,n1)|add(n0,n2)|divide(#0,#1)"))
@@ -55,21 +55,21 @@ def _renumbered(step: Step, place: dict[int, int]) -> Step:
 
 
 def canonical(program: Program | str, *, semantics: str = "data") -> Program:
-    """One form for all programs that differ only in order.
+    """Return one form for all programs that differ only in order.
 
-    Beyond `canonical_order`, arguments that may be exchanged are sorted, steps that compute the same are merged, ties
-    are broken, and constants of one value have one name.
+    In addition to `canonical_order`, this sorts arguments that may be exchanged, merges equal steps, breaks ties, and
+    uses one name for constants of equal value.
 
     Args:
         program: The program or its text.
-        semantics: One of `SEMANTICS`; it says which arguments may be exchanged.
+        semantics: A key of `SEMANTICS`, which determines the arguments that may be exchanged.
 
     Returns:
-        The program with the same value.
+        A program with the same value.
 
     Raises:
-        ProgramError: The program cannot be executed.
-        ValueError: The semantics is unknown.
+        ProgramError: If the program cannot be executed.
+        ValueError: If the semantics is unknown.
 
     Example:
         >>> str(canonical("add(n1,n0)|add(n0,n1)|multiply(#1,#0)"))
@@ -113,24 +113,24 @@ def canonical(program: Program | str, *, semantics: str = "data") -> Program:
 def equivalent(
     first: Program | str, second: Program | str, *, semantics: str = "data", trials: int = 24, seed: int = 0
 ) -> bool:
-    """Whether two programs compute the same from all positive numbers for which both have a value.
+    """Return whether two programs compute the same value for all positive numbers for which both have a value.
 
-    They do if their canonical forms are equal. If not, both are executed on random numbers: small and large, whole and
-    broken ones. Programs that agree to a relative 1e-9 on all draws on which both have a value, and on at least five
-    of them, are taken for equal; by chance, different ones agree only if they differ for rare numbers.
+    Programs with the same canonical form are equal. Other programs are executed on random numbers, small and large,
+    whole and fractional. They count as equal if they agree to a relative 1e-9 on all draws for which both have a
+    value, and at least five draws are such. Different programs pass only if they differ for rare numbers.
 
     Args:
         first: A program or its text.
-        second: Another one.
-        semantics: One of `SEMANTICS`.
-        trials: How many draws, at least 5.
-        seed: Of the draws.
+        second: A program or its text.
+        semantics: A key of `SEMANTICS`.
+        trials: Number of draws, at least 5.
+        seed: Seed of the draws.
 
     Returns:
-        Whether they are equal. A program that cannot be read or executed equals none.
+        Whether they are equal. An invalid program is not equal to any program.
 
     Raises:
-        ValueError: The semantics is unknown, or there are too few trials.
+        ValueError: If the semantics is unknown, or `trials` is below 5.
 
     Example:
         >>> equivalent("subtract(n0,n1)|divide(#0,n1)", "divide(n0,n1)|subtract(#0,const_1)")
@@ -138,7 +138,7 @@ def equivalent(
     """
     check_choice("semantics", semantics, SEMANTICS)
     if trials < 5:
-        raise ValueError(f"trials={trials} is too small; take at least 5.")
+        raise ValueError(f"trials={trials} is too small; use at least 5.")
     try:
         programs = [check(program, semantics=semantics) for program in (first, second)]
     except ProgramError:
@@ -153,7 +153,7 @@ def equivalent(
         try:
             values = [run_steps(program, drawn, semantics=semantics) for program in programs]
             results = [float(each[-1]) for each in values]
-            # what cancels leaves the rounding error of the largest number behind
+            # terms that cancel leave the rounding error of the largest number
             scale = max(abs(float(value)) for each in values for value in each)
         except (ProgramError, OverflowError):
             continue

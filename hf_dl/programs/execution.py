@@ -1,8 +1,8 @@
 """Run programs, compare their values with the right answers, and export programs as Python source.
 
-Programs come from models, so they are not trusted. `eval` is never used, and the size of every step is bounded before
-the step is computed: whole numbers are exact up to `MAX_BITS` bits, programs have up to `MAX_STEPS` steps, and an
-answer is a finite float. A program that exceeds a bound raises ProgramError within milliseconds.
+Programs come from models, so they are not trusted. `eval` is never used, and the size of every step is checked before
+it is computed. Whole numbers are exact up to `MAX_BITS` bits, programs have up to `MAX_STEPS` steps, and an answer is
+a finite float. A program that exceeds a bound raises ProgramError within milliseconds.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ TOLERANCE = 0.02  # relative, of an answer
 def run_steps(
     program: Program | str, numbers_of_problem: Sequence[Number], *, semantics: str = "data"
 ) -> list[Number]:
-    """The value of each step.
+    """Compute the value of each step.
 
     Args:
         program: The program or its text.
         numbers_of_problem: The values of n0, n1, ..., finite.
-        semantics: One of `SEMANTICS`.
+        semantics: A key of `SEMANTICS`.
 
     Returns:
-        As many values as steps: whole numbers of up to `MAX_BITS` bits, or finite floats.
+        One value per step: a whole number of up to `MAX_BITS` bits, or a finite float.
 
     Raises:
-        ProgramError: The program cannot be read or executed, or a step has no value: it divides by zero, leaves the
-            real numbers, needs whole numbers, or becomes too large. The message names the step.
-        ValueError: The semantics is unknown.
+        ProgramError: If the program is invalid, or a step has no value: it divides by zero, has no real result, needs
+            whole numbers, or is too large. The message names the step.
+        ValueError: If the semantics is unknown.
 
     Example:
         >>> run_steps("multiply(n0,n1)|divide(#0,const_100)", [250, 12])
@@ -88,19 +88,19 @@ def _number(value: Number, index: int, exact: bool) -> Number:
 
 
 def execute(program: Program | str, numbers_of_problem: Sequence[Number], *, semantics: str = "data") -> float:
-    """The answer of a program: the value of its last step.
+    """Compute the answer of a program: the value of its last step.
 
     Args:
         program: The program or its text.
         numbers_of_problem: The values of n0, n1, ..., finite.
-        semantics: One of `SEMANTICS`.
+        semantics: A key of `SEMANTICS`.
 
     Returns:
         A finite number.
 
     Raises:
-        ProgramError: As `run_steps`.
-        ValueError: The semantics is unknown.
+        ProgramError: See `run_steps`.
+        ValueError: If the semantics is unknown.
 
     Example:
         >>> execute("factorial(n0)|factorial(#0)", [9])
@@ -112,12 +112,12 @@ def execute(program: Program | str, numbers_of_problem: Sequence[Number], *, sem
 
 
 def is_close(value: float | None, answer: float | None, *, tolerance: float = TOLERANCE) -> bool:
-    """The 2 % rule: whether |value - answer| <= tolerance * |answer|.
+    """Return whether |value - answer| <= tolerance * |answer|; by default, the 2 % rule of MathQA.
 
     Args:
-        value: What a program gave; None where it gave nothing.
-        answer: What is right; None where nobody knows, to which nothing is close.
-        tolerance: Relative, 0 or more. To an answer of 0 only values below 1e-9 are close.
+        value: The value of a program; None if it has no value.
+        answer: The correct answer; None if it is unknown. No value is close to an unknown answer.
+        tolerance: Relative tolerance, 0 or more. Only values below 1e-9 are close to an answer of 0.
 
     Returns:
         Whether the value is close.
@@ -132,22 +132,22 @@ def is_close(value: float | None, answer: float | None, *, tolerance: float = TO
 
 
 def to_python(program: Program | str, *, semantics: str = "data", name: str = "solve") -> str:
-    """The program as the source of a Python function.
+    """Convert a program to the source code of a Python function.
 
-    The source has no bounds: where `execute` refuses large factorials and powers, or of "course" divides them without
-    computing them, it takes as long as Python does.
+    The function has no bounds. It takes as long as Python needs for large factorials and powers, which `execute`
+    rejects, and for the factorials of "course", which `execute` divides without computing them.
 
     Args:
         program: The program or its text.
-        semantics: One of `SEMANTICS`.
+        semantics: A key of `SEMANTICS`.
         name: Name of the function, an identifier.
 
     Returns:
-        Source that runs by itself; numbers of the problem that the program does not use may be passed too.
+        Self-contained source code. The function also accepts numbers of the problem that the program does not use.
 
     Raises:
-        ProgramError: The program cannot be executed.
-        ValueError: The semantics is unknown, or the name is not an identifier.
+        ProgramError: If the program cannot be executed.
+        ValueError: If the semantics is unknown, or the name is not an identifier.
 
     Example:
         ```python
@@ -159,7 +159,7 @@ def to_python(program: Program | str, *, semantics: str = "data", name: str = "s
         ```
     """
     if not name.isidentifier():
-        raise ValueError(f"name={name!r} is not an identifier of Python.")
+        raise ValueError(f"name={name!r} is not a Python identifier.")
     program = check(program, semantics=semantics)
     meaning = SEMANTICS[semantics]
 

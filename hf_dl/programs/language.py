@@ -21,7 +21,7 @@ class ProgramError(ValueError):
     """A program that cannot be read or has no value; the message names the problem and the step.
 
     Attributes:
-        step: Number of the step, from 0; None where the whole program is meant.
+        step: Number of the step, from 0; None if the error concerns the whole program.
     """
 
     def __init__(self, message: str, step: int | None = None) -> None:
@@ -31,7 +31,7 @@ class ProgramError(ValueError):
 
 @dataclass(frozen=True)
 class Step:
-    """One operation with its arguments, as `add(n0,#1)`."""
+    """One operation with its arguments, such as `add(n0,#1)`."""
 
     op: str
     args: tuple[str, ...]
@@ -42,7 +42,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Program:
-    """The steps of a program; `str` prints it as MathQA does, without spaces and without a `|` behind the last."""
+    """The steps of a program; `str` formats it as in MathQA, without spaces and without a trailing `|`."""
 
     steps: tuple[Step, ...]
 
@@ -58,19 +58,19 @@ ARGUMENT = re.compile(r"n\d{1,3}|#\d{1,3}|const_[\w.]{1,20}", re.ASCII)
 
 
 def parse(text: str) -> Program:
-    """Read a program.
+    """Parse a program.
 
-    Spaces and empty steps, as behind a trailing `|`, are passed over. Only the grammar is looked at; `check` says
-    whether operations, constants and references exist.
+    Spaces and empty steps, such as after a trailing `|`, are ignored. Only the grammar is checked; `check` also
+    validates operations, constants and references.
 
     Args:
-        text: Such as "add(n0,n1)|divide(#0,const_2)|".
+        text: A program such as "add(n0,n1)|divide(#0,const_2)|".
 
     Returns:
         The program.
 
     Raises:
-        ProgramError: The text is not a program; the message names the step.
+        ProgramError: If the text is not a program; the message names the step.
 
     Example:
         >>> str(parse("add(n0, n1) | divide(#0,const_2)|"))
@@ -90,13 +90,13 @@ def parse(text: str) -> Program:
             raise ProgramError(f"The program has more than {MAX_STEPS} steps; split it.", number)
         match = _STEP.fullmatch(part)
         if match is None:
-            raise ProgramError(f"#{number}: {shorten(part)} is not a step; expected such as add(n0,n1).", number)
+            raise ProgramError(f"#{number}: {shorten(part)} is not a step; expected e.g. add(n0,n1).", number)
         args = tuple(argument.strip() for argument in match[2].split(","))
         for argument in args:
             if ARGUMENT.fullmatch(argument) is None:
                 raise ProgramError(
-                    f"#{number}: {shorten(argument)} is not an argument of {match[1]}; expected n0, #0 or const_1, "
-                    "and the like.",
+                    f"#{number}: {shorten(argument)} is not an argument of {match[1]}; expected one such as n0, #0 or "
+                    "const_1.",
                     number,
                 )
         steps.append(Step(match[1], args))
@@ -111,20 +111,20 @@ def as_program(program: Program | str) -> Program:
 
 
 def check(program: Program | str, num_numbers: int | None = None, *, semantics: str = "data") -> Program:
-    """Say whether a program can be executed: operations, arity, references and constants.
+    """Validate the operations, arities, references and constants of a program.
 
     Args:
         program: The program or its text.
-        num_numbers: How many numbers the problem has, 0 or more; where None, any `n<i>` is taken.
-        semantics: One of `SEMANTICS`. Of "course", surplus arguments are ignored and a constant may have any value,
-            but five operations and `const_deg_to_rad` are missing.
+        num_numbers: Number of numbers in the problem, 0 or more. By default, any `n<i>` is valid.
+        semantics: A key of `SEMANTICS`. With "course", surplus arguments are ignored and constants may have any value,
+            but five operations and `const_deg_to_rad` are unknown.
 
     Returns:
         The program, parsed.
 
     Raises:
-        ProgramError: It cannot be executed; the message names the first step that is wrong.
-        ValueError: The semantics is unknown.
+        ProgramError: If the program cannot be executed; the message names the first invalid step.
+        ValueError: If the semantics is unknown.
 
     Example:
         >>> check("add(n0,n1)|divide(#1,n0)")
@@ -152,10 +152,10 @@ def name_step(number: int, step: Step) -> str:
 def _step_fault(step: Step, number: int, num_numbers: int | None, meaning: Semantics) -> str | None:
     operation = meaning.operations.get(step.op)
     if operation is None:
-        return f"there is no operation {shorten(step.op)}; the operations are add, subtract, multiply, divide, ..."
+        return f"the operation {shorten(step.op)} is unknown; known are add, subtract, multiply, divide, ..."
     given, needed = len(step.args), operation.arity
     if given < needed or (given > needed and not meaning.lenient):
-        return f"{step.op} takes {needed} argument{'s' * (needed != 1)}, {given} are given."
+        return f"{step.op} takes {needed} argument{'s' * (needed != 1)}, got {given}."
     for argument in step.args:
         if argument.startswith("#"):
             if int(argument[1:]) >= number:
@@ -163,14 +163,14 @@ def _step_fault(step: Step, number: int, num_numbers: int | None, meaning: Seman
                 return f"{argument} is not an earlier step; {so_far[min(number, 2)]}"
         elif argument.startswith("const_"):
             if meaning.value_of(argument) is None:
-                return f"there is no constant {shorten(argument)}; the constants are const_1, const_2, const_100, ..."
+                return f"the constant {shorten(argument)} is unknown; known are const_1, const_2, const_100, ..."
         elif num_numbers is not None and int(argument[1:]) >= num_numbers:
-            return f"there is no {argument}; the problem has {num_numbers} number{'s' * (num_numbers != 1)}."
+            return f"{argument} does not exist; the problem has {num_numbers} number{'s' * (num_numbers != 1)}."
     return None
 
 
 def to_tokens(program: Program | str) -> list[str]:
-    """The symbols of a program without punctuation, which the arity of the operations makes redundant.
+    """Return the symbols of a program without punctuation, which follows from the arity of the operations.
 
     Args:
         program: The program or its text.
@@ -179,7 +179,7 @@ def to_tokens(program: Program | str) -> list[str]:
         Operations and arguments in order.
 
     Raises:
-        ProgramError: The text is not a program.
+        ProgramError: If the text is not a program.
 
     Example:
         >>> to_tokens("add(n0,n1)|sqrt(#0)")
@@ -189,16 +189,16 @@ def to_tokens(program: Program | str) -> list[str]:
 
 
 def from_tokens(tokens: Iterable[str]) -> Program:
-    """Put the punctuation back: each operation takes what follows it, up to the next operation.
+    """Build a program from its symbols; the symbols after an operation, up to the next operation, are its arguments.
 
     Args:
-        tokens: As of `to_tokens`; of a model they may also be wrong.
+        tokens: Symbols as from `to_tokens`. Symbols from a model may also be invalid.
 
     Returns:
-        The program, which `check` may still refuse: an operation takes too many or too few arguments here as there.
+        The program. It may still fail `check`, for example if an operation has too many or too few arguments.
 
     Raises:
-        ProgramError: The tokens do not begin with an operation, or one of them is neither operation nor argument.
+        ProgramError: If the first token is not an operation, or a token is neither an operation nor an argument.
 
     Example:
         >>> str(from_tokens(["add", "n0", "n1", "sqrt", "#0"]))
@@ -222,5 +222,5 @@ def from_tokens(tokens: Iterable[str]) -> Program:
 
 
 def largest_number(program: Program) -> int:
-    """The largest i of n<i>, or -1."""
+    """Return the largest i of all n<i>, or -1 if the program uses no number."""
     return max((int(a[1:]) for step in program.steps for a in step.args if a.startswith("n")), default=-1)

@@ -5,47 +5,40 @@ from __future__ import annotations
 import bisect
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from .language import MAX_CHARACTERS
 from .operations import Number, check_choice, shorten
 
-CONVENTIONS = ("mathqa", "course")
-
-_PLAIN = re.compile(r"\d*\.\d+|\d+", re.ASCII)
-_COURSE_NUMBER = re.compile(r"[-+]?\d*\.\d+|\d+", re.ASCII)
-_THOUSANDS = re.compile(r"\b\d{1,3}(?:,\d{3})+\b", re.ASCII)
-
 
 def number_spans(text: str, *, convention: str = "mathqa") -> list[tuple[int, int, Number]]:
-    """Where the numbers of a problem are, and what they are.
+    """Find the numbers of a problem.
 
-    Numbers count from left to right and as often as they occur; they have no sign, a fraction is two numbers, and
-    words such as "two" are none.
+    Numbers are listed from left to right, including repetitions. They have no sign, a fraction counts as two numbers,
+    and words such as "two" do not count.
 
     Args:
         text: A problem.
-        convention: "mathqa" takes every comma inside a number away, as its annotators did: 1,200 is 1200, and so is
-            "2,3" 23. "course" only takes commas before three digits, and gives decimals a sign.
+        convention: A key of `CONVENTIONS`. "mathqa" removes every comma inside a number, as the annotators of MathQA
+            did: 1,200 is 1200, but "2,3" is 23. "course" only removes commas before three digits, and decimals have a
+                sign.
 
     Returns:
         Start and end in the text, and the value, for n0, n1, ...
 
     Raises:
-        ValueError: The convention is unknown, the text is none, or a number is beyond 1e308.
+        ValueError: If the convention is unknown, `text` is not a string, or a number is beyond 1e308.
 
     Example:
         >>> number_spans("3 pens cost 1,200 rs")
         [(0, 1, 3), (12, 17, 1200)]
     """
-    check_choice("convention", convention, CONVENTIONS)
+    reading = CONVENTIONS[check_choice("convention", convention, CONVENTIONS)]
     if not isinstance(text, str):
-        raise ValueError(f"A problem is a text; got {type(text).__name__}.")
-    if convention == "mathqa":
-        commas = [i for i, character in enumerate(text) if character == ","]
-    else:
-        commas = [i for match in _THOUSANDS.finditer(text) for i in range(*match.span()) if text[i] == ","]
-    # places[i]: where the i-th comma would be in the text without commas
+        raise ValueError(f"A problem must be a string; got {type(text).__name__}.")
+    commas = [i for match in reading.commas.finditer(text) for i in range(*match.span()) if text[i] == ","]
+    # places[i]: the position of the i-th comma in the text without commas
     places = [comma - i for i, comma in enumerate(commas)]
     if commas:
         without = set(commas)
@@ -53,29 +46,29 @@ def number_spans(text: str, *, convention: str = "mathqa") -> list[tuple[int, in
     else:
         stripped = text
     found = []
-    for match in (_PLAIN if convention == "mathqa" else _COURSE_NUMBER).finditer(stripped):
+    for match in reading.number.finditer(stripped):
         value = float(match[0])
         if math.isinf(value):
-            raise ValueError(f"n{len(found)} has {len(match[0])} digits; numbers of a problem are below 1e308.")
+            raise ValueError(f"n{len(found)} has {len(match[0])} digits; numbers of a problem must be below 1e308.")
         start, end = match.span()
         start += bisect.bisect_right(places, start)
         end += bisect.bisect_left(places, end)
-        found.append((start, end, int(value) if value.is_integer() and convention == "mathqa" else value))
+        found.append((start, end, int(value) if value.is_integer() and reading.exact else value))
     return found
 
 
 def extract_numbers(text: str, *, convention: str = "mathqa") -> list[Number]:
-    """The numbers n0, n1, ... of a problem.
+    """Return the numbers n0, n1, ... of a problem.
 
     Args:
         text: A problem.
-        convention: As of `number_spans`.
+        convention: A key of `CONVENTIONS`; see `number_spans`.
 
     Returns:
-        The values; whole ones are int.
+        The values. With "mathqa", whole numbers are int.
 
     Raises:
-        ValueError: As `number_spans`.
+        ValueError: See `number_spans`.
 
     Example:
         >>> extract_numbers("1 / 2 of the 1,200 pens cost 0.5 rs")
@@ -85,19 +78,19 @@ def extract_numbers(text: str, *, convention: str = "mathqa") -> list[Number]:
 
 
 def mask_numbers(text: str, *, convention: str = "mathqa") -> tuple[str, list[Number]]:
-    """Put `<n0>`, `<n1>`, ... in the place of the numbers of a problem.
+    """Replace the numbers of a problem by `<n0>`, `<n1>`, ...
 
-    A model that reads the mask instead of the digits can point to a number that it never saw.
+    A model that reads masks instead of digits can use numbers that it has never seen.
 
     Args:
         text: A problem.
-        convention: As of `number_spans`.
+        convention: A key of `CONVENTIONS`; see `number_spans`.
 
     Returns:
-        The masked text, in which each mask stands between spaces, and the numbers.
+        The masked text, with spaces around each mask, and the numbers.
 
     Raises:
-        ValueError: As `number_spans`.
+        ValueError: See `number_spans`.
 
     Example:
         >>> mask_numbers("1,200 pens cost $0.5 each")
@@ -123,16 +116,16 @@ _CURRENCY = re.compile(r"\b(?:rs|s|usd|inr)\s*\.|[$€£₹]|â‚¬|â‚¹|\br
 
 
 def split_options(text: str | Sequence[str]) -> dict[str, str]:
-    """The options of a problem by their letters.
+    """Split the options of a problem by letter.
 
     Args:
-        text: "a ) 24 , b ) 1,200 , c ) none", a list of such in the syntax of Python, or a sequence of options.
+        text: "a ) 24 , b ) 1,200 , c ) none", a list of such options in Python syntax, or a sequence of options.
 
     Returns:
-        The texts without letter, in order.
+        The options without their letters, in order.
 
     Raises:
-        ValueError: There is no option.
+        ValueError: If no option is found.
 
     Example:
         >>> split_options("a ) 24 , b ) 1,200 , c ) none")
@@ -152,21 +145,21 @@ def split_options(text: str | Sequence[str]) -> dict[str, str]:
         # some options repeat their letter: "a ) a ) 51", "b ) b - 9000"
         options[letter] = re.sub(rf"^{letter}\s*(?:\)|-|:|\.)\s*", "", part, flags=re.IGNORECASE)
     if not options:
-        raise ValueError(f"{shorten(text)} holds no option; expected such as 'a ) 24 , b ) 120'.")
+        raise ValueError(f"{shorten(text)} has no options; expected options such as 'a ) 24 , b ) 120'.")
     return options
 
 
 def parse_quantity(text: str) -> float | None:
-    """The number that an option is about.
+    """Read the number in an option.
 
-    Understood are signs, thousands ("1,785"), mixed numbers ("16 2 / 3 %" is 16.67), fractions, ratios ("4 : 5" is
-    0.8), powers ("2 ^ 3"), roots and pi ("4 π / √ 3"). Units are passed over, and "cm 2" and "cm ^ 2" are units.
+    Supported are signs, thousands ("1,785"), mixed numbers ("16 2 / 3 %" is 16.67), fractions, ratios ("4 : 5" is
+    0.8), powers ("2 ^ 3"), roots and pi ("4 π / √ 3"). Units are ignored, including "cm 2" and "cm ^ 2".
 
     Args:
         text: An option without its letter.
 
     Returns:
-        The value; None where there is none, or two, as in "18 and 19" and "1 minute , 12 seconds".
+        The value; None if the option has no number, or two numbers, as in "18 and 19" and "1 minute , 12 seconds".
 
     Example:
         >>> parse_quantity("rs . 1,785"), parse_quantity("16 2 / 3 %"), parse_quantity("none of these")
@@ -199,27 +192,32 @@ def _factor(text: str) -> float:
 
 
 def option_values(text: str | Sequence[str], *, convention: str = "mathqa") -> dict[str, float | None]:
-    """The values of the options of a problem.
+    """Return the values of the options of a problem.
 
     Args:
-        text: As of `split_options`.
-        convention: "mathqa" reads them properly. "course" does as those who made the course's files: it splits on
-            every comma, keeps only digits and `./:-` of each part, and computes what is left. "1,785" is 1 there and
-            "16 2 / 3 %" is 162 / 3.
+        text: The options; see `split_options`.
+        convention: A key of `CONVENTIONS`. "mathqa" uses `parse_quantity`. "course" does the same as the authors of
+            the course's files: it splits at every comma, keeps only digits and `./:-` of each part, and evaluates the
+            rest. There, "1,785" is 1 and "16 2 / 3 %" is 162 / 3.
 
     Returns:
-        A value by letter, None where there is none.
+        A value per letter, None for options without a number.
 
     Raises:
-        ValueError: The convention is unknown, or there is no option.
+        ValueError: If the convention is unknown, or no option is found.
 
     Example:
         >>> option_values("a ) 16 2 / 3 % , b ) 1,785")["a"], option_values("a ) 16 2 / 3 %", convention="course")["a"]
         (16.666666666666668, 54.0)
     """
-    check_choice("convention", convention, CONVENTIONS)
-    if convention == "mathqa":
-        return {letter: parse_quantity(option) for letter, option in split_options(text).items()}
+    return CONVENTIONS[check_choice("convention", convention, CONVENTIONS)].options(text)
+
+
+def _mathqa_options(text: str | Sequence[str]) -> dict[str, float | None]:
+    return {letter: parse_quantity(option) for letter, option in split_options(text).items()}
+
+
+def _course_options(text: str | Sequence[str]) -> dict[str, float | None]:
     text = text if isinstance(text, str) else " , ".join(map(str, text))
     values: dict[str, float | None] = {}
     for part in text[:MAX_CHARACTERS].split(","):
@@ -227,12 +225,12 @@ def option_values(text: str | Sequence[str], *, convention: str = "mathqa") -> d
         if part[:1] in tuple("abcde") and part[:1] not in values:
             values[part[0]] = _course_value(re.sub(r"[^0-9./:-]", "", part).replace(":", "/").strip("."))
     if not values:
-        raise ValueError(f"{shorten(text)} holds no option; expected such as 'a ) 24 , b ) 120'.")
+        raise ValueError(f"{shorten(text)} has no options; expected options such as 'a ) 24 , b ) 120'.")
     return values
 
 
 def _course_value(text: str) -> float | None:
-    """What Python makes of digits, points, slashes and minus signs."""
+    """Evaluate an expression of digits, points, slashes and minus signs as Python does."""
     if re.fullmatch(r"-*[\d.]+(?:[/-]-*[\d.]+)*", text, re.ASCII) is None:
         return None
     total = 0.0
@@ -246,3 +244,37 @@ def _course_value(text: str) -> float | None:
     except (ValueError, ZeroDivisionError):
         return None
     return total if math.isfinite(total) else None
+
+
+@dataclass(frozen=True)
+class Convention:
+    """How the numbers and options of a problem are read.
+
+    Attributes:
+        number: Pattern of a number, after commas were removed.
+        commas: Pattern of the texts whose commas are removed.
+        exact: Whether whole numbers are int; otherwise all numbers are float.
+        options: Function that returns the values of the options by letter.
+    """
+
+    number: re.Pattern
+    commas: re.Pattern
+    exact: bool
+    options: Callable[[str | Sequence[str]], dict[str, float | None]]
+
+
+CONVENTIONS = {
+    "mathqa": Convention(
+        number=re.compile(r"\d*\.\d+|\d+", re.ASCII),
+        commas=re.compile(","),
+        exact=True,
+        options=_mathqa_options,
+    ),
+    "course": Convention(
+        number=re.compile(r"[-+]?\d*\.\d+|\d+", re.ASCII),
+        commas=re.compile(r"\b\d{1,3}(?:,\d{3})+\b", re.ASCII),
+        exact=False,
+        options=_course_options,
+    ),
+}
+"""The conventions by name."""

@@ -1,4 +1,4 @@
-"""What each operation and constant of MathQA computes, for each semantics.
+"""The operations and constants of MathQA, for each semantics.
 
 The paper names the operations but does not define them. `SEMANTICS` has three definitions:
 
@@ -6,10 +6,10 @@ The paper names the operations but does not define them. `SEMANTICS` has three d
   base 2, `choose` and `permutation` put the larger number first, and `p_after_gain(a,b)` is a / b.
 * "textbook": the usual meaning of each name. `p_after_gain(g,p)` is (1 + g/100) p, `stream_speed` is half the
   difference, `log` is base 10, and `choose(n,k)` keeps the order of its arguments.
-* "course": what the checker of the assignment COL775 A1.2 (IIT Delhi, 2024) computes, including its mistakes, because
-  published results depend on it. The volume of a cube is 6 a^2, an original price is (100 + g)/100 p, and surplus
-  arguments are ignored. Two cases differ from that checker: NaN, which it accepts as correct, is an error here, and so
-  is the square root of a negative number in a step that the answer does not need.
+* "course": the checker of the assignment COL775 A1.2 (IIT Delhi, 2024), including its mistakes, because published
+  results depend on it. The volume of a cube is 6 a^2, an original price is (100 + g)/100 p, and surplus arguments are
+  ignored. Two cases differ from the checker. It accepts NaN as correct, which is an error here. It also ignores the
+  square root of a negative number in a step that the answer does not need; here, this is an error too.
 
 To add a semantics, add a `Semantics` to `SEMANTICS`.
 """
@@ -30,7 +30,7 @@ Number = int | float
 
 
 class OperationError(ValueError):
-    """What is wrong with the arguments of an operation."""
+    """An operation is not defined for its arguments; the message says why."""
 
 
 def _whole(value: Number) -> int:
@@ -55,7 +55,7 @@ def _power(base: Number, exponent: Number) -> Number:
             raise OverflowError
         return base**exponent
     if base < 0 and exponent != math.floor(exponent):
-        raise OperationError(f"a broken power of the negative {shorten(base)} is not a real number")
+        raise OperationError(f"a fractional power of the negative {shorten(base)} is not a real number")
     return float(base) ** float(exponent)
 
 
@@ -117,7 +117,7 @@ def _floor(value: Number) -> int:
     return value if isinstance(value, int) else math.floor(value + _FLOOR_SLACK)
 
 
-# The course's checker counts up to int(n + 1), so that 2.5! is 2 and (-3)! is 1.
+# The checker of the course counts up to int(n + 1), so 2.5! is 2 and (-3)! is 1.
 
 
 def _course_count(value: Number) -> int:
@@ -132,7 +132,7 @@ def _course_factorial(value: Number) -> int:
 
 
 def _ratio_of_factorials(above: int, below: int, other: int = 0) -> float:
-    """Divide above! by below! other! without computing what cancels."""
+    """Divide above! by below! other! without computing factors that cancel."""
     below, other = max(below, other), min(below, other)
     small, large = sorted((above, below))
     if other > _MAX_FACTORIAL or (large - small) * large.bit_length() > 2 * MAX_BITS:
@@ -157,13 +157,13 @@ def _course_lcm(a: Number, b: Number) -> int:
 
 @dataclass(frozen=True)
 class Operation:
-    """What an operation does.
+    """The definition of an operation.
 
     Attributes:
         arity: Number of arguments.
-        compute: Its value; raises where there is none.
-        python: The same as an expression of Python, with the arguments in braces.
-        symmetric: Places of the arguments that may be exchanged.
+        compute: Function of the arguments that returns the value, or raises an error if the operation is not defined.
+        python: The operation as a Python expression, with the arguments in braces.
+        symmetric: Positions of the arguments that may be exchanged.
     """
 
     arity: int
@@ -276,9 +276,9 @@ _COURSE = {
     "original_price_before_loss": Operation(2, lambda a, b: (100 - a) / 100 * b, "(100 - {0}) / 100 * {1}"),
 }
 OPERATIONS = {name: operation.arity for name, operation in _DATA.items()}
-"""The 53 operations of MathQA and how many arguments each takes."""
+"""The 53 operations of MathQA, and the number of arguments of each."""
 
-# As they are written in MathQA; of two spellings of a value that without a dot is the canonical one.
+# Spelled as in MathQA. If a value has two spellings, the spelling without a dot is the canonical one.
 CONSTANTS = tuple(
     f"const_{name}"
     for name in (
@@ -289,7 +289,7 @@ CONSTANTS = tuple(
 """The 32 constants of MathQA."""
 
 VOCABULARY = (*OPERATIONS, *CONSTANTS, *(f"n{i}" for i in range(26)), *(f"#{i}" for i in range(56)))
-"""The symbols of `to_tokens` that a model of MathQA writes; its problems have up to 26 numbers and 56 steps."""
+"""The symbols that a model of MathQA writes, see `to_tokens`; MathQA has up to 26 numbers and 56 steps."""
 
 
 def _constant_values(third: float) -> dict[str, Number]:
@@ -349,7 +349,7 @@ SEMANTICS = {
 
 
 def shorten(value: object, length: int = 60) -> str:
-    """A value in few characters, whatever it is."""
+    """Format a value of any type in about `length` characters."""
     if isinstance(value, float) or (isinstance(value, int) and value.bit_length() < 200):
         return f"{value:.12g}" if isinstance(value, float) else str(value)
     if isinstance(value, int):

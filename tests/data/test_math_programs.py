@@ -157,7 +157,7 @@ def test_a_hub_id(monkeypatch):
     [
         ({"linear_formula": "add(n0"}, r"Row 1 of .*x.json' cannot be used: #0: 'add\(n0' is not a step"),
         ({"linear_formula": None}, "Row 1 of .* has no text in 'linear_formula', only the columns Problem, "),
-        ({"options": "none"}, "Row 1 of .* cannot be used: 'none' holds no option"),
+        ({"options": "none"}, "Row 1 of .* cannot be used: 'none' has no options"),
         ({"answer": "five"}, "Row 1 of .* has the answer 'five'; expected a number"),
         ({"Problem": 5}, "Row 1 of .* has no text in 'Problem'"),
     ],

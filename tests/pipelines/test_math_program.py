@@ -133,7 +133,7 @@ class TestHostile:
             ({"num_beams": 0}, "num_beams=0 must be from 1 to 100"),
             ({"num_beams": 10**9}, "must be from 1 to 100"),
             ({"length_penalty": float("nan")}, "length_penalty=nan must be from -5 to 5"),
-            ({"options": "none of these"}, "holds no option"),
+            ({"options": "none of these"}, "has no options"),
             ({"options": "a ) none , b ) all"}, "hold no number; give such as"),
         ],
     )

@@ -36,7 +36,7 @@ HOSTILE = {
     "log of a negative": ("negate(n0)|log(#0)", [3], 1, "#1 = log(#0): the logarithm of -3 is not a real number."),
     "log of zero": ("subtract(n0,n0)|log(#0)", [3], 1, "the logarithm of 0 is not"),
     "root of a negative": ("negate(n0)|sqrt(#0)", [3], 1, "the root of the negative -3 is not"),
-    "broken power": ("negate(n0)|power(#0,const_0_25)", [3], 1, "a broken power of the negative -3 is not"),
+    "broken power": ("negate(n0)|power(#0,const_0_25)", [3], 1, "a fractional power of the negative -3 is not"),
     "negative volume": ("negate(n0)|cube_edge_by_volume(#0)", [8], 1, "a volume cannot be negative: -8"),
     "factorial of a fraction": ("factorial(n0)", [2.5], 0, "#0 = factorial(n0): 2.5 is not a whole number."),
     "factorial of a negative": ("negate(n0)|factorial(#0)", [5], 1, "-5 is negative"),
@@ -134,5 +134,5 @@ def test_python_source_is_readable():
         "    step_0 = math.pi * n1 ** 2  # circle_area(n1)\n"
         "    return step_0 * 0.25  # multiply(#0,const_0_25)\n"
     )
-    with pytest.raises(ValueError, match="name='a b' is not an identifier"):
+    with pytest.raises(ValueError, match="name='a b' is not a Python identifier"):
         to_python("sqrt(n0)", name="a b")

@@ -52,7 +52,7 @@ def test_spans_point_at_the_numbers():
 def test_numbers_that_are_refused():
     with pytest.raises(ValueError, match="n1 has 400 digits"):
         extract_numbers("1 and " + "9" * 400)
-    with pytest.raises(ValueError, match="A problem is a text; got float"):
+    with pytest.raises(ValueError, match="A problem must be a string; got float"):
         extract_numbers(1.5)
     with pytest.raises(ValueError, match="convention='usual' is unknown; choose one of mathqa, course"):
         extract_numbers("1", convention="usual")
@@ -70,10 +70,10 @@ def test_options_are_split():
     assert split_options("a ) a ) 51 , b ) b - 9000 , c ) c ) 4") == {"a": "51", "b": "9000", "c": "4"}
     assert split_options("['broken , a ) 3 , b ) 4") == {"a": "3", "b": "4"}
     for text in ("", "24", "[1, 2]"):
-        with pytest.raises(ValueError, match="holds no option"):
+        with pytest.raises(ValueError, match="has no options"):
             split_options(text)
     start = time.process_time()
-    with pytest.raises(ValueError, match="holds no option"):
+    with pytest.raises(ValueError, match="has no options"):
         split_options("[" * 100000)
     assert time.process_time() - start < 0.5
 
@@ -113,7 +113,7 @@ def test_the_options_as_the_course_read_them():
     lists = "['a ) 44 cm', 'b ) 4 / 5', 'c ) 46']"
     assert option_values(lists, convention="course") == {"a": 44, "b": 0.8, "c": 46}
     assert option_values(lists) == {"a": 44, "b": 0.8, "c": 46}
-    with pytest.raises(ValueError, match="holds no option"):
+    with pytest.raises(ValueError, match="has no options"):
         option_values("24", convention="course")
 
 
@@ -129,4 +129,4 @@ def test_random_options_never_crash():
                 values = option_values(text, convention=convention)
                 assert all(value is None or math.isfinite(value) for value in values.values())
             except ValueError as error:
-                assert "holds no option" in str(error)
+                assert "has no options" in str(error)

@@ -105,7 +105,7 @@ def test_every_operation_is_in_the_tables_of_this_test():
 def test_operations(op):
     for semantics, own in (("data", {}), ("textbook", TEXTBOOK), ("course", COURSE)):
         if semantics == "course" and op in MISSING_IN_COURSE:
-            with pytest.raises(ProgramError, match=f"there is no operation '{op}'"):
+            with pytest.raises(ProgramError, match=f"the operation '{op}' is unknown"):
                 call(op, TABLE[op][0], semantics)
             continue
         if op in own:

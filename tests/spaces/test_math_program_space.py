@@ -50,7 +50,7 @@ class TestSolver:
     @pytest.mark.parametrize(
         "settings, sentence",
         [
-            (("none", 10, 1.0, []), "holds no option"),
+            (("none", 10, 1.0, []), "has no options"),
             (("", 10_000, 1.0, []), "num_beams=10000 must be from 1 to 100"),
             (("", 10, 1.0, ["magic"]), "are unknown. Choose from: grammar, rerank, vote"),
         ],
