@@ -1,28 +1,33 @@
-"""hf_dl: the classic deep-learning systems, Hugging Face-native.
+"""hf_dl: the classic deep-learning systems, with the tools of Hugging Face.
 
-Where things are; each layer imports only what is named behind it:
+The parts of the package. The names in parentheses are the other parts that a part may import:
 
-- `hf_dl.models`: everything that travels with a checkpoint, one file a family (nothing of hf_dl but siblings)
-- `hf_dl.data`: `load(split, source, ...)` for each kind of data, synthetic or real (`programs`)
-- `hf_dl.metrics`: pure functions and `evaluate` metrics (`programs`)
-- `hf_dl.explain`: what an image classifier looked at, and what it says without it (nothing)
-- `hf_dl.pipelines`: from what a person has to what a person wants: a word problem to its answer, an image to an edited
-  one (`models`, `programs`)
-- `hf_dl.training`: the flags and the loop's surroundings that all training scripts share (nothing)
-- `hf_dl.reporting`: tables, plots and model cards from the files that runs leave (nothing)
-- `hf_dl.demo`: what the pages under spaces/ have in common (`data`)
+- `hf_dl.models`: all code that a checkpoint needs, one file per family
+- `hf_dl.programs`: the program language of MathQA
+- `hf_dl.data`: `load(split, source, ...)` for each kind of data, generated or real (`programs`)
+- `hf_dl.metrics`: functions on tensors, and metrics for `evaluate` (`programs`)
+- `hf_dl.explain`: Grad-CAM, attention maps and masking for any image classifier
+- `hf_dl.training`: the flags, the loop and the checkpoints that all training scripts share
+- `hf_dl.reporting`: tables, plots and model cards from the result files of runs
+- `hf_dl.pipelines`: from raw input to final answer (`models`, `programs`)
+- `hf_dl.recipes`: code that the scripts and the demo page of a family share (all of the above)
+- `hf_dl.demo`: code that the demo pages share (all of the above)
+- `hf_dl.publishing`: checks, and the upload of models, Spaces and metrics to the Hub (all of the above)
+- `hf_dl.systems`: the list of all systems with their main results
+- `hf_dl.cli`: the `hf-dl` command
 
-The programs that use them are in `scripts/` and `spaces/` of the repository.
+The repository has the training and evaluation programs in `scripts/` and the demo pages in `spaces/`. An installed
+wheel has copies of them, which the `hf-dl` command runs.
 
-After `import hf_dl`, the Auto classes of transformers know its models, without remote code and whichever of the two is
-imported first:
+`import hf_dl` registers the models with the Auto classes of transformers. It works before or after the import of
+transformers, and no remote code runs:
 
     import hf_dl
     from transformers import AutoModel
 
     model = AutoModel.from_pretrained("runs/train_slots")
 
-Importing hf_dl alone loads neither torch nor transformers: the models are registered when transformers is there.
+Importing hf_dl alone loads neither torch nor transformers. The models are registered when transformers is imported.
 """
 
 import importlib
@@ -36,7 +41,7 @@ __version__ = "0.1.0"
 
 
 class _RegisterWithTransformers(importlib.abc.MetaPathFinder):
-    """Lets the other finders find transformers, and has `hf_dl.models` imported once it is loaded."""
+    """Import `hf_dl.models` after transformers is loaded; the other finders find transformers."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None

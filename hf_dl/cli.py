@@ -5,6 +5,7 @@
     hf-dl train slots --gpu_ids 0,1 -- --seed 1 # or separate them from the script's flags by --
     hf-dl evaluate slots --model runs/train_slots
     hf-dl demo slot_explorer
+    hf-dl list
 
 Each command runs a script of the repository. A clone runs the files in scripts/ and spaces/, and an installed wheel
 runs the copies in hf_dl/bundle. Runs are written to the folder runs/ of the current directory.
@@ -231,7 +232,7 @@ def experiment(words: list[str]) -> int:
 def explain(words: list[str]) -> int:
     """Show which parts of an image a classifier uses.
 
-    hf-dl explain --model runs/train_classifier --image photo.jpg
+    hf-dl explain --model runs/train_classifier --images photo.jpg
     hf-dl explain --help
     """
     return run_script(find_root() / "scripts" / "explain_image.py", words)
@@ -269,8 +270,28 @@ def demo(words: list[str]) -> int:
     return run_script(pages[name], [])
 
 
+def list_systems(words: list[str]) -> int:
+    """List all systems with command, time, main result, card, page and paper.
+
+    hf-dl list
+    """
+    from hf_dl import systems
+
+    if words:
+        raise CommandLineError(f"`hf-dl list` takes no arguments, but got {words[0]!r}.")
+    results = systems.read_results()
+    print("\n\n".join(systems.describe(each, results[each.name]) for each in systems.read_systems()))
+    return 0
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
-    each.__name__: each for each in (train, evaluate, experiment, explain, publish, demo)
+    "train": train,
+    "evaluate": evaluate,
+    "experiment": experiment,
+    "explain": explain,
+    "publish": publish,
+    "demo": demo,
+    "list": list_systems,
 }
 # The choices that the help of a command lists.
 CHOICES = {
@@ -311,10 +332,10 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line.
 
     Args:
-        argv: The words after `hf-dl`. Defaults to those of `sys.argv`.
+        argv: The words after `hf-dl`. Defaults to `sys.argv[1:]`.
 
     Returns:
-        The exit status: that of the script, 2 for a wrong command line, or 130 after Ctrl-C.
+        The exit status of the script, 2 for a wrong command line, or 130 after Ctrl-C.
     """
     words = sys.argv[1:] if argv is None else list(argv)
     asks = {"-h", "--help"}
@@ -326,9 +347,10 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     try:
         name = choose("command", words[0], COMMANDS)
-        if len(words) == 1 or (name in CHOICES and words[1] in asks):
+        asked = words[1:2] and words[1] in asks
+        if (asked and name not in ("explain", "publish")) or (len(words) == 1 and name != "list"):
             print(describe(name))
-            return 0 if len(words) > 1 else 2
+            return 0 if asked else 2
         return COMMANDS[name](words[1:])
     except CommandLineError as error:
         print(f"hf-dl: {error}", file=sys.stderr)

@@ -21,8 +21,9 @@ ALLOWED = {
     "reporting": set(),
     "recipes": BELOW,
     "demo": {*BELOW, "recipes"},
-    "cli": {*BELOW, "recipes", "demo", "publishing"},
+    "cli": {*BELOW, "recipes", "demo", "publishing", "systems"},
     "__main__": {"cli"},
+    "systems": set(),
     "publishing": {*BELOW, "recipes", "demo"},
 }
 OUTSIDE = {"scripts", "spaces", "tests"}

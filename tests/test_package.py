@@ -71,10 +71,9 @@ def test_auto_classes_know_the_models(saved, order, tmp_path):
         imports.reverse()
     code = "\n".join([*imports, LOAD.replace("FOLDER", repr(str(folder)))])
     classes, vector = run_python(code, cwd=tmp_path)
-    module = "hf_dl.models.slot_autoencoder."  # not transformers_modules: no remote code
-    assert classes == [
-        module + name for name in ("SlotAutoencoderConfig", "SlotAutoencoderModel", "SlotImageProcessor")
-    ]
+    assert all(name.startswith("hf_dl.models.") for name in classes)  # not transformers_modules: no remote code
+    names = ["SlotAutoencoderConfig", "SlotAutoencoderModel", "SlotImageProcessor"]
+    assert [name.split(".")[-1] for name in classes] == names
     assert vector == pytest.approx(model.slot_vectors[0].tolist())
 
 
@@ -175,10 +174,3 @@ def test_the_check_for_machines_finds(parts):
 )
 def test_the_check_for_machines_passes(line):
     assert not find_machine(line)
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "scripts").glob("train_*.py")), ids=lambda path: path.name)
-def test_training_scripts_are_short(path):
-    lines = path.read_text().splitlines()
-    assert len(lines) <= 80
-    assert max(map(len, lines)) <= 119

@@ -26,7 +26,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("folder", help=f"folder of a run or of a Space, or a metric: {', '.join(METRICS)}")
     parser.add_argument("repo_id", help="repository to push to, as owner/name")
     parser.add_argument(
-        "--type", choices=["model", "space", "metric"], default="model", help="what to push; default: a model"
+        "--type", choices=["model", "space", "metric"], default="model", help="kind of content; default: model"
     )
     parser.add_argument("--model", type=Path, help="folder of a run that is copied into the Space, for --type space")
     parser.add_argument(

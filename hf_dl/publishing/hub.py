@@ -27,7 +27,7 @@ def push(
         files: The files.
         repo_id: The repository, as owner/name.
         repo_type: Kind of the repository.
-        private: Create the repository as a private one. An existing repository stays as it is.
+        private: Create the repository as a private one. It does not change an existing repository.
         revision: Branch, which is created if it does not exist. Defaults to the main branch.
         tag: Tag of the new commit.
         message: Message of the commit. Defaults to "Publish <name>".

@@ -14,7 +14,7 @@ import hf_dl
 from .files import Files, collect_files, human_size, one_line, size_of
 from .models import check_loading
 
-MODEL_FOLDER = "model"  # beside app.py; the pages of hf_dl load it if HF_DL_MODEL is not set
+MODEL_FOLDER = "model"  # in the folder of app.py; the pages load it if HF_DL_MODEL is not set
 MAX_MODEL_MEGABYTES = 200
 MAX_DESCRIPTION = 60  # characters; the Hub rejects more
 # What from_pretrained reads. The code of the model is not needed, because the package is there.

@@ -1,0 +1,173 @@
+r"""Draw the picture of the README, model_cards/front_page.png, from four finished runs.
+
+    scripts/run python scripts/make_front_picture.py --slots runs/train_slots --classifier runs/train_classifier \
+        --vit runs/small_vit --solver runs/train_seq2seq
+
+Every panel is the output of a model on test data. The default flags of train_slots.py, train_classifier.py and
+train_seq2seq.py make three of the runs. The second command of train_classifier.py makes the vision transformer.
+"""
+
+import argparse
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from matplotlib.gridspec import GridSpec
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification
+
+import hf_dl  # noqa: F401  registers the models with the Auto classes
+from hf_dl.data import object_images, scenes
+from hf_dl.explain import attention_maps, grad_cam, masked_logits, ranked_patches
+from hf_dl.pipelines.math_program import MathProgramPipeline, format_number
+from hf_dl.reporting.grids import color_segments
+
+SHOWN = 128  # pixels of a shown image; the models read the same images at their own size
+PROBLEM = "A train travels 150 km in 2 hours. At the same speed, how many km does it travel in 5 hours?"
+
+
+@dataclass
+class Tile:
+    """An image with a line above and a line below it."""
+
+    image: np.ndarray
+    title: str
+    note: str = ""
+
+
+def draw_slots(run: Path, index: int) -> list[Tile]:
+    """Segment a test scene, and reconstruct it without its first object."""
+    model = AutoModel.from_pretrained(run)
+    processor = AutoImageProcessor.from_pretrained(run)
+    scene = scenes.load("test", num_scenes=index + 1)[index]
+    shown = scenes.load("test", num_scenes=index + 1, size=SHOWN)[index]["image"]
+    segments = model.segment(scene["image"])
+    x, y = (int(value) for value in scene["objects"][0]["pixel_position"])
+    with torch.no_grad():
+        slots = model(**processor(scene["image"], return_tensors="pt")).slots
+        keep = torch.ones(slots.shape[:2], dtype=torch.bool)
+        keep[0, segments[y, x]] = False
+        edit = model.decode(slots, keep=keep)[0].clamp(0, 1).permute(1, 2, 0).numpy()
+    return [
+        Tile(np.asarray(shown), "scene"),
+        Tile(color_segments(np.asarray(segments)), "segments", "one color per slot"),
+        Tile(edit, "edit", "without one object"),
+    ]
+
+
+def read_classifier(run: Path, index: int) -> tuple:
+    """Return a classifier, a test image for the picture, and the same image as input of the model."""
+    model = AutoModelForImageClassification.from_pretrained(run).eval()
+    processor = AutoImageProcessor.from_pretrained(run)
+    image, shown = (
+        object_images.load("test", size=size, num_images=index + 1)[index]["image"]
+        for size in (model.config.image_size, SHOWN)
+    )
+    return model, shown, processor(image, return_tensors="pt")["pixel_values"]
+
+
+def say(model: torch.nn.Module, logits: torch.Tensor, label: int) -> str:
+    """Return the name of a class with its probability."""
+    return f"{model.config.id2label[label]} {logits.softmax(-1)[0, label]:.2f}"
+
+
+def draw_grad_cam(run: Path, index: int) -> list[Tile]:
+    """Show where a classifier finds its evidence in a test image."""
+    model, image, pixel_values = read_classifier(run, index)
+    found = grad_cam(model, pixel_values)
+    heat = found.maps[0].detach().numpy()
+    heat = np.asarray(Image.fromarray(heat / heat.max()).resize(image.size, Image.Resampling.BILINEAR)).clip(0, 1)
+    gray = np.asarray(image.convert("L"))[..., None] / 255
+    overlay = 0.45 * gray + 0.55 * plt.get_cmap("inferno")(heat)[..., :3]
+    with torch.no_grad():
+        logits = model(pixel_values).logits
+    return [
+        Tile(np.asarray(image), "image", say(model, logits, int(logits.argmax()))),
+        Tile(overlay, "Grad-CAM", "evidence for this class"),
+    ]
+
+
+def draw_masked(run: Path, index: int, count: int = 16) -> list[Tile]:
+    """Hide the most and the least attended patches of a test image from a vision transformer."""
+    model, image, pixel_values = read_classifier(run, index)
+    maps, _ = attention_maps(model, pixel_values)
+    with torch.no_grad():
+        label = int(model(pixel_values).logits.argmax())
+    tiles = []
+    for largest, title in ((False, "least attended hidden"), (True, "most attended hidden")):
+        masks = ranked_patches(maps, count, largest=largest)
+        with torch.no_grad():
+            note = say(model, masked_logits(model, pixel_values, masks, by="attention"), label)
+        hidden = np.kron(masks[0].numpy(), np.ones((image.height // masks.shape[1], image.width // masks.shape[2])))
+        tiles.append(Tile(np.where(hidden[..., None] > 0, 235, np.asarray(image)).astype(np.uint8), title, note))
+    return tiles
+
+
+def solve(run: Path) -> str:
+    """Return a word problem with the steps of its solution."""
+    solution = MathProgramPipeline.from_pretrained(run)(PROBLEM)
+    if solution.answer is None:
+        raise SystemExit(f"{run} finds no answer: {solution.error}")
+    steps = [f"{number}. {step.sentence}" for number, step in enumerate(solution.steps, 1)]
+    answer = f"answer: {format_number(solution.answer)}"
+    return "\n".join([*textwrap.wrap(PROBLEM, 34), "", solution.program, "", *steps, "", answer])
+
+
+def draw(groups: dict[str, list[Tile]], text: str, path: Path) -> None:
+    """Draw the groups of tiles side by side, with the text at the right."""
+    tiles = [tile for group in groups.values() for tile in group]
+    widths = [width for group in groups.values() for width in [*[1.0] * len(group), 0.12]]
+    figure = plt.figure(figsize=(2 * len(tiles) + 4.2, 3.0), dpi=100)
+    grid = GridSpec(1, len(widths) + 1, figure, width_ratios=[*widths, 1.9], wspace=0.06)
+    figure.subplots_adjust(left=0.005, right=0.995, top=0.80, bottom=0.10)
+    column = 0
+    for title, group in groups.items():
+        for number, tile in enumerate(group):
+            axes = figure.add_subplot(grid[column])
+            axes.imshow(tile.image, interpolation="nearest")
+            axes.set_axis_off()
+            axes.set_title(tile.title, fontsize=12)
+            axes.text(0.5, -0.04, tile.note, transform=axes.transAxes, ha="center", va="top", fontsize=11)
+            if number == 0:
+                figure.text(grid[column].get_position(figure).x0, 0.935, title, fontsize=14, weight="bold")
+            column += 1
+        column += 1
+    left = grid[column].get_position(figure).x0
+    figure.text(left, 0.935, "Word problem to program", fontsize=14, weight="bold")
+    figure.text(left, 0.86, text, va="top", fontsize=11.5, linespacing=1.3)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Software": None})
+    plt.close(figure)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Draw the picture."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser.add_argument("--slots", type=Path, default=Path("runs/train_slots"), help="run of train_slots.py")
+    parser.add_argument("--classifier", type=Path, default=Path("runs/train_classifier"), help="run with a ResNet")
+    parser.add_argument("--vit", type=Path, default=Path("runs/small_vit"), help="run with a small vision transformer")
+    parser.add_argument("--solver", type=Path, default=Path("runs/train_seq2seq"), help="run of train_seq2seq.py")
+    parser.add_argument("--scene", type=int, default=2, help="number of the test scene")
+    parser.add_argument("--image", type=int, default=3, help="number of the test image for Grad-CAM")
+    parser.add_argument("--masked", type=int, default=3, help="number of the test image that loses patches")
+    parser.add_argument("--output", type=Path, default=Path("model_cards/front_page.png"), help="file to write")
+    args = parser.parse_args(argv)
+    for run in (args.slots, args.classifier, args.vit, args.solver):
+        if not (run / "config.json").is_file():
+            parser.error(f"{run} holds no finished run. The module's docstring says how to train it.")
+    datasets.disable_progress_bars()
+    groups = {
+        "Objects without labels": draw_slots(args.slots, args.scene),
+        "What a classifier looks at": draw_grad_cam(args.classifier, args.image),
+        "What a vision transformer needs": draw_masked(args.vit, args.masked),
+    }
+    draw(groups, solve(args.solver), args.output)
+    print(args.output)
+
+
+if __name__ == "__main__":
+    main()
