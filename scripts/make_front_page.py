@@ -4,6 +4,7 @@ scripts/run python scripts/make_front_page.py
 """
 
 import json
+import re
 from pathlib import Path
 
 from hf_dl.systems import RESULTS, read_systems, summarize
@@ -20,6 +21,11 @@ def make_results() -> dict[str, dict]:
     }
 
 
+def _join(text: str) -> str:
+    """Keep numbers, units and signs on one line."""
+    return re.sub(r"(?<!,) ", "&nbsp;", text)
+
+
 def make_table(results: dict[str, dict]) -> str:
     """Return the table of the README."""
     lines = [
@@ -31,9 +37,9 @@ def make_table(results: dict[str, dict]) -> str:
         cells = [
             system.title,
             f"`hf-dl {system.command}`",
-            found["time"],
-            f"{system.label} **{found['result']}** ({found['baseline']})",
-            f"[{system.experiment}]({system.card})",
+            _join(found["time"]),
+            f"{system.label} **{_join(found['result'])}** ({found['baseline']})",
+            f"[card]({system.card})",
             f"[{system.space}](spaces/{system.space})" if system.space else "",
             f"[{system.paper}]({system.url})" if system.paper else "",
         ]

@@ -1,33 +1,15 @@
 """The wheel works in a fresh environment, outside of the repository."""
 
-import os
-import shutil
-import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
 
+from tests.environments import ROOT, UV, make_environment, run
 from tests.spaces.pages import serve_command
 
-ROOT = Path(__file__).resolve().parents[1]
-UV = shutil.which("uv") or shutil.which("uv", path=ROOT / ".uv" / "bin")
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(UV is None, reason="uv builds the wheel and the environment")]
-
-
-def run(*command, cwd=ROOT, **env):
-    kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
-    done = subprocess.run([*map(str, command)], cwd=cwd, env={**kept, **env}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-5000:]
-    return done.stdout + done.stderr
-
-
-def make_environment(folder, *requirements):
-    """Make a virtual environment with what uv has in its cache; returns the folder of its programs."""
-    run(UV, "venv", "--quiet", "--python", sys.executable, folder)
-    run(UV, "pip", "install", "--quiet", *requirements, VIRTUAL_ENV=str(folder))
-    return folder / ("Scripts" if os.name == "nt" else "bin")
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +47,7 @@ def test_train_and_demo_from_the_wheel(dist, tmp_path):
     run(programs / "hf-dl", "evaluate", "slots", "--help", cwd=folder)
     run(programs / "hf-dl", "experiment", "slots", "--dry_run", cwd=folder)
     run(programs / "hf-dl", "publish", "slot_explorer", "me/x", "--type", "space", "--dry_run", cwd=folder)
-    with serve_command([programs / "hf-dl", "demo", "slot_explorer"], folder) as (address, _):
+    with serve_command([programs / "hf-dl", "demo", "slot_explorer"], folder, PYTHONPATH="") as (address, _):
         page = run("curl", "--silent", "--noproxy", "*", f"{address}config", cwd=folder)
     assert "train_slots" in page
 
