@@ -213,7 +213,7 @@ def parse_args(cls: type[ArgsT], argv: list[str] | None = None) -> ArgsT:
         SystemExit: If a flag is unknown or its value is invalid.
 
     Example:
-        >>> parse_args(TrainingArgs, ["--batch_size", "64"]).batch_size
+        >>> parse_args(TrainingArgs, ["--batch_size", "64", "--cpu_threads", "1"]).batch_size
         64
     """
     args = parse_flags(cls, argv)
