@@ -16,32 +16,48 @@ LAWS = {
 GROUPS = {5: [[4, 1], [0, 3, 2]], 37: [list(range(g, 37, 5)) for g in range(5)]}
 
 
-def options_of(kind, classes, law="zipf"):
-    counts = LAWS[law](classes).tolist()
-    return {
-        "softmax": {},
-        "gumbel": {},
-        "huffman": {"class_counts": counts},
-        "sparse": {"class_counts": counts, "sparse": True},
-        "balanced": {"tree": "balanced"},
-        "given": {"tree": "given", "groups": GROUPS.get(classes) or [[c] for c in range(classes)]},
-        "two_level": {"tree": "two_level", "groups": GROUPS.get(classes), "class_counts": counts},
-        "two_level_sparse": {"tree": "two_level", "class_counts": counts, "sparse": True},
-        "adaptive": {"cutoffs": [c for c in (1, 3, 20) if c < classes], "class_counts": counts, "min_rank": 1,
-                     "div_value": 2},
-        "adaptive_by_cost": {"class_counts": counts},
-    }[kind]  # fmt: skip
+# For each kind of head: its name in HEADS, and its options for a number of classes and their counts. A new head is
+# tested with its default options.
+KINDS = {name: (name, lambda classes, counts: {}) for name in HEADS} | {
+    "hierarchical": ("hierarchical", lambda classes, counts: {"class_counts": counts}),
+    "sparse": ("hierarchical", lambda classes, counts: {"class_counts": counts, "sparse": True}),
+    "balanced": ("hierarchical", lambda classes, counts: {"tree": "balanced"}),
+    "given": (
+        "hierarchical",
+        lambda classes, counts: {"tree": "given", "groups": GROUPS.get(classes) or [[c] for c in range(classes)]},
+    ),
+    "two_level": (
+        "hierarchical",
+        lambda classes, counts: {"tree": "two_level", "groups": GROUPS.get(classes), "class_counts": counts},
+    ),
+    "two_level_sparse": (
+        "hierarchical",
+        lambda classes, counts: {"tree": "two_level", "class_counts": counts, "sparse": True},
+    ),
+    "adaptive": (
+        "adaptive",
+        lambda classes, counts: {
+            "cutoffs": [c for c in (1, 3, 20) if c < classes],
+            "class_counts": counts,
+            "min_rank": 1,
+            "div_value": 2,
+        },
+    ),
+    "adaptive_by_cost": ("adaptive", lambda classes, counts: {"class_counts": counts}),
+}
 
 
-KINDS = "softmax gumbel huffman sparse balanced given two_level two_level_sparse adaptive adaptive_by_cost".split()
+def make_kind(kind, classes, *, law="zipf", dim=DIM, **changes):
+    """Make a head with the initial parameters; `changes` replace options of its kind."""
+    name, options = KINDS[kind]
+    return make_head(name, dim, classes, **(options(classes, LAWS[law](classes).tolist()) | changes))
 
 
 def build(kind, classes, *, law="zipf", dim=DIM, seed=0):
+    """Make a head in evaluation mode, with parameters so large that probabilities differ."""
     torch.manual_seed(seed)
-    name = {"adaptive_by_cost": "adaptive"}.get(kind, kind)
-    head = make_head(name if name in HEADS else "hierarchical", dim, classes, **options_of(kind, classes, law))
-    head = head.double()
-    with torch.no_grad():  # larger than the initial ones, so that probabilities differ
+    head = make_kind(kind, classes, law=law, dim=dim).double()
+    with torch.no_grad():
         for parameter in head.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.7)
     return head.eval()
@@ -54,7 +70,7 @@ def draw(classes, batch=40, dim=DIM, seed=1):
 
 
 def gradients(head, hidden, labels, **options):
-    """Losses, and the gradients of their sum with respect to hidden and each parameter, dense, as NumPy."""
+    """Return the losses, and the gradients of their sum for hidden and each parameter, as dense NumPy arrays."""
     hidden = hidden.clone().requires_grad_()
     head.zero_grad()
     losses = head(hidden, labels, reduction="none", **options)

@@ -9,7 +9,7 @@ from torch import nn
 
 from hf_dl.models import layers_hierarchical
 from hf_dl.models.layers_adaptive import choose_cutoffs
-from hf_dl.models.layers_heads import HEADS, GumbelHead, SoftmaxHead, gumbel_noise, make_head, make_optimizers
+from hf_dl.models.layers_heads import GumbelHead, SoftmaxHead, gumbel_noise, make_head, make_optimizers
 from hf_dl.models.layers_hierarchical import TreeHead
 from hf_dl.models.layers_trees import grouped_tree
 from tests.models import softmax_reference as reference
@@ -21,8 +21,8 @@ from tests.models.heads import (
     build,
     draw,
     gradients,
+    make_kind,
     numpy_of,
-    options_of,
     paths_in,
 )
 
@@ -146,7 +146,7 @@ def test_buffers_and_weights_survive_saving(kind, tmp_path):
     assert all(name in head.state_dict() for name, _ in head.named_buffers())
 
 
-@pytest.mark.parametrize("kind", ["softmax", "huffman", "two_level", "adaptive"])
+@pytest.mark.parametrize("kind", ["softmax", "hierarchical", "two_level", "adaptive"])
 def test_compiles_without_a_break(kind):
     head, (hidden, labels) = build(kind, 37), draw(37)
     try:
@@ -158,16 +158,11 @@ def test_compiles_without_a_break(kind):
         torch.compiler.reset()
 
 
-@pytest.mark.parametrize("kind", ["softmax", "huffman", "two_level", "adaptive"])
+@pytest.mark.parametrize("kind", ["softmax", "hierarchical", "two_level", "adaptive"])
 def test_a_new_head_starts_near_chance_and_learns(kind):
     """With classes that a linear layer can separate."""
     torch.manual_seed(0)
-    head = make_head(
-        kind if kind in HEADS else "hierarchical",
-        32,
-        20,
-        **{**options_of(kind, 20), **({"groups": None} if kind == "two_level" else {})},
-    )
+    head = make_kind(kind, 20, dim=32)
     centers = torch.randn(20, 32)
     labels = torch.arange(20).repeat(8)
     hidden = centers[labels] + 0.1 * torch.randn(160, 32)
@@ -353,5 +348,5 @@ def test_invalid_sizes_raise_an_error():
     with pytest.raises(ValueError, match="max_tails=4 must be 1, 2 or 3"):
         choose_cutoffs([1, 2], 8, max_tails=4)
     with pytest.raises(ValueError, match="hidden contains NaN"):
-        build("huffman", 37).best_first(torch.full((1, DIM), torch.nan).double())
+        build("hierarchical", 37).best_first(torch.full((1, DIM), torch.nan).double())
     assert grouped_tree([[0, 1], [2]], [1, 1, 1]).shape == (2, 2)

@@ -24,7 +24,7 @@ from tests.models.heads import (
 )
 
 
-@pytest.mark.parametrize("kind", ["huffman", "sparse"])
+@pytest.mark.parametrize("kind", ["hierarchical", "sparse"])
 @pytest.mark.parametrize("all_nodes", [0, 256])
 @pytest.mark.parametrize("law", LAWS)
 def test_binary_trees_equal_the_reference(kind, all_nodes, law, monkeypatch):
@@ -106,7 +106,7 @@ def test_groups_are_subtrees():
 @pytest.mark.parametrize("width", [1, 4])
 @pytest.mark.parametrize("max_nodes", [None, 3])
 def test_best_first_is_exact_and_expands_few_nodes(width, max_nodes):
-    head, (hidden, _) = build("huffman", 1000), draw(1000, batch=64)
+    head, (hidden, _) = build("hierarchical", 1000), draw(1000, batch=64)
     hidden = hidden * 3  # as confident as a trained head
     expected = head.log_prob(hidden).topk(5, dim=1)
     found, visits = head.best_first(hidden, 5, width=width, max_nodes=max_nodes)
