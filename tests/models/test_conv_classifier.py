@@ -110,7 +110,7 @@ def test_each_normalization(norm, images):
     output.loss.backward()
     for name, parameter in model.named_parameters():
         assert torch.isfinite(parameter.grad).all(), name
-    assert (model.conv_classifier.stages[0][0].bias is None) == (norm != "none")
+    assert (model.conv_classifier.stages[0][0].bias is None) == NORMS[norm].has_shift
 
 
 @pytest.mark.parametrize("head", HEADS)
