@@ -21,6 +21,7 @@ from hf_dl.data.image_arrays import LabeledImages
 from hf_dl.data.superclasses import superclasses
 from hf_dl.metrics.classification import classification_scores, confusion_matrix, per_class_scores, top_k_hits
 from hf_dl.models.conv_classifier import ConvClassifierConfig, ConvClassifierForImageClassification
+from hf_dl.models.layers_norm import NORMS
 from hf_dl.models.layers_trees import cluster_classes
 from hf_dl.models.norm_resnet import NormResNetConfig, NormResNetForImageClassification
 from hf_dl.models.small_vit import SmallViTConfig, SmallViTForImageClassification
@@ -126,7 +127,8 @@ class ModelFlags(HeadFlags):
     )
     n: int | None = field(default=None, metadata={"help": "norm_resnet: depth; the network has 6n+2 layers."})
     norm: str | None = field(
-        default=None, metadata={"help": "norm_resnet, conv_classifier: normalization, for example batch or group."}
+        default=None,
+        metadata={"help": f"norm_resnet, conv_classifier: normalization. Choose one of: {', '.join(NORMS)}."},
     )
     widths: list[int] | None = field(
         default=None, metadata={"help": "norm_resnet, conv_classifier: channels of each stage."}
