@@ -1,4 +1,4 @@
-"""The table of models in hf_dl.models, and what it registers."""
+"""The table of models in hf_dl.models and its registrations."""
 
 import importlib
 import inspect
