@@ -1,7 +1,7 @@
 """Output layers over many classes: softmax, Gumbel softmax, hierarchical softmax and adaptive softmax.
 
-This file has softmax and Gumbel softmax, the dict `HEADS` of all heads, and the functions that make heads and their
-optimizers. layers_output_head.py describes the methods that all heads have.
+This file has softmax and Gumbel softmax, the dict `HEADS` of all heads, `make_head` and `make_optimizers`.
+layers_output_head.py describes the methods that all heads have.
 
 Which head to choose, with the cost of the loss of one example for V classes and d channels:
 
@@ -9,8 +9,8 @@ Which head to choose, with the cost of the loss of one example for V classes and
 - "gumbel", O(V d): softmax with noise on the logits, as a regularizer or to sample with gradients.
 - "hierarchical", O(d log V): for 10^4 or more classes of unequal frequency, with `sparse=True`. Accuracy depends on
   the tree. Put similar classes together (`groups`) and use few levels (`tree="two_level"`).
-- "adaptive", O(V d / c), where c depends on the frequencies: for 10^4 or more classes of unequal frequency on a GPU,
-  or if all probabilities are needed quickly. It computes a few large matrix products instead of many small ones.
+- "adaptive", O(V d / c), where c depends on the frequencies: for 10^4 or more classes of unequal frequency. It is fast
+  on a GPU and computes all probabilities quickly, because it uses a few large matrix products.
 
 The input must be the last hidden state, not probabilities or logits. A softmax before one of these heads keeps
 accuracy near chance, because the rows of probabilities are nearly equal. The heads warn about such inputs.

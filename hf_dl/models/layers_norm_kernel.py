@@ -122,8 +122,8 @@ def _blocks(
 class Standardize(torch.autograd.Function):
     """y = weight * sum_k share_k (x - mean_k) / sqrt(var_k + eps) + bias, for one or two sources of statistics.
 
-    With inv = 1 / sqrt(var + eps), xhat = (x - mean) * inv and g = weight * share * dy, the gradient through one
-    source is (Ioffe & Szegedy 2015, section 3, with its three paths added up)
+    Let inv = 1 / sqrt(var + eps), xhat = (x - mean) * inv and g = weight * share * dy. The gradient through one source
+    is the sum of the three paths in Ioffe & Szegedy 2015, section 3:
 
         dx = inv * (g - E[g] - xhat * E[g * xhat])
 

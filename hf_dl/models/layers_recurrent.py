@@ -143,9 +143,10 @@ class BidirectionalLSTM(nn.Module):
                 tokens.
 
         Returns:
-            The outputs of the last layer, (batch, length, 2 * hidden_size), with the forward direction first and 0 for
-            masked tokens; and the final h and c of each layer, (batch, num_layers, 2 * hidden_size) each. The forward
-            direction ends at the last token that is not masked, the backward direction at the first one.
+            The outputs of the last layer, (batch, length, 2 * hidden_size), and the final h and c of each layer,
+            (batch, num_layers, 2 * hidden_size) each. The forward direction comes first. The outputs of masked tokens
+            are 0. The forward direction ends at the last token that is not masked, the backward direction at the first
+            one.
 
         Raises:
             ValueError: If the mask has the wrong shape or masks all tokens of a row.
