@@ -100,7 +100,8 @@ def save_recordings(
 def _save(picture: Image.Image, path: Path, *, longest: int) -> None:
     picture = picture.convert("RGB")
     picture.thumbnail((longest, longest), Image.Resampling.LANCZOS)
-    picture.quantize(256).save(path, optimize=True)
+    palette = picture.quantize(256)
+    picture.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG).save(path, optimize=True)
     if path.stat().st_size > MAX_PICTURE:
         raise ValueError(f"{path.name} has {path.stat().st_size:,} bytes. Expected at most {MAX_PICTURE:,}.")
 

@@ -248,7 +248,7 @@ def record(run: Path) -> None:
         shares = [(f"Slot {slot + 1}", share) for slot, share in enumerate(found.shares)]
         examples.append(
             Example(
-                "The model divides a scene into slots. Removing slot 2 removes its object.",
+                f"Scene {seed + 1}: the model finds {len(found.parts)} slots. Without slot 2, one object disappears.",
                 {**pictures, "Without slot 2": without},
                 ("Share of the image per slot", shares, "Slot 2"),
             )

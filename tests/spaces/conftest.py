@@ -1,4 +1,4 @@
-"""The browser that the slow tests of the pages drive."""
+"""The browser for the slow tests of the pages."""
 
 import shutil
 

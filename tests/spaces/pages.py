@@ -1,4 +1,4 @@
-"""What the tests of the pages have in common: images good and bad, the server of a page, a browser."""
+"""Helpers for the tests of the pages: valid and hostile images, the server of a page, and the browser."""
 
 import asyncio
 import contextlib
@@ -29,7 +29,7 @@ def load_app(name):
 
 
 def build_demo(app, *args, **options):
-    """Build the page inside a running event loop: outside of one, gradio makes loops that nobody closes."""
+    """Build the page inside a running event loop. Otherwise gradio creates event loops and does not close them."""
 
     async def build():
         return app.build_demo(*args, **options)
@@ -43,7 +43,7 @@ def make_image(size=(60, 40), seed=0):
 
 
 def write_huge_png(path, side=20_000):
-    """A valid PNG of one color, of which a decoder would need side² x 3 bytes."""
+    """Write a valid PNG of one color that would need side² x 3 bytes to decode."""
     squeeze = zlib.compressobj(1)
     row = bytes(1 + side // 8)
     data = b"".join(squeeze.compress(row) for _ in range(side)) + squeeze.flush()
@@ -75,7 +75,7 @@ def wait_for(condition, seconds=120):
 
 
 def check_space(name):
-    """That its requirements and front matter fit the project."""
+    """Check that the requirements and front matter fit the project."""
     import tomllib
 
     import gradio as gr
@@ -107,13 +107,13 @@ def serve_command(command, folder, **env):
 
 
 def serve(name, model, folder, **more):
-    """The app as it is started by hand: its address, and the file it writes its output to."""
+    """Start an app as a user does, and yield its address and the file with its output."""
     settings = {name: str(value) for name, value in {"HF_DL_MODEL": model, **more}.items()}
     return serve_command([sys.executable, str(ROOT / "spaces" / name / "app.py")], folder, **settings)
 
 
 def shown(browser, name):
-    """The address of the picture that a view shows; asked in one go, since the page may just be changing it."""
+    """Return the address of a view's picture, in one script call because the page may be changing it."""
     return browser.execute_script(f"return document.querySelector('#{name} img')?.src")
 
 
@@ -124,7 +124,7 @@ def text_of(browser, name):
 
 
 def press(browser, name, label):
-    """Click on a button of a group by what stands on it."""
+    """Click on the button of a group that has this label."""
     from selenium.webdriver.common.by import By
 
     next(e for e in browser.find_elements(By.CSS_SELECTOR, f"#{name} label") if label in e.text).click()
@@ -138,7 +138,7 @@ def upload(browser, path, name="file"):
 
 
 def check_hostile_files(browser, kind, folder, picture, name="file"):
-    """That a bad file gets a sentence, the picture stays, and the page goes on."""
+    """Check that a hostile file gives one sentence, keeps the picture, and does not break the page."""
     before = shown(browser, picture)
     write_hostile(kind, folder / "a.png")
     upload(browser, folder / "a.png", name)
@@ -151,7 +151,7 @@ def check_hostile_files(browser, kind, folder, picture, name="file"):
 
 
 def check_unknown_model(browser):
-    """That the name of a model that is nowhere gets a sentence."""
+    """Check that an unknown model name gives one sentence."""
     from selenium.webdriver.common.by import By
     from selenium.webdriver.common.keys import Keys
 
