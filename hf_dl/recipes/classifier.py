@@ -485,16 +485,13 @@ def confusion_record(confusion: torch.Tensor, names: Sequence[str]) -> dict[str,
     return {"classes": [names[label] for label in order], "groups": [len(group) for group in groups], "counts": counts}
 
 
-def draw_confusion(confusion: torch.Tensor, names: Sequence[str], path: Path) -> Path:
+def draw_confusion(confusion: torch.Tensor, names: Sequence[str], path: Path) -> None:
     """Draw a confusion matrix, as fractions of each true class.
 
     Args:
         confusion: Counts (true class, predicted class).
         names: Names of the classes.
         path: The image file to write.
-
-    Returns:
-        The path.
     """
     count = len(names)
     shares = confusion.double() / confusion.sum(1, keepdim=True).clamp(min=1)
@@ -510,7 +507,6 @@ def draw_confusion(confusion: torch.Tensor, names: Sequence[str], path: Path) ->
     axes.set_ylabel("true class")
     figure.colorbar(picture, ax=axes, shrink=0.5, label="fraction of the true class")
     figure.savefig(path, metadata={"Software": None})
-    return path
 
 
 def class_rows(confusion: torch.Tensor, names: Sequence[str]) -> list[dict[str, Any]]:
