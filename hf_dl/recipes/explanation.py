@@ -191,7 +191,7 @@ def color_heat(maps: np.ndarray) -> np.ndarray:
 
 
 def overlay(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
-    """Blend the gray-scale image and the colored map, uint8 (height, width, 3)."""
+    """Blend the gray image with the map in color, uint8 (height, width, 3)."""
     gray = image.mean(axis=-1, keepdims=True)
     return (0.45 * gray + 0.55 * color_heat(heat)).round().astype(np.uint8)
 
@@ -401,8 +401,8 @@ def explain_study(explainer: Explainer, folder: Path) -> tuple[dict[str, float],
 
     Returns:
         The metrics over all images, correct images (`_right`) and wrong images (`_wrong`); and one entry per drawn
-        image. Masks add three metrics: `share_inside` is the fraction of the map on the object, `pointing_game` is
-        how often the maximum of the map is on the object, and `object_share` is the fraction of pixels on it.
+        image. Masks add three metrics. `share_inside` is the fraction of the map on the object. `pointing_game` is
+        how often the maximum of the map is on the object. `object_share` is the fraction of pixels on the object.
     """
     args = explainer.args
     classes = [explainer.find_class(name, "study_classes") for name in args.study_classes]
