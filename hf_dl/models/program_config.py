@@ -68,7 +68,7 @@ class ProgramSeq2SeqConfig(PreTrainedConfig):
         mask_numbers: Whether problems contain `<n0>`, `<n1>`, ... instead of their numbers. The model ignores this and
             the following fields. They tell `MathProgramPipeline` how to read problems and how to run programs.
         number_convention: How to find the numbers of a problem: a key of `hf_dl.programs.CONVENTIONS`.
-        semantics: What the operations compute: a key of `hf_dl.programs.SEMANTICS`.
+        semantics: Definition of the operations: a key of `hf_dl.programs.SEMANTICS`.
 
     Example:
         ```python

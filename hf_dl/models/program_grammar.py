@@ -1,14 +1,14 @@
-"""The grammar of programs as an automaton over integers, so that a search over all hypotheses at once can keep to it.
+"""The grammar of programs as an automaton over integers, which restricts a search over many hypotheses at once.
 
-A program is written as a list of whole symbols without punctuation: an operation, then its arguments, then the next
-operation, and the end after a complete step. An argument is a constant, a number n_i of the problem, or the result #k
-of an earlier step:
+A program is a list of symbols without punctuation: an operation, its arguments, the next operation, and so on, and the
+end symbol after a complete step. An argument is a constant, a number n_i of the problem, or the result #k of an
+earlier step:
 
     add n0 n1 divide #0 const_2 <end>        is       add(n0,n1)|divide(#0,const_2)
 
-What is allowed next follows from two integers: the arguments that the current operation still wants, and the steps
-that are complete. With the tokens that may still be written it is also known which operations can be finished in time,
-so that every hypothesis that the grammar lets through is a whole program.
+Two integers determine the symbols that may follow: the number of arguments that the current operation still needs, and
+the number of complete steps. The number of symbols that may still be written determines which operations can be
+completed in time, so every hypothesis that follows the grammar ends as a complete program.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ from transformers import LogitsProcessor
 
 
 def indexed_tokens(tokens: Sequence[str], letter: str) -> list[int]:
-    """Where n0, n1, ... or #0, #1, ... are in a vocabulary, up to the first that is missing.
+    """Return the ids of n0, n1, ... or #0, #1, ... in a vocabulary, up to the first missing token.
 
     Args:
         tokens: The vocabulary.
@@ -32,21 +32,22 @@ def indexed_tokens(tokens: Sequence[str], letter: str) -> list[int]:
 
 
 class ProgramGrammar:
-    """What may follow in a program; a `Constraint` of `beam_search`.
+    """The symbols that may follow in a program; a `Constraint` for `beam_search`.
 
-    The states are int64 (batch, hypotheses, 2): arguments left, complete steps.
+    The states are int64 (batch, hypotheses, 2): number of missing arguments, number of complete steps.
 
     Args:
-        vocabulary_size: Tokens that a model gives probabilities to; those in no part of the table are never allowed.
+        vocabulary_size: Number of tokens of the model. Tokens in none of the following arguments are never allowed.
         operations: Arity, at least 1, of each token that is an operation.
-        constants: Tokens that are always an argument.
+        constants: Tokens of constants, which may always be arguments.
         numbers: Tokens of n_0, n_1, ..., in this order.
-        results: Tokens of #0, #1, ..., in this order; a program of more steps cannot name the later ones.
-        eos_token_id: The end.
-        num_numbers: How many numbers each problem has, int (batch,), or one for all; None: all of `numbers`.
+        results: Tokens of #0, #1, ..., in this order. If a program has more steps, the later results cannot be used.
+        eos_token_id: The end token.
+        num_numbers: Number of numbers per problem, int (batch,), or one value for all problems. Defaults to all of
+            `numbers`.
 
     Raises:
-        ValueError: If the table contradicts itself, or a problem has nothing that could be a first argument.
+        ValueError: If the arguments contradict each other, or a problem has no possible argument.
 
     Example:
         ```python
@@ -74,7 +75,7 @@ class ProgramGrammar:
         tokens = [*operations, *constants, *numbers, *results, eos_token_id]
         if len(set(tokens)) != len(tokens):
             twice = sorted({token for token in tokens if tokens.count(token) > 1})
-            raise ValueError(f"tokens {twice} are in the table twice; each has one meaning.")
+            raise ValueError(f"tokens {twice} are given twice; each token must have one meaning.")
         if not operations:
             raise ValueError("operations is empty; a program needs at least one.")
         outside = [token for token in tokens if not 0 <= token < vocabulary_size]
@@ -87,13 +88,13 @@ class ProgramGrammar:
         if ((num_numbers < 0) | (num_numbers > len(numbers))).any():
             raise ValueError(f"num_numbers={num_numbers.tolist()} must be at least 0 and at most {len(numbers)}.")
         if not constants and (num_numbers == 0).any():
-            raise ValueError("A problem without numbers and a table without constants leave nothing to compute with.")
+            raise ValueError("A problem has no numbers and constants is empty; a program needs an argument.")
 
         self.arity = torch.zeros(vocabulary_size, dtype=torch.int64)  # 0: not an operation
         self.arity[list(operations)] = torch.tensor(list(operations.values()))
         self.is_eos = torch.zeros(vocabulary_size, dtype=torch.bool)
         self.is_eos[eos_token_id] = True
-        # An argument can be used when its rank is below the count of its kind; a constant's always is.
+        # A number or result is allowed if its rank is below their count; constants are always allowed.
         never = torch.iinfo(torch.int64).max
         self.number_rank = torch.full((vocabulary_size,), never)
         self.number_rank[list(numbers)] = torch.arange(len(numbers))
@@ -111,17 +112,17 @@ class ProgramGrammar:
         eos_token_id: int,
         num_numbers: torch.Tensor | Sequence[int] | int | None = None,
     ) -> "ProgramGrammar":
-        """Make the grammar of a vocabulary by the names of its tokens.
+        """Build the grammar of a vocabulary from the names of its tokens.
 
         Args:
-            tokens: All tokens in the order of their ids. Of those that are no operation, `n<i>` is a number, `#<k>` a
-                result, and `const_...` a constant; what is left (padding, start, unknown) is in no program.
-            operations: Arity of each operation; those that are not among the tokens are left out.
-            eos_token_id: The end.
-            num_numbers: As of the class.
+            tokens: All tokens in the order of their ids. Besides operations, `n<i>` is a number, `#<k>` a result, and
+                `const_...` a constant. Other tokens (padding, start, unknown) do not occur in programs.
+            operations: Arity of each operation. Operations that are not among the tokens are ignored.
+            eos_token_id: The end token.
+            num_numbers: Number of numbers per problem; see the class.
 
         Raises:
-            ValueError: As of the class.
+            ValueError: See the class.
         """
         return cls(
             len(tokens),
@@ -139,10 +140,10 @@ class ProgramGrammar:
                 setattr(self, name, value.to(device))
 
     def start(self, batch_size: int, device: torch.device) -> torch.Tensor:
-        """The states before the first token, (batch_size, 1, 2).
+        """Return the states before the first token, (batch_size, 1, 2).
 
         Raises:
-            ValueError: If `num_numbers` was given for another number of problems.
+            ValueError: If `num_numbers` has another number of problems.
         """
         self._to(device)
         if len(self.num_numbers) not in (1, batch_size):
@@ -150,12 +151,12 @@ class ProgramGrammar:
         return torch.zeros(batch_size, 1, 2, dtype=torch.int64, device=device)
 
     def allowed(self, states: torch.Tensor, remaining: int) -> torch.Tensor:
-        """Tokens that may come next.
+        """Return the tokens that may come next.
 
         Args:
             states: (batch, hypotheses, 2).
-            remaining: Tokens that may still be written, the next one and the end included; the shortest program that
-                can be allowed has 1 + its arity + 1.
+            remaining: Number of tokens that may still be written, including the next one and the end. The shortest
+                program with an operation has 1 + its arity + 1 tokens.
 
         Returns:
             Bool, (batch, hypotheses, vocabulary).
@@ -169,7 +170,7 @@ class ProgramGrammar:
         return torch.where(left > 0, arguments, between)
 
     def advance(self, states: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """The states after allowed tokens (batch, hypotheses)."""
+        """Return the states after allowed tokens (batch, hypotheses)."""
         self._to(states.device)
         left, steps = states[..., 0], states[..., 1]
         arity = self.arity[tokens]
@@ -178,28 +179,31 @@ class ProgramGrammar:
         return torch.stack([left, steps + completes], dim=-1)
 
     def logits_processor(self, *, max_length: int, prefix_length: int = 1) -> "GrammarLogitsProcessor":
-        """The same grammar for `generate` of transformers.
+        """Return this grammar as a logits processor for `generate` of transformers.
 
         Args:
-            max_length: That of `generate`, the prefix counted.
-            prefix_length: Tokens that the decoder starts from.
+            max_length: The `max_length` of `generate`, including the prefix.
+            prefix_length: Number of tokens that the decoder starts from.
         """
         return GrammarLogitsProcessor(self, max_length=max_length, prefix_length=prefix_length)
 
 
 class GrammarLogitsProcessor(LogitsProcessor):
-    """Gives -inf to what a `ProgramGrammar` does not allow; rows are hypotheses, those of a problem in a row."""
+    """Set the scores of tokens that a `ProgramGrammar` does not allow to -inf.
+
+    The rows of the scores are hypotheses; the hypotheses of a problem are adjacent.
+    """
 
     def __init__(self, grammar: ProgramGrammar, *, max_length: int, prefix_length: int = 1):
         self.grammar, self.max_length, self.prefix_length = grammar, max_length, prefix_length
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Mask the scores (rows, vocabulary) of what follows input_ids (rows, length)."""
+        """Mask the scores (rows, vocabulary) of the tokens after input_ids (rows, length)."""
         problems = len(self.grammar.num_numbers)
         tokens = input_ids[:, self.prefix_length :].unflatten(0, (problems, -1))  # (problems, hypotheses, length)
         states = self.grammar.start(problems, input_ids.device).expand(-1, tokens.shape[1], -1)
         for position in range(tokens.shape[-1]):
             states = self.grammar.advance(states, tokens[..., position])
         allowed = self.grammar.allowed(states, self.max_length - input_ids.shape[1])
-        ended = self.grammar.is_eos[tokens].any(dim=-1)  # generate goes on writing its padding after an end
+        ended = self.grammar.is_eos[tokens].any(dim=-1)  # generate writes padding after an end
         return scores.masked_fill(~(allowed | ended[..., None]).flatten(0, 1), float("-inf"))

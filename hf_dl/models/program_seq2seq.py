@@ -51,13 +51,13 @@ CACHE = (
 
 @dataclass
 class ProgramSeq2SeqOutput(ModelOutput):
-    """What the model returns.
+    """Output of `ProgramSeq2SeqForConditionalGeneration`.
 
     Attributes:
-        loss: Mean cross-entropy of the symbols.
+        loss: Mean cross-entropy over the symbols.
         logits: (batch, symbols, vocab_size).
-        decoder_state: Where the decoder is afterwards, if `use_cache`.
-        cross_attentions: One tensor (batch, 1, symbols, words), rows summing to 1; None without attention.
+        decoder_state: State of the decoder after the last symbol, if `use_cache`.
+        cross_attentions: One tensor (batch, 1, symbols, words), with rows that sum to 1; None without attention.
         encoder_last_hidden_state: (batch, words, channels).
     """
 
@@ -69,11 +69,11 @@ class ProgramSeq2SeqOutput(ModelOutput):
 
 
 class ProgramSeq2SeqForConditionalGeneration(PreTrainedModel, GenerationMixin):
-    """Reads a word problem and writes its program.
+    """Read a word problem and write its program.
 
-    Three ways to search: `beam_search`, which keeps what is read of a problem once for all of its hypotheses and gives
-    n-best lists; `generate`, that of transformers, with all of its options; and `generate(custom_generate=
-    beam_generate)`, the first in the clothes of the second. They find the same.
+    There are three ways to search, with the same results. `beam_search` keeps the encoder's outputs once per problem
+    and returns n-best lists. `generate` of transformers supports all of its options.
+    `generate(custom_generate=beam_generate)` runs `beam_search` behind the interface of `generate`.
 
     Example:
         ```python
@@ -93,7 +93,7 @@ class ProgramSeq2SeqForConditionalGeneration(PreTrainedModel, GenerationMixin):
     base_model_prefix = "program_seq2seq"
     main_input_name = "input_ids"
     input_modalities = ("text",)
-    _is_stateful = True  # its state cannot be cut back, so assisted decoding is refused
+    _is_stateful = True  # the state cannot be truncated, so assisted decoding is not supported
     _supports_sdpa = True
     _no_split_modules = ["BertLayer", "BidirectionalLSTM", "ProgramDecoder"]
 
@@ -102,29 +102,29 @@ class ProgramSeq2SeqForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.encoder = ENCODERS[config.encoder](config)
         self.decoder = ProgramDecoder(config, self.encoder)
         self.post_init()
-        self.generation_config.max_length = config.max_program_length + 1  # with the start
+        self.generation_config.max_length = config.max_program_length + 1  # including the start
         self.train(self.training)
 
     @classmethod
     def from_encoder_pretrained(
         cls, name_or_path: str | os.PathLike, **fields: Any
     ) -> "ProgramSeq2SeqForConditionalGeneration":
-        """Make a model around a BERT that has been trained.
+        """Build a model with a pretrained BERT as its encoder.
 
         Args:
-            name_or_path: Hub id or folder of any checkpoint that `BertModel` loads, as "bert-base-cased".
-            **fields: Of `ProgramSeq2SeqConfig`. With an `encoder_vocab_size` above that of the checkpoint its
-                embedding is widened, as tokens added to its tokenizer need it.
+            name_or_path: Hub id or folder of any checkpoint that `BertModel` loads, such as "bert-base-cased".
+            **fields: Fields of `ProgramSeq2SeqConfig`. If `encoder_vocab_size` is larger than the vocabulary of the
+                checkpoint, its word embedding is extended, for tokens that were added to its tokenizer.
 
         Raises:
-            ValueError: If `encoder_vocab_size` is below that of the checkpoint.
+            ValueError: If `encoder_vocab_size` is smaller than the vocabulary of the checkpoint.
         """
         bert = BertModel.from_pretrained(name_or_path, add_pooling_layer=False)
         known = bert.config.vocab_size
         encoder_vocab_size = fields.pop("encoder_vocab_size", known)
         if encoder_vocab_size < known:
             raise ValueError(
-                f"encoder_vocab_size={encoder_vocab_size} must be at least the {known} of {name_or_path}."
+                f"encoder_vocab_size={encoder_vocab_size} must be at least {known}, the vocabulary of {name_or_path}."
             )
         bert_fields = bert.config.to_diff_dict()
         config = ProgramSeq2SeqConfig(
@@ -152,18 +152,18 @@ class ProgramSeq2SeqForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 init.copy_(getattr(module, name), values)
 
     def train(self, mode: bool = True) -> "ProgramSeq2SeqForConditionalGeneration":
-        """Set the mode; an encoder that is frozen stays in evaluation mode and untrained."""
+        """Set the mode; a frozen encoder stays in evaluation mode and is not trained."""
         super().train(mode)
         if self.config.freeze_encoder:
             self.encoder.requires_grad_(False).eval()
         return self
 
     def get_encoder(self, modality: str | None = None) -> nn.Module:
-        """The encoder."""
+        """Return the encoder."""
         return self.encoder
 
     def get_input_embeddings(self) -> nn.Embedding:
-        """The embedding of words."""
+        """Return the embedding of words."""
         return self.encoder.word_embeddings
 
     def set_input_embeddings(self, value: nn.Embedding) -> None:
@@ -172,11 +172,12 @@ class ProgramSeq2SeqForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def resize_token_embeddings(self, new_num_tokens: int | None = None, **kwargs: Any) -> nn.Embedding:
-        """Change how many words problems are made of, after tokens were added; programs stay as they are.
+        """Resize the vocabulary of problems, for example after tokens were added; program symbols do not change.
 
         Args:
-            new_num_tokens: Words; the first ones keep their embedding, new ones are drawn with the spread of these.
-            **kwargs: Not used; what PreTrainedModel has beside it.
+            new_num_tokens: Number of words. Existing words keep their embeddings. New embeddings are drawn with the
+                standard deviation of the existing ones. Defaults to no change.
+            **kwargs: Ignored; further arguments of `PreTrainedModel.resize_token_embeddings`.
         """
         old = self.get_input_embeddings()
         if new_num_tokens is not None and new_num_tokens != old.num_embeddings:
@@ -190,19 +191,19 @@ class ProgramSeq2SeqForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def load_word_embeddings(self, matrix: torch.Tensor) -> None:
-        """Start from word embeddings such as GloVe; they are trained along.
+        """Initialize the word embeddings, for example from GloVe; they are trained with the model.
 
         Args:
             matrix: (encoder_vocab_size, embedding_size), finite.
 
         Raises:
-            ValueError: If the matrix has another shape or is not finite.
+            ValueError: If the matrix has the wrong shape or is not finite.
         """
         weight = self.encoder.word_embeddings.weight
         if matrix.shape != weight.shape:
             raise ValueError(f"matrix has shape {tuple(matrix.shape)}, expected {tuple(weight.shape)}.")
         if not matrix.isfinite().all():
-            raise ValueError("matrix has entries that are not finite; give words without a vector random ones.")
+            raise ValueError("matrix has entries that are not finite; use random vectors for unknown words.")
         weight.copy_(matrix)
 
     @can_return_tuple
@@ -221,37 +222,38 @@ class ProgramSeq2SeqForConditionalGeneration(PreTrainedModel, GenerationMixin):
         output_attentions: bool | None = None,
         **kwargs: Any,
     ) -> ProgramSeq2SeqOutput:
-        """Read problems, and programs up to each of their symbols.
+        """Read problems and programs, and predict each next symbol.
 
         Args:
             input_ids: Words, int64 (batch, words).
-            attention_mask: Words to read, 1 or True, (batch, words), at least one in each row; None: all. What it
-                leaves out changes nothing.
-            decoder_input_ids: Symbols to read, (batch, symbols), from the start token on; those before `labels` when
-                not given.
-            labels: Symbols to predict, (batch, symbols), -100 where there is none; with them there is a `loss`.
-            encoder_outputs: Of the encoder, instead of `input_ids`.
-            decoder_state: Of an earlier call, which read what comes before `decoder_input_ids`.
-            token_type_ids: Of "bert".
-            teacher_forcing_ratio: Probability with which `decoder_input_ids` are read, from 0 to 1, drawn for each
-                example and step; else the decoder's own choice is. The first symbol is always read. Not given: the
-                config's in training with `labels`, else 1.
+            attention_mask: The words to read, 1 or True, (batch, words), at least one per row. Masked words have no
+                effect. Defaults to all words.
+            decoder_input_ids: Symbols to read, (batch, symbols), beginning with the start token. Defaults to `labels`,
+                shifted to the right.
+            labels: Symbols to predict, (batch, symbols), or -100 to ignore a position. If given, `loss` is computed.
+            encoder_outputs: Outputs of the encoder, which replace `input_ids`.
+            decoder_state: State from an earlier call, which has read the symbols before `decoder_input_ids`.
+            token_type_ids: Token types of "bert".
+            teacher_forcing_ratio: Probability of reading `decoder_input_ids`, from 0 to 1, drawn per example and step.
+                Otherwise the decoder reads its own prediction. The first symbol is always read. Defaults to the
+                config's value in training with `labels`, and to 1 in all other cases.
             generator: Source of these draws, on the CPU.
-            use_cache: Whether to return a `decoder_state`; the config's when not given, but not with `labels`.
-            output_attentions: Whether to return the attention; the config's when not given.
-            **kwargs: `return_dict=False` gives a tuple.
+            use_cache: Whether to return a `decoder_state`. Defaults to the config's value without `labels`, and to
+                False with `labels`.
+            output_attentions: Whether to return the attention. Defaults to the config's value.
+            **kwargs: `return_dict=False` returns a tuple.
 
         Raises:
-            ValueError: If neither `labels` nor `decoder_input_ids` are given, or an argument is out of range.
+            ValueError: If both `labels` and `decoder_input_ids` are missing, or an argument is out of range.
         """
         if decoder_input_ids is None:
             if labels is None:
-                raise ValueError("Neither labels nor decoder_input_ids are given; give the programs, or generate.")
+                raise ValueError("labels and decoder_input_ids are missing; pass one of them, or call generate.")
             before = labels[:, :-1].masked_fill(labels[:, :-1] == -100, self.config.pad_token_id)
             decoder_input_ids = F.pad(before, (1, 0), value=self.config.decoder_start_token_id)
         if labels is not None and labels.shape != decoder_input_ids.shape:
             raise ValueError(
-                f"labels has shape {tuple(labels.shape)}, expected that of decoder_input_ids, "
+                f"labels has shape {tuple(labels.shape)}, expected the shape of decoder_input_ids, "
                 f"{tuple(decoder_input_ids.shape)}."
             )
         if teacher_forcing_ratio is None:
@@ -268,7 +270,7 @@ class ProgramSeq2SeqForConditionalGeneration(PreTrainedModel, GenerationMixin):
             state, context = self.decoder.start(encoder_outputs, attention_mask)
         forced = None
         if teacher_forcing_ratio < 1:
-            # By step and then by example, so that the draws of a step do not depend on how many follow.
+            # Steps come first, so that the draws of a step do not depend on the number of later steps.
             draws = torch.rand(decoder_input_ids.shape[::-1], generator=generator)
             forced = (draws < teacher_forcing_ratio).T.to(decoder_input_ids.device)
         features, attentions = [], []
@@ -303,7 +305,7 @@ class ProgramSeq2SeqForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if encoder_outputs is not None:
             return encoder_outputs
         if input_ids is None:
-            raise ValueError("Neither input_ids nor encoder_outputs are given; give the problems.")
+            raise ValueError("input_ids and encoder_outputs are missing; pass one of them.")
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze_encoder):
             return self.encoder(input_ids, attention_mask, token_type_ids)
 
@@ -326,16 +328,16 @@ class ProgramSeq2SeqForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
         Args:
             input_ids: Words, int64 (batch, words).
-            attention_mask: Words to read, as of `forward`.
-            num_beams: Hypotheses that are kept for a problem; 1 is greedy search.
-            max_length: Symbols of a program at most, the end included, the start not; the config's
-                `max_program_length` when not given.
-            length_penalty: Power of the length that a log-probability is divided by.
-            early_stopping: True, False or "never".
-            num_return_sequences: How many programs to return for each problem, at most `num_beams`.
-            constraint: What may be said: `config.make_grammar(num_numbers)` for programs that can be read and run.
-            token_type_ids: Of "bert".
-            encoder_outputs: Of the encoder, instead of `input_ids`.
+            attention_mask: The words to read, 1 or True, (batch, words). Defaults to all words.
+            num_beams: Number of hypotheses to keep per problem; 1 is greedy search.
+            max_length: Maximum number of symbols of a program, including the end and excluding the start. Defaults to
+                `config.max_program_length`.
+            length_penalty: The log-probability is divided by length ** length_penalty.
+            early_stopping: True, False or "never"; see `beam_search.beam_search`.
+            num_return_sequences: Number of programs to return per problem, at most `num_beams`.
+            constraint: Restricts the search. `config.make_grammar(num_numbers)` allows only valid programs.
+            token_type_ids: Token types of "bert".
+            encoder_outputs: Outputs of the encoder, which replace `input_ids`.
 
         Returns:
             N-best lists with scores.
@@ -363,11 +365,11 @@ class ProgramSeq2SeqForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
         return beam_search(step, state, **options)
 
-    # What `generate` of transformers asks for.
+    # Methods that `generate` of transformers calls.
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
-        return False  # the state is none of keys and values
+        return False  # the state does not consist of keys and values
 
     def prepare_inputs_for_generation(
         self,
@@ -377,7 +379,7 @@ class ProgramSeq2SeqForConditionalGeneration(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """The arguments of `forward` for the next symbol, of what `generate` holds."""
+        """Return the arguments of `forward` for the next symbol."""
         state = kwargs.get(CACHE)
         return {
             "decoder_input_ids": input_ids if state is None else input_ids[:, -1:],
@@ -403,25 +405,25 @@ def beam_generate(
     generation_config: Any,
     **model_kwargs: Any,
 ) -> torch.Tensor | GenerateBeamEncoderDecoderOutput:
-    """The search of `beam_search`, to be given to `generate`.
+    """Run `beam_search` as the `custom_generate` of `generate`.
 
-    What `generate` has repeated for each hypothesis is taken once again. A `GrammarLogitsProcessor` becomes the
-    constraint; scores are always returned with `return_dict_in_generate`.
+    `generate` repeats its inputs once per hypothesis; this function undoes the repetition. A `GrammarLogitsProcessor`
+    becomes the constraint. With `return_dict_in_generate`, scores are always returned.
 
     Args:
         model: The model.
-        input_ids: What programs start from, (batch * num_beams, symbols).
+        input_ids: First symbols of the programs, (batch * num_beams, symbols).
         logits_processor: Empty, or one `GrammarLogitsProcessor`.
-        stopping_criteria: Those of the length and of the end token.
-        generation_config: With `num_beams`, `max_length`, `length_penalty`, `early_stopping`, `num_return_sequences`.
-        **model_kwargs: `encoder_outputs`, what was read of the problems, and `attention_mask`, each of the problems
-            `num_beams` times.
+        stopping_criteria: Criteria for the maximum length and the end token only.
+        generation_config: Its `num_beams`, `max_length`, `length_penalty`, `early_stopping` and `num_return_sequences`
+            are used.
+        **model_kwargs: `encoder_outputs` and `attention_mask`, with each problem repeated `num_beams` times.
 
     Returns:
-        What `generate` returns.
+        The same types as `generate`.
 
     Raises:
-        ValueError: If it is asked for what the search cannot do: sampling, other processors or criteria.
+        ValueError: If the search does not support an option: sampling, or other processors or criteria.
 
     Example:
         ```python
@@ -440,13 +442,13 @@ def beam_generate(
     ]
     eos = torch.as_tensor(generation_config.eos_token_id).reshape(-1)
     others += [
-        f"a grammar of another prefix_length than {input_ids.shape[1]}"
+        f"a grammar with a prefix_length other than {input_ids.shape[1]}"
         for each in grammars
         if each.prefix_length != input_ids.shape[1]
     ]
     if generation_config.do_sample or others or len(grammars) > 1 or len(eos) != 1:
         raise ValueError(
-            f"beam_generate takes a GrammarLogitsProcessor, max_length and one eos_token_id; got "
+            f"beam_generate supports a GrammarLogitsProcessor, max_length and one eos_token_id; got "
             f"do_sample={generation_config.do_sample}, eos_token_id={eos.tolist()}, {len(grammars)} grammars and "
             f"{', '.join(others) or 'nothing else'}."
         )

@@ -1,15 +1,15 @@
 """From a word problem to its program, the steps with their values, and the answer.
 
-A model (`hf_dl.models.program_seq2seq`) reads the words and writes the most probable programs; `hf_dl.programs` runs
-them, and what they give decides between them where that is asked for:
+A model (`hf_dl.models.program_seq2seq`) reads the words and writes the most probable programs, and `hf_dl.programs`
+runs them. Four options change which program is chosen:
 
-* `grammar`: only programs are searched that can be read, and name nothing that the problem does not have.
-* `rerank`: the best program that has a value, instead of the best.
-* `vote`: programs whose values are within 2 % are of one opinion, and the opinion of the highest probability wins.
-* `options`: of a multiple-choice problem; programs whose value is none of them are passed over where another's is.
+* `grammar`: search only for valid programs, which use only numbers of the problem.
+* `rerank`: choose the best program that has a value, instead of the best program.
+* `vote`: group programs whose values agree within 2 %, and choose the group with the highest total probability.
+* `options`: for a multiple-choice problem, prefer programs whose value is one of the options.
 
-What of a problem the model cannot take (no numbers, another script, the text of a whole page) is a ValueError of one
-sentence. Nothing that a person types is evaluated.
+A problem that the model cannot read (without numbers, in another script, or far too long) raises ValueError with one
+sentence. User input is never evaluated as code.
 """
 
 import math
@@ -25,6 +25,8 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from ..models.beam_search import BeamSearchOutput
 from ..models.program_seq2seq import ProgramSeq2SeqForConditionalGeneration
 from ..programs import (
+    CONVENTIONS,
+    SEMANTICS,
     Number,
     Program,
     ProgramError,
@@ -40,7 +42,7 @@ from ..programs import (
 MAX_CHARACTERS = 4000  # of a problem; the longest of MathQA has 2,011
 MAX_WORDS = 400  # the longest of MathQA has 356
 _EXAMPLE = "'a train runs 120 km in 2 hours . how far does it run in 5 hours ?'"
-_PHRASES = {  # what a step computes, in words
+_PHRASES = {  # the operations in words
     "add": "{} plus {}",
     "subtract": "{} minus {}",
     "multiply": "{} times {}",
@@ -82,12 +84,12 @@ class Candidate:
     """A program that the search found.
 
     Attributes:
-        symbols: Its symbols, without the end.
-        program: Its text; the symbols with spaces between where they are no program.
+        symbols: Its symbols, without the end symbol.
+        program: Its text. If the symbols are not a valid program, the symbols with spaces between them.
         score: Log-probability / length ** length_penalty.
-        log_probability: Of the program, the end included.
-        value: What it gives; None where it has no value.
-        error: Why it has none, in a sentence; empty where it has one.
+        log_probability: Log-probability of the program, including the end symbol.
+        value: Its value; None if it has no value.
+        error: Why it has no value, in one sentence; empty if it has one.
     """
 
     symbols: tuple[str, ...]
@@ -103,10 +105,10 @@ class SolvedStep:
     """A step of a program with its values.
 
     Attributes:
-        text: The step, as "divide(n0,n1)".
-        arguments: Name and value of each argument, as ("n0", 120).
-        value: What it gives.
-        sentence: The same in words, as "120 divided by 2 is 60."
+        text: The step, such as "divide(n0,n1)".
+        arguments: Name and value of each argument, such as ("n0", 120).
+        value: The value of the step.
+        sentence: The step in words, such as "120 divided by 2 is 60."
     """
 
     text: str
@@ -117,21 +119,22 @@ class SolvedStep:
 
 @dataclass(frozen=True)
 class Solution:
-    """What was made of a problem.
+    """The solution of a problem.
 
     Attributes:
-        problem: As it was typed.
-        words: What the model read, token by token; with masked numbers `<n0>` stands for the first, and so on.
+        problem: The problem as given.
+        words: The tokens that the model read. If numbers are masked, `<n0>` is the first number, and so on.
         numbers: The numbers of the problem: n0, n1, ...
-        program: The program that was chosen.
-        symbols: Its symbols, the end left out.
-        steps: Its steps with their values; as far as it runs.
-        answer: The value of its last step; None where it has none.
-        error: Why it has none, in a sentence; empty where it has one.
-        option: The letter of the option that the answer is within 2 % of; None without options, or where it is none.
+        program: The chosen program.
+        symbols: Its symbols, without the end symbol.
+        steps: Its steps with their values; empty if it has no value.
+        answer: The value of its last step; None if it has no value.
+        error: Why it has no value, in one sentence; empty if it has one.
+        option: The letter of the option within 2 % of the answer; None if `options` was not given or no option
+            matches.
         candidates: All programs that the search found, best score first.
-        attention: How much the decoder looked at each word when it wrote each symbol, (symbols, words), rows summing
-            to 1; None of a model without attention.
+        attention: The attention of the decoder to each word when it wrote each symbol, (symbols, words), with rows
+            that sum to 1; None for a model without attention.
     """
 
     problem: str
@@ -154,17 +157,18 @@ def choose(
     vote: bool = False,
     options: Sequence[float | None] | None = None,
 ) -> int:
-    """Choose between the programs that were found for a problem.
+    """Choose one of the programs that were found for a problem.
 
     Args:
-        candidates: At least one, best score first.
-        rerank: Whether one that has a value comes before one that has none.
-        vote: Whether the value of the highest probability wins: programs whose values are within 2 % of that of a
-            better one join it, and their probabilities are added up.
-        options: Values of the options, None for those that are no number; one whose value is an option comes first.
+        candidates: At least one candidate, best score first.
+        rerank: Whether to prefer programs that have a value.
+        vote: Whether to group programs whose values agree within 2 %, add up their probabilities, and choose the best
+            program of the most probable group.
+        options: Values of the options, None for options without a number. Programs whose value is one of the options
+            are preferred.
 
     Returns:
-        Its index.
+        The index of the chosen candidate.
 
     Example:
         >>> found = [Candidate((), str(v), 0.0, math.log(p), v) for v, p in ((7.0, 0.4), (5.0, 0.3), (5.01, 0.2))]
@@ -187,7 +191,7 @@ def choose(
 
 
 def format_number(value: Number) -> str:
-    """Write a value as a person would: 60, 0.333333, 1.2e+30.
+    """Format a value for readers: 60, 0.333333, 1.2e+30.
 
     Example:
         >>> format_number(60.0), format_number(1 / 3), format_number(10**30)
@@ -201,18 +205,18 @@ def format_number(value: Number) -> str:
 
 
 def solve_steps(program: Program | str, numbers: Sequence[Number], *, semantics: str = "data") -> list[SolvedStep]:
-    """Run a program, and say what each step computes.
+    """Run a program and describe each step in words.
 
     Args:
         program: The program or its text.
-        numbers: n0, n1, ... of the problem.
-        semantics: As of `hf_dl.programs.run_steps`.
+        numbers: The numbers n0, n1, ... of the problem.
+        semantics: A key of `hf_dl.programs.SEMANTICS`.
 
     Returns:
         The steps with their values.
 
     Raises:
-        ProgramError: As `run_steps`.
+        ProgramError: See `hf_dl.programs.run_steps`.
 
     Example:
         >>> for step in solve_steps("divide(n0,n1)|multiply(#0,n2)", [120, 2, 5]):
@@ -230,7 +234,7 @@ def solve_steps(program: Program | str, numbers: Sequence[Number], *, semantics:
                 arguments.append((name, values[int(name[1:])]))
             elif name.startswith("n"):
                 arguments.append((name, numbers[int(name[1:])]))
-            else:  # the product of 1 and the constant is what the executor takes it for
+            else:  # multiply by 1, to get the constant's value in this semantics
                 arguments.append((name, run_steps(f"multiply({name},const_1)", [], semantics=semantics)[0]))
         shown = [
             format_number(number) + (f" (step {int(name[1:]) + 1})" if name.startswith("#") else "")
@@ -244,14 +248,14 @@ def solve_steps(program: Program | str, numbers: Sequence[Number], *, semantics:
 
 
 class MathProgramPipeline:
-    """Solves word problems.
+    """Solve word problems.
 
     Args:
         model: The model.
-        tokenizer: Of problems, saved beside it.
+        tokenizer: The tokenizer of problems that was saved with the model.
 
     Raises:
-        ValueError: If the two do not fit together.
+        ValueError: If model and tokenizer do not fit together, or the config names an unknown convention or semantics.
 
     Example:
         >>> pipeline = MathProgramPipeline.from_pretrained("runs/train_seq2seq")  # doctest: +SKIP
@@ -263,9 +267,12 @@ class MathProgramPipeline:
         config = model.config
         if len(tokenizer) > config.encoder_vocab_size:
             raise ValueError(
-                f"The tokenizer knows {len(tokenizer)} words, but the model only {config.encoder_vocab_size}; take "
-                "the one that was saved with it."
+                f"The tokenizer has {len(tokenizer)} words, but the model only {config.encoder_vocab_size}; use the "
+                "tokenizer that was saved with the model."
             )
+        for name, known in (("number_convention", CONVENTIONS), ("semantics", SEMANTICS)):
+            if getattr(config, name) not in known:
+                raise ValueError(f"{name}={getattr(config, name)!r} is unknown; choose one of {', '.join(known)}.")
         self.model, self.tokenizer, self.config = model, tokenizer, config
         self.max_numbers = sum(token[:1] == "n" and token[1:].isdigit() for token in config.program_tokens)
         bert = config.bert_config or {}
@@ -278,11 +285,11 @@ class MathProgramPipeline:
         """Load model and tokenizer.
 
         Args:
-            name_or_path: A folder or a Hub id. Weights must be safetensors, and code of its own is not run.
-            device: Where the model runs; the GPU where there is one.
+            name_or_path: A folder or a Hub id. Weights must be safetensors. Code in the repository is not run.
+            device: Device of the model. Defaults to the GPU if one is available.
 
         Raises:
-            ValueError: If it is not there, is damaged, or is another kind of model.
+            ValueError: If the model is missing, damaged, or of another kind.
         """
         name = str(name_or_path)
         try:
@@ -290,8 +297,8 @@ class MathProgramPipeline:
         except Exception as error:
             if not Path(name).is_dir() and not isinstance(error, ValueError):
                 raise ValueError(
-                    f"The model {name!r} was not found: it is neither a folder with a config.json nor a model of the "
-                    "Hub that can be reached."
+                    f"The model {name!r} was not found. Pass a folder with a config.json, or the Hub id of a model "
+                    "that you can access."
                 ) from error
             raise ValueError(f"The model {name!r} cannot be used ({_sentence(error)}).") from error
         if config.model_type != "program_seq2seq":
@@ -301,27 +308,27 @@ class MathProgramPipeline:
                 name, config=config, use_safetensors=True, output_loading_info=True
             )
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        except Exception as error:  # a damaged file fails in the way of whichever library meets it first
+        except Exception as error:  # the type of the error depends on the library that reads the damaged file
             raise ValueError(f"The model {name!r} cannot be loaded ({_sentence(error)}).") from error
         if info["missing_keys"]:
-            raise ValueError(f"The model {name!r} lacks {len(info['missing_keys'])} of its tensors; save it again.")
+            raise ValueError(f"The model {name!r} lacks {len(info['missing_keys'])} tensors; save it again.")
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         return cls(model.to(device).eval(), tokenizer)
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
-        """Save model and tokenizer into a folder."""
+        """Save model and tokenizer to a folder."""
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
     # ------------------------------------------------------------------------------------------ batches of problems
 
     def encode(self, texts: Sequence[str]) -> dict[str, list[list[int]]]:
-        """The token ids of texts in which numbers are masked where the model wants that, without padding."""
+        """Return the token ids of texts, without padding; mask numbers first if the model expects masks."""
         longest = {} if self.max_tokens is None else {"truncation": True, "max_length": self.max_tokens}
         return {"input_ids": self.tokenizer(list(texts), **longest)["input_ids"]}
 
     def pad(self, input_ids: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
-        """One tensor of token ids and one of where there are tokens, (problems, words) each."""
+        """Pad token ids to tensors `input_ids` and `attention_mask`, (problems, words) each."""
         rows = [torch.tensor(row) for row in input_ids]
         padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.tokenizer.pad_token_id)
         lengths = torch.tensor([len(row) for row in rows])
@@ -340,12 +347,12 @@ class MathProgramPipeline:
         """Search for the programs of a batch of problems.
 
         Args:
-            input_ids: Of `pad`, (problems, words).
-            attention_mask: Likewise.
-            num_numbers: How many numbers each problem has.
-            num_beams: Programs that are kept and returned; 1 is greedy search.
-            length_penalty: Power of the length that a log-probability is divided by.
-            grammar: Whether only programs are searched that can be read, for these numbers.
+            input_ids: Token ids from `pad`, (problems, words).
+            attention_mask: Mask from `pad`, (problems, words).
+            num_numbers: Number of numbers per problem.
+            num_beams: Number of programs that the search keeps and returns; 1 is greedy search.
+            length_penalty: The log-probability is divided by length ** length_penalty.
+            grammar: Whether to search only for valid programs that use only numbers of the problem.
 
         Returns:
             N-best lists with scores, (problems, num_beams).
@@ -374,11 +381,11 @@ class MathProgramPipeline:
         """Read and run the programs that a search found for one problem.
 
         Args:
-            sequences: Their tokens.
-            lengths: How many of these count; 0 where there was no further program.
-            scores: As of the search.
-            numbers: n0, n1, ... of the problem.
-            length_penalty: That of the search.
+            sequences: Tokens of each program.
+            lengths: Number of tokens of each program; 0 for an empty entry.
+            scores: Scores from the search.
+            numbers: The numbers n0, n1, ... of the problem.
+            length_penalty: The `length_penalty` of the search.
         """
         found = []
         for row, length, score in zip(sequences, lengths, scores, strict=True):
@@ -399,44 +406,42 @@ class MathProgramPipeline:
     # ------------------------------------------------------------------------------------------ one problem
 
     def read(self, problem: str) -> tuple[str, list[Number]]:
-        """What the model reads of a problem, and its numbers.
+        """Return the text that the model reads for a problem, and the numbers of the problem.
 
         Raises:
-            ValueError: If it is nothing that the model can take; in a sentence.
+            ValueError: If the model cannot read the problem; the message is one sentence for the user.
         """
         if not isinstance(problem, str):
-            raise ValueError(f"A problem is a text; got {type(problem).__name__}.")
-        problem = problem.encode(errors="replace").decode()  # half a surrogate pair is nothing that tokenizers take
+            raise ValueError(f"A problem must be a string; got {type(problem).__name__}.")
+        problem = problem.encode(errors="replace").decode()  # tokenizers fail on half a surrogate pair
         words = len(problem.split())
         if not words:
-            raise ValueError(f"The problem is empty; type one, such as {_EXAMPLE}.")
+            raise ValueError(f"The problem is empty; enter one such as {_EXAMPLE}.")
         if words > MAX_WORDS or len(problem) > MAX_CHARACTERS:
             raise ValueError(
-                f"The problem has {words} words and {len(problem)} characters; up to {MAX_WORDS} words and "
-                f"{MAX_CHARACTERS} characters are read. Give one problem at a time."
+                f"The problem has {words} words and {len(problem)} characters; the limits are {MAX_WORDS} words and "
+                f"{MAX_CHARACTERS} characters. Enter one problem at a time."
             )
         letters = [letter for letter in problem if letter.isalpha()]
         latin = sum(unicodedata.name(letter, "").startswith("LATIN") for letter in letters)
         if 2 * latin < len(letters):
-            raise ValueError("The problem is not in Latin letters; the model only reads English problems.")
+            raise ValueError("The problem is not in Latin letters; enter an English problem.")
         convention = self.config.number_convention
         numbers = extract_numbers(problem, convention=convention)
         if not numbers:
             raise ValueError(
-                "The problem has no numbers, which a program computes with; write them in digits: '3 pens' instead of "
-                "'three pens'."
+                "The problem has no numbers to compute with; write numbers in digits: '3 pens', not 'three pens'."
             )
         if len(numbers) > self.max_numbers:
             raise ValueError(
-                f"The problem has {len(numbers)} numbers; the model can tell up to {self.max_numbers} apart. Give one "
-                "problem at a time."
+                f"The problem has {len(numbers)} numbers; the limit is {self.max_numbers}. Enter a single problem."
             )
         text = mask_numbers(problem, convention=convention)[0] if self.config.mask_numbers else problem
         read = self.tokenizer(text, return_offsets_mapping=True)
         ids = read["input_ids"]
         if self.max_tokens is not None and len(ids) > self.max_tokens:
             raise ValueError(
-                f"The problem has {len(ids)} tokens; the model reads up to {self.max_tokens}. Make it shorter."
+                f"The problem has {len(ids)} tokens; the limit is {self.max_tokens}. Enter a shorter problem."
             )
         pieces = [text[start:end] for start, end in read["offset_mapping"]]
         spoken = [
@@ -447,8 +452,8 @@ class MathProgramPipeline:
         known = sum(spoken)
         if not known or 2 * known < len(spoken):
             raise ValueError(
-                f"The model knows {known} of the {len(spoken)} words of the problem, too few to make sense of it; it "
-                f"was trained on problems such as {_EXAMPLE}."
+                f"The model knows {known} of the {len(spoken)} words of the problem, which is not enough; enter a "
+                f"problem such as {_EXAMPLE}."
             )
         return text, numbers
 
@@ -467,20 +472,21 @@ class MathProgramPipeline:
         """Solve a problem.
 
         Args:
-            problem: In English, with its numbers in digits.
-            num_beams: Programs that the search keeps, from 1 to 100; 1 is greedy search.
-            length_penalty: Power of the length that a log-probability is divided by; 0 prefers short programs.
-            grammar: Whether only programs are searched that can be read, and use no number that is not there.
-            rerank: Whether the best program that has a value is taken, instead of the best.
-            vote: Whether the value of the highest probability is taken, summed over programs.
-            options: Of a multiple-choice problem, as "a ) 24 , b ) 120", a list, or values by letter; a program whose
-                value is one of them is preferred.
+            problem: A problem in English, with its numbers in digits.
+            num_beams: Number of programs that the search keeps, from 1 to 100; 1 is greedy search.
+            length_penalty: The log-probability is divided by length ** length_penalty; 0 favors short programs.
+            grammar: Whether to search only for valid programs that use only numbers of the problem.
+            rerank: Whether to prefer programs that have a value.
+            vote: Whether to choose by the total probability of programs with the same value; see `choose`.
+            options: Options of a multiple-choice problem: a text such as "a ) 24 , b ) 120", a list, or values by
+                letter. Programs whose value is one of the options are preferred.
 
         Returns:
-            What was made of it.
+            The solution.
 
         Raises:
-            ValueError: If the model cannot take the problem, or an argument is out of range; in a sentence.
+            ValueError: If the model cannot read the problem, or an argument is out of range; the message is one
+                sentence for the user.
         """
         if not 1 <= num_beams <= 100:
             raise ValueError(f"num_beams={num_beams} must be from 1 to 100.")
@@ -529,7 +535,7 @@ class MathProgramPipeline:
             letters = dict(zip("abcdefghijklmnopqrstuvwxyz", options, strict=False))
         if all(value is None for value in letters.values()):
             raise ValueError(
-                f"options={options!r} hold no number; give such as 'a ) 24 , b ) 120', or leave them out."
+                f"options={options!r} have no number; pass options such as 'a ) 24 , b ) 120', or omit them."
             )
         return letters
 

@@ -46,8 +46,7 @@ class SlotDiffusionOutput(BaseOutput):
     """Output of `SlotDiffusionPipeline`.
 
     Args:
-        images: The images, in the format of `output_type`: a list of PIL images, an array (batch, height, width,
-            channels) or a tensor (batch, channels, height, width) in [0, 1], or latents.
+        images: The images in the format of `output_type`; see `SlotDiffusionPipeline.decode`.
         slots: The slots that the images were drawn from, (batch, slots, slot_dim).
         keep: The slots that were used, bool (batch, slots).
         originals: From `edit`: the images drawn from the unedited slots with the same noise, in the format of
@@ -133,7 +132,7 @@ class SlotDiffusionPipeline(PortablePipeline):
         if not images or not all(isinstance(each, (Image.Image, np.ndarray, torch.Tensor)) for each in images):
             kinds = ", ".join(sorted({type(each).__name__ for each in images})) or "nothing"
             raise ValueError(
-                f"image is {kinds}; expected a PIL image, an array or tensor (channels, height, width) of uint8, a "
+                f"image is {kinds}; expected a PIL image, a uint8 array or tensor (channels, height, width), a "
                 "list of these, or pixel_values (batch, channels, height, width) in [-1, 1]."
             )
         pixel_values = self.slot_encoder.prepare_images(images).to(self._execution_device)

@@ -97,12 +97,12 @@ def test_the_processor_masks_as_the_automaton_does():
 @pytest.mark.parametrize(
     "changes, sentence",
     [
-        ({"constants": [7, 9]}, "tokens \\[9\\] are in the table twice"),
+        ({"constants": [7, 9]}, "tokens \\[9\\] are given twice"),
         ({"operations": {}}, "operations is empty"),
         ({"results": [12, 14]}, "tokens \\[14\\] are not in a vocabulary of vocabulary_size=14"),
         ({"operations": {4: 0}}, "operations=\\{4: 0\\} \\(token: arity\\) must have an arity of at least 1"),
         ({"num_numbers": 4}, "num_numbers=4 must be at least 0 and at most 3"),
-        ({"constants": [], "num_numbers": [2, 0]}, "leave nothing to compute with"),
+        ({"constants": [], "num_numbers": [2, 0]}, "a program needs an argument"),
     ],
 )
 def test_tables_that_contradict_themselves_are_refused(changes, sentence):

@@ -114,7 +114,7 @@ def test_custom_generate_refuses_what_it_cannot_do():
     with pytest.raises(ValueError, match="0 grammars and MinLengthLogitsProcessor"):
         shortest = LogitsProcessorList([MinLengthLogitsProcessor(5, 3)])
         model.generate(**inputs, logits_processor=shortest, custom_generate=beam_generate)
-    with pytest.raises(ValueError, match="a grammar of another prefix_length than 3"):
+    with pytest.raises(ValueError, match="a grammar with a prefix_length other than 3"):
         grammar = LogitsProcessorList([model.config.make_grammar().logits_processor(max_length=13)])
         begun = torch.tensor([[2, 4, 9]] * 2)
         model.generate(**inputs, decoder_input_ids=begun, logits_processor=grammar, custom_generate=beam_generate)

@@ -313,7 +313,7 @@ def test_bert_comes_from_a_checkpoint(tmp_path):
         torch.testing.assert_close(output.last_hidden_state, expected)
         mean = torch.stack([expected[row, keep.bool()].mean(dim=0) for row, keep in enumerate(mask)])
         torch.testing.assert_close(output.summary, mean)
-    with pytest.raises(ValueError, match="encoder_vocab_size=10 must be at least the 15 of"):
+    with pytest.raises(ValueError, match="encoder_vocab_size=10 must be at least 15, the vocabulary of"):
         ProgramSeq2SeqForConditionalGeneration.from_encoder_pretrained(
             tmp_path / "bert", encoder_vocab_size=10, **fields
         )
@@ -388,12 +388,12 @@ def test_configs_that_contradict_themselves_are_refused(fields, sentence):
 @pytest.mark.parametrize("encoder", ["bilstm", "bert"])
 def test_calls_that_do_not_fit_are_refused(encoder):
     model, words = make(encoder=encoder), torch.ones(2, 3, dtype=torch.long)
-    with pytest.raises(ValueError, match="Neither labels nor decoder_input_ids are given"):
+    with pytest.raises(ValueError, match="labels and decoder_input_ids are missing"):
         model(words)
-    with pytest.raises(ValueError, match="Neither input_ids nor encoder_outputs are given"):
+    with pytest.raises(ValueError, match="input_ids and encoder_outputs are missing"):
         model(labels=words)
     with pytest.raises(
-        ValueError, match="labels has shape \\(2, 3\\), expected that of decoder_input_ids, \\(2, 2\\)"
+        ValueError, match="labels has shape \\(2, 3\\), expected the shape of decoder_input_ids, \\(2, 2\\)"
     ):
         model(words, decoder_input_ids=words[:, 1:], labels=words)
     with pytest.raises(ValueError, match="teacher_forcing_ratio=-1 must be from 0 to 1"):

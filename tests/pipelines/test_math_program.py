@@ -104,22 +104,22 @@ class TestHostile:
     @pytest.mark.parametrize(
         "problem, sentence",
         [
-            ("", "The problem is empty; type one, such as 'a train"),
+            ("", "The problem is empty; enter one such as 'a train"),
             (" \n\t ", "The problem is empty"),
-            ("how far does a train run in two hours ?", "no numbers, .* write them in digits"),
-            ("how far " * 2500 + "3", "The problem has 5001 words and 20001 characters; up to 400 words"),
-            ("a" * 5000 + " 3", "up to 400 words and 4000 characters"),
+            ("how far does a train run in two hours ?", "no numbers .* write numbers in digits"),
+            ("how far " * 2500 + "3", "The problem has 5001 words and 20001 characters; the limits are 400 words"),
+            ("a" * 5000 + " 3", "the limits are 400 words and 4000 characters"),
             ("поезд проходит 120 км за 2 часа", "not in Latin letters"),
             ("一列火车2小时行驶120公里", "not in Latin letters"),
             ("٣ قطارات", "not in Latin letters"),
             ("ein zug fährt 120 km weit , 2 stunden lang", "The model knows 1 of the 7 words"),
             ("<script>alert(1)</script>", "The model knows 0 of the 3 words"),
-            ("__import__('os').system('rm -rf 1')", "too few to make sense of it"),
+            ("__import__('os').system('rm -rf 1')", "which is not enough"),
             ("5 7", "knows 0 of the 0 words"),
             ("\x00\x01 1 \ud83d\ude00", "knows 0 of the"),
-            ("a train runs " + "1 " * 27 + "km", "has 27 numbers; the model can tell up to 26 apart"),
-            ("a train runs 1" + "0" * 400 + " km in 2 hours", "numbers of a problem are below 1e308"),
-            (3, "A problem is a text; got int"),
+            ("a train runs " + "1 " * 27 + "km", "has 27 numbers; the limit is 26"),
+            ("a train runs 1" + "0" * 400 + " km in 2 hours", "numbers of a problem must be below 1e308"),
+            (3, "A problem must be a string; got int"),
         ],
     )
     def test_it_gets_a_sentence(self, solver, problem, sentence):
@@ -134,7 +134,7 @@ class TestHostile:
             ({"num_beams": 10**9}, "must be from 1 to 100"),
             ({"length_penalty": float("nan")}, "length_penalty=nan must be from -5 to 5"),
             ({"options": "none of these"}, "has no options"),
-            ({"options": "a ) none , b ) all"}, "hold no number; give such as"),
+            ({"options": "a ) none , b ) all"}, "have no number; pass options such as"),
         ],
     )
     def test_arguments_out_of_range(self, solver, options, sentence):
@@ -209,7 +209,7 @@ class TestLoading:
     def test_what_is_not_there(self, tmp_path):
         with pytest.raises(ValueError, match="The model '.*nowhere' was not found|cannot be used"):
             MathProgramPipeline.from_pretrained(str(tmp_path / "nowhere"))
-        with pytest.raises(ValueError, match="'nobody/nothing' was not found: it is neither a folder"):
+        with pytest.raises(ValueError, match="'nobody/nothing' was not found. Pass a folder"):
             MathProgramPipeline.from_pretrained("nobody/nothing")
         with pytest.raises(ValueError, match="cannot be used"):
             MathProgramPipeline.from_pretrained(tmp_path)
@@ -233,5 +233,5 @@ class TestLoading:
         content = json.loads(file.read_text())
         content["model"]["vocab"] |= {f"more{i}": 100 + i for i in range(99)}
         file.write_text(json.dumps(content))
-        with pytest.raises(ValueError, match="words, but the model only .*; take the one that was saved with it"):
+        with pytest.raises(ValueError, match="words, but the model only .*; use the tokenizer that was saved with"):
             MathProgramPipeline.from_pretrained(tmp_path)
