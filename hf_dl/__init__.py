@@ -27,7 +27,7 @@ transformers, and no remote code runs:
 
     model = AutoModel.from_pretrained("runs/train_slots")
 
-Importing hf_dl alone loads neither torch nor transformers. The models are registered when transformers is imported.
+Importing hf_dl alone does not load torch or transformers. The models are registered when transformers is imported.
 """
 
 import importlib

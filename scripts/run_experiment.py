@@ -34,14 +34,16 @@ LAUNCH = (sys.executable, "-m", "accelerate.commands.launch")
 
 
 def find_scripts(experiment: Experiment, toml: Path) -> dict[str, Path]:
-    """Find the scripts of an experiment in the folder of the experiment file or in its parent folder."""
+    """Find the scripts of an experiment: near the experiment file, or beside this script."""
     found = {}
     for name in dict.fromkeys(cell.script for cell in experiment.cells()):
-        paths = [folder / name for folder in (toml.resolve().parent, toml.resolve().parent.parent)]
+        folders = (toml.resolve().parent, toml.resolve().parent.parent, Path(__file__).resolve().parent)
+        paths = [folder / name for folder in folders]
         found[name] = next((path for path in paths if path.is_file()), None)
         if found[name] is None:
             raise FileNotFoundError(
-                f"{toml}: script={name!r} was not found in the folder of the file or in its parent folder."
+                f"{toml}: script={name!r} was not found in the folder of the file, in its parent folder, or beside "
+                "run_experiment.py."
             )
     return found
 

@@ -59,10 +59,11 @@ def start(root, *words, **options):
 
 
 def test_help_is_quick_and_loads_nothing_heavy():
-    begin = time.perf_counter()
+    begin = os.times()
     command = [sys.executable, "-X", "importtime", "-m", "hf_dl", "--help"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert time.perf_counter() - begin < 1
+    end = os.times()
+    assert end.children_user + end.children_system - begin.children_user - begin.children_system < 1  # seconds of CPU
     assert done.returncode == 0
     assert all(f"\n  {name} " in done.stdout for name in cli.COMMANDS)
     loaded = set(re.findall(r"\| +(\w+)", done.stderr))
@@ -180,7 +181,7 @@ def test_the_exit_status_is_that_of_the_script(shipped, capsys):
 
 def test_training_goes_through_accelerate(shipped):
     done = start(shipped, "train", "slots", "fail", "--num_steps", "3")
-    out, err = done.communicate(timeout=120)
+    out, err = done.communicate(timeout=600)
     assert done.returncode == 3
     assert out.endswith("['fail', '--num_steps', '3'] __main__\n") and "Traceback" not in err
 
@@ -194,7 +195,7 @@ def test_ctrl_c_waits_for_the_script(shipped, command):
         time.sleep(0.05)
     time.sleep(0.2)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=600)
     assert (process.returncode, "saved a checkpoint" in out, err) == (5, True, "")
 
 
@@ -211,6 +212,14 @@ def test_a_page_needs_gradio_and_gets_the_model(shipped, monkeypatch, capsys):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert cli.main(["demo", "slot_explorer"]) == 2
     assert "Run: pip install 'hf_dl[demo]'" in capsys.readouterr().err
+
+
+def test_an_experiment_file_anywhere_uses_the_shipped_scripts(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.toml").write_text((ROOT / "scripts/experiments/slots_default.toml").read_text())
+    assert cli.main(["experiment", "mine.toml", "--dry_run"]) == 0
+    shown = capsys.readouterr().out
+    assert "mine: 3 cells" in shown and str(ROOT / "scripts/train_slots.py") in shown
 
 
 @pytest.mark.slow
