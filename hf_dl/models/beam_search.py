@@ -1,19 +1,20 @@
-"""Beam search over a `step` function: all examples and all their hypotheses at once, and n-best lists with scores.
+"""Beam search over a `step` function: batched over examples and hypotheses, with n-best lists and scores.
 
-What it decides is what `generate(num_beams=k)` of transformers decides, so that either can stand in for the other:
+The results are the same as from `generate(num_beams=k)` of transformers:
 
-- Of all continuations of an example's k hypotheses, the best 2k are looked at. Those among the best k that end are
-  finished; the k best that do not end go on.
-- The score of a finished hypothesis is its log-probability / length ** length_penalty, with the end token counted and
-  the start token not; k finished ones are kept. At `max_length` the hypotheses that are still open count as finished.
-- An example is done when what is open cannot beat what is finished, as `early_stopping` has it. Textbook beam search
-  is `length_penalty=0.0, early_stopping="never"`.
+- Among all continuations of an example's k hypotheses, the best 2k are considered. Continuations among the best k that
+  end are finished. The k best continuations that do not end are continued.
+- The score of a finished hypothesis is its log-probability / length ** length_penalty. The length includes the end
+  token, but not the start token. The k best finished hypotheses are kept. At `max_length`, open hypotheses count as
+  finished.
+- An example is done when no open hypothesis can beat the finished ones; `early_stopping` defines the criterion.
+  Textbook beam search is `length_penalty=0.0, early_stopping="never"`.
 
-What differs is how: the hypotheses are (token, hypothesis that it continues) pairs, read backwards once at the end, so
-no sequence is copied while searching. The state holds what a hypothesis has of its own; what the hypotheses of an
-example share (the memory of an encoder) stays with `step`, once an example. The first step is taken by one hypothesis
-an example instead of k. And where there are fewer than k hypotheses, the others have score -inf and no tokens, where
-transformers fills up with copies of score -1e9.
+The implementation differs. Hypotheses are stored as pairs (token, index of the hypothesis that it continues) and read
+backwards once at the end, so the search copies no sequences. The state contains only tensors per hypothesis; tensors
+that all hypotheses of an example share, such as the outputs of an encoder, stay in `step`, once per example. The first
+step has one hypothesis per example instead of k. If fewer than k hypotheses exist, the remaining ones have score -inf
+and no tokens; transformers fills up with copies of score -1e9.
 """
 
 from collections.abc import Callable
@@ -29,20 +30,20 @@ NO_SCORE = float("-inf")
 
 
 class Constraint(Protocol):
-    """What hypotheses may say, as an automaton over states of integers: int64 (batch, hypotheses, ...)."""
+    """Restricts the tokens of hypotheses: an automaton with integer states, int64 (batch, hypotheses, ...)."""
 
     def start(self, batch_size: int, device: torch.device) -> torch.Tensor:
-        """The states before the first token, (batch, 1, ...)."""
+        """Return the states before the first token, (batch, 1, ...)."""
 
     def allowed(self, states: torch.Tensor, remaining: int) -> torch.Tensor:
-        """Tokens that may come next, bool (batch, hypotheses, vocabulary).
+        """Return the tokens that may come next, bool (batch, hypotheses, vocabulary).
 
-        `remaining` tokens may still be written, the next one included: an automaton that allows only what can be
-        brought to its end in that many has every hypothesis end.
+        `remaining` tokens may still be written, including the next one. If the automaton only allows tokens that can
+        still lead to an end within `remaining` tokens, every hypothesis ends.
         """
 
     def advance(self, states: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """The states after tokens (batch, hypotheses)."""
+        """Return the states after tokens (batch, hypotheses)."""
 
 
 @dataclass
@@ -50,10 +51,10 @@ class BeamSearchOutput:
     """N-best lists, best first.
 
     Attributes:
-        sequences: Tokens without the start token, (batch, n, length), `pad_token_id` after each one's end.
-        lengths: Tokens of each, the end token included, (batch, n); 0 where there was no further hypothesis.
-        scores: Log-probability / length ** length_penalty, (batch, n); -inf where there was no further hypothesis.
-        steps: How many times `step` was called.
+        sequences: Tokens without the start token, (batch, n, length), filled with `pad_token_id` after the end.
+        lengths: Number of tokens including the end token, (batch, n); 0 for an empty entry.
+        scores: Log-probability / length ** length_penalty, (batch, n); -inf for an empty entry.
+        steps: Number of calls of `step`.
     """
 
     sequences: torch.Tensor
@@ -63,7 +64,7 @@ class BeamSearchOutput:
 
 
 def gather_beams(tensor: torch.Tensor, beams: torch.Tensor) -> torch.Tensor:
-    """Pick hypotheses: of tensor (batch, hypotheses, ...) those that beams (batch, n) names, (batch, n, ...)."""
+    """Select the hypotheses `beams` (batch, n) of a tensor (batch, hypotheses, ...); returns (batch, n, ...)."""
     index = beams.reshape(*beams.shape, *[1] * (tensor.ndim - 2)).expand(*beams.shape, *tensor.shape[2:])
     return tensor.gather(1, index)
 
@@ -86,31 +87,31 @@ def beam_search(
     """Find the most probable sequences.
 
     Args:
-        step: Takes the last token of each hypothesis, int64 (batch, hypotheses), and the state that belongs to them;
-            gives log-probabilities of the next token, (batch, hypotheses, vocabulary), and the next state. At the
-            first call there is one hypothesis an example. A log-probability of -inf is never chosen.
-        state: Tensors (batch, 1, ...): what each hypothesis carries, to be reordered with them. At least one; where
-            `step` carries nothing, an empty tensor (batch, 1, 0).
-        num_beams: k, hypotheses that are kept for an example; 1 is greedy search.
-        max_length: Tokens of a sequence at most, the end token included, the start token not.
-        start_token_id: What the sequences start from, one for all or int64 (batch,).
+        step: Function of the last token of each hypothesis, int64 (batch, hypotheses), and their state. It returns the
+            log-probabilities of the next token, (batch, hypotheses, vocabulary), and the next state. The first call
+            has one hypothesis per example. A log-probability of -inf is never chosen.
+        state: At least one tensor (batch, 1, ...): the state per hypothesis, which is reordered with the hypotheses.
+            If `step` has no state, pass an empty tensor (batch, 1, 0).
+        num_beams: k, the number of hypotheses to keep per example; 1 is greedy search.
+        max_length: Maximum number of tokens of a sequence, including the end token and excluding the start token.
+        start_token_id: The start token, one for all examples or int64 (batch,).
         eos_token_id: The end token.
-        pad_token_id: What fills the sequences after their end.
-        length_penalty: Power of the length that a log-probability is divided by; above 0 favors long sequences.
-        early_stopping: When an example is done. True: as soon as k hypotheses are finished. False: when no open one
-            would beat the worst finished one if it ended now. "never": when none can, whatever its length (with a
-            positive penalty an open one is taken to reach `max_length`).
+        pad_token_id: The token that fills sequences after their end.
+        length_penalty: Exponent of the length that divides a log-probability; values above 0 favor long sequences.
+        early_stopping: When an example is done. True: when k hypotheses are finished. False: when no open hypothesis
+            would beat the worst finished one if it ended now. "never": when no open hypothesis can beat it at any
+            length; with a positive penalty, open hypotheses are assumed to reach `max_length`.
         num_return_sequences: n, at most `num_beams`.
-        constraint: What hypotheses may say. Log-probabilities are not renormalized.
+        constraint: Restricts the tokens of hypotheses. Log-probabilities are not renormalized.
 
     Returns:
-        The n best of each example. Examples do not depend on each other.
+        The n best sequences per example. Examples do not affect each other.
 
     Raises:
-        ValueError: If an argument is out of range, or `step` gives another shape than expected.
+        ValueError: If an argument is out of range, or `step` returns the wrong shape.
 
     Example:
-        A model that ends with probability 0.4, and says 2 or 3 otherwise:
+        A model that ends with probability 0.4, and writes 2 or 3 otherwise:
 
         ```python
         >>> log_probs = torch.tensor([0.4, 1e-9, 0.5, 0.1]).log()
@@ -119,8 +120,8 @@ def beam_search(
         >>> options = {"start_token_id": 1, "eos_token_id": 0, "pad_token_id": 1, "length_penalty": 0.0}
         >>> nothing = (torch.empty(1, 1, 0),)
         >>> found = beam_search(step, nothing, num_beams=3, max_length=5, num_return_sequences=2, **options)
-        >>> found.sequences.tolist(), found.scores.exp()
-        ([[[0, 1], [2, 0]]], tensor([[0.4000, 0.2000]]))
+        >>> found.sequences.tolist(), found.scores.exp().tolist()
+        ([[[0, 1], [2, 0]]], [[0.4000000059604645, 0.20000001788139343]])
 
         ```
     """
@@ -144,8 +145,8 @@ def beam_search(
     tokens = torch.as_tensor(start_token_id, device=device).expand(batch).reshape(batch, 1)
     open_scores = torch.zeros(batch, 1, device=device)
     automaton = None if constraint is None else constraint.start(batch, device)
-    history: list[tuple[torch.Tensor, torch.Tensor]] = []  # tokens of a step and the hypotheses that they continue
-    # The finished: score, step of the last token, that token, and the hypothesis that it continues.
+    history: list[tuple[torch.Tensor, torch.Tensor]] = []  # per step: tokens, and the hypotheses that they continue
+    # Finished hypotheses: score, step of the last token, the last token, and the hypothesis that it continues.
     scores = torch.full((batch, k), NO_SCORE, device=device)
     ends = torch.zeros(batch, k, dtype=torch.int64, device=device)
     last_tokens, last_beams = torch.full_like(ends, pad_token_id), torch.zeros_like(ends)
@@ -155,8 +156,8 @@ def beam_search(
         log_probs, state = step(tokens, state)
         if log_probs.shape[:2] != tokens.shape or log_probs.ndim != 3:
             raise ValueError(
-                f"step gave log-probabilities of shape {tuple(log_probs.shape)}, expected {tuple(tokens.shape)} and "
-                "the vocabulary."
+                f"step returned log-probabilities of shape {tuple(log_probs.shape)}, expected {tuple(tokens.shape)} "
+                "and the vocabulary."
             )
         log_probs, vocabulary = log_probs.float(), log_probs.shape[-1]
         if automaton is not None:
@@ -168,7 +169,7 @@ def beam_search(
         last = position + 1 == max_length
         ended = torch.ones_like(top_tokens, dtype=torch.bool) if last else top_tokens == eos_token_id
 
-        # Only the first k may finish: the others are there so that k can go on.
+        # Only the first k may finish. The other k ensure that k hypotheses can continue.
         finishing = (ended & searching)[:, :k]
         if early_stopping is True:
             finishing = finishing & (scores == NO_SCORE).any(dim=1, keepdim=True)
@@ -187,7 +188,7 @@ def beam_search(
         history.append((tokens, beams))
 
         length = max_length if early_stopping == "never" and length_penalty > 0 else position + 1
-        # A list that is not full has -inf as its worst, which any hypothesis that is open beats.
+        # If the list is not full, its worst score is -inf, which any open hypothesis beats.
         worst = scores.min(dim=1, keepdim=True).values
         searching = searching & (open_scores[:, :1] / length**length_penalty > worst)
         full = scores.isfinite().all() if early_stopping is True else False
@@ -204,15 +205,15 @@ def beam_search(
 
 
 def _read_backwards(history, ends, last_tokens, beams, pad_token_id):
-    """The tokens of finished hypotheses (batch, n), from their last to their first."""
+    """Collect the tokens of finished hypotheses (batch, n), from the last to the first."""
     sequences = ends.new_full((*ends.shape, int(ends.max())), pad_token_id)
     for position in reversed(range(sequences.shape[-1])):
-        here = ends > position  # the hypotheses that are this long
+        here = ends > position  # the hypotheses with a token at this position
         is_last = ends == position + 1
         if position < len(history):
             tokens, parents = history[position]
             inside = here & ~is_last
-            continued = torch.where(inside, beams, 0)  # another list's number may be out of range here
+            continued = torch.where(inside, beams, 0)  # other entries may be out of range at this step
             written = torch.where(is_last, last_tokens, tokens.gather(1, continued))
             beams = torch.where(inside, parents.gather(1, continued), beams)
         else:

@@ -1,12 +1,12 @@
 """Attention: additive (Bahdanau et al. 2015), and slots that compete for tokens (Locatello et al. 2020, Algorithm 1).
 
-Slot attention follows the paper to the letter: three layer normalizations, softmax over the slots, weighted mean over
-the tokens, GRU, residual MLP. Two things are done differently, neither of which changes the numbers:
+Slot attention follows the paper exactly: three layer normalizations, softmax over the slots, weighted mean over the
+tokens, GRU, residual MLP. Two details of the implementation differ without changing the results:
 
-- The key and value projections are absorbed on the side of the slots where that costs less. With k = x W_k and
-  v = x W_v the logits q k^T are (q W_k^T) x^T, and the weighted mean A v is (A x) W_v, so nothing of the size of the
-  tokens is projected.
-- The iteration runs in float32 under autocast: epsilon = 1e-8 is zero in float16, and an empty slot is then 0 / 0.
+- If it is cheaper, the key and value projections are applied to the slots instead of the tokens. With k = x W_k and
+  v = x W_v, the logits q k^T equal (q W_k^T) x^T, and the weighted mean A v equals (A x) W_v. No projection of all
+  tokens is then needed.
+- The iterations run in float32 under autocast. In float16, epsilon = 1e-8 is zero, and an empty slot would be 0 / 0.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ GRADIENTS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "implicit": lambda slots, initial: slots.detach(),
     "bilevel": lambda slots, initial: slots.detach() + initial - initial.detach(),
 }
-"""What the last iteration of slot attention starts from, given the slots so far and the initial slots, by name."""
+"""The input of the last iteration, given the slots so far and the initial slots, by name."""
 
 
 def attention_masks(attention: torch.Tensor, size: Sequence[int], *, image_size: int) -> torch.Tensor:
-    """Lay the attention over the image, interpolated bilinearly between the places that the tokens look at.
+    """Interpolate attention bilinearly to the size of an image.
 
-    Convolutions of stride s with odd kernels and half as much padding center token i on pixel s i, not on the middle
-    of the s pixels from there, which is (s - 1) / 2 further on and where `F.interpolate` would put it. Beyond the last
-    token its value goes on.
+    Convolutions of stride s with odd kernels and matching padding center token i on pixel s i. `F.interpolate` would
+    place the token (s - 1) / 2 pixels further on, in the middle of its s pixels. Beyond the last token, its value is
+    repeated.
 
     Args:
-        attention: (batch, slots, tokens), the tokens those of a square grid, row by row.
-        size: Height and width of the masks.
-        image_size: Height and width of the images that the tokens were made of, in pixels.
+        attention: (batch, slots, tokens); the tokens are the cells of a square grid in row-major order.
+        size: Height and width of the result.
+        image_size: Height and width in pixels of the images that the tokens were computed from.
 
     Returns:
-        (batch, slots, *size), float32 or finer, summing to 1 over the slots where the attention does.
+        (batch, slots, *size), float32 or float64. It sums to 1 over the slots if the attention does.
 
     Raises:
-        ValueError: If the tokens make no square grid.
+        ValueError: If the number of tokens is not a square.
 
     Example:
         ```python
@@ -52,11 +52,11 @@ def attention_masks(attention: torch.Tensor, size: Sequence[int], *, image_size:
     """
     side = math.isqrt(attention.shape[-1])
     if side**2 != attention.shape[-1]:
-        raise ValueError(f"attention has {attention.shape[-1]} tokens, expected those of a square grid.")
+        raise ValueError(f"attention has {attention.shape[-1]} tokens, expected a square number.")
     maps = attention.to(torch.promote_types(attention.dtype, torch.float32)).unflatten(-1, (side, side))
 
     def weights(pixels: int) -> torch.Tensor:
-        """(pixels, side): how much of each token's value a pixel has, 1 at its center and 0 at those beside it."""
+        """Return (pixels, side): the weight of each token in each pixel, 1 at its center and 0 at the next tokens."""
         at = ((torch.arange(pixels, dtype=torch.float64) + 0.5) / pixels * image_size - 0.5) * side / image_size
         apart = at.clamp(0, side - 1)[:, None] - torch.arange(side)
         return (1 - apart.abs()).clamp_min(0).to(maps)
@@ -68,8 +68,8 @@ def attention_masks(attention: torch.Tensor, size: Sequence[int], *, image_size:
 class AdditiveAttention(nn.Module):
     """Attention by a small network: softmax over the memory of v^T tanh(W q + U m).
 
-    Bahdanau et al. 2015, "Neural Machine Translation by Jointly Learning to Align and Translate", appendix A.1.2. U m
-    is computed once for a memory, by `project`; any number of queries then looks at the same memory.
+    Bahdanau et al. 2015, "Neural Machine Translation by Jointly Learning to Align and Translate", appendix A.1.2.
+    `project` computes U m once per memory, and any number of queries can then attend to the same memory.
 
     Args:
         query_dim: Channels of the queries.
@@ -95,7 +95,7 @@ class AdditiveAttention(nn.Module):
         self.energy = nn.Linear(attention_dim, 1, bias=False)
 
     def project(self, memory: torch.Tensor) -> torch.Tensor:
-        """U m: memory (batch, length, memory_dim) to keys (batch, length, attention_dim)."""
+        """Compute the keys U m, (batch, length, attention_dim), of a memory (batch, length, memory_dim)."""
         return self.key(memory)
 
     def forward(self, queries: torch.Tensor, keys: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
@@ -103,13 +103,13 @@ class AdditiveAttention(nn.Module):
 
         Args:
             queries: (batch, queries, query_dim).
-            keys: What `project` made of the memory, (batch, length, attention_dim).
-            keep: Where there is memory, bool (batch, length), at least one in each row; None: all.
+            keys: The keys of the memory, from `project`, (batch, length, attention_dim).
+            keep: The part of the memory to attend to, bool (batch, length), at least one per row. Defaults to all.
 
         Returns:
-            Scores before the softmax, (batch, queries, length), -inf where masked.
+            Scores before the softmax, (batch, queries, length), -inf for masked positions.
         """
-        # (batch, queries, length, attention_dim), the largest tensor by far; in place, since the sum is not needed.
+        # (batch, queries, length, attention_dim), the largest tensor by far: tanh runs in place to save memory.
         hidden = (self.query(queries)[:, :, None] + keys[:, None]).tanh_()
         scores = self.energy(hidden).squeeze(-1)
         return scores if keep is None else scores.masked_fill(~keep[:, None], float("-inf"))
@@ -120,21 +120,21 @@ class SlotAttention(nn.Module):
 
     Locatello et al. 2020, "Object-Centric Learning with Slot Attention", Algorithm 1.
 
-    The gradient reaches the iterations in one of three ways:
+    `GRADIENTS` lists the ways in which the gradient reaches the iterations:
 
-    - "full": through all of them, as in the paper.
-    - "implicit": through the last one only, from detached slots; the fixed point is differentiated to first order
-      (Chang et al. 2022, "Object Representations as Fixed Points"). Nothing of the earlier iterations is kept in
-      memory, and no gradient reaches the initial slots.
-    - "bilevel": as "implicit", and the initial slots take the gradient of the last iteration's input straight
-      through (Jia et al. 2023, "Improving Object-centric Learning with Query Optimization").
+    - "full": through all iterations, as in the paper.
+    - "implicit": through the last iteration only, from detached slots. This is the first-order gradient of the fixed
+      point (Chang et al. 2022, "Object Representations as Fixed Points"). Earlier iterations need no memory for the
+      backward pass, and the initial slots get no gradient.
+    - "bilevel": as "implicit", but the initial slots also get the gradient of the last iteration's input (Jia et al.
+      2023, "Improving Object-centric Learning with Query Optimization").
 
     Args:
         input_dim: Channels of the tokens.
         slot_dim: Channels of a slot.
         mlp_dim: Hidden units of the residual MLP.
         epsilon: Added to the attention before it is normalized over the tokens; 1e-8 in the paper.
-        qkv_bias: Whether the three projections have a bias: not in the paper, but in some of its ports.
+        qkv_bias: Whether the three projections have a bias. The paper has no bias, but some reimplementations do.
 
     Example:
         ```python
@@ -168,11 +168,11 @@ class SlotAttention(nn.Module):
             inputs: Tokens, (batch, tokens, input_dim).
             slots: Initial slots, (batch, slots, slot_dim).
             num_iterations: T, at least 1.
-            gradient: One of "full", "implicit", "bilevel"; see the class.
+            gradient: A key of `GRADIENTS`; see the class.
 
         Returns:
-            The slots, (batch, slots, slot_dim), and for each iteration the attention, (batch, slots, tokens): the
-            softmax over the slots, before it is normalized over the tokens, so it sums to 1 at every token.
+            The slots, (batch, slots, slot_dim), and the attention of each iteration, (batch, slots, tokens): the
+            softmax over the slots before the normalization over the tokens, which sums to 1 at every token.
 
         Raises:
             ValueError: If `num_iterations` is below 1 or `gradient` is unknown.
@@ -182,7 +182,7 @@ class SlotAttention(nn.Module):
         if gradient not in GRADIENTS:
             raise ValueError(f"gradient={gradient!r} is unknown; choose one of {', '.join(GRADIENTS)}.")
         with torch.autocast(inputs.device.type, enabled=False):
-            # Half precision is widened; float64 stays, so that oracles can be met to the last digit.
+            # Convert half precision to float32. Keep float64, so that tests can compare all digits.
             if inputs.dtype in (torch.float16, torch.bfloat16):
                 inputs = inputs.float()
             inputs, initial = self.norm_inputs(inputs), slots.to(inputs.dtype)

@@ -1,6 +1,6 @@
-"""Where a cell is: the position embedding of slot attention's tokens, its decoders and the U-Net that looks at slots.
+"""The position embedding of slot attention's tokens, of the slot decoders, and of the slot U-Net.
 
-Attention and the decoders compute the same of all cells; without it they could not tell the left from the right.
+Attention and the decoders treat all cells alike. Without a position embedding, they cannot tell cells apart.
 """
 
 import math
@@ -10,14 +10,14 @@ from torch import nn
 
 
 class PositionEmbedding(nn.Module):
-    """A linear map of positions, those of the cells' centers in [0, 1].
+    """A linear map of the positions of cell centers in [0, 1].
 
-    The positions are (x, y, 1 - x, 1 - y), as in Locatello et al. 2020, and sin and cos of 2^i pi x and 2^i pi y for i
-    below `frequencies` (Mildenhall et al. 2020, NeRF, section 5.1).
+    The features of a position are (x, y, 1 - x, 1 - y), as in Locatello et al. 2020, and sin and cos of 2^i pi x and
+    2^i pi y for i below `frequencies` (Mildenhall et al. 2020, NeRF, section 5.1).
 
     Args:
         channels: Channels of the embedding.
-        frequencies: Octaves; 0 for the positions alone.
+        frequencies: Number of octaves; 0 uses the positions alone.
 
     Example:
         ```python
@@ -33,7 +33,7 @@ class PositionEmbedding(nn.Module):
         self.projection = nn.Linear(4 + 4 * frequencies, channels)
 
     def grid(self, height: int, width: int) -> torch.Tensor:
-        """The embedding of a grid, (height, width, channels)."""
+        """Return the embedding of a grid, (height, width, channels)."""
         weight = self.projection.weight
         y = (torch.arange(height, device=weight.device, dtype=weight.dtype) + 0.5) / height
         x = (torch.arange(width, device=weight.device, dtype=weight.dtype) + 0.5) / width

@@ -212,5 +212,5 @@ def test_tokens_are_centered_where_the_masks_put_them(encoder):
 
 def test_attention_masks_keep_the_precision_and_refuse_what_is_no_grid():
     assert attention_masks(torch.rand(1, 2, 16).bfloat16(), (8, 8), image_size=8).dtype == torch.float32
-    with pytest.raises(ValueError, match="15 tokens"):
+    with pytest.raises(ValueError, match="has 15 tokens, expected a square number"):
         attention_masks(torch.rand(1, 2, 15), (8, 8), image_size=8)
