@@ -1,26 +1,26 @@
-"""The parts of a denoising U-Net that looks at slots: time embedding, residual block, attention, transformer.
+"""Parts of a denoising U-Net with cross-attention to slots: time embedding, residual block, attention, transformer.
 
-Time embedding and residual block are those of Ho et al. 2020, "Denoising Diffusion Probabilistic Models", appendix B;
-the transformer over the cells of a feature map, with cross-attention to a condition, is that of Rombach et al. 2022,
+Time embedding and residual block follow Ho et al. 2020, "Denoising Diffusion Probabilistic Models", appendix B. The
+transformer over the cells of a feature map, with cross-attention to a condition, follows Rombach et al. 2022,
 "High-Resolution Image Synthesis with Latent Diffusion Models", section 3.3 and appendix E.2.1.
 
-What differs from the blocks of diffusers, whose numbers these give with the same weights:
+With the same weights, the parts compute the same as the blocks of diffusers, except for these differences:
 
-- A residual block that resamples has no first convolution: average pooling or interpolation stands in its place, and
-  is applied to the skip connection too. Dhariwal & Nichol 2021 and diffusers' `ResnetBlock2D(down=True)` resample and
-  then convolve as well; theirs with that convolution set to the identity is ours, which costs half as much.
-- The time embedding goes through SiLU once, where it is made, instead of in every residual block.
+- A residual block that resamples has no first convolution. Average pooling or interpolation replaces it, also in the
+  skip connection. Dhariwal & Nichol 2021 and diffusers' `ResnetBlock2D(down=True)` resample first and then apply the
+  convolution. With that convolution set to the identity, theirs equals ours, at twice the cost.
+- The time embedding passes through SiLU once, where it is computed, instead of in every residual block.
 - Keys and values come from one projection.
-- The transformer may be told where its cells are (`position_frequencies`), as in Jiang et al. 2023, "Object-Centric
-  Slot Diffusion": in noise a cell has nothing else by which to choose its slot.
-- The last layer of each residual branch starts at zero (Dhariwal & Nichol 2021; not so in diffusers), so that a new
-  network passes its input on and the loss begins at the variance of the noise.
-- Memory format: what comes in as channels_last goes out as channels_last, and the cells of a feature map are then the
+- The transformer can add a position embedding (`position_frequencies`), as in Jiang et al. 2023, "Object-Centric Slot
+  Diffusion". In pure noise, a cell has no other information for choosing its slot.
+- The last layer of each residual branch is initialized to zero, as in Dhariwal & Nichol 2021 and unlike diffusers. A
+  new network then passes its input through, and the loss starts at the variance of the noise.
+- An input in channels_last memory format gives an output in channels_last. The cells of a feature map then become
   tokens without a copy.
 """
 
 import math
-from typing import Literal
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +31,7 @@ from .layers_position import PositionEmbedding
 
 
 def sinusoids(timesteps: torch.Tensor, channels: int) -> torch.Tensor:
-    """Cosines and sines of the time at frequencies from 1 down to almost 1 / 10000 (Vaswani et al. 2017, section 3.5).
+    """Compute cosines and sines of the time at frequencies from 1 down to almost 1 / 10000 (Vaswani et al. 2017).
 
     Args:
         timesteps: (batch,).
@@ -47,10 +47,10 @@ def sinusoids(timesteps: torch.Tensor, channels: int) -> torch.Tensor:
 
 
 class TimeEmbedding(nn.Module):
-    """SiLU of an MLP of the time's sinusoids.
+    """Embed timesteps: SiLU of an MLP of the time's sinusoids.
 
     Args:
-        channels: Sinusoids, an even number.
+        channels: Number of sinusoids, an even number.
         time_dim: Channels of the embedding.
 
     Example:
@@ -74,7 +74,7 @@ class TimeEmbedding(nn.Module):
 
 
 class _NormSilu(torch.autograd.Function):
-    """silu(group_norm(x)), of which nothing but x and the statistics are kept for the way back."""
+    """silu(group_norm(x)) that saves only x and the statistics for the backward pass."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, groups, eps):
@@ -99,16 +99,17 @@ class _NormSilu(torch.autograd.Function):
 
 
 def norm_silu(norm: nn.GroupNorm, x: torch.Tensor) -> torch.Tensor:
-    """silu(norm(x)), which keeps one feature map less for the way back than the two one after the other.
+    """Compute silu(norm(x)), saving one feature map less for the backward pass than the two separate operations.
 
-    What `torch.compile` keeps it decides itself, and autocast casts between the two: there they are left as they are.
+    The separate operations are used under `torch.compile`, which decides itself what to save, and under autocast,
+    which casts between the two.
 
     Args:
         norm: The normalization, with weight and bias.
         x: (batch, channels, height, width).
 
     Returns:
-        A tensor of the same shape. Its gradient cannot be differentiated a second time.
+        A tensor of the same shape. It does not support second derivatives.
     """
     if torch.compiler.is_compiling() or x.device.type == "meta" or not torch.is_grad_enabled():
         return F.silu(norm(x))
@@ -117,15 +118,23 @@ def norm_silu(norm: nn.GroupNorm, x: torch.Tensor) -> torch.Tensor:
     return _NormSilu.apply(x, norm.weight, norm.bias, norm.num_groups, norm.eps)
 
 
+RESAMPLINGS: dict[str | None, Callable[[torch.Tensor], torch.Tensor]] = {
+    None: lambda x: x,
+    "down": lambda x: F.avg_pool2d(x, 2),
+    "up": lambda x: F.interpolate(x, scale_factor=2.0, mode="nearest"),
+}
+"""The resampling of feature maps in a residual block, by name."""
+
+
 class ResidualBlock(nn.Module):
     """GroupNorm, SiLU, convolution, plus the time; GroupNorm, SiLU, dropout, convolution; plus the input.
 
-    With R the first 3x3 convolution, or with `resample` what stands in its place:
+    With R the first 3x3 convolution, or the resampling that replaces it:
 
         h = R(silu(norm1(x))) + W time
         y = conv2(dropout(silu(norm2(h)))) + S(x)
 
-    S is the identity, or a 1x1 convolution where the channels change, after the same resampling.
+    S resamples in the same way. If the number of channels changes, S also has a 1x1 convolution.
 
     Args:
         in_channels: Channels of the input; a multiple of `groups`.
@@ -133,7 +142,7 @@ class ResidualBlock(nn.Module):
         time_dim: Channels of the time embedding.
         groups: Groups of the normalizations.
         dropout: Probability of dropout before the second convolution.
-        resample: "down" (average over 2x2 cells), "up" (each cell becomes 2x2) or None.
+        resample: A key of `RESAMPLINGS`: "down" (average over 2x2 cells), "up" (each cell becomes 2x2 cells) or None.
 
     Example:
         ```python
@@ -152,14 +161,14 @@ class ResidualBlock(nn.Module):
         time_dim: int,
         groups: int = 32,
         dropout: float = 0.0,
-        resample: Literal["down", "up"] | None = None,
+        resample: str | None = None,
     ):
         super().__init__()
-        if resample not in (None, "down", "up"):
-            raise ValueError(f"resample={resample!r} is unknown; choose down, up or None.")
+        if resample not in RESAMPLINGS:
+            raise ValueError(f"resample={resample!r} is unknown; choose one of {', '.join(map(str, RESAMPLINGS))}.")
         self.resample = resample
         self.norm1 = nn.GroupNorm(groups, in_channels)
-        # Pooling and interpolation keep the channels: where there is no first convolution, the second changes them.
+        # Resampling keeps the number of channels. Without a first convolution, the second one changes it.
         channels = out_channels if resample is None else in_channels
         self.conv1 = nn.Conv2d(in_channels, channels, 3, padding=1) if resample is None else None
         self.time = nn.Linear(time_dim, channels)
@@ -170,38 +179,34 @@ class ResidualBlock(nn.Module):
         nn.init.zeros_(self.conv2.weight)
         nn.init.zeros_(self.conv2.bias)
 
-    def _resample(self, x: torch.Tensor) -> torch.Tensor:
-        if self.resample == "down":
-            return F.avg_pool2d(x, 2)
-        return F.interpolate(x, scale_factor=2.0, mode="nearest") if self.resample == "up" else x
-
     def forward(self, x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
         """Transform a feature map.
 
         Args:
-            x: (batch, in_channels, height, width); both even with `resample="down"`.
-            time: What `TimeEmbedding` gives, (batch, time_dim).
+            x: (batch, in_channels, height, width), with even height and width if `resample="down"`.
+            time: Time embedding from `TimeEmbedding`, (batch, time_dim).
 
         Returns:
-            (batch, out_channels, height, width), half or twice as high and wide with `resample`.
+            (batch, out_channels, height, width), with half or twice the height and width if `resample` is given.
         """
-        hidden = self._resample(norm_silu(self.norm1, x))
+        resample = RESAMPLINGS[self.resample]
+        hidden = resample(norm_silu(self.norm1, x))
         if self.conv1 is not None:
             hidden = self.conv1(hidden)
         hidden = hidden + self.time(time)[:, :, None, None]
         hidden = self.conv2(self.dropout(norm_silu(self.norm2, hidden)))
-        # S looks at single cells: it gives the same on the smaller of the two maps, for less.
-        x = self._resample(self.skip(x)) if self.resample == "up" else self.skip(self._resample(x))
+        # The convolution of S acts on single cells, so it is applied to the smaller of the two maps.
+        x = resample(self.skip(x)) if self.resample == "up" else self.skip(resample(x))
         return x + hidden
 
 
 class Attention(nn.Module):
-    """Multi-head attention, softmax(q k^T / sqrt(head_dim)) v a head, of tokens to themselves or to a context.
+    """Multi-head attention, softmax(q k^T / sqrt(head_dim)) v per head, from tokens to themselves or to a context.
 
     Args:
         channels: Channels of the tokens; a multiple of `head_dim`.
         head_dim: Channels of a head.
-        context_dim: Channels of the context; when not given, the tokens attend to themselves.
+        context_dim: Channels of the context. Defaults to self-attention.
     """
 
     def __init__(self, channels: int, *, head_dim: int, context_dim: int | None = None):
@@ -214,12 +219,12 @@ class Attention(nn.Module):
     def forward(
         self, tokens: torch.Tensor, context: torch.Tensor | None = None, keep: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Attend.
+        """Attend to the context, or to the tokens themselves.
 
         Args:
             tokens: (batch, tokens, channels).
             context: (batch, length, context_dim).
-            keep: What of the context may be attended to, bool (batch, length), at least one in each row; None: all.
+            keep: The part of the context to attend to, bool (batch, length), at least one per row. Defaults to all.
 
         Returns:
             (batch, tokens, channels).
@@ -233,9 +238,9 @@ class Attention(nn.Module):
 
 
 class SlotTransformerBlock(nn.Module):
-    """Self-attention, cross-attention to the slots and a gated feed-forward, each x + f(layer_norm(x)).
+    """Self-attention, cross-attention to the slots, and a gated feed-forward network, each as x + f(layer_norm(x)).
 
-    The feed-forward is GEGLU (Shazeer 2020) with four times the channels inside.
+    The feed-forward network is a GEGLU (Shazeer 2020) with four times the channels inside.
 
     Args:
         channels: Channels of the tokens; a multiple of `head_dim`.
@@ -254,7 +259,7 @@ class SlotTransformerBlock(nn.Module):
         self.feed_out = nn.Linear(4 * channels, channels)
 
     def forward(self, tokens: torch.Tensor, slots: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
-        """Update tokens (batch, tokens, channels); `slots` and `keep` as of `SlotTransformer`."""
+        """Update tokens (batch, tokens, channels); for `slots` and `keep` see `SlotTransformer`."""
         tokens = tokens + self.self_attention(self.norm1(tokens))
         tokens = tokens + self.cross_attention(self.norm2(tokens), slots, keep)
         hidden, gate = self.feed_in(self.norm3(tokens)).chunk(2, dim=-1)
@@ -262,16 +267,16 @@ class SlotTransformerBlock(nn.Module):
 
 
 class SlotTransformer(nn.Module):
-    """Transformer blocks over the cells of a feature map, which look at the slots; added to the feature map.
+    """Transformer blocks over the cells of a feature map, with cross-attention to slots, added to the feature map.
 
     Args:
         channels: Channels of the feature map; a multiple of `head_dim` and of `groups`.
         slot_dim: Channels of a slot.
         head_dim: Channels of an attention head.
-        depth: Transformer blocks.
+        depth: Number of transformer blocks.
         groups: Groups of the normalization.
-        position_frequencies: Octaves of the position embedding that is added to the cells; None for none, as in
-            diffusers.
+        position_frequencies: Octaves of the position embedding that is added to the cells. Defaults to no position
+            embedding, as in diffusers.
 
     Example:
         ```python
@@ -304,12 +309,12 @@ class SlotTransformer(nn.Module):
         nn.init.zeros_(self.project_out.bias)
 
     def forward(self, x: torch.Tensor, slots: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
-        """Let the cells look at each other and at the slots.
+        """Let the cells attend to each other and to the slots.
 
         Args:
             x: (batch, channels, height, width).
             slots: (batch, slots, slot_dim).
-            keep: Slots that may be looked at, bool (batch, slots), at least one in each row; None: all.
+            keep: The slots to attend to, bool (batch, slots), at least one per row. Defaults to all slots.
 
         Returns:
             (batch, channels, height, width).

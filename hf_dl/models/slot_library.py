@@ -1,14 +1,13 @@
-"""A library of slots: cluster the slots of many images, then compose new images from slots of different ones.
+"""A library of slots: cluster the slots of many images, then compose new images from slots of different images.
 
-The compositional generation of Singh et al., "Illiterate DALL-E learns to compose" (SLATE), ICLR 2022: K-means over
-the slots of the training images, and one slot of each cluster makes a new image. That recipe assumes that a cluster is
-a kind of thing of which every image has exactly one. `background_aware` sampling is ours: it finds the background by
-the area of its masks, takes exactly one, and as many objects as the training images have.
+Compositional generation as in Singh et al., "Illiterate DALL-E learns to compose" (SLATE), ICLR 2022. K-means clusters
+the slots of the training images, and one slot per cluster makes a new image. This assumes that a cluster is a kind of
+object and that every image has exactly one object of each kind. `background_aware` sampling is our addition. It finds
+the background by the area of its masks, and draws one background and as many objects as the training images have.
 """
 
 import json
 from pathlib import Path
-from typing import Literal
 
 import torch
 from huggingface_hub import ModelHubMixin, hf_hub_download
@@ -19,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 _WEIGHTS = "slot_library.safetensors"
-_MANY_SLOTS = 20_000  # from here on K-means takes minutes, and mini-batches find the same clusters
+_MANY_SLOTS = 20_000  # with more slots K-means takes minutes, and mini-batches find the same clusters
 _BACKGROUND_SHARE = 0.5
 _CANDIDATES = 64
 
@@ -29,7 +28,7 @@ _CARD = """---
 
 # Slot library
 
-Clustered slots of a slot autoencoder, to compose new images from parts of others:
+Clustered slots of a slot autoencoder, for composing new images from parts of other images:
 
 ```python
 import torch
@@ -49,27 +48,27 @@ class SlotLibrary(
     tags=["slot-attention", "object-centric-learning"],
     model_card_template=_CARD,
 ):
-    """Slots of many images with their clusters and masks, to sample new combinations from.
+    """The slots of many images with their clusters and masks, for sampling new combinations.
 
-    What to expect of the clusters depends on how the model starts its slots. With one learned vector per slot, K-means
-    mostly finds the index of the slot again: a cluster then says which slot, less what is in it, and if several slots
-    share the background, one slot per cluster paints several backgrounds over each other. With slots drawn from one
-    Gaussian the clusters are kinds of content. `background_aware` sampling suits both.
+    The meaning of the clusters depends on the initial slots of the model. With one learned vector per slot, K-means
+    mostly recovers the index of the slot, not its content. If several slots share the background, `per_cluster`
+    sampling then paints several backgrounds over each other. With slots drawn from one Gaussian, the clusters are
+    kinds of content. `background_aware` sampling works in both cases.
 
-    Save it in a folder or repository of its own: beside a model, both would need `config.json`.
+    Save the library in a folder or repository of its own: a model in the same folder also needs `config.json`.
 
     Args:
-        min_area: Slots whose mask covers less than this fraction of the image are empty and not kept.
-        mask_size: Side of the stored masks in cells; they serve to avoid overlaps.
+        min_area: Slots whose masks cover less than this fraction of the image count as empty and are not stored.
+        mask_size: Side of the stored masks in cells. The masks are used to avoid overlaps.
 
     Attributes:
         vectors: The slots, (stored, dim) float32.
-        clusters: Cluster of each, (stored,) int64.
-        areas: Fraction of the image that each one's mask covers, (stored,) float32 in [0, 1].
-        centers: Center of mass of each one's mask, x and y, (stored, 2) float32 in [0, 1].
-        masks: Masks, (stored, mask_size, mask_size) uint8, 255 = all of the cell.
-        background_clusters: Which clusters are background, (num_clusters,) bool.
-        object_counts: At k, the number of fitted images with k stored slots that are not background, int64.
+        clusters: Cluster of each slot, (stored,) int64.
+        areas: Fraction of the image that each mask covers, (stored,) float32 in [0, 1].
+        centers: Center of mass (x, y) of each mask, (stored, 2) float32 in [0, 1].
+        masks: Masks, (stored, mask_size, mask_size) uint8; 255 covers the whole cell.
+        background_clusters: Whether each cluster is background, (num_clusters,) bool.
+        object_counts: Entry k is the number of fitted images with k stored slots outside the background, int64.
 
     Example:
         >>> slots, masks = torch.randn(50, 4, 8), torch.rand(50, 4, 16, 16).softmax(1)
@@ -89,23 +88,23 @@ class SlotLibrary(
         self.vectors: Tensor | None = None
 
     def fit(self, slots: Tensor, masks: Tensor, *, num_clusters: int, seed: int) -> "SlotLibrary":
-        """Store the slots of images and cluster them with K-means; mini-batch K-means from 20,000 slots on.
+        """Store the slots of images and cluster them with K-means, or mini-batch K-means for more than 20,000 slots.
 
-        The background clusters are the one whose masks cover most of the image on average, and those that cover at
-        least half as much.
+        The cluster whose masks cover the largest area on average is background. Clusters whose masks cover at least
+        half of that area are background too.
 
         Args:
             slots: (images, slots, dim).
-            masks: Each slot's decoder alphas, (images, slots, height, width) in [0, 1]. Any resolution will do: of a
-                large set, shrink each batch with `F.interpolate(masks, size=16, mode="area")` first.
-            num_clusters: Number of clusters; the number of slots of the model in the usual recipe.
+            masks: Decoder alphas of each slot, (images, slots, height, width) in [0, 1], at any resolution. For a
+                large data set, first reduce each batch with `F.interpolate(masks, size=16, mode="area")`.
+            num_clusters: Number of clusters; usually the number of slots of the model.
             seed: Seed of K-means.
 
         Returns:
             The library itself.
 
         Raises:
-            ValueError: If shapes do not fit, values are not finite or not masks, or too few slots are left.
+            ValueError: If shapes do not match, values are not finite or not masks, or too few slots are left.
         """
         if slots.ndim != 3 or masks.ndim != 4 or slots.shape[:2] != masks.shape[:2]:
             raise ValueError(
@@ -145,7 +144,7 @@ class SlotLibrary(
         n: int,
         *,
         generator: torch.Generator,
-        mode: Literal["background_aware", "per_cluster"] = "background_aware",
+        mode: str = "background_aware",
         num_objects: int | None = None,
         max_iou: float = 1.0,
     ) -> tuple[Tensor, Tensor]:
@@ -153,18 +152,17 @@ class SlotLibrary(
 
         Args:
             n: Number of images, at least 1.
-            generator: Source of the randomness, on the CPU.
-            mode: "per_cluster" takes one slot of every cluster, as published. "background_aware" takes one background
-                slot, then objects.
-            num_objects: Objects per image of "background_aware"; when not given, drawn as often as the fitted images
-                had them.
-            max_iou: In "background_aware", the largest overlap (intersection over union of the stored masks) of two
-                objects of an image. Of 64 candidates the first that keeps to it is taken, or else the one that
-                overlaps least.
+            generator: Source of randomness, on the CPU.
+            mode: A key of `MODES`. "per_cluster" draws one slot per cluster, as published. "background_aware" draws
+                one background slot, then objects.
+            num_objects: For "background_aware": objects per image. Defaults to the distribution in the fitted images.
+            max_iou: For "background_aware": largest overlap (intersection over union of the stored masks) of two
+                objects in an image. The first of 64 candidates within this limit is used, or the candidate with the
+                smallest overlap.
 
         Returns:
-            Slots, (n, count, dim), and which of them to paint, (n, count) bool: images with fewer objects are filled
-            up with zeros. Pass both to `model.decode(slots, keep=keep)`.
+            Slots, (n, count, dim), and the slots to paint, (n, count) bool. Images with fewer objects are filled up
+            with zeros. Pass both to `model.decode(slots, keep=keep)`.
 
         Raises:
             ValueError: If the library is not fitted, has no objects, or an argument is out of range.
@@ -172,15 +170,22 @@ class SlotLibrary(
         self._check_fitted()
         if n < 1:
             raise ValueError(f"n={n} is too small; expected at least 1 image.")
-        if mode == "per_cluster":
-            if num_objects is not None:
-                raise ValueError(f"num_objects={num_objects} has no meaning with mode='per_cluster'; leave it out.")
-            members = [(self.clusters == c).nonzero()[:, 0] for c in self.clusters.unique()]
-            chosen = torch.stack([_draw(indices, n, generator) for indices in members], dim=1)
-            return self.vectors[chosen], torch.ones(chosen.shape, dtype=torch.bool)
-        if mode != "background_aware":
-            raise ValueError(f"mode={mode!r} is unknown; choose one of background_aware, per_cluster.")
+        if mode not in MODES:
+            raise ValueError(f"mode={mode!r} is unknown; choose one of {', '.join(MODES)}.")
+        return MODES[mode](self, n, generator, num_objects, max_iou)
 
+    def _sample_per_cluster(
+        self, n: int, generator: torch.Generator, num_objects: int | None, max_iou: float
+    ) -> tuple[Tensor, Tensor]:
+        if num_objects is not None:
+            raise ValueError(f"num_objects={num_objects} has no meaning with mode='per_cluster'; omit it.")
+        members = [(self.clusters == c).nonzero()[:, 0] for c in self.clusters.unique()]
+        chosen = torch.stack([_draw(indices, n, generator) for indices in members], dim=1)
+        return self.vectors[chosen], torch.ones(chosen.shape, dtype=torch.bool)
+
+    def _sample_background_aware(
+        self, n: int, generator: torch.Generator, num_objects: int | None, max_iou: float
+    ) -> tuple[Tensor, Tensor]:
         in_background = self.background_clusters[self.clusters]
         objects = (~in_background).nonzero()[:, 0]
         if num_objects is None:
@@ -205,7 +210,7 @@ class SlotLibrary(
         return self.vectors[chosen] * keep[:, :, None], keep
 
     def _iou(self, candidates: Tensor, others: Tensor) -> Tensor:
-        """Largest intersection over union of each candidate's mask with those of the others, (candidates,)."""
+        """Return the largest intersection over union of each candidate's mask with the other masks, (candidates,)."""
         if not len(others):
             return torch.zeros(len(candidates))
         a, b = self.masks[candidates].flatten(1).float()[:, None], self.masks[others].flatten(1).float()
@@ -222,14 +227,14 @@ class SlotLibrary(
         """Write `slot_library.safetensors`, `config.json` and a card; see `ModelHubMixin.save_pretrained`.
 
         Raises:
-            ValueError: If the library is not fitted, or the folder holds a model, whose config would be replaced.
+            ValueError: If the library is not fitted, or the folder has the `config.json` of a model.
         """
         self._check_fitted()
         config = Path(save_directory) / "config.json"
         if config.exists() and "mask_size" not in json.loads(config.read_text(encoding="utf-8")):
             raise ValueError(
-                f"save_directory={str(save_directory)!r} holds another model's config.json; expected a folder of its "
-                "own. Use a sub-folder such as 'slot_library'."
+                f"save_directory={str(save_directory)!r} has the config.json of another model; use a separate folder, "
+                "such as a sub-folder 'slot_library'."
             )
         return super().save_pretrained(save_directory, **kwargs)
 
@@ -265,7 +270,13 @@ class SlotLibrary(
         return library
 
 
-# What a saved library holds, and the number of dimensions of each.
+MODES = {
+    "background_aware": SlotLibrary._sample_background_aware,
+    "per_cluster": SlotLibrary._sample_per_cluster,
+}
+"""The ways to sample by name."""
+
+# The tensors of a saved library, with their numbers of dimensions.
 _TENSORS = {
     "vectors": 2,
     "clusters": 1,
@@ -278,12 +289,12 @@ _TENSORS = {
 
 
 def _draw(indices: Tensor, n: int, generator: torch.Generator) -> Tensor:
-    """`n` of the indices, with replacement."""
+    """Draw `n` of the indices, with replacement."""
     return indices[torch.randint(len(indices), (n,), generator=generator)]
 
 
 def _centers(masks: Tensor) -> Tensor:
-    """Center of mass (..., 2), x then y, of masks (..., height, width), with pixel centers in (0, 1)."""
+    """Return the center of mass (x, y), (..., 2), of masks (..., height, width); pixel centers are in (0, 1)."""
     height, width = masks.shape[-2:]
     x, y = (torch.arange(width) + 0.5) / width, (torch.arange(height) + 0.5) / height
     total = masks.sum((-2, -1)).clamp(min=1e-12)

@@ -1,16 +1,16 @@
-"""Slot U-Net: predicts the noise in the latents of an image, given the slots of what is in it.
+"""Slot U-Net: predicts the noise in the latents of an image, given the slots of the image.
 
 The denoiser of slot-conditioned latent diffusion: Wu et al. 2023, "SlotDiffusion: Object-Centric Generative Modeling
-with Diffusion Models", section 3.2, and Jiang et al. 2023, "Object-Centric Slot Diffusion". It is called as any
-denoiser of diffusers, `unet(sample, timestep, encoder_hidden_states).sample`, and `UNet2DConditionModel` with
-`cross_attention_dim` the channels of a slot takes its place.
+with Diffusion Models", section 3.2, and Jiang et al. 2023, "Object-Centric Slot Diffusion". It has the interface of
+the denoisers of diffusers, `unet(sample, timestep, encoder_hidden_states).sample`. `UNet2DConditionModel` can replace
+it, if its `cross_attention_dim` is the size of a slot.
 
-What differs from SlotDiffusion:
+Differences from SlotDiffusion:
 
-- Resampling happens inside residual blocks, by average pooling and nearest interpolation in place of their first
-  convolution (see `ResidualBlock`); theirs has strided convolutions, and a convolution after the interpolation.
-- One middle block: residual, transformer, residual. It always looks at the slots.
-- Only images of the size in the config are taken: at another size the network has never been trained.
+- Resampling happens inside residual blocks: average pooling or nearest interpolation replaces their first convolution
+  (see `ResidualBlock`). SlotDiffusion uses strided convolutions, and a convolution after the interpolation.
+- There is one middle block (residual, transformer, residual). It always attends to the slots.
+- Images must have the size in the config, because the network was never trained on other sizes.
 """
 
 from dataclasses import dataclass
@@ -24,9 +24,8 @@ from torch import nn
 
 from .layers_unet import ResidualBlock, SlotTransformer, TimeEmbedding
 
-# Named networks: SlotUNetModel(**ARCHITECTURES["clevrtex"]).
 ARCHITECTURES = {
-    # For latents 3x16x16 of 64x64 images and slots of 64 channels, on a CPU.
+    # For 3x16x16 latents of 64x64 images and slots of 64 channels, on a CPU.
     "small": {
         "sample_size": 16,
         "block_out_channels": (32, 64, 128),
@@ -35,7 +34,7 @@ ARCHITECTURES = {
         "cross_attention_dim": 64,
         "norm_num_groups": 16,
     },
-    # SlotDiffusion on CLEVRTex, for latents 3x32x32 of 128x128 images and slots of 192 channels.
+    # SlotDiffusion on CLEVRTex, for 3x32x32 latents of 128x128 images and slots of 192 channels.
     "clevrtex": {
         "sample_size": 32,
         "block_out_channels": (128, 256, 384, 512),
@@ -45,6 +44,7 @@ ARCHITECTURES = {
         "dropout": 0.1,
     },
 }
+"""Arguments of `SlotUNetModel` by name: `SlotUNetModel(**ARCHITECTURES["clevrtex"])`."""
 
 
 @dataclass
@@ -59,7 +59,7 @@ class SlotUNetOutput(BaseOutput):
 
 
 class SlotUNetLayer(nn.Module):
-    """A residual block, and a transformer behind it where the layer looks at the slots."""
+    """A residual block, followed by a transformer if the layer attends to the slots."""
 
     def __init__(self, residual: ResidualBlock, transformer: SlotTransformer | None = None):
         super().__init__()
@@ -69,7 +69,7 @@ class SlotUNetLayer(nn.Module):
     def forward(
         self, x: torch.Tensor, time: torch.Tensor, slots: torch.Tensor, keep: torch.Tensor | None
     ) -> torch.Tensor:
-        """Transform a feature map; arguments as of `ResidualBlock` and `SlotTransformer`."""
+        """Transform a feature map; for the arguments see `ResidualBlock` and `SlotTransformer`."""
         x = self.residual(x, time)
         return x if self.transformer is None else self.transformer(x, slots, keep)
 
@@ -77,26 +77,26 @@ class SlotUNetLayer(nn.Module):
 class SlotUNetModel(ModelMixin, ConfigMixin):
     """U-Net with cross-attention to slots.
 
-    Down: at each level `layers_per_block` layers, and between levels one that halves the feature map. One middle
-    block. Up: at each level one layer more than down, each of which takes the output of its counterpart beside its
-    input, and between levels one that doubles the feature map.
+    Down path: each level has `layers_per_block` layers, and a further layer between levels halves the feature map.
+    Then comes one middle block. Up path: each level has `layers_per_block + 1` layers. Each of them also gets the
+    output of the corresponding layer of the down path. A further layer between levels doubles the feature map.
 
     Args:
-        sample_size: Height and width of the latents; a multiple of 2 to the power of the levels but one.
+        sample_size: Height and width of the latents; divisible by 2 once per level after the first.
         in_channels: Channels of the latents.
-        block_out_channels: Channels of each level, from the finest; multiples of `norm_num_groups`, and of
-            `attention_head_dim` where there are transformers.
-        layers_per_block: Layers of each level on the way down.
-        attention_resolutions: Heights of the feature maps whose layers have a transformer: `sample_size` is the
-            finest, and each further level has half. The middle block always has one.
-        transformer_layers_per_block: Transformer blocks of each of these.
+        block_out_channels: Channels of each level, from the finest to the coarsest. Multiples of `norm_num_groups`,
+            and in levels with a transformer also of `attention_head_dim`.
+        layers_per_block: Layers per level of the down path.
+        attention_resolutions: Heights of the feature maps whose layers have a transformer. The finest level has height
+            `sample_size`, and each further level has half the height. The middle block always has a transformer.
+        transformer_layers_per_block: Transformer blocks per transformer.
         attention_head_dim: Channels of an attention head.
         cross_attention_dim: Channels of a slot.
         dropout: Probability of dropout in the residual blocks.
         norm_num_groups: Groups of the normalizations.
-        position_frequencies: Octaves of the position embedding that tells the cells of the transformers where they
-            are; None for none, as `UNet2DConditionModel` has it.
-        num_train_timesteps: Timesteps of the noise schedule: they run from 0 to one less.
+        num_train_timesteps: Number of timesteps of the noise schedule, which are numbered from 0.
+        position_frequencies: Octaves of the position embedding of the transformers. Defaults to no position embedding,
+            as in `UNet2DConditionModel`.
 
     Raises:
         ValueError: If the sizes do not fit together.
@@ -156,7 +156,7 @@ class SlotUNetModel(ModelMixin, ConfigMixin):
         self.conv_in = nn.Conv2d(in_channels, block_out_channels[0], 3, padding=1)
 
         width = block_out_channels[0]
-        widths = [width]  # of what the way up takes along
+        widths = [width]  # of the feature maps that the up path reads
         self.down_layers = nn.ModuleList()
         for level, out in enumerate(block_out_channels):
             for _ in range(layers_per_block):
@@ -206,19 +206,19 @@ class SlotUNetModel(ModelMixin, ConfigMixin):
         coarsest = 2 ** (len(channels) - 1)
         if config.sample_size % coarsest:
             raise ValueError(
-                f"sample_size={config.sample_size} must be a multiple of {coarsest}, which is 2 for each of the "
-                f"{len(channels)} levels of block_out_channels but one."
+                f"sample_size={config.sample_size} must be a multiple of {coarsest}, because it is halved between the "
+                f"{len(channels)} levels of block_out_channels."
             )
         sizes = [config.sample_size >> level for level in range(len(channels))]
         for size in config.attention_resolutions:
             if size not in sizes:
                 raise ValueError(
-                    f"attention_resolutions={tuple(config.attention_resolutions)} has {size}, the height of no level; "
-                    f"choose from {', '.join(map(str, sizes))}."
+                    f"attention_resolutions={tuple(config.attention_resolutions)} has {size}, but no level has "
+                    f"this height; choose from {', '.join(map(str, sizes))}."
                 )
         if channels[0] % 2:
             raise ValueError(
-                f"block_out_channels={tuple(channels)} must begin with an even number: half of it cosines of the time."
+                f"block_out_channels={tuple(channels)} must begin with an even number, for sines and cosines of time."
             )
         for width, size in zip(channels, sizes, strict=True):
             if width < 1 or width % groups:
@@ -228,7 +228,7 @@ class SlotUNetModel(ModelMixin, ConfigMixin):
             if (size in config.attention_resolutions or size == sizes[-1]) and width % head_dim:
                 raise ValueError(
                     f"block_out_channels={tuple(channels)} must be multiples of attention_head_dim={head_dim} where "
-                    "there are transformers: at attention_resolutions, and at the last level for the middle block."
+                    "the network has transformers: at attention_resolutions, and at the last level."
                 )
 
     def _check_inputs(
@@ -238,33 +238,33 @@ class SlotUNetModel(ModelMixin, ConfigMixin):
         expected = (config.in_channels, config.sample_size, config.sample_size)
         if sample.ndim != 4 or tuple(sample.shape[1:]) != expected:
             raise ValueError(
-                f"sample has shape {tuple(sample.shape)}, expected (batch, {', '.join(map(str, expected))}): the "
-                "latents of images of the size that this U-Net was made for, not the images."
+                f"sample has shape {tuple(sample.shape)}, expected (batch, {', '.join(map(str, expected))}): pass "
+                "latents, not images, of the image size that this U-Net was built for."
             )
         if slots.ndim != 3 or slots.shape[0] != sample.shape[0] or slots.shape[2] != config.cross_attention_dim:
             raise ValueError(
                 f"encoder_hidden_states has shape {tuple(slots.shape)}, expected ({len(sample)}, slots, "
-                f"{config.cross_attention_dim}): the slots of each image of the batch."
+                f"{config.cross_attention_dim}): the slots of each image in the batch."
             )
         if not slots.shape[1]:
-            raise ValueError("encoder_hidden_states has no slot; expected at least one for each image.")
+            raise ValueError("encoder_hidden_states has no slots; expected at least one per image.")
         if keep is not None and (keep.shape != slots.shape[:2] or keep.dtype != torch.bool):
             raise ValueError(
                 f"encoder_attention_mask is {keep.dtype} of shape {tuple(keep.shape)}, expected torch.bool of shape "
-                f"{tuple(slots.shape[:2])}: which slots there are."
+                f"{tuple(slots.shape[:2])}: the slots to attend to."
             )
         if timestep.shape not in ((), (1,), (len(sample),)):
             raise ValueError(
                 f"timestep has shape {tuple(timestep.shape)}, expected one number, or one for each of the "
-                f"{len(sample)} images."
+                f"{len(sample)} images in the batch."
             )
-        # On an accelerator, to look at the values would be to wait for everything that is still being computed.
+        # On an accelerator, reading the values would wait for all pending computations.
         if timestep.device.type == "cpu" and not torch.compiler.is_compiling():
             first, last = timestep.min().item(), timestep.max().item()
             if not (first >= 0 and last <= config.num_train_timesteps - 1):  # NaN compares false
                 raise ValueError(
                     f"timestep has values from {first} to {last}, expected 0 to {config.num_train_timesteps - 1}: "
-                    f"the U-Net knows num_train_timesteps={config.num_train_timesteps}."
+                    f"the U-Net has num_train_timesteps={config.num_train_timesteps}."
                 )
 
     def _run(self, layer: nn.Module, *args: torch.Tensor | None) -> torch.Tensor:
@@ -284,20 +284,20 @@ class SlotUNetModel(ModelMixin, ConfigMixin):
 
         Args:
             sample: Noisy latents, (batch, in_channels, sample_size, sample_size).
-            timestep: 0 (almost no noise) to `num_train_timesteps` - 1 (almost nothing else), one for all or (batch,).
-                The range is checked where looking is free: for numbers and tensors on the CPU.
-            encoder_hidden_states: Slots, (batch, slots, cross_attention_dim); any number of them, in any order.
-            encoder_attention_mask: Which slots there are, bool (batch, slots), at least one in each row; all when not
-                given.
+            timestep: From 0 (almost no noise) to `num_train_timesteps` - 1 (almost only noise); one number, or
+                (batch,). The range is only checked for numbers and for tensors on the CPU.
+            encoder_hidden_states: Slots, (batch, slots, cross_attention_dim); any number of slots, in any order.
+            encoder_attention_mask: The slots to attend to, bool (batch, slots), at least one per row. Defaults to all
+                slots.
             return_dict: Whether to return a `SlotUNetOutput` instead of a tuple.
 
         Returns:
             The noise, as `.sample` or the first element.
 
         Raises:
-            ValueError: If a shape is not what the config says, or a timestep is out of range.
+            ValueError: If a shape does not match the config, or a timestep is out of range.
         """
-        # A number stays on the CPU until it has been checked.
+        # A number stays on the CPU until it is checked.
         timestep = torch.as_tensor(timestep)
         self._check_inputs(sample, encoder_hidden_states, encoder_attention_mask, timestep)
         slots, keep = encoder_hidden_states, encoder_attention_mask

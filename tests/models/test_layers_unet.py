@@ -124,7 +124,7 @@ def test_resampling_averages_and_repeats():
 
 
 def test_unknown_resampling_is_refused():
-    with pytest.raises(ValueError, match="resample='half' is unknown; choose down, up or None"):
+    with pytest.raises(ValueError, match="resample='half' is unknown; choose one of None, down, up"):
         ResidualBlock(8, 8, time_dim=8, groups=4, resample="half")
 
 

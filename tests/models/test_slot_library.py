@@ -158,7 +158,7 @@ def test_save_and_load(library, tmp_path):
 
 def test_save_refuses_the_folder_of_a_model(library, tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "slot_autoencoder"}')
-    with pytest.raises(ValueError, match="holds another model's config.json; expected a folder of its own"):
+    with pytest.raises(ValueError, match="has the config.json of another model; use a separate folder"):
         library.save_pretrained(tmp_path)
     assert "slot_autoencoder" in (tmp_path / "config.json").read_text()
 

@@ -246,7 +246,7 @@ def test_a_misspelt_field_is_refused():
         ({"sample": torch.zeros(3, 8, 8)}, r"sample has shape \(3, 8, 8\)"),
         ({"encoder_hidden_states": torch.zeros(2, 3, 64)}, r"shape \(2, 3, 64\), expected \(2, slots, 12\)"),
         ({"encoder_hidden_states": torch.zeros(1, 3, 12)}, r"shape \(1, 3, 12\), expected \(2, slots, 12\)"),
-        ({"encoder_hidden_states": torch.zeros(2, 0, 12)}, "has no slot"),
+        ({"encoder_hidden_states": torch.zeros(2, 0, 12)}, "has no slots"),
         ({"encoder_attention_mask": torch.ones(2, 4, dtype=torch.bool)}, r"expected torch.bool of shape \(2, 3\)"),
         ({"encoder_attention_mask": torch.ones(2, 3)}, "encoder_attention_mask is torch.float32"),
         ({"timestep": 1000}, "timestep has values from 1000 to 1000, expected 0 to 999"),
