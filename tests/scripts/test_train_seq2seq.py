@@ -153,7 +153,7 @@ def test_an_experiment_can_evaluate_a_run_of_another(finished, tmp_path):
     results = read_results(tmp_path / "cell")
     assert results["metrics"] == metrics and results["seed"] == 3 and results["seconds"] > 0
     assert results["script"] == "evaluate_seq2seq.py" and results["num_parameters"] > 0
-    with pytest.raises(ValueError, match="holds no finished run with --model bilstm_attention --seed 4; run its"):
+    with pytest.raises(ValueError, match="contains no finished run with --model bilstm_attention --seed 4. Run its"):
         evaluate_seq2seq.main([*flags, "--seed=4"])
 
 
@@ -174,7 +174,7 @@ def test_flags_of_an_evaluation_are_checked_before_it_runs(tmp_path, capsys):
     (tmp_path / "evaluate_seq2seq.py").symlink_to(ROOT / "scripts" / "evaluate_seq2seq.py")
     (folder / "bad.toml").write_text(toml)
     assert run_experiment.main([str(folder / "bad.toml"), "--dry_run"]) == 1
-    assert "evaluate_seq2seq.py refuses decoding=greedy: decoding='greedy' is unknown" in capsys.readouterr().err
+    assert "evaluate_seq2seq.py rejects decoding=greedy: decoding='greedy' is unknown" in capsys.readouterr().err
     (folder / "bad.toml").write_text(toml + "[fixed]\nnum_beam = 3\n")
     assert run_experiment.main([str(folder / "bad.toml"), "--dry_run"]) == 1
     assert "'num_beam' is not a flag of evaluate_seq2seq.py. Did you mean 'num_beams'?" in capsys.readouterr().err
