@@ -59,13 +59,13 @@ def to_argv(flags: dict[str, Any]) -> list[str]:
 
 def check_flags(experiment: Experiment, scripts: dict[str, Path]) -> None:
     """Parse the flags of all cells with the parsers of their scripts, to find mistakes before anything runs."""
-    from hf_dl.training import TrainingArgs, flag_names, parse_args
+    from hf_dl.training import TrainingArgs, flag_names, parse_args, parse_flags
 
     args_of = {name: _find_args(path) for name, path in scripts.items()}
     seen = set()
     for cell in experiment.cells():
         found, flags = args_of[cell.script], {name: v for name, v in cell.given.items() if name != "seed"}
-        trains, known = issubclass(found, TrainingArgs), flag_names(found)
+        known, parse = flag_names(found), parse_args if issubclass(found, TrainingArgs) else parse_flags
         for name in flags:
             if name not in known:
                 close = difflib.get_close_matches(name, known, n=1)
@@ -77,7 +77,7 @@ def check_flags(experiment: Experiment, scripts: dict[str, Path]) -> None:
         errors = io.StringIO()
         try:
             with contextlib.redirect_stderr(errors):
-                parse_args(found, to_argv(flags)) if trains else _parse(found, to_argv(flags))
+                parse(found, to_argv(flags))
         except (SystemExit, ValueError) as error:
             reason = errors.getvalue().strip().rpartition("error: ")[2] or str(error)
             raise ValueError(f"{experiment.name}.toml: {cell.script} rejects {_words(flags)}: {reason}") from None
@@ -103,12 +103,6 @@ def _find_args(script: Path) -> type:
             f"{script.name} defines {len(found)} subclasses of TrainingArgs. Its flags must be exactly one class."
         )
     return found[0]
-
-
-def _parse(cls: type, argv: list[str]) -> None:
-    from transformers import HfArgumentParser
-
-    cls(**vars(HfArgumentParser(cls, allow_abbrev=False).parse_args(argv)))
 
 
 def _words(flags: dict[str, Any]) -> str:

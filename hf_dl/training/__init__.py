@@ -1,6 +1,6 @@
-"""The loop's surroundings: flags all scripts share, and the run that feeds, steps, logs, saves and resumes."""
+"""The shared flags of all training scripts, and the run that loads batches, steps, logs, saves and resumes."""
 
-from .args import TrainingArgs, flag_names, parse_args
+from .args import TrainingArgs, flag_names, parse_args, parse_flags
 from .run import TrainingRun
 
-__all__ = ["TrainingArgs", "TrainingRun", "flag_names", "parse_args"]
+__all__ = ["TrainingArgs", "TrainingRun", "flag_names", "parse_args", "parse_flags"]

@@ -1,6 +1,6 @@
-"""The flags that all training scripts share, and a parser that refuses what it does not know.
+"""The flags that all training scripts share, and a strict parser.
 
-A script adds its own flags in a subclass of `TrainingArgs` and calls `parse_args` once, first of all:
+A script adds its own flags in a subclass of `TrainingArgs` and calls `parse_args` once, before anything else:
 
     @dataclass
     class SlotArgs(TrainingArgs):
@@ -41,9 +41,9 @@ Schedule = Literal[tuple(SCHEDULES)]
 
 @dataclass
 class TrainingArgs:
-    """Flags shared by all training scripts; a script subclasses it, adds its own and may override defaults.
+    """Flags shared by all training scripts. Scripts add flags and override defaults in a subclass.
 
-    A subclass with a `__post_init__` of its own calls `super().__post_init__()`, which checks the values.
+    If a subclass defines `__post_init__`, it must call `super().__post_init__()`, which validates the values.
 
     Raises:
         ValueError: If a value is out of its range, or two values contradict each other.
@@ -53,22 +53,24 @@ class TrainingArgs:
         32
     """
 
-    output_dir: str = field(default="", metadata={"help": "Folder of the run; empty: runs/<name of the script>."})
-    seed: int = field(default=0, metadata={"help": "Seed of weights, data order, dropout and augmentation."})
-    max_steps: int = field(default=1000, metadata={"help": "Optimizer steps of the run."})
-    epochs: float = field(default=0.0, metadata={"help": "Passes over the data; when above 0 it replaces max_steps."})
+    output_dir: str = field(default="", metadata={"help": "Folder of the run; defaults to runs/<name of the script>."})
+    seed: int = field(default=0, metadata={"help": "Seed for weights, data order, dropout and augmentation."})
+    max_steps: int = field(default=1000, metadata={"help": "Number of optimizer steps."})
+    epochs: float = field(default=0.0, metadata={"help": "Passes over the data; if above 0, replaces max_steps."})
     batch_size: int = field(
-        default=32, metadata={"help": "Examples per optimizer step, all processes and accumulation together."}
+        default=32, metadata={"help": "Examples per optimizer step, summed over processes and accumulation."}
     )
     accumulation: int = field(
-        default=1, metadata={"help": "Pieces a process's share of the batch is computed in: less memory, same result."}
+        default=1, metadata={"help": "Number of pieces to compute a batch in; saves memory, same result."}
     )
-    num_workers: int = field(default=0, metadata={"help": "Processes that load data; 0: in the main process."})
+    num_workers: int = field(
+        default=0, metadata={"help": "Number of processes that load data; 0 loads in the main process."}
+    )
 
     optimizer: Literal["adam", "adamw", "sgd"] = field(default="adamw", metadata={"help": "Update rule."})
     learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate."})
     weight_decay: float = field(
-        default=0.0, metadata={"help": "Weight decay of weights with two or more dimensions; decoupled in adamw."}
+        default=0.0, metadata={"help": "Weight decay for weights with two or more dimensions; decoupled in adamw."}
     )
     momentum: float = field(default=0.9, metadata={"help": "Momentum of sgd; first beta of adam and adamw."})
     beta2: float = field(default=0.999, metadata={"help": "Second beta of adam and adamw."})
@@ -79,48 +81,56 @@ class TrainingArgs:
             + " ".join(f"{name}: {inspect.getdoc(function).splitlines()[0]}" for name, function in SCHEDULES.items())
         },
     )
-    warmup_steps: int = field(default=0, metadata={"help": "Steps over which the learning rate rises from 0."})
-    half_life: int = field(default=0, metadata={"help": "Steps in which schedule=halving halves, smoothly."})
+    warmup_steps: int = field(
+        default=0, metadata={"help": "Steps in which the learning rate rises from 0 to its peak."}
+    )
+    half_life: int = field(default=0, metadata={"help": "Steps in which schedule=halving halves the learning rate."})
     decay_at: list[float] = field(
         default_factory=lambda: [0.5, 0.75],
-        metadata={"help": "Parts of the run after which schedule=step decays, such as 0.5 0.75."},
+        metadata={"help": "Fractions of the run after which schedule=step decays, such as 0.5 0.75."},
     )
-    decay_factor: float = field(default=0.1, metadata={"help": "What schedule=step multiplies by at each of them."})
-    max_grad_norm: float = field(default=0.0, metadata={"help": "Gradients are clipped to this norm; 0: not at all."})
+    decay_factor: float = field(
+        default=0.1, metadata={"help": "Factor of schedule=step at each fraction in decay_at."}
+    )
+    max_grad_norm: float = field(default=0.0, metadata={"help": "Maximum norm of the gradients; 0 disables clipping."})
     ema_decay: float = field(
         default=0.0,
         metadata={
-            "help": "Decay d of the averaged weights, min(d, (1 + step) / (10 + step)) at each step; 0: no averaging."
+            "help": "Decay d of the averaged weights (EMA): min(d, (1 + step) / (10 + step)); 0 disables averaging."
         },
     )
 
-    eval_every: int = field(default=0, metadata={"help": "Steps between evaluations; 0: never."})
+    eval_every: int = field(default=0, metadata={"help": "Steps between evaluations; 0 disables them."})
     eval_epochs: float = field(
         default=0.0,
-        metadata={"help": "Passes over the data between evaluations; when above 0 it replaces eval_every."},
+        metadata={"help": "Passes over the data between evaluations; if above 0, replaces eval_every."},
     )
-    monitor: str = field(default="", metadata={"help": "Logged metric that decides best/ and early stopping."})
+    monitor: str = field(
+        default="", metadata={"help": "Logged metric that selects best/ and decides about early stopping."}
+    )
     higher_is_better: bool = field(default=False, metadata={"help": "Whether a higher monitor is better."})
     patience: int = field(
-        default=0, metadata={"help": "Evaluations without a better monitor after which the run stops; 0: never."}
+        default=0,
+        metadata={"help": "Stop after this many evaluations without a better monitor; 0 disables early stopping."},
     )
 
     log_every: int = field(default=50, metadata={"help": "Steps between lines of log.jsonl."})
     report_to: str = field(
-        default="none", metadata={"help": "none, or trackers with commas between: tensorboard, trackio, wandb, ..."}
+        default="none", metadata={"help": "none, or trackers separated by commas: tensorboard, trackio, wandb, ..."}
     )
-    save_every: int = field(default=500, metadata={"help": "Steps between checkpoints; 0: none are written."})
-    keep_last: int = field(default=2, metadata={"help": "Newest checkpoints that are kept; 0: all."})
+    save_every: int = field(default=500, metadata={"help": "Steps between checkpoints; 0 disables them."})
+    keep_last: int = field(default=2, metadata={"help": "Number of newest checkpoints to keep; 0 keeps all."})
     resume: bool = field(
-        default=False, metadata={"help": "Continue from the newest good checkpoint in output_dir, if there is one."}
+        default=False, metadata={"help": "Continue from the newest complete checkpoint in output_dir, if any."}
     )
 
     mixed_precision: Literal["no", "fp16", "bf16"] | None = field(
-        default=None, metadata={"help": "Precision of the forward pass; default: what `accelerate config` says."}
+        default=None,
+        metadata={"help": "Precision of the forward pass; defaults to the setting of `accelerate config`."},
     )
     compile: bool = field(default=False, metadata={"help": "Compile the model with torch.compile."})
     cpu_threads: int = field(
-        default=0, metadata={"help": "CPU threads of each process; 0: the cores divided by the processes."}
+        default=0, metadata={"help": "CPU threads per process; 0 divides the cores by the processes."}
     )
 
     def __post_init__(self):
@@ -149,18 +159,22 @@ class TrainingArgs:
         if self.batch_size % self.accumulation:
             raise ValueError(
                 f"batch_size={self.batch_size} must be a multiple of accumulation={self.accumulation}, so that all "
-                "pieces are of one size."
+                "pieces have the same size."
             )
         if self.schedule == "halving" and not self.half_life:
-            raise ValueError("schedule='halving' needs half_life, the steps in which the learning rate halves.")
+            raise ValueError(
+                "schedule='halving' needs half_life, the number of steps in which the learning rate halves."
+            )
         if not all(0 < part < 1 for part in self.decay_at):
-            raise ValueError(f"decay_at={self.decay_at} must be parts of the run, each above 0 and below 1.")
+            raise ValueError(f"decay_at={self.decay_at} must be fractions of the run, each above 0 and below 1.")
         if not 0 < self.decay_factor <= 1:
             raise ValueError(f"decay_factor={self.decay_factor} must be above 0 and at most 1.")
         if self.patience and not self.monitor:
-            raise ValueError(f"patience={self.patience} needs monitor, the name of the logged metric to watch.")
+            raise ValueError(f"patience={self.patience} needs monitor, the name of a logged metric.")
         if self.monitor and not (self.eval_every or self.eval_epochs):
-            raise ValueError(f"monitor={self.monitor!r} needs eval_every or eval_epochs: how often to evaluate.")
+            raise ValueError(
+                f"monitor={self.monitor!r} needs eval_every or eval_epochs, which set how often to evaluate."
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the flags as JSON can hold them."""
@@ -172,13 +186,13 @@ FlagsT = TypeVar("FlagsT")
 
 
 def flag_names(cls: type) -> list[str]:
-    """List the flags of a script, without dashes, so that the keys of an experiment file can be checked.
+    """List the names of a script's flags, to validate the keys of an experiment file.
 
     Args:
         cls: The script's dataclass of flags.
 
     Returns:
-        The names, the shared ones first.
+        The names without dashes, shared flags first.
 
     Example:
         >>> "learning_rate" in flag_names(TrainingArgs)
@@ -188,7 +202,7 @@ def flag_names(cls: type) -> list[str]:
 
 
 def script_path(cls: type) -> Path:
-    """Find the file that declares a script's flags: the script itself, also when a test imports it."""
+    """Return the file that defines a script's flags, which is the script, even if a test imports it."""
     if cls is not TrainingArgs:
         path = getattr(sys.modules.get(cls.__module__), "__file__", None)
         if path:
@@ -267,7 +281,7 @@ def parse_flags(cls: type[FlagsT], argv: list[str] | None = None) -> FlagsT:
 
 
 def _argument_groups(cls: type) -> list[type]:
-    """Cut the dataclass into one a group: that is how HfArgumentParser titles the groups of its help."""
+    """Split the dataclass into one per group, because HfArgumentParser shows one group of flags per dataclass."""
     fields, hints = {f.name: f for f in dataclasses.fields(cls) if f.init}, get_type_hints(cls)
     titles = {name: title for title, names in _GROUPS.items() for name in names.split()}
     groups = []
@@ -289,7 +303,7 @@ def _copy(source: dataclasses.Field) -> Any:
 
 
 def _choices(annotation: Any) -> tuple:
-    """The values of `Literal[...]` or `Literal[...] | None`, else nothing."""
+    """Return the values of `Literal[...]` or `Literal[...] | None`, or () for other annotations."""
     members = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
     values = [value for member in members if get_origin(member) is Literal for value in get_args(member)]
     return (*values, None) if values and type(None) in members else tuple(values)
@@ -298,7 +312,7 @@ def _choices(annotation: Any) -> tuple:
 def _unknown_flag(flag: str, known: list[str]) -> str:
     name = flag.split("=")[0].lstrip("-").replace("-", "_")
     if not flag.startswith("--"):
-        return f"{flag!r} is not a flag; flags are written --name value. --help lists them."
+        return f"{flag!r} is not a flag. Write flags as --name value; --help lists them."
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f" Did you mean --{close[0]}?" if close else ""
     return f"--{name} is an unknown flag.{hint} --help lists all."

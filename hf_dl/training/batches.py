@@ -1,16 +1,15 @@
 """The order of the data: seeded, the same for any number of processes, and resumable at any step.
 
-The examples of epoch e are visited in a permutation drawn from (seed, e), and the epochs follow one another without a
-gap: optimizer step s takes the examples [s * batch_size, (s + 1) * batch_size) of that endless sequence. No example
-is dropped, none is seen twice in an epoch, a batch may span two epochs, and the position is a single number. A
-process takes its own contiguous part of each batch, so one process, several processes and accumulation compute the
-same step.
+Epoch e visits the examples in a permutation drawn from (seed, e). The epochs follow each other without a gap, and
+optimizer step s uses the examples [s * batch_size, (s + 1) * batch_size) of this endless sequence. No example is
+dropped, and none is seen twice in an epoch. A batch may span two epochs. The position is a single number. Each process
+uses its own contiguous part of a batch, so one process, several processes and accumulation compute the same step.
 
-With the lengths of the examples given, a batch holds examples of about one length: each 50 batches of the permutation
-are sorted by length and cut into batches, and these are put in random order. All of the above stays as it is.
+If the lengths of the examples are given, a batch contains examples of similar length. Each pool of 50 batches is
+sorted by length and cut into batches, and the batches are put in random order.
 
-Everything random in the data (augmentation, collation) draws from generators seeded by (seed, step, piece, process),
-so it repeats exactly after a resume, with any number of workers.
+Random operations on the data (augmentation, collation) use generators that are seeded by (seed, step, piece, process).
+They repeat exactly after a resume, with any number of workers.
 """
 
 import hashlib
@@ -23,7 +22,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
-POOL = 50  # batches that are sorted together where lengths are given
+POOL = 50  # number of batches that are sorted by length together
 
 
 @dataclass(frozen=True)
@@ -32,9 +31,9 @@ class Share:
 
     Args:
         batch_size: Examples per optimizer step over all processes.
-        accumulation: Pieces that a process computes one after the other.
-        num_processes: Processes that share a batch.
-        process_index: Which of them this is, from 0.
+        accumulation: Number of pieces that a process computes one after the other.
+        num_processes: Number of processes that share a batch.
+        process_index: Index of this process, from 0.
     """
 
     batch_size: int
@@ -47,19 +46,19 @@ class Share:
         if self.batch_size % pieces:
             raise ValueError(
                 f"batch_size={self.batch_size} must be a multiple of accumulation x processes = {self.accumulation} x "
-                f"{self.num_processes}, so that every process gets pieces of one size."
+                f"{self.num_processes}, so that all pieces have the same size."
             )
 
     @property
     def pieces(self) -> list[slice]:
-        """The slices of a batch, one for each accumulation piece of this process."""
+        """The slices of a batch, one per accumulation piece of this process."""
         size = self.batch_size // (self.accumulation * self.num_processes)
         first = self.process_index * self.accumulation
         return [slice((first + i) * size, (first + i + 1) * size) for i in range(self.accumulation)]
 
 
 def mix_seed(*parts: int | str) -> int:
-    """Hash integers and words to one well-mixed 63-bit seed.
+    """Hash integers and words to a 63-bit seed.
 
     Example:
         >>> mix_seed(0, 1) != mix_seed(1, 0)
@@ -73,7 +72,7 @@ def seed_everything(seed: int, device: torch.device | None = None) -> None:
     """Seed the global generators of Python, NumPy, torch on the CPU and, if given, on one device."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    # torch.manual_seed also queues itself for CUDA where that sleeps: milliseconds a call
+    # torch.manual_seed also queues a call for CUDA before it is initialized, which takes milliseconds.
     torch.default_generator.manual_seed(seed)
     if device is not None and device.type != "cpu":
         torch.get_device_module(device).manual_seed(seed)
@@ -101,18 +100,19 @@ class _MapBatches(Dataset):
             generator = torch.Generator().manual_seed(mix_seed(self.seed, "order", epoch))
             self._epoch, self._order = epoch, torch.randperm(len(self.data), generator=generator).tolist()
             if self.lengths is not None:
-                begun = -epoch * len(self.data) % self.share.batch_size  # goes to the last batch of the former epoch
+                # The first examples complete the last batch of the previous epoch.
+                begun = -epoch * len(self.data) % self.share.batch_size
                 self._order = self._order[:begun] + self._bucket(self._order[begun:], generator)
         return self._order[place]
 
     def _bucket(self, order: list[int], generator: torch.Generator) -> list[int]:
-        """Bring examples of about one length together, batch by batch; what fills no batch comes last."""
+        """Reorder examples so that each batch has similar lengths; examples that do not fill a batch come last."""
         size, groups, rest = self.share.batch_size, [], []
         for first in range(0, len(order), POOL * size):
             pool = sorted(order[first : first + POOL * size], key=self.lengths.__getitem__)
             for start in range(0, len(pool), size):
                 group = pool[start : start + size]
-                # shuffled, so that the parts that processes and pieces get are alike
+                # Shuffled, so that processes and pieces get similar lengths.
                 mixed = [group[i] for i in torch.randperm(len(group), generator=generator).tolist()]
                 groups.append(mixed) if len(group) == size else rest.extend(mixed)
         turns = torch.randperm(len(groups), generator=generator).tolist()
@@ -131,7 +131,7 @@ class _Steps(Sampler):
 
 
 class _StreamBatches(IterableDataset):
-    """Batches of a stream; every process reads all of it and keeps its own part of each batch."""
+    """Batches of a stream. Every process reads the whole stream and keeps its part of each batch."""
 
     def __init__(self, data: Any, share: Share, seed: int, collate: Callable, *, step: int, position: tuple[int, int]):
         self.data, self.share, self.seed, self.collate = data, share, seed, collate
@@ -159,7 +159,7 @@ class _StreamBatches(IterableDataset):
         if hasattr(self.data, "set_epoch"):
             self.data.set_epoch(epoch)
         examples = iter(self.data)
-        for _ in range(offset):  # not datasets' skip(): it keeps the shards from being shuffled
+        for _ in range(offset):  # `skip()` of datasets would disable the shuffling of shards
             next(examples, None)
         return examples
 
@@ -199,43 +199,43 @@ def batches(
     num_workers: int = 0,
     pin_memory: bool = False,
 ) -> DataLoader:
-    """Build the loader of one process's pieces, from a step on.
+    """Make the loader of the pieces that one process computes, starting at a step.
 
     Args:
-        data: A map-style dataset (`__len__` and `__getitem__`, also `__getitems__`) or an iterable one, which is
-            started afresh every epoch, after `set_epoch(epoch)` where it has that.
-        share: What this process computes of each batch.
+        data: A map-style dataset (`__len__` and `__getitem__`, optionally `__getitems__`) or an iterable one. An
+            iterable one is iterated again for every epoch, after `set_epoch(epoch)` if it has this method.
+        share: The part of each batch that this process computes.
         seed: Seed of order and augmentation.
-        collate: Makes a batch of a list of examples.
-        lengths: Of the examples, whatever can be sorted: batches are then of about one length.
+        collate: Makes a batch from a list of examples.
+        lengths: Length of each example; any sortable values. If given, each batch has similar lengths.
         step: First optimizer step, from 0.
-        position: (epoch, examples of it already used) at that step.
-        max_steps: The step at which a map-style loader ends; a stream never ends.
-        num_workers: Processes that load; a stream uses at most one, since it is read in order.
-        pin_memory: Copy batches to page-locked memory, for faster transfer to a GPU.
+        position: (epoch, number of its examples that are already used) at this step.
+        max_steps: The step at which the loader of a map-style dataset ends; the loader of a stream never ends.
+        num_workers: Number of loading processes; at most one for a stream, because it is read in order.
+        pin_memory: Whether to copy batches to page-locked memory, for faster transfer to a GPU.
 
     Returns:
-        A loader of ((epoch, examples used of it after this step), batch), `accumulation` of them for each step.
+        A loader of (position after this step, batch), with `accumulation` batches per step.
 
     Raises:
-        ValueError: If the dataset is empty, or there are not as many lengths as examples.
+        ValueError: If the dataset is empty, or `lengths` does not have one entry per example.
     """
     options = {
         "batch_size": None,
         "collate_fn": _as_is,
         "num_workers": num_workers,
         "pin_memory": pin_memory,
-        # an iterator draws its workers' base seed; from the global generator it would shift dropout
+        # The loader draws a base seed for its workers. From the global generator, this would change dropout.
         "generator": torch.Generator().manual_seed(mix_seed(seed, "workers")),
     }
     if lengths is not None and len(lengths) != (len(data) if hasattr(data, "__len__") else -1):
         count = f"{len(data)} examples" if hasattr(data, "__len__") else "a stream"
-        raise ValueError(f"lengths has {len(lengths)} entries for {count}; give one for each example of a dataset.")
+        raise ValueError(f"lengths has {len(lengths)} entries for {count}. Expected one entry per example.")
     if not hasattr(data, "__len__"):
         options["num_workers"] = min(num_workers, 1)
         return DataLoader(_StreamBatches(data, share, seed, collate, step=step, position=position), **options)
     if not len(data):
-        raise ValueError("train_data has no examples; a run needs at least one.")
+        raise ValueError("train_data has no examples. A run needs at least one.")
     start = position[0] * len(data) + position[1]
     return DataLoader(
         _MapBatches(data, share, seed, collate, lengths), sampler=_Steps(step, start, max_steps, share), **options

@@ -1,8 +1,8 @@
-"""Checkpoints that are whole or absent: written aside, checksummed, renamed; safetensors and JSON only.
+"""Checkpoints that are either complete or absent. They use safetensors and JSON only.
 
-A checkpoint is a folder of named groups of tensors (one safetensors file each), `state.json`, and `manifest.json` with
-the size and SHA-256 of the others. It gets its name only when all of it is on the disk, so being killed at any moment
-leaves either the whole checkpoint or a temporary folder, which the next run clears away.
+A checkpoint is a folder with one safetensors file per group of tensors, `state.json`, and `manifest.json` with the
+size and SHA-256 of the other files. It is written to a temporary folder, which is renamed when all files are on the
+disk. A process that is killed leaves either a complete checkpoint or a temporary folder. The next run removes it.
 """
 
 import contextlib
@@ -25,11 +25,11 @@ _FORMER = ".former-"
 
 
 class DamagedCheckpointError(Exception):
-    """A checkpoint whose files are not what its manifest says."""
+    """A checkpoint whose files do not match its manifest."""
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Write a file and wait until the disk has it."""
+    """Write a file and wait until it is on the disk."""
     with open(path, "wb") as file:
         file.write(data)
         file.flush()
@@ -37,7 +37,7 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Write a file aside, then rename it, so that readers see either the old or the new content."""
+    """Write a temporary file and rename it, so that readers see either the old or the new content."""
     aside = path.with_name(f".{path.name}")
     write_file(aside, data)
     os.replace(aside, path)
@@ -59,7 +59,7 @@ def clear_run(folder: Path) -> Path | None:
         folder: The folder of the run; created if it does not exist.
 
     Returns:
-        The folder with the former checkpoints, `checkpoints_old`, or None if there were none.
+        The folder with the former checkpoints, `checkpoints_old`, or None without former checkpoints.
     """
     folder.mkdir(parents=True, exist_ok=True)
     checkpoints, former = folder / "checkpoints", None
@@ -74,14 +74,14 @@ def clear_run(folder: Path) -> Path | None:
 
 
 def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Fill a temporary sibling with `write(path)`, then give it the folder's name.
+    """Write a temporary folder with `write(path)`, then rename it.
 
     Args:
-        folder: The folder to create; an existing one is replaced.
+        folder: The folder to create or replace.
         write: Called with the path of the empty temporary folder.
 
     Raises:
-        OSError: If the disk refuses; the temporary folder is then removed and an existing folder stays.
+        OSError: If writing fails. The temporary folder is removed, and an existing folder stays unchanged.
     """
     aside, former = (folder.parent / f"{prefix}{folder.name}" for prefix in (_TEMPORARY, _FORMER))
     shutil.rmtree(aside, ignore_errors=True)
@@ -101,7 +101,7 @@ def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
 
 
 def tidy(root: Path) -> None:
-    """Undo what a killed `replace_folder` left in a folder: half-written folders go, a former one comes back."""
+    """Clean up after a killed `replace_folder`: remove incomplete folders and restore the former folder."""
     for aside in root.glob(f"{_TEMPORARY}*"):
         shutil.rmtree(aside, ignore_errors=True)
     for former in root.glob(f"{_FORMER}*"):
@@ -113,19 +113,19 @@ def save_checkpoint(folder: Path, tensors: dict[str, dict[str, torch.Tensor]], s
     """Write a checkpoint.
 
     Args:
-        folder: Where it will stand.
-        tensors: Tensors by group and name; each group becomes a file, e.g. `model.safetensors`.
-        state: Everything else, as JSON can express it.
+        folder: The folder of the checkpoint.
+        tensors: Tensors by group and name; each group becomes a file, such as `model.safetensors`.
+        state: Everything else; must be serializable as JSON.
 
     Raises:
-        OSError: If the disk refuses; nothing is left of this checkpoint then.
+        OSError: If writing fails. No part of this checkpoint is left.
     """
 
     def write(aside: Path) -> None:
         manifest = {}
         contents = {f"{group}.safetensors": members for group, members in tensors.items()} | {"state.json": state}
         for name, content in contents.items():
-            # bytes, not save_file: its memory map reports a full disk as no OSError
+            # `save_file` uses a memory map, which does not report a full disk as an OSError.
             data = json.dumps(content).encode() if name == "state.json" else save(_to_cpu(content))
             write_file(aside / name, data)
             manifest[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
@@ -162,7 +162,7 @@ def save_model(folder: Path, model: nn.Module, weights: dict[str, torch.Tensor],
 
 
 def load_checkpoint(folder: Path) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]:
-    """Read a checkpoint that `verify` has passed.
+    """Read a checkpoint; call `verify` first.
 
     Returns:
         The tensors by group and name, on the CPU, and the state.
@@ -175,7 +175,7 @@ def verify(folder: Path) -> None:
     """Compare a checkpoint's files with its manifest.
 
     Raises:
-        DamagedCheckpointError: If a file is missing, cut short or altered; the message says which.
+        DamagedCheckpointError: If a file is missing, cut short or changed; the message names the file.
     """
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
@@ -190,34 +190,34 @@ def verify(folder: Path) -> None:
             raise DamagedCheckpointError(f"{name} has {path.stat().st_size} of {size} bytes")
         with open(path, "rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != digest:
-                raise DamagedCheckpointError(f"{name} differs from what was written")
+                raise DamagedCheckpointError(f"{name} has a wrong checksum")
 
 
 def newest_good(root: Path) -> tuple[Path | None, list[str]]:
-    """Find the newest whole checkpoint in a folder of `step_XXXXXXXX` folders.
+    """Find the newest complete checkpoint in a folder of `step_XXXXXXXX` folders.
 
     Returns:
-        The checkpoint or None, and a sentence about each newer one that is damaged.
+        The checkpoint or None, and a message about each newer checkpoint that is damaged.
     """
     complaints = []
     for folder in sorted(root.glob("step_*"), reverse=True):
         try:
             verify(folder)
         except DamagedCheckpointError as error:
-            complaints.append(f"Checkpoint {folder} is damaged ({error}) and was left out.")
+            complaints.append(f"Checkpoint {folder} is damaged ({error}) and was skipped.")
         else:
             return folder, complaints
     return None, complaints
 
 
 def keep_newest(root: Path, number: int) -> None:
-    """Remove all but the newest `number` checkpoints; 0 keeps all."""
+    """Remove all checkpoints except the newest `number`; 0 keeps all."""
     for folder in sorted(root.glob("step_*"))[:-number] if number else []:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def pack_optimizer(state: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Split an optimizer's state dict into tensors named `<parameter>.<key>` and the rest, for JSON."""
+    """Split an optimizer's state dict into tensors named `<parameter>.<key>` and a rest for JSON."""
     tensors, numbers = {}, {}
     for index, entries in state["state"].items():
         for key, value in entries.items():
@@ -226,7 +226,7 @@ def pack_optimizer(state: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict
 
 
 def unpack_optimizer(tensors: dict[str, torch.Tensor], rest: dict[str, Any]) -> dict[str, Any]:
-    """Join again what `pack_optimizer` split."""
+    """Rebuild the state dict from the output of `pack_optimizer`."""
     state: dict[int, dict[str, Any]] = {}
     for name, value in {**tensors, **rest["numbers"]}.items():
         index, key = name.split(".", 1)
@@ -235,12 +235,12 @@ def unpack_optimizer(tensors: dict[str, torch.Tensor], rest: dict[str, Any]) -> 
 
 
 def _to_cpu(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    # cloned: safetensors refuses tied weights, two names of one memory
+    # Cloned, because safetensors rejects tied weights: two names that share memory.
     return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
 
 
 def _sync_folder(folder: Path) -> None:
-    with contextlib.suppress(OSError):  # not every system can open a folder
+    with contextlib.suppress(OSError):  # not all systems can open a folder
         handle = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(handle)

@@ -1,4 +1,4 @@
-"""Where a result comes from: the commit, the versions, the machine and the day, as results.json records them."""
+"""The origin of a result for results.json: commit, versions, device and date."""
 
 import contextlib
 import importlib.metadata
@@ -15,15 +15,16 @@ from torch import nn
 
 
 def provenance(script: str | Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Say what a result was made by and on.
+    """Collect commit, versions, device and date for a result.
 
     Args:
-        script: The file of the script; the state of its git checkout is told where it has one.
-        device: The device that computed.
+        script: The file of the script, whose git checkout is described.
+        device: The device that was used.
 
     Returns:
-        `device` in words, `commit` and `dirty` (whether tracked files other than reports differ from it; both None
-        without git), `versions` of Python and the libraries, and `date`, in UTC.
+        The name of the `device`, the `commit`, `dirty`, the `versions` of Python and the libraries, and the `date` in
+        UTC. `dirty` is whether tracked files other than reports differ from the commit. `commit` and `dirty` are None
+        without git.
 
     Example:
         >>> from hf_dl.training.provenance import provenance
@@ -49,15 +50,15 @@ def write_results(
     *,
     seconds: float,
 ) -> None:
-    """Write the results.json of a script that trains nothing, so that it can be a cell of an experiment.
+    """Write results.json for a script that only evaluates, so that it can be a cell of an experiment.
 
     Args:
-        folder: An existing folder, which is to have the file.
+        folder: The folder to write to; must exist.
         script: The file of the script.
-        args: Its flags, "seed" among them.
-        metrics: What it found.
-        model: The model that it evaluated.
-        seconds: How long it took.
+        args: The flags of the script, including "seed".
+        metrics: The scores.
+        model: The model that was evaluated.
+        seconds: The time that the script took.
     """
     results = {
         "script": Path(script).name,
@@ -81,9 +82,9 @@ def _versions() -> dict[str, str]:
 
 
 def _git_state(folder: Path) -> tuple[str | None, bool | None]:
-    """The commit that a folder is at and whether tracked files differ from it; None where there is no git.
+    """Return the commit of a folder and whether tracked files differ from it, or None and None without git.
 
-    The reports in model_cards/ aside, which an experiment writes while the next one runs.
+    Reports in model_cards/ do not count, because one experiment may write them while another one runs.
     """
 
     def git(*words: str) -> str:

@@ -17,7 +17,7 @@ Resume is exact: a run that is killed and resumed ends with the same weights to 
 global generators and `run.generator` are seeded by (seed, step, piece, process). No random state has to be saved, and
 an evaluation cannot change it. Scripts must draw random numbers from these generators only.
 
-FSDP and DeepSpeed can train and save the best and final weights; they support neither EMA nor `--resume`.
+FSDP and DeepSpeed can train and save the best and final weights. They do not support EMA and `--resume`.
 """
 
 import contextlib

@@ -130,6 +130,18 @@ def test_dry_run_prints_commands_that_run(project, capsys):
     assert (project / "calls.txt").read_text() == "4 group 1\n"
 
 
+def test_scripts_and_experiments_may_lie_outside_of_the_working_folder(project, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("scripts.run_experiment.LAUNCH", (sys.executable,))
+    monkeypatch.setenv("PYTHONPATH", str(project / "stub"))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert main([str(project / EXPERIMENT), "--max_cells", "1"]) == 0
+    assert f"{project / 'scripts'}" not in capsys.readouterr().out  # the table, and no path of the installation
+    names = {path.relative_to(tmp_path / "elsewhere").as_posix() for path in (tmp_path / "elsewhere").rglob("*.*")}
+    assert {"model_cards/fake.md", "model_cards/fake.json", "calls.txt"} <= names
+    assert not (project / "runs").exists() and not (project / "model_cards").exists()
+
+
 def test_runs_the_missing_cells_once_and_reports_a_failure(project, capsys, monkeypatch):
     monkeypatch.setattr("scripts.run_experiment.LAUNCH", (sys.executable,))
     monkeypatch.setenv("PYTHONPATH", str(project / "stub"))

@@ -78,7 +78,7 @@ def test_what_is_refused(argv, sentence, capsys):
         ({"schedule": "halving"}, "needs half_life"),
         ({"patience": 3}, "patience=3 needs monitor"),
         ({"monitor": "val_loss"}, "monitor='val_loss' needs eval_every or eval_epochs"),
-        ({"decay_at": [0.5, 1.0]}, "must be parts of the run, each above 0 and below 1"),
+        ({"decay_at": [0.5, 1.0]}, "must be fractions of the run, each above 0 and below 1"),
         ({"decay_factor": 0.0}, "decay_factor=0.0 must be above 0 and at most 1"),
         ({"eval_epochs": -1.0}, "eval_epochs=-1.0 must be 0 or above"),
     ],
