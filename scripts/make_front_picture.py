@@ -130,7 +130,7 @@ def draw(groups: dict[str, list[Tile]], text: str, path: Path) -> None:
             axes = figure.add_subplot(grid[column])
             axes.imshow(tile.image, interpolation="nearest")
             axes.set_axis_off()
-            axes.set_title(tile.title, fontsize=12)
+            axes.set_title(tile.title, fontsize=11)
             axes.text(0.5, -0.04, tile.note, transform=axes.transAxes, ha="center", va="top", fontsize=11)
             if number == 0:
                 figure.text(grid[column].get_position(figure).x0, 0.935, title, fontsize=14, weight="bold")
