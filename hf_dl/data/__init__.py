@@ -1,1 +1,12 @@
-"""Data as `datasets.Dataset` objects: every module has one `load(split, source, ...)` with documented columns."""
+"""Data as `datasets.Dataset` objects. Each source of data is a file with `load(split, source, ...)`.
+
+- `scenes`: generated scenes of several objects, with masks, boxes, relations and captions
+- `object_images`: generated labeled images of one object
+- `labeled_images`: labeled images from any source: generated, folders, parquet, idx files, the Hub
+- `masked_images`: images with instance masks from any source; `clevrtex` and `coco` read those two formats
+- `text`: a generated language, text files, or the Hub, with tokenizers and batches
+- `math_programs`: word problems with programs: generated, MathQA files, or the Hub
+
+The other files are parts of these: `image_arrays` and `collate` feed training loops, `raycast` renders scenes,
+`word_problems` writes problems, `superclasses` groups classes.
+"""

@@ -1,15 +1,15 @@
-"""CLEVRTex (Karazija et al. 2021, https://arxiv.org/abs/2111.10265) as it is published.
+"""CLEVRTex (Karazija et al. 2021, https://arxiv.org/abs/2111.10265): images of scenes with instance masks.
 
-It is read from the folder that its archives unpack to::
+`load` reads the folder that the published archives unpack to::
 
-    clevrtex_full/0/CLEVRTEX_full_000000.png         320x240, RGBA: the alpha is dropped
+    clevrtex_full/0/CLEVRTEX_full_000000.png         320x240, RGBA: the alpha channel is ignored
                     CLEVRTEX_full_000000_flat.png    palette image whose pixel VALUES are the object indices
                     CLEVRTEX_full_000000.json        the objects
     clevrtex_full/1/CLEVRTEX_full_001000.png         folder = index // 1000
 
-and alike for its variants camo, pbg, vbg, grassbg and outd. Splits go by index, as in the authors' loader: the first
-10 % are test, the next 10 % validation, the rest train; outd, made for testing, is not split: all of it is test.
-Converting a mask with `.convert("L")` or "RGB" replaces the indices by colors, so that is never done.
+The variants camo, pbg, vbg, grassbg and outd have the same layout. Splits depend on the index, as in the authors'
+loader: the first 10 % are test, the next 10 % validation, the rest train. The variant outd has a test split only.
+Masks must not be converted with `.convert("L")` or "RGB", which replaces the object indices by colors.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .instance_masks import build_dataset, check_arguments, make_example, make_f
 
 VARIANTS = ("full", "outd", "camo", "pbg", "vbg", "grassbg")
 
-_FOLDER = 1000  # scenes in a folder of CLEVRTex
+_FOLDER = 1000  # scenes per folder of CLEVRTex
 _KNOWN = ("shape", "material", "color", "size", "rotation", "position")
 
 FEATURES = make_features(
@@ -60,14 +60,14 @@ def load(
         A dataset with the columns of `FEATURES`, as `hf_dl.data.masked_images.load` describes them.
 
     Raises:
-        FileNotFoundError: If the folder does not hold CLEVRTex, or a file of it is missing.
+        FileNotFoundError: If `source` is not a folder of CLEVRTex, or a file is missing.
         ValueError: If an argument is out of range, or the split would be empty.
     """
     check_arguments(split, size, crop)
     root = Path(source).expanduser().resolve()
     variant = find_variant(root)
     if variant is None:
-        raise FileNotFoundError(f"source={str(source)!r} does not hold CLEVRTex; expected 0/CLEVRTEX_full_000000.png.")
+        raise FileNotFoundError(f"source={str(source)!r} is not CLEVRTex. Expected 0/CLEVRTEX_full_000000.png.")
     return build_dataset(
         _generate,
         range(*_split_range(_count(root, variant), split, variant)),
@@ -82,17 +82,17 @@ def load(
 
 
 def find_variant(root: Path) -> str | None:
-    """Which variant of CLEVRTex a folder holds, by its first scene; None if it holds something else."""
+    """Return the variant of CLEVRTex in a folder, detected by its first scene, or None for other folders."""
     return next((v for v in VARIANTS if (root / "0" / f"CLEVRTEX_{v}_000000.png").is_file()), None)
 
 
 def _count(root: Path, variant: str) -> int:
-    """Number of scenes, from the names of the folders and the files of the last one."""
+    """Count the scenes from the folder names and the files of the last folder."""
     folders = [int(entry.name) for entry in os.scandir(root) if entry.is_dir() and entry.name.isdecimal()]
     missing = sorted(set(range(max(folders))) - set(folders))
     if missing:
         raise FileNotFoundError(
-            f"{root} has the folders 0 to {max(folders)} but not {missing[0]}; unpack all parts of CLEVRTex into it."
+            f"{root} has the folders 0 to {max(folders)} but not {missing[0]}. Unpack all parts of CLEVRTex there."
         )
     scene = re.compile(rf"CLEVRTEX_{variant}_\d{{6}}\.png")
     return _FOLDER * max(folders) + sum(
@@ -103,7 +103,7 @@ def _count(root: Path, variant: str) -> int:
 def _split_range(count: int, split: str, variant: str) -> tuple[int, int]:
     if variant == "outd":
         if split != "test":
-            raise ValueError(f"split={split!r} is not in CLEVRTex outd, which is made for testing; use split='test'.")
+            raise ValueError(f"split={split!r} is not in CLEVRTex outd, a test set; use split='test'.")
         return 0, count
     return {"test": (0, count // 10), "validation": (count // 10, count // 5), "train": (count // 5, count)}[split]
 
@@ -125,14 +125,14 @@ def _generate(
 
 
 def _read_objects(path: Path, variant: str) -> dict[int, dict]:
-    """What is known of each object, by its index in the mask; nothing without the file."""
+    """Return the attributes of each object by its index in the mask; an empty dict if the file is missing."""
     if not path.is_file():
         return {}
     return {
         record.get("index", number): {
             "shape": record.get("shape"),
             "material": record.get("material"),
-            "color": record.get("color") if variant == "vbg" else None,  # elsewhere it is drawn but not used
+            "color": record.get("color") if variant == "vbg" else None,  # other variants do not use the color
             "size": record.get("size"),
             "rotation": record.get("rotation"),
             "position": record.get("3d_coords"),

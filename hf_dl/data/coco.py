@@ -40,14 +40,12 @@ def load(
 
     Raises:
         FileNotFoundError: If the annotation file or an image is missing.
-        ValueError: If an argument is out of range, or the file is not in the format of COCO.
+        ValueError: If an argument is out of range, or `annotations` is not a COCO file.
     """
     check_arguments(split, size, crop)
     annotations = Path(annotations).expanduser()
     if not annotations.is_file():
-        raise FileNotFoundError(
-            f"annotations={str(annotations)!r} is missing; expected a JSON file in the format of COCO."
-        )
+        raise FileNotFoundError(f"annotations={str(annotations)!r} does not exist. Expected a COCO file (JSON).")
     count = len(_read_coco(annotations)["images"])
     stat = annotations.stat()
     return build_dataset(
@@ -68,7 +66,7 @@ def _read_coco(path: Path) -> dict:
     content = json.loads(path.read_text())
     missing = {"images", "annotations"} - set(content if isinstance(content, dict) else ())
     if missing:
-        raise ValueError(f"{path} has no {' and no '.join(sorted(missing))}; expected the format of COCO instances.")
+        raise ValueError(f"{path} has no {' and no '.join(sorted(missing))}. Expected COCO instances.")
     return content
 
 
@@ -79,7 +77,7 @@ def _generate(
     names = {category["id"]: category["name"] for category in content.get("categories", ())}
     parts: dict[int, list[dict]] = {}
     for record in content["annotations"]:
-        if not record.get("iscrowd"):  # a crowd is a region, not an object
+        if not record.get("iscrowd"):  # a crowd is a region, not one object
             parts.setdefault(record["image_id"], []).append(record)
     for first, last in shards:
         for picture in content["images"][first:last]:
@@ -93,7 +91,7 @@ def _generate(
 
 
 def _paint(segmentations: list, size: tuple[int, int], name: str) -> Image.Image:
-    """One mask of all objects, small ones over large ones: COCO's overlap, and what is small is usually in front."""
+    """Paint all objects into one mask, small ones last: objects overlap, and small ones are usually in front."""
     shapes = [_rasterize(segmentation, size, name) for segmentation in segmentations]
     mask = np.zeros(size[::-1], dtype=np.int32)
     for label in sorted(range(len(shapes)), key=lambda i: -shapes[i].sum()):
@@ -111,8 +109,8 @@ def _rasterize(segmentation: list | dict, size: tuple[int, int], name: str) -> n
     runs = segmentation["counts"]
     if isinstance(runs, str) or sum(runs) != width * height:
         raise ValueError(
-            f"A segmentation of {name} is neither polygons nor uncompressed run lengths of {width * height} pixels; "
-            "decode compressed ones first, for example with pycocotools."
+            f"A segmentation of {name} is not polygons or uncompressed run lengths of {width * height} pixels. Decode "
+            "compressed run lengths first, for example with pycocotools."
         )
-    # runs of zeros and ones by turns, down the columns
+    # runs alternate between zeros and ones, column by column
     return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T

@@ -1,8 +1,8 @@
-"""The collate function of datasets that make whole batches themselves."""
+"""The collate function for datasets that return whole batches."""
 
 import torch
 
 
 def as_is(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The collate function of data whose `__getitems__` makes batches itself, as that of `ImageTensors` does."""
+    """Return the batch unchanged: for datasets whose `__getitems__` returns a batch, such as `ImageTensors`."""
     return batch

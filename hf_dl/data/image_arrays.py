@@ -1,4 +1,4 @@
-"""Images as arrays for training: decoded once, fetched and augmented by the batch."""
+"""Images as arrays for training: decode each image once, then load and augment whole batches."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _SHARD = 512  # images that are decoded together
 
 
 class ImageTensors(torch.utils.data.Dataset):
-    """The images and masks of a dataset as uint8 tensors, each decoded once and kept in memory.
+    """Images and masks of a dataset as uint8 tensors, decoded once and kept in memory.
 
-    64x64 images take 12 kB each. With `keep=False` nothing is kept and each row is decoded whenever it is asked for,
-    for data that does not fit.
+    An image of 64x64 pixels takes 12 kB. Use `keep=False` for data that does not fit into memory: each row is then
+    decoded at each access.
 
     Args:
-        dataset: Rows with an `image`, all of one size, and a `mask` whose pixel values are object indices.
-        keep: Whether to keep the decoded tensors.
+        dataset: Rows with an `image`, all of the same size, and a `mask` whose pixel values are object indices.
+        keep: Whether to keep the decoded tensors in memory.
 
     Raises:
         ValueError: If a column is missing, or images differ in size.
@@ -40,9 +40,8 @@ class ImageTensors(torch.utils.data.Dataset):
         missing = {"image", "mask"} - set(dataset.column_names)
         if missing:
             raise ValueError(
-                f"The dataset has the columns {dataset.column_names}; {sorted(missing)} is missing: an RGB image and "
-                "a "
-                "mask of object indices are needed."
+                f"The dataset has the columns {dataset.column_names}; {sorted(missing)} is missing. Expected an RGB "
+                "image and a mask of object indices."
             )
         self.dataset = dataset.select_columns(["image", "mask"])
         self.kept = None
@@ -54,14 +53,14 @@ class ImageTensors(torch.utils.data.Dataset):
         return len(self.dataset)
 
     def __getitems__(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
-        """Several rows at once: image (rows, 3, height, width) and mask (rows, height, width), both uint8."""
+        """Return several rows: image (rows, 3, height, width) and mask (rows, height, width), both uint8."""
         if self.kept is not None:
             index = torch.as_tensor(indices)
             return {name: tensor[index] for name, tensor in self.kept.items()}
         return self._decode(indices)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """One row: image (3, height, width) and mask (height, width)."""
+        """Return one row: image (3, height, width) and mask (height, width)."""
         return {name: tensor[0] for name, tensor in self.__getitems__([index]).items()}
 
     def _decode(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
@@ -69,28 +68,28 @@ class ImageTensors(torch.utils.data.Dataset):
         images = [np.asarray(image.convert("RGB")) for image in rows["image"]]
         if len({image.shape for image in images}) > 1:
             sizes = sorted({image.shape[1::-1] for image in images})
-            raise ValueError(f"The images have several sizes ({sizes[:3]}); load them with one size.")
+            raise ValueError(f"The images have several sizes: {sizes[:3]}. Load them with one size.")
         masks = np.stack([np.asarray(mask) for mask in rows["mask"]])
         return {"image": torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), "mask": torch.from_numpy(masks)}
 
 
 class LabeledImages(torch.utils.data.Dataset):
-    """The images of a dataset as one memory-mapped uint8 array, and their labels.
+    """Images of a dataset as one memory-mapped uint8 array, and their labels.
 
-    The array is written once, beside the cache of `datasets`; every later process opens it at once and decodes
-    nothing. Rows are read from it by the operating system as they are needed, so it may be larger than the memory.
+    The array is written once, next to the cache of `datasets`. Later processes open it without decoding any image. The
+    operating system reads rows on demand, so the array may be larger than the memory.
 
     Attributes:
         pixels: uint8 (rows, channels, height, width), read-only.
         labels: int64 (rows,).
-        names: The names of the classes.
+        names: Class names.
 
     Args:
-        dataset: What `load` returned.
-        channels: 3, or 1 for the luma: of gray images that is what they are.
+        dataset: Result of `hf_dl.data.labeled_images.load`.
+        channels: 3 for RGB, or 1 for gray (luma).
 
     Raises:
-        ValueError: If a column is missing, images differ in size, or there are other channels.
+        ValueError: If a column is missing, images differ in size, or `channels` is not 1 or 3.
 
     Example:
         ```python
@@ -107,12 +106,12 @@ class LabeledImages(torch.utils.data.Dataset):
         missing = {"image", "label"} - set(dataset.column_names)
         if missing:
             raise ValueError(
-                f"The dataset has the columns {dataset.column_names}; {sorted(missing)[0]!r} is missing: load it with "
+                f"The dataset has the columns {dataset.column_names}; {sorted(missing)[0]!r} is missing. Load it with "
                 "hf_dl.data.labeled_images."
             )
         self.labels = torch.as_tensor(dataset.with_format("numpy")["label"][:]).long()
         self.names = list(dataset.features["label"].names)
-        # the fingerprint names the rows: it follows from the arguments of the generator and from what came after it
+        # the fingerprint identifies the rows: it depends on the generator's arguments and on all later steps
         name = dataset._fingerprint + ("_gray" if channels == 1 else "")
         path = Path(datasets.config.HF_DATASETS_CACHE) / "hf_dl_images" / f"{name}.npy"
         if not path.is_file():
@@ -123,24 +122,24 @@ class LabeledImages(torch.utils.data.Dataset):
         return len(self.labels)
 
     def __getitems__(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
-        """Several rows at once: image uint8 (rows, channels, height, width) and labels int64 (rows,)."""
+        """Return several rows: image uint8 (rows, channels, height, width) and labels int64 (rows,)."""
         index = np.asarray(indices)
         return {"image": torch.from_numpy(np.asarray(self.pixels[index])), "labels": self.labels[index]}
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """One row: image (channels, height, width) and labels ()."""
+        """Return one row: image (channels, height, width) and labels ()."""
         return {name: tensor[0] for name, tensor in self.__getitems__([index]).items()}
 
     def channel_statistics(self, max_images: int = 5000) -> tuple[list[float], list[float]]:
-        """Mean and standard deviation of each channel, in [0, 1], over the first images."""
+        """Compute mean and standard deviation of each channel, in [0, 1], over the first `max_images` images."""
         pixels = torch.from_numpy(np.array(self.pixels[:max_images]))
         channels = [pixels[:, channel].double() / 255 for channel in range(pixels.shape[1])]
-        # a channel without contrast would be divided by 0
+        # at least 0.01, because images are divided by the standard deviation
         return [round(c.mean().item(), 4) for c in channels], [max(round(c.std().item(), 4), 0.01) for c in channels]
 
 
 def _write_pixels(dataset: datasets.Dataset, path: Path, *, channels: int = 3) -> None:
-    """Write the images as a .npy file, aside and then renamed, so that a half-written one is never read."""
+    """Write the images to a .npy file: first to a temporary file, so that nobody reads an incomplete one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     size = dataset[0]["image"].size
     shape, mode = (len(dataset), channels, size[1], size[0]), "RGB" if channels == 3 else "L"
@@ -151,7 +150,7 @@ def _write_pixels(dataset: datasets.Dataset, path: Path, *, channels: int = 3) -
                 for image in dataset[start : start + _SHARD]["image"]:
                     if image.size != size:
                         raise ValueError(
-                            f"The images have several sizes ({size}, {image.size}); load them with one size."
+                            f"The images have several sizes: {size}, {image.size}. Load them with one size."
                         )
                     pixels = np.atleast_3d(np.asarray(image.convert(mode))).transpose(2, 0, 1)
                     file.write(np.ascontiguousarray(pixels).data)
@@ -165,22 +164,21 @@ def _write_pixels(dataset: datasets.Dataset, path: Path, *, channels: int = 3) -
 def augment(
     images: torch.Tensor, *, padding: int = 4, flip: bool = True, generator: torch.Generator | None = None
 ) -> torch.Tensor:
-    """Shift and mirror each image of a batch at random (He et al. 2015, section 4.2), in one gather.
+    """Shift and flip each image of a batch at random (He et al. 2015, section 4.2).
 
-    Cropping a random window out of an image with a border of zeros is a random shift. On normalized images the border
-    has the mean color.
+    A shift pads the image with zeros and crops it to its original size. Zero is the mean color of normalized images.
 
     Args:
         images: Images of any dtype, (batch, channels, height, width).
-        padding: Width of the border: shifts are up to so many pixels in each direction.
-        flip: Whether every second image is mirrored, by the toss of a coin.
-        generator: Source of the shifts and tosses, on the images' device.
+        padding: Largest shift in each direction, in pixels.
+        flip: Whether to flip each image horizontally with probability 0.5.
+        generator: Random number generator, on the device of the images.
 
     Returns:
-        The images, changed, in the shape they had.
+        Augmented images of the same shape.
 
     Raises:
-        ValueError: If the padding is negative or not smaller than the images.
+        ValueError: If `padding` is negative or not smaller than the images.
 
     Example:
         >>> augment(torch.ones(2, 3, 8, 8), padding=0, flip=True).sum().item()
@@ -188,7 +186,7 @@ def augment(
     """
     batch, channels, height, width = images.shape
     if not 0 <= padding < min(height, width):
-        raise ValueError(f"padding={padding} is out of range; give 0 to less than the {height}x{width} of the images.")
+        raise ValueError(f"padding={padding} must be at least 0 and below the image size {height}x{width}.")
 
     def draw(high: int) -> torch.Tensor:
         return torch.randint(high, (batch, 1), generator=generator, device=images.device)

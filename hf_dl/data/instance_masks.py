@@ -1,4 +1,4 @@
-"""Crop and resize images with instance masks, and list the objects that remain: shared by the sources of such data."""
+"""Shared by all sources of masked images: crop images with instance masks, and list the remaining objects."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from PIL import Image
 
 SPLITS = ("train", "validation", "test")
 
-_VERSION = 1  # bump with any change of the columns: `datasets` caches by arguments, not by this code
-_SHARD = 1000  # images that one worker of a DataLoader reads
+_VERSION = 1  # increase it when columns change: `datasets` caches by arguments, not by code
+_SHARD = 1000  # images per shard; DataLoader workers share the shards
 
 
 def make_features(**fields: object) -> datasets.Features:
-    """Return the columns of images with instance masks, for objects with these additional fields."""
+    """Return the features of a dataset with instance masks, whose objects have these additional fields."""
     box = datasets.List(datasets.Value("int32"), length=4)
     objects = datasets.List({**fields, "box": box, "visible_pixels": datasets.Value("int32")})
     return datasets.Features({"image": datasets.Image(), "mask": datasets.Image(), "objects": objects})
@@ -27,7 +27,7 @@ def check_arguments(split: str, size: int, crop: int | None) -> None:
     if split not in SPLITS:
         raise ValueError(f"split={split!r} is unknown; choose one of {', '.join(SPLITS)}.")
     if size < 1 or (crop is not None and crop < 1):
-        raise ValueError(f"size={size} and crop={crop} are pixels; give positive numbers.")
+        raise ValueError(f"size={size} and crop={crop} must be positive numbers of pixels.")
 
 
 def build_dataset(
@@ -39,9 +39,9 @@ def build_dataset(
     streaming: bool,
     **arguments: object,
 ) -> datasets.Dataset | datasets.IterableDataset:
-    """Build the dataset of these rows of a source; the generator gets their numbers as `shards` of first and last."""
+    """Build a dataset of a range of rows. The generator receives it as `shards`: pairs of first and last row."""
     if not rows:
-        raise ValueError("There are too few images for this split: it would be empty.")
+        raise ValueError(f"split={split!r} would be empty: the source has too few images.")
     arguments |= {"shards": [(start, min(start + _SHARD, rows.stop)) for start in rows[::_SHARD]], "version": _VERSION}
     kind = datasets.IterableDataset if streaming else datasets.Dataset
     return kind.from_generator(generator, features=features, gen_kwargs=arguments, split=datasets.NamedSplit(split))
@@ -50,33 +50,33 @@ def build_dataset(
 def _square(image: Image.Image, crop: int | None, size: int, resample: Image.Resampling) -> Image.Image:
     side = min(image.size) if crop is None else crop
     if side > min(image.size):
-        raise ValueError(f"crop={crop} is larger than an image of {image.width}x{image.height}; use a smaller crop.")
+        raise ValueError(f"crop={crop} is larger than an image of {image.width}x{image.height}. Use a smaller crop.")
     left, top = (image.width - side) // 2, (image.height - side) // 2
     return image.crop((left, top, left + side, top + side)).resize((size, size), resample)
 
 
 def _indices(mask: Image.Image, name: str) -> Image.Image:
-    """The mask with its values as they are stored, in a mode that resizing leaves alone."""
+    """Return the stored values of a mask, in an image mode that keeps them when it is resized."""
     if mask.mode not in ("P", "L", "1", "I", "I;16"):
         raise ValueError(
-            f"{name} is of mode {mask.mode}; expected a mask of mode P or L whose pixel values are object "
-            "indices, with 0 for the background. Colors do not tell which object is which."
+            f"{name} has mode {mask.mode}. Expected a mask of mode P or L whose pixel values are object indices, with "
+            "0 for the background. Colors do not identify objects."
         )
     return Image.fromarray(np.asarray(mask).astype(np.int32))
 
 
 def _relabel(mask: np.ndarray) -> tuple[np.ndarray, list[int]]:
-    """Masks with the labels 1..n, and the old label of each."""
+    """Return the mask with labels 1 to n, and the old label of each."""
     kept = [int(label) for label in np.unique(mask) if label != 0]
     if len(kept) > 255:
-        raise ValueError(f"A mask has {len(kept)} objects; an 8-bit mask holds 255.")
+        raise ValueError(f"A mask has {len(kept)} objects. At most 255 fit into an 8-bit mask.")
     return np.searchsorted([0, *kept], mask).astype(np.uint8), kept
 
 
 def make_example(
     image: Image.Image, mask: Image.Image, name: str, crop: int | None, size: int
 ) -> tuple[dict, list[int]]:
-    """Image, mask and objects with box and visible pixels, and the index that each object had in the source's mask."""
+    """Return image, mask and objects with box and visible pixels, and the index of each object in the source mask."""
     mask = _indices(mask, name)
     if image.size != mask.size:
         raise ValueError(f"{name} is {mask.width}x{mask.height} but its image is {image.width}x{image.height}.")
@@ -94,10 +94,10 @@ def open_image(path: Path, expected: str) -> Image.Image:
     """Read an image file.
 
     Raises:
-        FileNotFoundError: If the file is missing; the message says what was `expected`.
+        FileNotFoundError: If the file does not exist. `expected` describes it in the message.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; expected {expected}.")
+        raise FileNotFoundError(f"{path} does not exist. Expected {expected}.")
     image = Image.open(path)
     image.load()
     return image

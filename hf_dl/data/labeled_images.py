@@ -1,7 +1,6 @@
-"""Labeled images: generated ones, classics by Hub id, and any folder of images, parquet or idx files.
+"""Labeled images from any source: generated, a Hub dataset, or a folder with images, parquet files or idx files.
 
-By Hub id, for example: `uoft-cs/cifar10`, `uoft-cs/cifar100`, `zalando-datasets/fashion_mnist`, `tanganke/stl10`. The
-four idx files in which MNIST and Fashion-MNIST are published are read from a local folder.
+Examples of Hub ids: `uoft-cs/cifar10`, `uoft-cs/cifar100`, `zalando-datasets/fashion_mnist`, `tanganke/stl10`.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from .idx_files import read_idx_folder
 from .object_images import SPLITS
 from .png import encode_png
 
-_VERSION = 1  # bump with any change of the pixels or columns: `datasets` caches by arguments, not by this code
+_VERSION = 1  # increase it when pixels or columns change: `datasets` caches by arguments, not by code
 
 _SPLIT_NAMES = {
     "train": ("train", "training"),
@@ -33,7 +32,7 @@ _SPLIT_NAMES = {
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 
 _SHARD = 512  # rows that are decoded together
-_NAMED = 10  # corrupt files that a message names
+_NAMED = 10  # corrupt files that an error message lists
 
 
 def load(
@@ -50,37 +49,42 @@ def load(
     corrupt: str = "refuse",
     streaming: bool = False,
 ) -> datasets.Dataset | datasets.IterableDataset:
-    """Square images with labels.
+    """Load square images with labels.
 
-    `source` is recognized by what it holds: "synthetic"; a folder with a folder of images for each class, or one for
-    each split with such folders inside; a folder of parquet files or one such file; a dataset saved by `save_to_disk`;
-    a folder with idx files; else a Hub id. Images of any size are cut to a centered square and resized.
+    The kind of `source` is detected from its content:
 
-    A split that the source lacks is cut from its training images, `holdout` of each class, the same ones each time.
+    * "synthetic": generated images, see `hf_dl.data.object_images`;
+    * a folder with one folder of images per class, or with one folder per split that has such class folders;
+    * a parquet file, a folder of parquet files, or a dataset saved by `save_to_disk`;
+    * a folder with the idx files of MNIST or Fashion-MNIST;
+    * anything else is a Hub id.
+
+    Images of any size are cropped to a centered square and resized. If the source has no validation or test split,
+    `holdout` of the training images of each class are held out for it. The choice depends on `seed` only.
 
     Args:
-        split: "train", "validation" or "test". Sources that call them train, val, dev, ... are understood.
+        split: "train", "validation" or "test". Usual aliases in the source, such as "val" or "dev", are recognized.
         source: "synthetic", a path or a Hub id.
-        size: Width and height of the results in pixels; 32 to 256 for synthetic ones.
-        num_classes: Classes of the synthetic images, 25 or 100.
-        num_images: How many images; all of them where None, or `SPLITS` of the synthetic ones. Classes keep their
-            shares, and a longer dataset starts with the images of a shorter one.
-        seed: Other seeds give other synthetic images, or hold out others.
-        holdout: Part of the training images of each class that a missing split takes, above 0 and below 0.5.
-        image_column: Where the images are; the first column of images where None.
-        label_column: Where the labels are; where None "fine_label", "label" or "labels", or else the first column of
-            class labels.
-        corrupt: What becomes of images that cannot be decoded: "refuse" them in an error that names them, or "skip"
-            them with a warning that does.
+        size: Width and height of the results in pixels. Synthetic images support 32 to 256.
+        num_classes: Number of classes of synthetic images, 25 or 100.
+        num_images: Number of images. Defaults to all, and to the count in `SPLITS` for synthetic images. The class
+            frequencies stay the same, and a longer dataset starts with the images of a shorter one.
+        seed: Seed of the synthetic images, and of the choice of held-out images.
+        holdout: Share of the training images of each class to hold out for a missing split, above 0 and below 0.5.
+        image_column: Column of the images. Defaults to the first column with images.
+        label_column: Column of the labels. Defaults to "fine_label", "label", "labels" or the first column of class
+            labels, in this order.
+        corrupt: Handling of images that cannot be decoded. "refuse" raises an error that lists them. "skip" removes
+            them and warns with a list.
         streaming: Render or decode while iterating, instead of once into the cache of `datasets`.
 
     Returns:
-        A dataset with the columns `image` (RGB, size x size) and `label` (`ClassLabel` with the names); synthetic
-        images also have `mask` (8-bit, 1 where the object is).
+        A dataset with the columns `image` (RGB, size x size) and `label` (`ClassLabel` with names). Synthetic images
+        also have a `mask` (8-bit, 1 on the object).
 
     Raises:
-        FileNotFoundError: There is no such folder or file.
-        ValueError: An argument, a column or a label is not what was expected, or an image cannot be read.
+        FileNotFoundError: If the folder or file does not exist.
+        ValueError: If an argument, a column or a label is invalid, or an image cannot be read.
 
     Example:
         >>> from hf_dl.data import labeled_images
@@ -92,21 +96,21 @@ def load(
         if value not in known:
             raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(known)}.")
     if num_images is not None and num_images < 1:
-        raise ValueError(f"num_images={num_images} is too small; ask for at least 1.")
+        raise ValueError(f"num_images={num_images} must be at least 1.")
     if not 0 < holdout < 0.5:
-        raise ValueError(f"holdout={holdout} is out of range; give a part of the training images, between 0 and 0.5.")
+        raise ValueError(f"holdout={holdout} must be above 0 and below 0.5: the share of images to hold out.")
     if str(source) == "synthetic":
         options = {"size": size, "num_classes": num_classes, "num_images": num_images, "seed": seed}
         return object_images.load(split, streaming=streaming, **options)
     if size < 1:
-        raise ValueError(f"size={size} is too small; give a number of pixels.")
+        raise ValueError(f"size={size} must be at least 1 pixel.")
     options = {"size": size, "corrupt": corrupt}
     root = Path(source).expanduser()
     if root.exists():
         found = _read_folder(root.resolve(), image_column, label_column)
     elif root.is_absolute() or str(source).startswith((".", "~")) or len(root.parts) > 2:
         raise FileNotFoundError(
-            f"source={str(source)!r} does not exist; expected a folder of images or parquet files."
+            f"source={str(source)!r} does not exist. Expected a folder of images or parquet files."
         )
     elif streaming:
         return _stream_hub(split, str(source), image_column, label_column, num_images, options)
@@ -140,10 +144,10 @@ def load(
 
 
 def _read_folder(root: Path, image_column: str | None, label_column: str | None) -> dict[str, datasets.Dataset]:
-    """The splits of a local source: undecoded images and labels."""
+    """Return the splits of a local source, with undecoded images and labels."""
     if root.is_file():
         if root.suffix != ".parquet":
-            raise ValueError(f"source={str(root)!r} is a file; expected a parquet file or a folder.")
+            raise ValueError(f"source={str(root)!r} is not a parquet file. Expected a parquet file or a folder.")
         found = datasets.load_dataset("parquet", data_files=str(root))
     elif any((root / f"{kind}.json").is_file() for kind in ("dataset_info", "dataset_dict")):
         found = datasets.load_from_disk(root)
@@ -156,7 +160,7 @@ def _read_folder(root: Path, image_column: str | None, label_column: str | None)
 
 
 def _read_image_folder(root: Path) -> dict[str, datasets.Dataset]:
-    """The splits of `root/class/file` or `root/split/class/file`."""
+    """Return the splits of `root/class/file` or `root/split/class/file`."""
     aliases = {alias: name for name, names in _SPLIT_NAMES.items() for alias in names}
     folders = _subfolders(root)
     parts = {folder.name: folder for folder in folders if folder.name.lower() in aliases and _subfolders(folder)}
@@ -175,7 +179,7 @@ def _read_image_folder(root: Path) -> dict[str, datasets.Dataset]:
             columns = {
                 "image": [str(path) for path, _ in files],
                 "label": [label for _, label in files],
-                "stamp": [f"{stat.st_size} {stat.st_mtime_ns}" for stat in stats],  # a changed file is read anew
+                "stamp": [f"{stat.st_size} {stat.st_mtime_ns}" for stat in stats],  # reload changed files
             }
             features = datasets.Features(
                 image=datasets.Image(decode=False),
@@ -185,8 +189,8 @@ def _read_image_folder(root: Path) -> dict[str, datasets.Dataset]:
             found[part.lower()] = datasets.Dataset.from_dict(columns, features)
     if not found:
         raise ValueError(
-            f"source={str(root)!r} holds no images in folders of classes, and no parquet files; expected "
-            "<class>/<image> or <split>/<class>/<image>."
+            f"source={str(root)!r} has no images in class folders and no parquet files. Expected <class>/<image> or "
+            "<split>/<class>/<image>."
         )
     return found
 
@@ -198,10 +202,10 @@ def _subfolders(folder: Path) -> list[Path]:
 def _columns(
     features: datasets.Features, source: str, image_column: str | None, label_column: str | None
 ) -> tuple[str, str]:
-    """The names of the columns of images and labels."""
+    """Return the names of the image column and the label column."""
     for option, column in (("image_column", image_column), ("label_column", label_column)):
         if column is not None and column not in features:
-            raise ValueError(f"{option}={column!r} is not in {source!r}, whose columns are {', '.join(features)}.")
+            raise ValueError(f"{option}={column!r} is not a column of {source!r}. Its columns: {', '.join(features)}.")
     pictures = [
         name
         for name, kind in features.items()
@@ -210,18 +214,18 @@ def _columns(
     usual = [name for name in ("fine_label", "label", "labels") if name in features]
     usual += [name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
     if image_column is not None and image_column not in pictures:
-        raise ValueError(f"image_column={image_column!r} of {source!r} holds no images; expected datasets.Image.")
+        raise ValueError(f"image_column={image_column!r} of {source!r} has no images. Expected datasets.Image.")
     if not pictures:
-        raise ValueError(f"{source!r} has no column of images; its columns are {', '.join(features)}.")
+        raise ValueError(f"{source!r} has no column with images. Its columns: {', '.join(features)}.")
     if label_column is None and not usual:
-        raise ValueError(f"{source!r} has the columns {', '.join(features)}; say which one by label_column.")
+        raise ValueError(f"{source!r} has the columns {', '.join(features)}. Set label_column to one of them.")
     return image_column or pictures[0], label_column or usual[0]
 
 
 def _labeled(
     found: Mapping[str, datasets.Dataset], source: str, image_column: str | None, label_column: str | None
 ) -> dict[str, datasets.Dataset]:
-    """Every split with just an undecoded `image` and a `label` with names."""
+    """Reduce each split to an undecoded `image` and a `label` with class names."""
     chosen = {}
     for name, dataset in found.items():
         image, label = _columns(dataset.features, source, image_column, label_column)
@@ -231,7 +235,7 @@ def _labeled(
     if not all(isinstance(kind, datasets.ClassLabel) for kind in kinds):
         values = sorted({value for dataset in chosen.values() for value in dataset.unique("label")}, key=str)
         if len(values) > 10_000 or any(not isinstance(value, (str, int)) for value in values):
-            raise ValueError(f"The labels of {source!r} are such as {values[0]!r}; expected names or whole numbers.")
+            raise ValueError(f"A label of {source!r} is {values[0]!r}. Expected names or integers as labels.")
         values = sorted(values) if all(isinstance(value, int) for value in values) else values
         numbers = {value: number for number, value in enumerate(values)}
         names = datasets.ClassLabel(names=[str(value) for value in values])
@@ -239,7 +243,7 @@ def _labeled(
             labels = [numbers[value] for value in dataset["label"]]
             chosen[name] = dataset.remove_columns("label").add_column("label", labels).cast_column("label", names)
     elif any(kind.names != kinds[0].names for kind in kinds):
-        raise ValueError(f"The splits of {source!r} have different classes; expected the same names in each.")
+        raise ValueError(f"The splits of {source!r} have different classes. Expected the same class names in each.")
     return chosen
 
 
@@ -254,24 +258,25 @@ def _named(found: Mapping[str, datasets.Dataset], split: str):
 def _choose(
     found: Mapping[str, datasets.Dataset], split: str, source: str, holdout: float, seed: int, num_images: int | None
 ) -> tuple[datasets.Dataset, tuple[int, ...]]:
-    """The rows of a split, in an order of which each beginning has the classes in their shares."""
+    """Return the rows of a split and their order, in which every prefix has the same class frequencies."""
     rows = _named(found, split)
     missing = [name for name in ("validation", "test") if _named(found, name) is None]
     if rows is None:
         rows = _named(found, "train")
     if rows is None:
-        raise ValueError(f"split={split!r} is not in {source!r}, nor is train; it has {', '.join(found)}.")
+        wanted = " or ".join(dict.fromkeys([split, "train"]))
+        raise ValueError(f"{source!r} has no {wanted} split. Its splits: {', '.join(found)}.")
     labels = rows.with_format("numpy")["label"][:]
     count = rows.features["label"].num_classes
     bad = np.flatnonzero(~((labels >= 0) & (labels < count)))
     if len(bad):
-        raise ValueError(f"Row {bad[0]} of {source!r} has the label {labels[bad[0]]}; expected 0 to {count - 1}.")
+        raise ValueError(f"Row {bad[0]} of {source!r} has the label {labels[bad[0]]}. Expected 0 to {count - 1}.")
     rng = np.random.default_rng([seed, 20_151_210])
     parts: dict[str, list[np.ndarray]] = {name: [] for name in SPLITS}
     for label in range(count):
         members = rng.permutation(np.flatnonzero(labels == label))
         if split in missing or split == "train":
-            # a class of too few images for all splits is only trained on
+            # a class with too few images for all splits goes to the training split only
             size = max(1, round(holdout * len(members))) if len(members) > len(missing) else 0
             for name in missing:
                 parts[name].append(members[:size])
@@ -279,7 +284,7 @@ def _choose(
         parts[split if split not in missing else "train"].append(members)
     chosen = [members for members in parts[split] if len(members)]
     if not chosen:
-        raise ValueError(f"split={split!r} of {source!r} would be empty; it has {len(labels)} images in all.")
+        raise ValueError(f"split={split!r} of {source!r} would be empty. The source has {len(labels)} images.")
     place = np.concatenate([(np.arange(len(members)) + rng.random()) / len(members) for members in chosen])
     order = np.concatenate(chosen)[np.argsort(place, kind="stable")]
     return rows, tuple(order[:num_images].tolist())
@@ -290,17 +295,17 @@ def _choose(
 
 
 def _square(record: dict | None, size: int) -> tuple[dict | None, str | None]:
-    """An image as a PNG of size x size, or why it cannot be read."""
+    """Return an image as a PNG of size x size, or the reason why it cannot be read."""
     try:
         if record is None or (record["bytes"] is None and record["path"] is None):
-            return None, "there is no image"
+            return None, "the image is missing"
         with Image.open(io.BytesIO(record["bytes"]) if record["bytes"] is not None else record["path"]) as image:
-            image.draft("RGB", (2 * size, 2 * size))  # a JPEG much larger than that is decoded at a fraction
+            image.draft("RGB", (2 * size, 2 * size))  # decode large JPEG files at a lower resolution
             image = ImageOps.exif_transpose(image)
             if "transparency" in image.info:
                 image = image.convert("RGBA")
             image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BILINEAR)
-    # the decoders of damaged files raise whatever they stumble over: OSError, SyntaxError, struct.error, ...
+    # decoders raise many types of errors for damaged files: OSError, SyntaxError, struct.error, ...
     except Exception as error:
         reason = f"{error}".split(" <_io")[0].split(" '/")[0]
         return None, reason or type(error).__name__
@@ -310,7 +315,7 @@ def _square(record: dict | None, size: int) -> tuple[dict | None, str | None]:
 def _decode(
     shards: list[tuple[int, int]], rows: datasets.Dataset, indices: tuple[int, ...], size: int, version: int
 ) -> Iterator[dict]:
-    """Rows with their image, or with what is wrong with it."""
+    """Yield rows with their image, or with the problem of a corrupt one."""
     with ThreadPoolExecutor(min(4, torch.get_num_threads())) as pool:
         for first, last in shards:
             chunk = rows.select(indices[first:last])[:]
@@ -324,18 +329,19 @@ def _decode(
 
 
 def _decode_strictly(corrupt: str, source: str, **arguments) -> Iterator[dict]:
+    """Yield rows with their image; skip corrupt ones or raise an error."""
     for row in _decode(**arguments):
         problem = row.pop("problem")
         if problem is None:
             yield row
         elif corrupt == "skip":
-            warnings.warn(f"An image of {source!r} is left out, since it cannot be read: {problem}.", stacklevel=2)
+            warnings.warn(f"An image of {source!r} cannot be read and is skipped: {problem}.", stacklevel=2)
         else:
-            raise ValueError(f"An image of {source!r} cannot be read: {problem}; corrupt='skip' leaves it out.")
+            raise ValueError(f"An image of {source!r} cannot be read: {problem}. Skip it with corrupt='skip'.")
 
 
 def _settle(dataset: datasets.Dataset, corrupt: str, source: str) -> datasets.Dataset:
-    """The rows with an image; the others are named, in this process and in each that reads the cache."""
+    """Keep the rows with an image. List the others, also when the dataset comes from the cache."""
     problems = dataset["problem"][:]
     bad = [problem for problem in problems if problem is not None]
     if bad:
@@ -343,9 +349,9 @@ def _settle(dataset: datasets.Dataset, corrupt: str, source: str) -> datasets.Da
         count = f"{len(bad)} of {len(problems)} images of {source!r} ({dataset.split})"
         if corrupt == "refuse" or len(bad) == len(problems):
             raise ValueError(
-                f"{count} cannot be read: {names}. Repair or remove them; corrupt='skip' leaves them out."
+                f"{count} cannot be read: {names}. Repair or remove them, or skip them with corrupt='skip'."
             )
-        warnings.warn(f"{count} are left out, since they cannot be read: {names}.", stacklevel=3)
+        warnings.warn(f"{count} cannot be read and are skipped: {names}.", stacklevel=3)
         dataset = dataset.select([index for index, problem in enumerate(problems) if problem is None])
     return dataset.remove_columns("problem")
 
@@ -354,18 +360,18 @@ def _stream_hub(
     split: str, source: str, image_column: str | None, label_column: str | None, num_images: int | None, options: dict
 ) -> datasets.IterableDataset:
     found = datasets.load_dataset(source, streaming=True)
-    needed = SPLITS if split == "train" else [split]  # or images of other splits might be among those of train
+    needed = SPLITS if split == "train" else [split]  # else the training split might contain held-out images
     missing = [name for name in needed if _named(found, name) is None]
     if missing:
         raise ValueError(
-            f"{source!r} has no {missing[0]} split to stream, only {', '.join(found)}; with streaming=False it is cut "
-            "from the training images."
+            f"{source!r} has no {missing[0]} split to stream, only {', '.join(found)}. Use streaming=False to hold it "
+            "out from the training images."
         )
     stream = _named(found, split)
     image, label = _columns(stream.features, source, image_column, label_column)
     kind = stream.features[label]
     if not isinstance(kind, datasets.ClassLabel):
-        raise ValueError(f"label_column={label!r} of {source!r} has no names of classes; use streaming=False.")
+        raise ValueError(f"label_column={label!r} of {source!r} has no class names. Use streaming=False.")
     stream = stream.select_columns([image, label]).cast_column(image, datasets.Image(decode=False))
     stream = stream if num_images is None else stream.take(num_images)
 
@@ -377,8 +383,8 @@ def _stream_hub(
                 continue
             problem = f"{(row[image] or {}).get('path') or f'row {index}'} ({problem})"
             if options["corrupt"] == "refuse":
-                raise ValueError(f"An image of {source!r} cannot be read: {problem}; corrupt='skip' leaves it out.")
-            warnings.warn(f"An image of {source!r} is left out, since it cannot be read: {problem}.", stacklevel=2)
+                raise ValueError(f"An image of {source!r} cannot be read: {problem}. Skip it with corrupt='skip'.")
+            warnings.warn(f"An image of {source!r} cannot be read and is skipped: {problem}.", stacklevel=2)
 
     features = datasets.Features(image=datasets.Image(), label=kind)
     return datasets.IterableDataset.from_generator(rows, features=features, split=datasets.NamedSplit(split))

@@ -1,4 +1,4 @@
-"""Real images with instance masks: CLEVRTex, COCO, and any dataset with an image and a mask column."""
+"""Images with instance masks from any source: CLEVRTex, COCO, or a dataset with an image and a mask column."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from PIL import Image
 from . import clevrtex, coco
 from .instance_masks import check_arguments, make_example
 
-_VERSION = 1  # bump with any change of the columns: `datasets` caches by arguments, not by this code
+_VERSION = 1  # increase it when columns change: `datasets` caches by arguments, not by code
 
 
 def load(
@@ -25,31 +25,35 @@ def load(
     annotations: str | os.PathLike | None = None,
     streaming: bool = False,
 ) -> datasets.Dataset | datasets.IterableDataset:
-    """Images with instance masks, cut to a centered square and resized.
+    """Load images with instance masks, cropped to a centered square and resized.
 
-    `source` is recognized by what it holds: a folder of CLEVRTex; a folder of images to which `annotations` points, in
-    the format of COCO; a dataset saved by `save_to_disk`; else whatever `datasets.load_dataset` reads, a Hub id or a
-    folder of images with a `metadata.jsonl` that has a `mask_file_name`.
+    The kind of `source` is detected from its content:
+
+    * a folder of CLEVRTex;
+    * a folder of images, if `annotations` names a COCO file;
+    * a dataset saved by `save_to_disk`;
+    * anything that `datasets.load_dataset` reads: a Hub id, or a folder of images with a `metadata.jsonl` that has a
+      `mask_file_name`.
 
     Args:
-        split: "train", "validation" or "test". CLEVRTex is split by index; COCO is not split, and any name will do.
+        split: "train", "validation" or "test". A COCO file has one split, so the name makes no difference there.
         source: Path or Hub id.
         size: Width and height of the results in pixels.
-        crop: Side of the centered square in the original's pixels; None for the shorter side.
-        image_column: Where the images are, for datasets by Hub id or path.
-        mask_column: Where the masks are: images whose pixel values are object indices, of mode L, P, I or 1.
-        annotations: A COCO file with polygons or uncompressed run lengths.
+        crop: Side of the centered square in pixels of the original image. None crops to the shorter side.
+        image_column: Column of the images.
+        mask_column: Column of the masks: images of mode L, P, I or 1 whose pixel values are object indices.
+        annotations: COCO file with polygons or uncompressed run lengths.
         streaming: Read while iterating, instead of once into the cache of `datasets`.
 
     Returns:
         A dataset with the columns `image` (RGB), `mask` (8-bit, 0 = background, i = objects[i - 1]) and `objects`.
-        Objects that the crop removes are left out and the others renumbered without gaps, in their old order. Every
-        object has `box` (x0, y0, x1, y1 in pixels, half-open) and `visible_pixels`, and what its source knows: shape,
-        material, size, rotation and 3-D position in CLEVRTex, a label in COCO.
+        Objects outside of the crop are removed, and the others are renumbered without gaps, in the same order. Each
+        object has a `box` (x0, y0, x1, y1 in pixels, half-open) and `visible_pixels`. CLEVRTex adds shape, material,
+        size, rotation and 3-D position, and COCO adds a label.
 
     Raises:
-        FileNotFoundError: There is no such folder or file.
-        ValueError: Columns, masks or arguments are not what was expected.
+        FileNotFoundError: If a folder or file does not exist.
+        ValueError: If a column, a mask or an argument is invalid.
 
     Example:
         >>> from hf_dl.data import masked_images
@@ -60,7 +64,7 @@ def load(
     local = root.is_absolute() or str(source).startswith((".", "~")) or len(root.parts) > 2
     if local and not root.is_dir():
         raise FileNotFoundError(
-            f"source={str(source)!r} is not a folder; expected CLEVRTex or images with masks there."
+            f"source={str(source)!r} is not a folder. Expected a folder of CLEVRTex or of images with masks."
         )
     if annotations is not None:
         return coco.load(split, source, annotations=annotations, streaming=streaming, **options)
@@ -82,7 +86,7 @@ def _load_columns(split: str, source: Path | str, columns: tuple[str, str], opti
     names = dataset.column_names or list(next(iter(dataset)))
     for option, column in zip(("image_column", "mask_column"), columns, strict=True):
         if column not in names:
-            raise ValueError(f"{option}={column!r} is not in {str(source)!r}, whose columns are {', '.join(names)}.")
+            raise ValueError(f"{option}={column!r} is not in {str(source)!r}. Its columns: {', '.join(names)}.")
     arguments = {"columns": columns, "version": _VERSION, **options}
     return dataset.map(_from_columns, fn_kwargs=arguments, remove_columns=names, features=coco.FEATURES)
 
@@ -91,7 +95,7 @@ def _from_columns(row: dict, columns: tuple[str, str], crop: int | None, size: i
     image, mask = (row[column] for column in columns)
     for column, value in zip(columns, (image, mask), strict=True):
         if not isinstance(value, Image.Image):
-            raise ValueError(f"Column {column!r} holds {type(value).__name__}; expected images (datasets.Image).")
+            raise ValueError(f"Column {column!r} has values of type {type(value).__name__}. Expected datasets.Image.")
     example, _ = make_example(image, mask, f"the mask in column {columns[1]!r}", crop, size)
     for item in example["objects"]:
         item["label"] = None

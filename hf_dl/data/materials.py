@@ -1,11 +1,11 @@
 """Procedural materials of the textured scenes: solid noise and surface patterns, with bumps and gloss.
 
-A pattern is evaluated at points of an object's own coordinates, so it sticks to the object. It gets the points
-(3, ...), for what fills space (marble, wood), and surface coordinates (2, ...), for what is laid on a surface
-(bricks, checks); the first of these closes around a round body after an even number of periods. It returns how much
-of the accent color shows, in [0, 1], and the height of the surface, about as much.
+A pattern is a function of coordinates of the object, so it moves with the object. Its first argument is points in
+space (3, ...), for solid materials such as marble and wood. Its second argument is surface coordinates (2, ...), for
+patterns such as bricks and checks. The first surface coordinate runs around a round body in an even number of periods.
+A pattern returns the share of the accent color, in [0, 1], and the height of the surface, in about the same range.
 
-Only +, -, *, /, sqrt, floor, comparisons and table look-ups are used, which are exact: see `hf_dl.data.raycast`.
+Patterns use exact operations only (+, -, *, /, sqrt, floor, comparisons, table look-ups): see `hf_dl.data.raycast`.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ Pattern = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tenso
 
 
 class Material(NamedTuple):
-    """How a surface looks beside its two colors.
+    """Appearance of a surface, apart from its two colors.
 
     Attributes:
-        pattern: Where the accent color shows; None for one color.
+        pattern: Distribution of the accent color. None for a single color.
         bump: Depth of the relief, in periods of the pattern.
         gloss: Strength of the wide highlight.
         polish: Strength of the narrow highlight.
-        mirror: How much it reflects its surroundings.
+        mirror: Strength of the reflection of the surroundings.
     """
 
     pattern: Pattern | None = None
@@ -38,7 +38,7 @@ class Material(NamedTuple):
     mirror: float = 0.0
 
 
-_TABLE = 32  # side of the table of noise; a power of two
+_TABLE = 32  # side of the noise table; a power of two
 
 
 @functools.cache
@@ -48,7 +48,7 @@ def _noise_table(device: torch.device) -> torch.Tensor:
 
 
 def noise(p: torch.Tensor) -> torch.Tensor:
-    """Smooth value noise in [0, 1] at points (3, ...), one feature a unit, repeating after 32."""
+    """Evaluate smooth value noise in [0, 1] at points (3, ...): one feature per unit, with a period of 32 units."""
     table = _noise_table(p.device)
     floor = p.floor()
     f = p - floor
@@ -86,7 +86,7 @@ def _fraction(x: torch.Tensor) -> torch.Tensor:
 
 
 def _wave(x: torch.Tensor) -> torch.Tensor:
-    """Like (1 - cos(2 pi x)) / 2."""
+    """Approximate (1 - cos(2 pi x)) / 2."""
     x = (2 * _fraction(x) - 1).abs()
     return 1 - x * x * (3 - 2 * x)
 
@@ -100,7 +100,7 @@ def _odd(x: torch.Tensor) -> torch.Tensor:
 
 
 def _scatter(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """A number in [0, 1) for each cell (floor of x, floor of y); the cells repeat after 32."""
+    """Return a number in [0, 1) for each cell (floor of x, floor of y), with a period of 32 cells."""
     table = _noise_table(x.device)
     cell = (y.floor().int() & (_TABLE - 1)) * _TABLE + (x.floor().int() & (_TABLE - 1))
     return table.index_select(0, cell.flatten()).view(x.shape)

@@ -1,15 +1,15 @@
-"""Word problems with programs: MathQA from files or the Hub, and generated ones; tokenizers and word vectors for them.
+"""Word problems with programs: generated, MathQA files, or the Hub; with tokenizers and word vectors for them.
 
-MathQA is that of Amini et al., NAACL 2019, https://arxiv.org/abs/1905.13319. It is read in two schemas: as published
-(Problem, options, correct, linear_formula, ...), and as the assignment COL775 A1.2 (IIT Delhi, 2024) hands it out
-(Problem, linear_formula, answer), which keeps the rows whose program reaches their option.
+MathQA: Amini et al., NAACL 2019, https://arxiv.org/abs/1905.13319. Files may have the published schema (Problem,
+options, correct, linear_formula, ...) or the schema of the assignment COL775 A1.2, IIT Delhi, 2024 (Problem,
+linear_formula, answer). The assignment has only rows whose program gives the value of the correct option.
 
-Seven in ten of its test problems are a training problem with other numbers, so that a look-up passes for a solver.
-`leakage_report` counts them, the column `template` marks them, `load(..., resplit="template")` keeps them together.
+About 70 % of the test problems of MathQA are training problems with other numbers, so a look-up table scores well. The
+column `template` identifies such problems, and `load(..., resplit="template")` puts them into one split.
 
-How a program becomes tokens: the operation and its arguments, step by step, and nothing else: `multiply(n0,n1)|
-divide(#0,const_100)` is `multiply n0 n1 divide #0 const_100`. The number of arguments of each operation is fixed, so
-brackets, commas and bars say nothing; `hf_dl.programs.from_tokens` puts them back.
+Programs are tokenized as operations and arguments only. `multiply(n0,n1)|divide(#0,const_100)` becomes
+`multiply n0 n1 divide #0 const_100`. Each operation has a fixed number of arguments, so
+`hf_dl.programs.from_tokens` can restore brackets, commas and bars.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ COLUMNS = datasets.Features(
     correct=datasets.Value("string"),
     template=datasets.Value("string"),
 )
-NUM_NUMBERS = 26  # that have a token of their own; MathQA has up to 24 in a problem that a program refers to
+NUM_NUMBERS = 26  # numbers with their own tokens; programs of MathQA refer to at most 24 numbers
 NUMBER_TOKENS = tuple(f"<n{i}>" for i in range(NUM_NUMBERS))
 SPECIAL_TOKENS = {"bos_token": "<bos>", "pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}  # ids 0 to 3
 
@@ -70,41 +70,40 @@ def load(
     seed: int = 0,
     streaming: bool = False,
 ) -> datasets.Dataset | datasets.IterableDataset:
-    """Word problems with programs and answers.
-
-    `source` is "synthetic", a folder with files such as `train.json`, `dev.json` and `test.json.gz`, one such file, or
-    a Hub id. Files are lists of rows in the schema of MathQA or in that of the course.
+    """Load word problems with programs and answers.
 
     Args:
-        split: "train", "validation" or "test"; of synthetic problems also "test_seen" and "test_situations", see
-            `hf_dl.data.word_problems`: those of "test" have templates that no training problem has.
-        source: "synthetic", a path or a Hub id.
-        mask_numbers: Whether `text` has `<n0>`, `<n1>`, ... in the place of the numbers.
-        subset: "all" rows, or those of the "course": the files `course_<split>*.json` of a folder where there are
-            such, else what `filter_course` leaves. There, numbers and answers are as the course read them, and
-            programs are to be executed with semantics="course".
-        resplit: "none" for the splits of the source; "template" to deal all its problems out anew, 80 % of the
-            templates to "train" and 10 % to each of the others, so that no template is in two splits.
-        num_problems: How many problems; all of them where None, or `word_problems.SPLITS` of the synthetic ones.
-        seed: Other seeds give other synthetic problems, or deal templates out otherwise.
-        streaming: Return an `IterableDataset`.
+        split: "train", "validation" or "test". Synthetic problems also have "test_seen" and "test_situations", see
+            `hf_dl.data.word_problems`.
+        source: "synthetic"; a folder with files such as `train.json`, `dev.json` and `test.json.gz`; one such file; or
+            a Hub id. Files are lists of rows in the schema of MathQA or of the course.
+        mask_numbers: Whether to replace the numbers in `text` by `<n0>`, `<n1>`, ...
+        subset: "all" rows, or "course" for the rows of the course: the files `course_<split>*.json` of a folder if
+            they exist, and the result of `filter_course` otherwise. Numbers and answers then follow the course, and
+            programs must be executed with semantics="course".
+        resplit: "none" keeps the splits of the source. "template" splits all problems again, by template: 80 %
+            of the templates go to "train", and 10 % to each of the others.
+        num_problems: Number of problems. Defaults to all, and to the count in `word_problems.SPLITS` for synthetic
+            problems.
+        seed: Seed of the synthetic problems, and of the split by template.
+        streaming: Whether to return an `IterableDataset`.
 
     Returns:
         A dataset with the columns
 
-        * `problem`: the problem as it was found,
-        * `text`: what a model reads: the problem, with its numbers masked if that is asked for,
+        * `problem`: the original problem,
+        * `text`: the problem as input of a model, with masked numbers if `mask_numbers` is set,
         * `numbers`: n0, n1, ...,
-        * `program`: without spaces and without a `|` behind the last step,
-        * `answer`: the value of the right option; None where it is not a number,
-        * `options`: the values of the options a, b, ...; None for those that are no numbers. The course's files have
-          none: they are empty there, unless the folder has the files of MathQA too,
-        * `correct`: the letter of the right option, or None,
-        * `template`: problems that only differ in their numbers have the same.
+        * `program`: the program without spaces and without a `|` after the last step,
+        * `answer`: the value of the correct option, or None if it is not a number,
+        * `options`: the values of the options a, b, ..., or None for options that are not numbers. Empty for files of
+          the course, unless the folder also has the files of MathQA,
+        * `correct`: the letter of the correct option, or None,
+        * `template`: the text without numbers. It is equal for problems that differ in their numbers only.
 
     Raises:
-        FileNotFoundError: There is no such folder or file.
-        ValueError: An argument, a column or a row is not what was expected.
+        FileNotFoundError: If the folder or file does not exist.
+        ValueError: If an argument, a column or a row is invalid.
 
     Example:
         >>> row = load("test", num_problems=1)[0]
@@ -121,12 +120,12 @@ def load(
         if value not in known:
             raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(known)}.")
     if num_problems is not None and num_problems < 1:
-        raise ValueError(f"num_problems={num_problems} is too small; ask for at least 1.")
+        raise ValueError(f"num_problems={num_problems} must be at least 1.")
     if synthetic:
         if (subset, resplit) != ("all", "none"):
             raise ValueError(
-                "Synthetic problems have no subset and need no resplit: their splits are disjoint by template. Leave "
-                "subset and resplit out, or give a source."
+                f"subset={subset!r} and resplit={resplit!r} need a source. The splits of synthetic problems are "
+                "already disjoint by template. Use subset='all' and resplit='none', or set source."
             )
         count = word_problems.SPLITS[split] if num_problems is None else num_problems
         rows = [word_problems.sample(i, split, seed=seed) for i in range(count)]
@@ -137,25 +136,25 @@ def load(
         rows = [_convert(row, where, mask_numbers) for where, row in _read(source, None, subset)]
         rows = [row for row in rows if _part(row["template"], seed) == split]
     if not rows:
-        raise ValueError(f"split={split!r} of {str(source)!r} holds no problem; look at subset and resplit.")
+        raise ValueError(f"split={split!r} of {str(source)!r} has no problems. Check subset and resplit.")
     dataset = datasets.Dataset.from_list(rows[:num_problems], COLUMNS, split=datasets.NamedSplit(split))
     return dataset.to_iterable_dataset() if streaming else dataset
 
 
 def filter_course(rows: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Keep the rows of MathQA that the course kept: those whose program reaches their option within 2 %.
+    """Keep the rows of MathQA that the course uses: the value of the program is within 2 % of the correct option.
 
-    Programs and options are read as the course did, slips included. Of the published dev split 2967 rows are left,
-    among them all 2961 that the course handed out; of test 1953 and all 1925.
+    Programs and options are parsed as in the course, including its errors. This keeps 2967 rows of the published dev
+    split and 1953 rows of the test split. They include all 2961 and 1925 rows of the course.
 
     Args:
-        rows: With the columns Problem, options, correct and linear_formula.
+        rows: Rows with the columns Problem, options, correct and linear_formula.
 
     Yields:
-        The rows with their `answer`.
+        The rows with an additional `answer`.
 
     Raises:
-        ValueError: A column is missing.
+        ValueError: If a column is missing.
     """
     for index, row in enumerate(rows):
         _require(row, f"Row {index}", ("Problem", "options", "correct", "linear_formula"))
@@ -170,11 +169,11 @@ def filter_course(rows: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]
 
 
 def template(problem: str, *, convention: str = "mathqa") -> str:
-    """What is left of a problem without its numbers, and without commas, some of which belong to numbers.
+    """Remove the numbers of a problem. Commas are also removed, because some belong to numbers.
 
     Args:
-        problem: The problem, raw or masked.
-        convention: As of `programs.number_spans`.
+        problem: Problem with or without masked numbers.
+        convention: Definition of a number, see `programs.number_spans`.
 
     Returns:
         The text in lower case with `<n>` for each number.
@@ -187,38 +186,12 @@ def template(problem: str, *, convention: str = "mathqa") -> str:
     return " ".join(re.sub(r"<n\d+>", "<n>", masked).lower().replace(",", " ").split())
 
 
-def leakage_report(train: datasets.Dataset, test: datasets.Dataset) -> dict[str, float]:
-    """How much of a test split is the training split with other numbers.
-
-    Args:
-        train: What `load` returned.
-        test: Likewise.
-
-    Returns:
-        `problems`, the number of test problems; `seen`, how many of them have a template of the training split;
-        `seen_share`, their part; and `program_share`, the part whose program is, to the letter, one of training.
-
-    Raises:
-        ValueError: There is no test problem.
-    """
-    if not len(test):
-        raise ValueError("The test split is empty; load at least one problem.")
-    known, written = set(train["template"]), set(train["program"])
-    seen = sum(each in known for each in test["template"])
-    return {
-        "problems": float(len(test)),
-        "seen": float(seen),
-        "seen_share": seen / len(test),
-        "program_share": sum(each in written for each in test["program"]) / len(test),
-    }
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading MathQA
 
 
 def _read(source: str | os.PathLike, split: str | None, subset: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The rows of a split, or of all, each with where it is from."""
+    """Yield the rows of a split, or of all splits, each with a description of its origin."""
     root = Path(source).expanduser()
     wanted = list(_SPLIT_NAMES) if split is None else [split]
     if root.is_file():
@@ -227,17 +200,17 @@ def _read(source: str | os.PathLike, split: str | None, subset: str) -> Iterator
         files = [path for name in wanted if (path := _find(root, name, subset)) is not None]
         if not files:
             names = "|".join(_SPLIT_NAMES[wanted[0]])
-            raise FileNotFoundError(f"{str(root)!r} has no {wanted[0]} split; expected a file ({names}).json[.gz].")
+            raise FileNotFoundError(f"{str(root)!r} has no {wanted[0]} split. Expected a file ({names}).json[.gz].")
         parts = {path.name: _read_json(path) for path in files}
         if subset == "course":
             parts = {name: _with_options(rows, root) for name, rows in parts.items()}
     elif root.is_absolute() or str(source).startswith((".", "~")) or len(root.parts) > 2:
-        raise FileNotFoundError(f"source={str(source)!r} does not exist; expected a folder or a file of MathQA.")
+        raise FileNotFoundError(f"source={str(source)!r} does not exist. Expected a folder or a file of MathQA.")
     else:
         found = datasets.load_dataset(str(source))
         names = [alias for name in wanted for alias in _SPLIT_NAMES[name] if alias in found]
         if not names:
-            raise ValueError(f"split={split!r} is not in {str(source)!r}; it has {', '.join(found)}.")
+            raise ValueError(f"split={split!r} is not in {str(source)!r}. Its splits: {', '.join(found)}.")
         parts = {f"{source} ({name})": found[name] for name in names}
     for where, rows in parts.items():
         rows = [row for row in rows if isinstance(row, Mapping)]
@@ -247,7 +220,7 @@ def _read(source: str | os.PathLike, split: str | None, subset: str) -> Iterator
 
 
 def _find(root: Path, split: str, subset: str) -> Path | None:
-    """The file of a split in a folder."""
+    """Find the file of a split in a folder."""
     patterns = ("course_{}*.json", "course_{}*.json.gz") if subset == "course" else ()
     for pattern in (*patterns, "{}.json", "{}.json.gz"):
         for alias in _SPLIT_NAMES[split]:
@@ -257,7 +230,7 @@ def _find(root: Path, split: str, subset: str) -> Path | None:
 
 
 def _with_options(rows: list[Any], root: Path) -> list[Any]:
-    """Give rows of the course's files, which have no options, those of the same problems in files of MathQA there."""
+    """Add options to rows of the course, which have none, from files of MathQA in the same folder."""
     known: dict[str, dict[str, Any]] = {}
     if any(isinstance(row, Mapping) and "options" not in row for row in rows):
         for path in filter(None, (_find(root, split, "all") for split in _SPLIT_NAMES)):
@@ -274,7 +247,7 @@ def _read_json(path: Path) -> list[Any]:
     except (OSError, EOFError, ValueError) as error:
         raise ValueError(f"{str(path)!r} cannot be read as JSON: {error}.") from None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise ValueError(f"{str(path)!r} is not a list of rows; expected such as [{{'Problem': ..., ...}}, ...].")
+        raise ValueError(f"{str(path)!r} is not a list of rows. Expected [{{'Problem': ..., ...}}, ...].")
     return rows
 
 
@@ -282,13 +255,13 @@ def _require(row: Mapping[str, Any], where: str, columns: Iterable[str]) -> None
     for column in columns:
         if not isinstance(row.get(column), str):
             raise ValueError(
-                f"{where} has no text in {column!r}, only the columns {', '.join(row)}; expected those of MathQA "
+                f"{where} has no text in {column!r}. Its columns: {', '.join(row)}. Expected the columns of MathQA "
                 "(Problem, options, correct, linear_formula) or of the course (Problem, linear_formula, answer)."
             )
 
 
 def _convert(row: Mapping[str, Any], where: str, mask_numbers: bool) -> dict[str, Any]:
-    """A row in our columns."""
+    """Convert a row to the columns of `COLUMNS`."""
     course = "answer" in row
     _require(
         row, where, ("Problem", "linear_formula") if course else ("Problem", "linear_formula", "options", "correct")
@@ -299,11 +272,11 @@ def _convert(row: Mapping[str, Any], where: str, mask_numbers: bool) -> dict[str
         program = str(programs.parse(row["linear_formula"]))
         values = programs.option_values(row["options"], convention=convention) if row.get("options") else {}
     except ValueError as error:
-        raise ValueError(f"{where} cannot be used: {error}") from None
+        raise ValueError(f"{where} is invalid: {error}") from None
     correct = row.get("correct")
     answer = row["answer"] if course else values.get(correct)
     if answer is not None and not isinstance(answer, (int, float)):
-        raise ValueError(f"{where} has the answer {answer!r}; expected a number.")
+        raise ValueError(f"{where} has the answer {answer!r}. Expected a number.")
     return {
         "problem": row["Problem"],
         "text": text,
@@ -322,7 +295,7 @@ def _masked(problem: str, mask_numbers: bool, convention: str = "mathqa") -> tup
 
 
 def _part(template: str, seed: int) -> str:
-    """The split that a template is dealt to: a function of its text."""
+    """Return the split of a template. It depends on the text and the seed only."""
     place = int.from_bytes(hashlib.sha256(f"{seed} {template}".encode()).digest()[:8], "big") / 2**64
     return "train" if place < 0.8 else "validation" if place < 0.9 else "test"
 
@@ -332,21 +305,21 @@ def _part(template: str, seed: int) -> str:
 
 
 def problem_tokenizer(texts: Iterable[str], *, min_count: int = 2) -> PreTrainedTokenizerFast:
-    """A tokenizer of whole words, in lower case; `<n0>` to `<n25>` are words, and so is each sign.
+    """Build a tokenizer of lower-case words. `<n0>` to `<n25>` and each punctuation mark are also words.
 
     Args:
-        texts: The training texts (the column `text`).
-        min_count: Words that occur less often are `<unk>`.
+        texts: Training texts (the column `text`).
+        min_count: Minimum count of a word. Rarer words become `<unk>`.
 
     Returns:
-        The tokenizer: `<bos>`, `<pad>`, `<eos>`, `<unk>` are 0 to 3, number tokens follow, then the words by how often
-        they occur. It adds no token to a text.
+        The tokenizer. Ids 0 to 3 are `<bos>`, `<pad>`, `<eos>` and `<unk>`, followed by the number tokens and the
+        words, from frequent to rare. It adds no special tokens to a text.
 
     Raises:
-        ValueError: `min_count` is below 1.
+        ValueError: If `min_count` is below 1.
     """
     if min_count < 1:
-        raise ValueError(f"min_count={min_count} is too small; give at least 1.")
+        raise ValueError(f"min_count={min_count} must be at least 1.")
     split = pre_tokenizers.Split(Regex(_WORD), behavior="removed", invert=True)
     counts = Counter(word for text in texts for word, _ in split.pre_tokenize_str(text.lower()))
     words = [word for word, count in counts.items() if count >= min_count and word not in NUMBER_TOKENS]
@@ -355,14 +328,14 @@ def problem_tokenizer(texts: Iterable[str], *, min_count: int = 2) -> PreTrained
 
 
 def program_tokenizer() -> PreTrainedTokenizerFast:
-    """The tokenizer of programs; its vocabulary, `hf_dl.programs.VOCABULARY`, depends on no data.
+    """Build the tokenizer of programs. Its vocabulary is fixed: `hf_dl.programs.VOCABULARY`.
 
-    A program may be given with or without punctuation; `<eos>` is appended. What it decodes to, without special
-    tokens and split at spaces, is what `hf_dl.programs.from_tokens` takes.
+    Programs may have punctuation or not. The tokenizer appends `<eos>`. `hf_dl.programs.from_tokens` converts its
+    decoded tokens, without special tokens, to a program.
 
     Returns:
-        The tokenizer: `<bos>`, `<pad>`, `<eos>`, `<unk>` are 0 to 3, then the 53 operations, the 32 constants, `n0` to
-        `n25`, and `#0` to `#55`.
+        The tokenizer. Ids 0 to 3 are `<bos>`, `<pad>`, `<eos>` and `<unk>`, followed by the 53 operations, the 32
+        constants, `n0` to `n25`, and `#0` to `#55`.
 
     Example:
         >>> tokenizer = program_tokenizer()
@@ -397,13 +370,13 @@ def _word_level(
 
 
 def add_number_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Teach a tokenizer such as that of BERT the number tokens, so that it does not take `<n0>` apart.
+    """Add the number tokens to a tokenizer, such as the tokenizer of BERT, so that it does not split `<n0>`.
 
     Args:
-        tokenizer: It is changed. The model needs `model.resize_token_embeddings(len(tokenizer))` afterwards.
+        tokenizer: Tokenizer, changed in place. The model needs `model.resize_token_embeddings(len(tokenizer))`.
 
     Returns:
-        How many tokens are new.
+        The number of new tokens.
     """
     return tokenizer.add_tokens([AddedToken(token, normalized=False) for token in NUMBER_TOKENS])
 
@@ -415,26 +388,27 @@ def add_number_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
 def word_vectors(
     tokenizer: PreTrainedTokenizerBase, path: str | os.PathLike | None = None, *, dim: int | None = None, seed: int = 0
 ) -> tuple[Tensor, float]:
-    """Vectors for the words of a tokenizer: GloVe's from a file, random ones for the rest.
+    """Load GloVe vectors for the words of a tokenizer, and draw random vectors for the other words.
 
-    The file is read line by line, and only what the tokenizer knows is kept. Nothing is downloaded. Vectors are those
-    of Pennington et al., EMNLP 2014, https://nlp.stanford.edu/projects/glove.
+    The file is read line by line, and only known words are kept. Nothing is downloaded.
+
+    GloVe: Pennington et al., EMNLP 2014, https://nlp.stanford.edu/projects/glove.
 
     Args:
-        tokenizer: As of `problem_tokenizer`.
-        path: A text file with a word and its numbers on each line, plain, gzipped (.gz), or in a .zip; where None, all
-            vectors are random, which is logged.
-        dim: Length of the vectors. Only needed where a .zip holds several files; without a file it is 100 by default.
-        seed: Of the random vectors.
+        tokenizer: Result of `problem_tokenizer`.
+        path: Text file with a word and its numbers in each line; it may be a .gz or .zip file. If None, all vectors
+            are random, and a warning is logged.
+        dim: Length of the vectors. Required if a .zip has several files. Defaults to 100 without a file.
+        seed: Seed of the random vectors.
 
     Returns:
-        The vectors, (vocabulary, dim) float32, that of `<pad>` 0; and the coverage: which part of the words, special
-        and number tokens aside, is in the file. Words that are not get normal noise of the standard deviation of
-        those that are, or of 0.1.
+        The vectors, (vocabulary, dim) float32, and the coverage: the share of words in the file, without special and
+        number tokens. The vector of `<pad>` is 0. Words that are not in the file get normal noise with the standard
+        deviation of the known vectors, or 0.1.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: The file is not of this kind, or its vectors have another length than `dim`.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If the file has another format, or the length of its vectors is not `dim`.
     """
     vocabulary = tokenizer.get_vocab()
     words = vocabulary.keys() - set(tokenizer.all_special_tokens) - set(NUMBER_TOKENS)
@@ -453,29 +427,29 @@ def word_vectors(
     vectors[tokenizer.pad_token_id] = 0
     coverage = len(found) / max(1, len(words))
     if path is None:
-        logger.warning("No file of word vectors is given: all %d vectors of %d are random.", len(vectors), dim)
+        logger.warning("All %d word vectors (length %d) are random, because no file is given.", len(vectors), dim)
     else:
-        logger.info("%s has %.1f %% of the %d words; the others are random.", path, 100 * coverage, len(words))
+        logger.info("%s has %.1f %% of the %d words. The others are random.", path, 100 * coverage, len(words))
     return vectors, coverage
 
 
 def _glove_lines(path: Path, dim: int | None) -> Iterator[tuple[str, list[float]]]:
-    """The words and vectors of a file."""
+    """Yield the words and vectors of a file."""
     with _open_glove(path, dim) as file:
         length = None
         for number, raw in enumerate(file, 1):
             line = raw.decode("utf-8", errors="replace").rstrip()
-            if not line or (number == 1 and re.fullmatch(r"\d+ \d+", line)):  # word2vec begins with two counts
+            if not line or (number == 1 and re.fullmatch(r"\d+ \d+", line)):  # files of word2vec start with two counts
                 continue
             length = line.count(" ") if length is None else length
-            word, *values = line.rsplit(" ", length)  # a word may hold spaces itself
+            word, *values = line.rsplit(" ", length)  # words may contain spaces
             try:
                 if len(values) != length or length != (dim or length) or length < 2:
                     raise ValueError
                 yield word, [float(value) for value in values]
             except ValueError:
                 raise ValueError(
-                    f"Line {number} of {str(path)!r} is not a word and {dim or length} numbers; expected the format "
+                    f"Line {number} of {str(path)!r} is not a word with {dim or length} numbers. Expected the format "
                     "of GloVe, and dim as in the file."
                 ) from None
 
@@ -483,7 +457,7 @@ def _glove_lines(path: Path, dim: int | None) -> Iterator[tuple[str, list[float]
 @contextmanager
 def _open_glove(path: Path, dim: int | None) -> Iterator[Iterable[bytes]]:
     if not path.is_file():
-        raise FileNotFoundError(f"{str(path)!r} does not exist; expected a file of GloVe vectors (.txt, .gz or .zip).")
+        raise FileNotFoundError(f"{str(path)!r} does not exist. Expected GloVe vectors (.txt, .gz or .zip).")
     if path.suffix != ".zip":
         with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
             yield file
@@ -492,6 +466,6 @@ def _open_glove(path: Path, dim: int | None) -> Iterator[Iterable[bytes]]:
         names = [name for name in archive.namelist() if name.endswith(".txt")]
         fitting = names if len(names) == 1 else [name for name in names if f".{dim}d." in name]
         if len(fitting) != 1:
-            raise ValueError(f"dim={dim} does not choose one of the files of {str(path)!r}: {', '.join(names)}.")
+            raise ValueError(f"dim={dim} does not select one file of {str(path)!r}. Its files: {', '.join(names)}.")
         with archive.open(fitting[0]) as file:
             yield file

@@ -1,10 +1,10 @@
-"""Generated labeled images: one textured object each, rendered by `hf_dl.data.raycast` on a ground of another texture.
+"""Generated labeled images: each shows one textured object on a ground with another texture.
 
-A class is what the object is, not where it stands, how it is lit or turned, how large it is, or what the ground looks
-like:
+The class is the shape and material of the object, and its color for 100 classes. Position, size, rotation, light and
+ground vary within a class.
 
-* 25 classes: 5 shapes x 5 materials, "striped cone". The fifth shape, a disc, is a flat cylinder.
-* 100 classes: these x 4 colors, "red striped cone"; class c of the 100 belongs to class c // 4 of the 25.
+* 25 classes: 5 shapes x 5 materials, such as "striped cone". The fifth shape, a disc, is a flat cylinder.
+* 100 classes: the same x 4 colors, such as "red striped cone". Class c of the 100 belongs to class c // 4 of the 25.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from .raycast import chunk_size, render
 from .scene_description import Scene, SceneObject, Surface
 from .surfaces import COLORS, LINEAR_COLORS, draw_ground, draw_surface, pick, uniform
 
-SPLITS = {"train": 10_000, "validation": 1000, "test": 2000}  # images of the synthetic ones
+SPLITS = {"train": 10_000, "validation": 1000, "test": 2000}  # default numbers of images
 SHAPES = ("sphere", "cube", "cylinder", "cone", "disc")
 MATERIALS = ("checkered", "striped", "dotted", "brick", "marble")
 CLASS_COLORS = ("red", "green", "blue", "yellow")
-CLASSES = {  # by their number
+CLASSES = {  # by number of classes
     25: tuple(f"{material} {shape}" for shape in SHAPES for material in MATERIALS),
     100: tuple(f"{c} {material} {shape}" for shape in SHAPES for material in MATERIALS for c in CLASS_COLORS),
 }
 
-_VERSION = 1  # bump with any change of the pixels or columns: `datasets` caches by arguments, not by this code
+_VERSION = 1  # increase it when pixels or columns change: `datasets` caches by arguments, not by code
 _GROUNDS = tuple(name for name in TEXTURES if name not in MATERIALS)
 _SHARD = 512  # rows that are rendered together
 
@@ -71,13 +71,11 @@ def load(
         if value not in known:
             raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(known)}.")
     if num_classes not in CLASSES:
-        raise ValueError(
-            f"num_classes={num_classes} is unknown; synthetic images have {' or '.join(map(str, CLASSES))}."
-        )
+        raise ValueError(f"num_classes={num_classes} is unknown; choose one of {', '.join(map(str, CLASSES))}.")
     if not 32 <= size <= 256:
-        raise ValueError(f"size={size} is out of range; synthetic images are 32 to 256 pixels wide and high.")
+        raise ValueError(f"size={size} must be from 32 to 256 pixels for synthetic images.")
     if num_images is not None and num_images < 1:
-        raise ValueError(f"num_images={num_images} is too small; ask for at least 1.")
+        raise ValueError(f"num_images={num_images} must be at least 1.")
     count = SPLITS[split] if num_images is None else num_images
     arguments = {
         "shards": [(start, min(start + _SHARD, count)) for start in range(0, count, _SHARD)],
@@ -95,7 +93,7 @@ def load(
 
 
 class _Disc(SceneObject):
-    """A flat cylinder: the ray caster stretches its unit shapes to any extent."""
+    """A flat cylinder. The ray caster scales its unit shapes to any extent."""
 
     @property
     def extent(self) -> tuple[float, float]:
@@ -103,23 +101,24 @@ class _Disc(SceneObject):
 
 
 def _label(index: int, split: str, num_classes: int, seed: int) -> int:
-    """The class of an image; each class comes once in every `num_classes` images."""
+    """Return the class of an image. Each class occurs once in every `num_classes` images."""
     block, place = divmod(index, num_classes)
+    # the seed strings here and below determine all images: a change of them needs a new _VERSION
     rng = random.Random(f"hf_dl.images order {num_classes} {seed} {split} {block}")
     return sorted(range(num_classes), key=lambda _: rng.random())[place]
 
 
 def sample_scene(index: int, split: str = "train", *, num_classes: int = 25, seed: int = 0) -> tuple[Scene, int]:
-    """Draw the description of one synthetic image: a pure function of its arguments.
+    """Draw the description of one image. The result depends on the arguments only.
 
     Args:
-        index: Number of the image inside its split.
-        split: Name of the split; different splits draw from different streams.
+        index: Index of the image in its split.
+        split: Name of the split. Each split uses its own random stream.
         num_classes: 25 or 100.
         seed: Seed of the whole dataset.
 
     Returns:
-        The scene, with one object, and its class.
+        The scene with one object, and its class.
     """
     label = _label(index, split, num_classes, seed)
     rng = random.Random(f"hf_dl.images {num_classes} {seed} {split} {index}")
@@ -131,7 +130,7 @@ def sample_scene(index: int, split: str = "train", *, num_classes: int = 25, see
     draft = kind(shape, color, "medium", radius, uniform(rng, 0, 360), (0, 0, 0), surface)
     position = (uniform(rng, -0.4, 0.4), uniform(rng, -0.4, 0.4), draft.extent[1])
     ground = draw_ground(rng, "textured")
-    if ground.material in MATERIALS:  # what a class is named after is only seen on the object
+    if ground.material in MATERIALS:  # the materials of the classes occur on objects only
         ground = Surface(pick(rng, _GROUNDS), ground.color, ground.accent, ground.scale, ground.offset)
     scene = Scene(
         objects=(kind(shape, color, "medium", radius, draft.rotation, position, surface),),

@@ -1,14 +1,14 @@
-"""A small ray caster in torch: batches of scenes to images and instance masks, on the CPU or a GPU.
+"""A small ray caster in torch. It renders batches of scenes to images and instance masks, on the CPU or a GPU.
 
-Four convex shapes on a ground plane, one soft key light, sky light, and a simple mirror of sky and ground for metal.
-All intersections are closed-form, and only pixels in the bounding boxes of objects and shadows are searched.
+Scenes have four convex shapes on a ground plane, one soft key light and sky light. Metal reflects sky and ground. All
+intersections have closed forms, and only pixels in the bounding boxes of objects and shadows are searched.
 
 `hf_dl.data.scene_description` has the axes and units of a scene; `hf_dl.data.raycast_geometry` intersects rays with
 shapes. A pixel (column i, row j) covers [i, i + 1) x [j, j + 1).
 
-A scene's pixels do not depend on what else is in its batch: on the CPU all arithmetic between a description and its
-pixels is exact to the IEEE standard (elementwise +, -, *, /, sqrt, comparisons and table look-ups; no matmul, exp or
-sin, whose last digits depend on the place in the vector), so chunks, workers and streaming give the same bytes.
+The pixels of a scene do not depend on the rest of its batch, so chunks, workers and streaming give the same bytes.
+For this, all tensor operations on the CPU are exact in the IEEE standard: elementwise +, -, *, /, sqrt, comparisons
+and table look-ups. The last digits of matmul, exp and sin depend on the position in the vector, so they are not used.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from .scene_description import MATERIALS, SHAPES, Scene
 
 _SUBPIXELS = ((-0.25, -0.25), (0.25, -0.25), (-0.25, 0.25), (0.25, 0.25))
 _AMBIENT, _KEY = 0.42, 0.95
-_CHUNK = 32 * 64 * 64  # pixels rendered together: enough to hide torch's overhead, few enough for the caches
-_BUMP_STEP = 0.03  # distance, in periods of the texture, over which the slope of its relief is taken
+_CHUNK = 32 * 64 * 64  # pixels per chunk: many enough to hide torch's overhead, few enough for the CPU caches
+_BUMP_STEP = 0.03  # step of the finite differences of the height, in periods of the texture
 
 
 def _to_local(pose: torch.Tensor, point: torch.Tensor, direction: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """World points and directions (3, ..., n) in the unit coordinates of objects with pose (7, n)."""
+    """Map world points and directions (3, ..., n) to the unit coordinates of objects with pose (7, n)."""
     cx, cy, cz, cos, sin, width, height = pose
     width, height = 1 / width, 1 / height
     across, along = cos * width, sin * width
@@ -40,7 +40,7 @@ def _to_local(pose: torch.Tensor, point: torch.Tensor, direction: torch.Tensor) 
 
 
 def _ground_visibility(batch: SceneBatch) -> torch.Tensor:
-    """Fraction of the key light that reaches the ground at each subpixel (4, pixels)."""
+    """Compute the fraction of the key light that reaches the ground at each subpixel (4, pixels)."""
     tiles = batch.tiles(batch.shadow_boxes)
     eye, d0, dx, dy = batch.camera.index_select(1, tiles.scene).split(3)
     repeats = NUM_LIGHTS // len(_SUBPIXELS)
@@ -56,7 +56,7 @@ def _ground_visibility(batch: SceneBatch) -> torch.Tensor:
 
 
 def _in_shadow(batch: SceneBatch, point: torch.Tensor, light: torch.Tensor, scene: torch.Tensor, own: torch.Tensor):
-    """Whether another object stands between points (3, n) on objects and the light (3, n)."""
+    """Return whether another object is between points (3, n) on objects and the light (3, n)."""
     rays, objects = [], []
     for slot in range(batch.slots):
         other = batch.index[:, slot].index_select(0, scene)
@@ -78,7 +78,7 @@ def _in_shadow(batch: SceneBatch, point: torch.Tensor, light: torch.Tensor, scen
 
 
 def _local_normal(shape: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
-    """Normals (3, n), of any length, of the unit shapes at surface points p (3, n); edges are slightly rounded."""
+    """Return normals (3, n) of unit shapes at surface points p (3, n), not normalized. Edges are slightly rounded."""
     round_from = 0.93
     x, y, _ = p
     radius = (x * x + y * y).sqrt().clamp_min(1e-6)
@@ -102,7 +102,7 @@ def _smoothstep(low: float, high: float, x: torch.Tensor) -> torch.Tensor:
 
 
 def _angle(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """atan2(y, x) in turns, -0.5 to 0.5, to about 1e-4: the library's rounds differently from place to place."""
+    """Approximate atan2(y, x) in turns, -0.5 to 0.5, to about 1e-4. torch.atan2 rounds by position."""
     ax, ay = x.abs(), y.abs()
     ratio = torch.minimum(ax, ay) / torch.maximum(ax, ay).clamp_min(1e-9)
     square = ratio * ratio
@@ -113,7 +113,7 @@ def _angle(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 
 def _texture(names: Sequence[str], number: torch.Tensor, p: torch.Tensor, uv: torch.Tensor) -> list[torch.Tensor]:
-    """Share of the accent, height and depth of bumps for materials `number` (n,) at p (3, k, n) and uv (2, k, n)."""
+    """Return accent share, height and bump depth of materials `number` (n,) at p (3, k, n) and uv (2, k, n)."""
     mix, height = torch.zeros_like(p[0]), torch.zeros_like(p[0])
     bump = torch.zeros_like(p[0, 0])
     for i, name in enumerate(names):
@@ -128,14 +128,14 @@ def _texture(names: Sequence[str], number: torch.Tensor, p: torch.Tensor, uv: to
 
 
 def _surface_coordinates(shape, face, q, scale, turns) -> torch.Tensor:
-    """Coordinates (2, k, n) on the surface near points q (3, k, n), in periods.
+    """Compute surface coordinates (2, k, n) near points q (3, k, n), in periods.
 
     Args:
-        shape: Number of the shape (n,).
-        face: 0 for round surfaces; 1, 2 or 3 for flat ones across the x, y or z axis (n,).
-        q: Points relative to the object's center, in radii.
+        shape: Index of the shape (n,).
+        face: 0 for curved surfaces; 1, 2 or 3 for flat surfaces across the x, y or z axis (n,).
+        q: Points relative to the center of the object, in radii.
         scale: Periods per radius (n,).
-        turns: Periods around a round surface (n,).
+        turns: Periods around a curved surface (n,).
     """
     x, y, z = q
     around = _angle(y, x) * turns
@@ -149,7 +149,7 @@ def _surface_coordinates(shape, face, q, scale, turns) -> torch.Tensor:
 def _textured_surface(
     batch: SceneBatch, look: torch.Tensor, p: torch.Tensor, normal: torch.Tensor, extent: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Share of the accent color (n,) and normals (3, n) with bumps, both in the object's coordinates."""
+    """Return the share of the accent color (n,) and normals with bumps (3, n), in coordinates of the object."""
     shape, turns, number, _, _, _ = look[:6]
     scale, offset = look[12], look[13:, None]
     q = p * extent
@@ -174,7 +174,7 @@ def _textured_surface(
 
 
 def _shade_objects(batch: SceneBatch, tiles: Tiles, t: torch.Tensor, front: torch.Tensor) -> torch.Tensor:
-    """Linear colors (3, n) of the n subpixels that show an object: entries `front` of the flat t (S * E)."""
+    """Return linear colors (3, n) of the n subpixels that show an object: entries `front` of the flat t (S * E)."""
     entry, sample = front % t.shape[1], front // t.shape[1]
     own, scene = tiles.owner.index_select(0, entry), tiles.scene.index_select(0, entry)
     offset = torch.tensor(_SUBPIXELS, device=batch.device).index_select(0, sample)
@@ -203,7 +203,7 @@ def _shade_objects(batch: SceneBatch, tiles: Tiles, t: torch.Tensor, front: torc
     light = lights.index_select(1, sample * batch.lights.shape[2] + scene)
     ground = batch.ground[6:9].index_select(1, scene)
 
-    # start the shadow ray a little off the surface; what turns away from the light is dark whatever its bumps say
+    # the shadow ray starts slightly above the surface; surfaces that face away from the light are dark despite bumps
     dark = _in_shadow(batch, point + 1e-3 * smooth, light, scene, own) | (dot(smooth, light) <= 0)
     lit = torch.where(dark, 0.0, dot(normal, light).clamp_min(0))
     shine = torch.where(lit > 0, dot(normal, normalize(light + view)).clamp_min(0), 0.0)
@@ -224,7 +224,7 @@ def _shade_objects(batch: SceneBatch, tiles: Tiles, t: torch.Tensor, front: torc
 
 
 def _open_sky(batch: SceneBatch, scene: slice, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """How much of the sky ground points (B, ...) see: objects take away as much as spheres of their width would."""
+    """Compute the share of the sky that ground points (B, ...) see. Objects hide it like spheres of their width."""
     sky = torch.ones_like(x)
     for slot in range(batch.slots):
         pose = batch.pose.index_select(1, batch.index[scene, slot])
@@ -236,7 +236,11 @@ def _open_sky(batch: SceneBatch, scene: slice, x: torch.Tensor, y: torch.Tensor)
 
 
 def _ground_points(batch: SceneBatch, scene: slice, positions: torch.Tensor):
-    """Where the rays of pixel positions (n,), along both axes, meet the ground: x, y (B, n, n), and the rays."""
+    """Intersect the rays of a grid of pixel positions (n,) x (n,) with the ground.
+
+    Returns:
+        The positions x and y (B, n, n), the directions of the rays, and the falloff of the light.
+    """
     eye, d0, dx, dy = batch.camera[:, scene, None, None].split(3)
     d = d0 + positions * dx + positions[:, None] * dy
     t = -eye[2] / d[2]
@@ -246,7 +250,7 @@ def _ground_points(batch: SceneBatch, scene: slice, positions: torch.Tensor):
 
 
 def _plain_ground(batch: SceneBatch, bare: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
-    """Ground of one color, which is smooth enough to be shaded once a pixel: (3, pixels)."""
+    """Return the colors (3, pixels) of ground without texture. One sample per pixel is enough for it."""
     every = slice(None)
     center = torch.arange(batch.size, device=batch.device) + 0.5
     x, y, _, falloff = _ground_points(batch, every, center)
@@ -257,9 +261,9 @@ def _plain_ground(batch: SceneBatch, bare: torch.Tensor, visible: torch.Tensor) 
 
 
 def _textured_ground(batch: SceneBatch, scene: int, bare: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
-    """Ground of one scene (3, size * size), from bare and visible (4, size * size)."""
+    """Return the ground colors of one scene (3, size * size), from bare and visible (4, size * size)."""
     size, here = batch.size, slice(scene, scene + 1)
-    # the subpixels of all pixels form one lattice; one more row and column give slopes
+    # the subpixels form one lattice; an additional row and column give the slopes
     x, y, d, falloff = _ground_points(batch, here, torch.arange(2 * size + 1, device=batch.device) * 0.5 + 0.25)
     cos, sin, number, gloss, polish, _ = batch.ground[:6, scene]
     color, accent, scale, offset = batch.ground[6:, scene].split([3, 3, 1, 3])
@@ -273,7 +277,7 @@ def _textured_ground(batch: SceneBatch, scene: int, bare: torch.Tensor, visible:
     def down(v: torch.Tensor) -> torch.Tensor:
         return v[:, 1:, :-1] - v[:, :-1, :-1]
 
-    # the slope in the world from the differences between neighboring rays, which fades where they are far apart
+    # slopes in world coordinates from differences of neighboring rays; they fade with the distance of the rays
     ax, ay, ah, dx, dy, dh = (f(v) for f in (across, down) for v in (x, y, height))
     depth = material.bump / (scale * (ax * dy - ay * dx))
     normal = normalize(torch.stack([(ay * dh - dy * ah) * depth, (dx * ah - ax * dh) * depth, torch.ones_like(ah)]))
@@ -302,7 +306,7 @@ _SRGB = torch.tensor(
 
 
 def shade(batch: SceneBatch) -> torch.Tensor:
-    """Images (B, size, size, 3), uint8."""
+    """Render images (B, size, size, 3), uint8."""
     tiles, t, nearest = batch.trace(_SUBPIXELS)
     bare = (nearest == math.inf).float() * (1 / len(_SUBPIXELS))
     visible = _ground_visibility(batch)
@@ -324,16 +328,16 @@ def render(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Render scenes at any resolution, on the CPU or a GPU.
 
-    The image averages 2x2 rays a pixel in linear light; the mask is what the ray through the pixel's center hits.
+    The image averages 2x2 rays per pixel in linear light. The mask shows the object at the center of each pixel.
 
     Args:
-        scenes: What to render.
+        scenes: Descriptions of the scenes.
         size: Width and height in pixels.
-        device: Where to compute.
+        device: Device that renders.
 
     Returns:
-        Images (batch, size, size, 3) and masks (batch, size, size), both uint8 on `device`; a mask is 0 on the
-        ground and i on the i-th object of the scene, counted from 1.
+        Images (batch, size, size, 3) and masks (batch, size, size), both uint8 on `device`. Masks are 0 on the ground
+        and i on the i-th object of the scene, counted from 1.
     """
     images, masks = [], []
     step = chunk_size(size)
@@ -345,5 +349,5 @@ def render(
 
 
 def chunk_size(size: int) -> int:
-    """How many scenes of a size are rendered together."""
+    """Return the number of scenes that are rendered together at this size."""
     return max(1, _CHUNK // size**2)

@@ -1,4 +1,4 @@
-"""The geometry of the ray caster: rays against shapes, and a batch of scenes as tensors."""
+"""Geometry of the ray caster: intersections of rays with shapes, and a batch of scenes as tensors."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 
 from .scene_description import HALF_FOV, MATERIALS, SHAPES, Scene, Surface
 
-NUM_LIGHTS = 8  # points of the area light; each is paired with one of the subpixels
-_GIRTH = {"sphere": 1.0, "cube": 1.0, "cylinder": 0.82, "cone": 0.6}  # typical radius of the round surface
+NUM_LIGHTS = 8  # points of the area light; each belongs to one of the four subpixels
+_GIRTH = {"sphere": 1.0, "cube": 1.0, "cylinder": 0.82, "cone": 0.6}  # typical radius of the curved surface
 
 
 def dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -26,14 +26,15 @@ def normalize(a: torch.Tensor) -> torch.Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Geometry: the nearest positive hit of rays `origin + t * direction`, both (3, ..., rays), with the unit shapes, each
-# inside [-1, 1]^3; t is infinite where a ray misses. Objects are affine images of these, which leaves t as it is.
+# Unit shapes, each inside [-1, 1]^3. Each function returns the smallest positive t at which rays
+# `origin + t * direction`, both (3, ..., rays), hit the shape; t is infinite for rays that miss it. Objects are affine
+# images of the unit shapes, and affine maps do not change t.
 
 
 def _sphere(o: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
     a = d[0] * d[0] + d[1] * d[1] + d[2] * d[2]
     b = o[0] * d[0] + o[1] * d[1] + o[2] * d[2]
-    # the closest approach by the cross product: b * b - a * (o * o - 1) cancels in float32
+    # the cross product gives the closest distance; b * b - a * (o * o - 1) would cancel in float32
     cx, cy, cz = o[1] * d[2] - o[2] * d[1], o[2] * d[0] - o[0] * d[2], o[0] * d[1] - o[1] * d[0]
     disc = a - (cx * cx + cy * cy + cz * cz)
     t = (-b - disc.clamp_min(0).sqrt()) / a
@@ -67,14 +68,14 @@ def _cylinder(o: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
 
 
 def _cone(o: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
-    # x^2 + y^2 = (z - 1)^2 / 4 for -1 <= z <= 1: the apex on top, radius 1 at the bottom
+    # x^2 + y^2 = (z - 1)^2 / 4 for -1 <= z <= 1: the tip is at the top, and the radius at the bottom is 1
     top = (o[2] - 1) * 0.5
     slope = d[2] * 0.5
     a = d[0] * d[0] + d[1] * d[1] - slope * slope
     b = o[0] * d[0] + o[1] * d[1] - top * slope
     c = o[0] * o[0] + o[1] * o[1] - top * top
     disc = b * b - a * c
-    # of the two forms of the quadratic's roots, the one without cancellation; a is 0 for rays along the side
+    # the form of the quadratic formula without cancellation; a is 0 for rays parallel to the side
     q = -(b + torch.where(b < 0, -1.0, 1.0) * disc.clamp_min(0).sqrt())
     best = torch.full_like(disc, math.inf)
     for t in (q / torch.where(a.abs() < 1e-9, 1e-9, a), c / torch.where(q.abs() < 1e-9, 1e-9, q)):
@@ -89,7 +90,7 @@ _INTERSECT = (_sphere, _cube, _cylinder, _cone)  # in the order of SHAPES
 
 
 def first_hit(counts: Sequence[int], origin: torch.Tensor, direction: torch.Tensor) -> torch.Tensor:
-    """Hits of rays whose last axis is grouped by shape, `counts` of each."""
+    """Intersect rays with unit shapes. The last axis is grouped by shape, with `counts` rays for each."""
     parts = zip(_INTERSECT, origin.split(counts, -1), direction.split(counts, -1), strict=True)
     return torch.cat([intersect(o, d) for intersect, o, d in parts], -1)
 
@@ -99,12 +100,12 @@ def first_hit(counts: Sequence[int], origin: torch.Tensor, direction: torch.Tens
 
 
 class SceneBatch:
-    """The scenes of a chunk as tensors: B scenes, their M objects in one flat list sorted by shape."""
+    """Tensors of B scenes. Their M objects form one flat list, sorted by shape."""
 
     def __init__(self, scenes: Sequence[Scene], size: int, device: torch.device | str):
         self.size, self.device, self.pixels = size, torch.device(device), len(scenes) * size**2
         eye, right, up, forward = np.array([scene.camera() for scene in scenes]).transpose(1, 0, 2)  # (B, 3) each
-        # a ray through pixel position (x, y) is d0 + x * dx + y * dy: affine, and not normalized
+        # the direction of the ray through pixel position (x, y) is d0 + x * dx + y * dy, not normalized
         dx, dy = right * (2 * HALF_FOV / size), up * (-2 * HALF_FOV / size)
         d0 = forward - right * HALF_FOV + up * HALF_FOV
         lights = np.array([_area_light(scene) for scene in scenes])  # (B, lights, 3)
@@ -117,7 +118,7 @@ class SceneBatch:
         objects = [item[3] for item in order]
         center = np.array([o.position for o in objects])
         extent = np.array([(o.extent[0], *o.extent) for o in objects])  # (M, 3)
-        # one at a time: numpy's cos may round differently in the middle and at the end of an array
+        # math.cos, because the rounding of numpy's cos may depend on the position in the array
         cos = np.array([math.cos(math.radians(o.rotation)) for o in objects])[:, None]
         sin = np.array([math.sin(math.radians(o.rotation)) for o in objects])[:, None]
 
@@ -146,14 +147,14 @@ class SceneBatch:
         self.rays = tensor(
             np.concatenate([to_local(eye[scene] - center)] + [to_local(v[scene]) for v in (d0, dx, dy)], 1).T
         )
-        # the tables below have one object more, of no size, which stands for "none"
+        # the tables below have an additional object of size 0, which stands for "no object"
         self.pose = torch.nn.functional.pad(
             tensor(np.concatenate([center, cos, sin, extent[:, [0, 2]]], 1).T), (0, 1)
         )  # (7, M + 1)
         self.bound = torch.nn.functional.pad(tensor(np.sqrt(2 * extent[:, 0] ** 2 + extent[:, 2] ** 2)), (0, 1))
         surfaces = [o.surface for o in objects]
         self.names = sorted({o.material for o in surfaces} | {g.material for g in (s.ground for s in scenes)})
-        # a whole and even number of periods around a round body, so that its texture closes without a seam
+        # an even number of periods around a round body avoids a seam in the texture
         turns = [2 * max(1, round(math.pi * _GIRTH[o.shape] * o.surface.scale)) for o in objects]
         self.look = tensor(np.concatenate([shape[:, None], np.array(turns)[:, None], self._looks(surfaces)], 1).T)
         spin = [math.radians(s.ground_rotation) for s in scenes]
@@ -167,7 +168,7 @@ class SceneBatch:
         self.index = tensor(index, torch.long)  # (B, slots): from scene and slot to object
 
     def _looks(self, surfaces: Sequence[Surface]) -> np.ndarray:
-        """Rows of material number, gloss, polish, mirror, color (3), accent (3), scale, offset (3)."""
+        """Return rows of material number, gloss, polish, mirror, color (3), accent (3), scale and offset (3)."""
         rows = []
         for o in surfaces:
             material = MATERIALS[o.material]
@@ -178,18 +179,18 @@ class SceneBatch:
         return np.array(rows)
 
     def _boxes(self, points, eye, right, up, forward) -> np.ndarray:
-        """Pixel rectangles (M, 4), x0 y0 x1 y1 half-open, that hold everything between world points (M, n, 3)."""
+        """Return pixel rectangles (M, 4), x0 y0 x1 y1 half-open, that contain the hull of world points (M, n, 3)."""
         rel = points - eye
         x, y, z = ((rel * axis).sum(-1) for axis in (right, up, forward))
         scale = self.size / (2 * HALF_FOV)
         x, y = self.size / 2 + x / z * scale, self.size / 2 - y / z * scale
-        # one pixel of margin for subpixels and rounding
+        # a margin of one pixel for subpixels and rounding
         low = np.floor(np.stack([x.min(1), y.min(1)], 1)) - 1
         high = np.ceil(np.stack([x.max(1), y.max(1)], 1)) + 1
         return np.concatenate([low, high], 1).clip(0, self.size).astype(np.int64)
 
     def tiles(self, boxes: np.ndarray) -> Tiles:
-        """All pixels of all rectangles, object by object."""
+        """List the pixels of all rectangles, object by object."""
         width = boxes[:, 2] - boxes[:, 0]
         area = width * (boxes[:, 3] - boxes[:, 1])
         end = np.cumsum(area)
@@ -202,11 +203,11 @@ class SceneBatch:
         return Tiles(owner, scene, (scene * self.size + y) * self.size + x, x + 0.5, y + 0.5, counts)
 
     def trace(self, offsets: Sequence[tuple[float, float]]) -> tuple[Tiles, torch.Tensor, torch.Tensor]:
-        """Cast S rays a pixel, offset from its center, at the objects only.
+        """Cast S rays per pixel at the objects. `offsets` are the positions of the rays relative to the pixel center.
 
         Returns:
-            The tiles that were searched (E pixels of objects); the hits of their rays (S, E), infinite for a miss;
-            and the nearest hit of each pixel of the images (S, pixels).
+            The tiles with the E pixels that were searched, the hits of their rays (S, E), and the nearest hit in each
+            pixel of the images (S, pixels). A miss is infinite.
         """
         tiles = self.tiles(self.view_boxes)
         origin, d0, dx, dy = self.rays.index_select(1, tiles.owner).split(3)
@@ -217,7 +218,7 @@ class SceneBatch:
         return tiles, t, nearest
 
     def masks(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Masks (B, size, size), uint8, and the number of pixels of each object's whole silhouette (M,)."""
+        """Return masks (B, size, size), uint8, and the number of pixels of each object without occlusion (M,)."""
         tiles, t, nearest = self.trace([(0.0, 0.0)])
         hit = t[0] < math.inf
         silhouette = torch.bincount(tiles.owner[hit], minlength=len(self.shape))
@@ -229,24 +230,24 @@ class SceneBatch:
 
 @dataclass
 class Tiles:
-    """Pixels of the image rectangles that hold the objects: E pixels in all, object by object."""
+    """The E pixels of the image rectangles around the objects, object by object."""
 
-    owner: torch.Tensor  # (E,): object whose rectangle it is
+    owner: torch.Tensor  # (E,): object of the rectangle
     scene: torch.Tensor  # (E,)
     pixel: torch.Tensor  # (E,): flat index into the images of the batch
     x: torch.Tensor  # (E,): center of the pixel
     y: torch.Tensor
-    counts: list[int]  # how many of E there are of each shape
+    counts: list[int]  # number of the E pixels for each shape
 
 
 def directions(d0, dx, dy, tiles: Tiles, offsets: Sequence[tuple[float, float]]) -> torch.Tensor:
-    """Directions (3, S, E) of the rays at S offsets from the pixels' centers."""
+    """Return the directions (3, S, E) of the rays at S offsets from the pixel centers."""
     offsets = torch.tensor(offsets, device=d0.device)[..., None]  # (S, 2, 1)
     return (d0 + tiles.x * dx + tiles.y * dy)[:, None] + offsets[:, 0] * dx[:, None] + offsets[:, 1] * dy[:, None]
 
 
 def _area_light(scene: Scene) -> list[list[float]]:
-    """Unit directions to the points of the key light, on a disk about its center."""
+    """Return unit directions to the points of the key light, which form a disk."""
     a, e = math.radians(scene.light_azimuth), math.radians(scene.light_elevation)
     center = (math.cos(e) * math.cos(a), math.cos(e) * math.sin(a), math.sin(e))
     side, up = (-math.sin(a), math.cos(a), 0.0), (-math.sin(e) * math.cos(a), -math.sin(e) * math.sin(a), math.cos(e))

@@ -1,16 +1,14 @@
-"""Ray-cast 3-D scenes on a ground plane, in the manner of CLEVR and CLEVRTex, rendered in torch.
+"""Generated scenes of several 3-D objects on a ground plane, similar to CLEVR and CLEVRTex.
 
-The embedded data of this package: nothing is downloaded, every scene is a function of (seed, split, index), and every
-annotation is exact because it comes from the geometry that was rendered.
+Nothing is downloaded. Each scene depends on (seed, split, index) only, and all annotations are exact, because they
+come from the rendered geometry.
 
-* `load` gives a `datasets.Dataset` (or a streaming one) with images, instance masks, objects, captions and phrases.
-* `sample_scene` draws the description of one scene; `render` turns descriptions into images and masks.
+* `load` returns a dataset with images, instance masks, objects, captions and phrases.
+* `sample_scene` draws the description of one scene, and `render` renders descriptions to images and masks.
 
-After CLEVR (Johnson et al. 2017, https://arxiv.org/abs/1612.06890) and CLEVRTex (Karazija et al. 2021,
-https://arxiv.org/abs/2111.10265). Different from both: a closed-form ray caster instead of Blender, cones as a fourth
-shape, square images, and soft shadows of one key light.
-
-How they are rendered, and why a scene has the same bytes in any batch, is in `hf_dl.data.raycast`.
+The scenes follow CLEVR (Johnson et al. 2017, https://arxiv.org/abs/1612.06890) and CLEVRTex (Karazija et al. 2021,
+https://arxiv.org/abs/2111.10265). Differences from both: a ray caster in torch instead of Blender, cones as a fourth
+shape, square images, and one key light with soft shadows. `hf_dl.data.raycast` describes the rendering.
 """
 
 from __future__ import annotations
@@ -44,13 +42,13 @@ MATERIALS = {"plain": ("rubber", "metal"), "textured": tuple(TEXTURES)}
 ATTRIBUTES = ("size", "color", "material", "shape")
 DIRECTIONS = ("left", "right", "front", "behind")
 
-_VERSION = 5  # bump with any change of the pixels or columns: `datasets` caches by arguments, not by this code
-_GAP = 0.25  # smallest distance between footprints, and the offset from which one object is left of another
-_MIN_AREA = 0.003  # smallest visible part of an object, as a fraction of the image
-_MIN_VISIBLE = {"plain": 0.7, "textured": 0.4}  # smallest visible fraction of an object's own silhouette
+_VERSION = 5  # increase it when pixels or columns change: `datasets` caches by arguments, not by code
+_GAP = 0.25  # smallest distance between objects, and smallest offset for "left of" and the other relations
+_MIN_AREA = 0.003  # smallest visible area of an object, as a fraction of the image
+_MIN_VISIBLE = {"plain": 0.7, "textured": 0.4}  # smallest visible fraction of an object
 _ATTEMPTS = 1000
 _MAX_OBJECTS = 32
-_SUBSETS = [a for n in range(5) for a in itertools.combinations(ATTRIBUTES, n)]  # from few to many
+_SUBSETS = [a for n in range(5) for a in itertools.combinations(ATTRIBUTES, n)]  # from few attributes to many
 _NUMBERS = "no one two three four five six seven eight nine ten eleven twelve".split()
 _RELATION_WORDS = {"left": "left of", "right": "right of", "front": "in front of", "behind": "behind"}
 
@@ -68,22 +66,22 @@ def sample_scene(
     seed: int = 0,
     attempt: int = 0,
 ) -> Scene | None:
-    """Draw the description of one scene: a pure function of its arguments.
+    """Draw the description of one scene. The result depends on the arguments only.
 
     Args:
-        index: Number of the scene inside its split.
-        split: Name of the split; different splits draw from different streams.
+        index: Index of the scene in its split.
+        split: Name of the split. Each split uses its own random stream.
         style: One of `STYLES`.
         num_objects: Smallest and largest number of objects.
         seed: Seed of the whole dataset.
-        attempt: Number of the try; `load` counts up until every object is sufficiently visible.
+        attempt: Index of the attempt. `load` tries again until every object is sufficiently visible.
 
     Returns:
-        The scene, or None where this attempt found no room for its objects.
+        The scene, or None if this attempt found no space for all objects.
     """
     stream = f"hf_dl.scenes {style} {seed} {split} {index}"
     low, high = num_objects
-    # drawn once per scene: redrawing it with each attempt would favor small numbers, which are rejected less
+    # drawn once per scene: a new draw per attempt would favor small counts, which are rejected less often
     count = low + int(random.Random(stream).random() * (high - low + 1))
     rng = random.Random(f"{stream} {attempt}")
     scene = Scene(
@@ -118,14 +116,14 @@ def sample_scene(
 
 
 def _shrink(count: int) -> float:
-    """How much smaller the objects of a crowd are: or they would not fit."""
+    """Return the factor that makes many objects small enough to fit into a scene."""
     return min(1.0, math.sqrt(7 / count))
 
 
 def _visible_scenes(
     indices: Sequence[int], split: str, style: str, size: int, num_objects: tuple[int, int], seed: int
 ) -> list[tuple[Scene, torch.Tensor]]:
-    """For each index the first attempt in which every object is whole and sufficiently visible, and its mask."""
+    """Return for each index the first attempt with all objects inside the image and visible, and its mask."""
     accepted: dict[int, tuple[Scene, torch.Tensor]] = {}
     pending = dict.fromkeys(indices, 0)  # index -> attempt
     while pending:
@@ -146,7 +144,7 @@ def _visible_scenes(
         shrink = torch.tensor([_shrink(len(scene.objects)) for scene in drawn.values()])[batch.scene]
         area, part = (_MIN_AREA * size**2 * shrink * shrink).clamp_min(1), _MIN_VISIBLE[style] * shrink
         enough = (visible >= area) & (visible >= part * silhouette)
-        cut = (masks[:, [0, -1]].amax((1, 2)) | masks[:, :, [0, -1]].amax((1, 2))) > 0  # by the border of the image
+        cut = (masks[:, [0, -1]].amax((1, 2)) | masks[:, :, [0, -1]].amax((1, 2))) > 0  # at the border of the image
         failed = {*batch.scene[~enough].tolist(), *cut.nonzero()[:, 0].tolist()}
         for number, (index, scene) in enumerate(drawn.items()):
             if number not in failed:
@@ -160,7 +158,7 @@ def _visible_scenes(
 
 
 def _describe_objects(scene: Scene, mask: np.ndarray) -> list[dict]:
-    """The records of the column `objects`."""
+    """Return the records of the column `objects`."""
     records = []
     for i, o in enumerate(scene.objects):
         rows, columns = np.nonzero(mask == i + 1)
@@ -192,7 +190,7 @@ def _describe_objects(scene: Scene, mask: np.ndarray) -> list[dict]:
 
 
 def _noun(record: dict, attributes: Sequence[str], count: int = 1) -> str:
-    """Such as "large red metal spheres"; shapes that are not named are objects."""
+    """Return a noun such as "large red metal spheres"; without the shape, "large red metal objects"."""
     words = [record[a] for a in ("size", "color", "material") if a in attributes]
     return " ".join([*words, record["shape"] if "shape" in attributes else "object"]) + "s" * (count != 1)
 
@@ -202,7 +200,7 @@ def _number(count: int) -> str:
 
 
 def _phrases(records: list[dict], rng: random.Random) -> list[dict]:
-    """Phrases with the objects that they refer to: all those of which they are true, and at least one."""
+    """Return phrases with the indices of all objects that they describe, at least one each."""
     everything = range(len(records))
     phrases: dict[str, list[int]] = {}
 
@@ -216,7 +214,7 @@ def _phrases(records: list[dict], rng: random.Random) -> list[dict]:
         phrases[" ".join(word for word in words if word)] = indices
 
     def shortest(i: int) -> Sequence[str] | None:
-        """Fewest attributes that tell an object from all others."""
+        """Return the smallest set of attributes that no other object has."""
         unique = [attributes for attributes in _SUBSETS if len(matches(records[i], attributes)) == 1]
         return pick(rng, [a for a in unique if len(a) == len(unique[0])]) if unique else None
 
@@ -225,7 +223,7 @@ def _phrases(records: list[dict], rng: random.Random) -> list[dict]:
         add(record, ATTRIBUTES, matches(record, ATTRIBUTES))
         if names[i] is not None:
             add(record, names[i], [i])
-    for _ in everything:  # some groups, and some places relative to another object
+    for _ in everything:  # phrases for groups, and for positions relative to another object
         record, attributes = pick(rng, records), pick(rng, _SUBSETS)
         add(record, attributes, matches(record, attributes))
         direction, other = pick(rng, DIRECTIONS), pick(rng, everything)
@@ -242,14 +240,14 @@ def _phrases(records: list[dict], rng: random.Random) -> list[dict]:
 
 
 def _listing(nouns: Sequence[str]) -> str:
-    """Such as "two red cubes, a gray cone and an object", where each noun is a singular."""
+    """Join singular nouns, for example to "two red cubes, a gray cone and an object"."""
     counts = {noun: nouns.count(noun) for noun in nouns}
     items = [f"a {noun}" if n == 1 else f"{_number(n)} {noun}s" for noun, n in counts.items()]
     return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
 
 
 def _caption(scene: Scene, records: list[dict], rng: random.Random) -> str:
-    """One sentence about all objects."""
+    """Write one sentence about all objects."""
     attributes = pick(
         rng, (ATTRIBUTES, ATTRIBUTES, ("color", "shape"), ("size", "color", "shape"), ("color", "material", "shape"))
     )
@@ -260,7 +258,7 @@ def _caption(scene: Scene, records: list[dict], rng: random.Random) -> str:
     others = records[first]["relations"][direction]
     template = pick(rng, ("stand", "picture", "relation", "relation"))
     if template == "relation" and others:
-        second = pick(rng, others)  # the relations list what is, for example, left of the first
+        second = pick(rng, others)  # `others` lists, for example, the objects left of the first
         rest = [noun for i, noun in enumerate(nouns) if i not in (first, second)]
         article = "another" if nouns[second] == nouns[first] else "a"
         place = {"left": "to the left of", "right": "to the right of"}.get(direction, _RELATION_WORDS[direction])
@@ -302,7 +300,7 @@ def _generate(shards: list[tuple[int, int]], version: int, **arguments) -> Itera
         for chunk in chunks:
             yield from _examples(chunk, **arguments)
         return
-    # a thread a chunk: torch's own threads cost more than they bring at this size of tensors
+    # one thread per chunk: threads inside of torch operations are slower for tensors of this size
     workers = min(threads, 4)
     try:
         with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
@@ -314,7 +312,7 @@ def _generate(shards: list[tuple[int, int]], version: int, **arguments) -> Itera
             while jobs:
                 yield from jobs.popleft().result()
     finally:
-        torch.set_num_threads(threads)  # what the workers set is also the default of threads to come
+        torch.set_num_threads(threads)  # the workers also change the default for new threads
 
 
 FEATURES = datasets.Features({
@@ -353,17 +351,17 @@ def load(
     seed: int = 0,
     streaming: bool = False,
 ) -> datasets.Dataset | datasets.IterableDataset:
-    """Scenes of simple objects with masks, boxes, relations, captions and phrases.
+    """Generate scenes with masks, boxes, relations, captions and phrases.
 
     Args:
-        split: "train", "validation" or "test": different scenes by construction.
-        source: "synthetic", the only one; `hf_dl.data.masked_images` reads real data of this kind.
-        style: "plain" in the manner of CLEVR or "textured" in that of CLEVRTex.
+        split: "train", "validation" or "test". Each split has different scenes.
+        source: Only "synthetic". `hf_dl.data.masked_images` reads real images with masks.
+        style: "plain", similar to CLEVR, or "textured", similar to CLEVRTex.
         size: Width and height of the images in pixels, 32 to 256.
-        num_objects: Smallest and largest number of objects of a scene.
-        num_scenes: How many scenes; 8000 of train and 500 of the others where None. A longer dataset starts with
+        num_objects: Smallest and largest number of objects per scene.
+        num_scenes: Number of scenes. Defaults to 8000 for "train" and 500 for the others. A longer dataset starts with
             the scenes of a shorter one.
-        seed: Other seeds give other scenes.
+        seed: Seed of the whole dataset.
         streaming: Render while iterating, instead of once into the cache of `datasets`.
 
     Returns:
@@ -371,7 +369,7 @@ def load(
         `objects`, `caption` and `phrases`. Boxes are x0, y0, x1, y1 of the visible part in pixels, half-open.
 
     Raises:
-        ValueError: An argument is outside of what is described above.
+        ValueError: If an argument is not one of the values above.
 
     Example:
         >>> from hf_dl.data import scenes
@@ -381,22 +379,22 @@ def load(
     """
     if source != "synthetic":
         raise ValueError(
-            f"source={source!r} is unknown; scenes are 'synthetic', hf_dl.data.masked_images reads real images."
+            f"source={source!r} is unknown; use 'synthetic'. hf_dl.data.masked_images reads real images with masks."
         )
     for name, value, known in (("split", split, SPLITS), ("style", style, STYLES)):
         if value not in known:
             raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(known)}.")
     if not 32 <= size <= 256:
-        raise ValueError(f"size={size} is out of range; images are 32 to 256 pixels wide and high.")
+        raise ValueError(f"size={size} must be from 32 to 256 pixels.")
     low, high = num_objects
     if not 1 <= low <= high <= _MAX_OBJECTS:
         raise ValueError(
-            f"num_objects={tuple(num_objects)} is not a range of objects for which there is room; give (smallest, "
-            f"largest) with 1 <= smallest <= largest <= {_MAX_OBJECTS}."
+            f"num_objects={tuple(num_objects)} is invalid. Expected (smallest, largest) with 1 <= smallest <= largest "
+            f"<= {_MAX_OBJECTS}."
         )
     num_scenes = SPLITS[split] if num_scenes is None else num_scenes
     if num_scenes < 1:
-        raise ValueError(f"num_scenes={num_scenes} is too small; ask for at least 1.")
+        raise ValueError(f"num_scenes={num_scenes} must be at least 1.")
     shards = [(start, min(start + 256, num_scenes)) for start in range(0, num_scenes, 256)]
     arguments = {
         "shards": shards,

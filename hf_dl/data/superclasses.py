@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from .object_images import CLASSES
 
-SUPERCLASSES = {  # of CIFAR-100, as it is published: its 20 coarse labels
+SUPERCLASSES = {  # the 20 coarse labels of CIFAR-100
     "aquatic mammals": "beaver dolphin otter seal whale",
     "fish": "aquarium_fish flatfish ray shark trout",
     "flowers": "orchid poppy rose sunflower tulip",
@@ -31,17 +31,18 @@ SUPERCLASSES = {  # of CIFAR-100, as it is published: its 20 coarse labels
 
 
 def superclasses(names: Sequence[str]) -> list[list[int]]:
-    """Group classes that are alike, where that is known: for hierarchical output layers.
+    """Group the classes of CIFAR-100 or of the synthetic images by similarity, for hierarchical output layers.
+
+    CIFAR-100 has 20 groups of 5 classes. The 100 synthetic classes are grouped by material and shape, the 25 by shape.
 
     Args:
-        names: The classes, in the order of their labels: those of CIFAR-100, in 20 groups of 5, or of the synthetic
-            images, in a group for each material and shape (of 100) or each shape (of 25).
+        names: Class names in the order of their labels.
 
     Returns:
-        Lists of labels, each label once.
+        Lists of labels. Each label occurs once.
 
     Raises:
-        ValueError: If the classes are others.
+        ValueError: If these classes have no known superclasses.
 
     Example:
         >>> superclasses(CLASSES[25])[0]
@@ -55,6 +56,6 @@ def superclasses(names: Sequence[str]) -> list[list[int]]:
         if tuple(names) == CLASSES[count]:
             return [list(range(first, first + group)) for first in range(0, count, group)]
     raise ValueError(
-        f"The superclasses of these {len(names)} classes ({', '.join(list(names)[:3])}, ...) are not known; expected "
-        "CIFAR-100 or the synthetic images."
+        f"The superclasses of these {len(names)} classes ({', '.join(list(names)[:3])}, ...) are unknown. Expected "
+        "the classes of CIFAR-100 or of the synthetic images."
     )

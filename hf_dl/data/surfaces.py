@@ -12,7 +12,7 @@ from .scene_description import RGB, Surface
 
 T = TypeVar("T")
 
-COLORS = {  # sRGB of CLEVR
+COLORS = {  # sRGB colors of CLEVR
     "gray": (87, 87, 87),
     "red": (173, 35, 35),
     "blue": (42, 75, 215),
@@ -40,7 +40,7 @@ def uniform(rng: random.Random, low: float, high: float) -> float:
 
 def pick(rng: random.Random, options: Sequence[T]) -> T:
     """Choose one of the options."""
-    # random.choice has changed between versions of Python; random.random has not
+    # random.choice differs between versions of Python; random.random does not
     return options[int(rng.random() * len(options))]
 
 
@@ -48,7 +48,7 @@ def draw_surface(rng: random.Random, material: str, color: RGB) -> Surface:
     """Draw the surface of an object: a material in a given color."""
     if material not in TEXTURES:
         return Surface(material, color)
-    # the accent has no hue of its own, or the name of the color would be open to dispute
+    # the accent is a darker or lighter tone of the color, so that the object has one clear color name
     dark = tuple(0.18 * c + 0.01 for c in color)
     light = tuple(0.25 * c + 0.55 for c in color)
     brightness = 0.3 * color[0] + 0.6 * color[1] + 0.1 * color[2]

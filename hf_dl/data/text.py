@@ -1,23 +1,27 @@
-"""Text for language models: a generated language whose entropy is known, any corpus by Hub id, file or folder.
+"""Text for language models: a generated language with known entropy, text files, or a Hub dataset.
 
-* `load` gives a `datasets.Dataset` with a row of `text` for each document (synthetic) or line.
-* `build_tokenizer` makes a word or character tokenizer of the training rows, by frequency.
-* `TokenStream` cuts all rows, one after the other, into the windows of truncated back-propagation through time.
+* `load` returns a dataset with one row of `text` per document (synthetic) or line.
+* `build_tokenizer` builds a word or character tokenizer from the training rows.
+* `TokenStream` cuts a text into windows for truncated back-propagation through time.
 
-The embedded data are documents in a made-up language of 10,226 words, drawn from a probabilistic grammar:
+The generated documents use an artificial language of 10,226 words with a probabilistic grammar:
 
     document    = topic, three or more sentences
     sentence    = subject [that verb [object]] verb [object] [adverb] .
-    subject     = name | determiner [adjective] noun [preposition object]      (an object likewise; no third level)
+    subject     = name | determiner [adjective] noun [preposition object]      (objects likewise, up to two levels)
 
-What there is to learn, from near to far: which kinds of words follow each other; frequencies within a kind, which fall
-as Zipf and Mandelbrot's 1 / (rank + q); agreement in number of determiner, noun and verb, the latter across relative
-clauses and nouns of the other number ("the bakan near the miruns that dolets ... vokuts"); and the hidden topic of a
-document, to which half of its nouns and verbs belong. The words of a document say how it was derived, so its
-probability, summed over the topics, is known exactly: it is in the column `log_prob`, and `floor_perplexity` is what
-no model of the language goes below, but for chance.
+A model can learn, from short to long range:
 
-By Hub id, for example: `Salesforce/wikitext` with `config="wikitext-2-v1"`.
+* the order of the kinds of words;
+* the frequencies of words of one kind, which fall as 1 / (rank + q) (Zipf, Mandelbrot);
+* the agreement in number between determiner, noun and verb, also across relative clauses and other nouns
+  ("the bakan near the miruns that dolets ... vokuts");
+* the hidden topic of a document, to which half of its nouns and verbs belong.
+
+The words of a document determine its derivation, so its exact probability is known: the sum over all topics. It is in
+the column `log_prob`. `floor_perplexity` is the lowest perplexity that a model can reach, except by chance.
+
+Example of a Hub id: `Salesforce/wikitext` with `config="wikitext-2-v1"`.
 """
 
 from __future__ import annotations
@@ -37,16 +41,16 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-SPLITS = {"train": 24_000, "validation": 1500, "test": 1500}  # documents of the synthetic ones
+SPLITS = {"train": 24_000, "validation": 1500, "test": 1500}  # default numbers of synthetic documents
 LEVELS = ("word", "char")
 TOPICS = 20
-WORDS = {"noun": 2400, "verb": 1200, "adjective": 1600, "adverb": 600, "name": 800}  # lemmas, by falling frequency
+WORDS = {"noun": 2400, "verb": 1200, "adjective": 1600, "adverb": 600, "name": 800}  # numbers of lemmas
 DETERMINERS = {
     "singular": ("the", "a", "some", "this", "every", "no", "each", "another"),
     "plural": ("the", "some", "these", "many", "no", "several", "few", "all"),
 }
 PREPOSITIONS = ("of", "in", "with", "for", "on", "from", "by", "near", "under", "behind", "beside")
-CHANCES = {  # of what is optional
+CHANCES = {  # probabilities of the optional parts
     "singular": 0.6,
     "name": 0.2,
     "adjective": 0.3,
@@ -54,11 +58,11 @@ CHANCES = {  # of what is optional
     "relative": 0.15,
     "object": 0.6,
     "adverb": 0.2,
-    "topic": 0.5,  # that a noun or verb is drawn from those of the topic alone
-    "stop": 0.3,  # that the third sentence, or a later one, is the last
+    "topic": 0.5,  # that a noun or verb belongs to the topic
+    "stop": 0.3,  # that a sentence is the last, from the third sentence on
 }
 
-_VERSION = 1  # bump with any change of the rows: `datasets` caches by arguments, not by this code
+_VERSION = 1  # increase it when rows change: `datasets` caches by arguments, not by code
 _LEAST_SENTENCES = 3
 _SPLIT_NAMES = {
     "train": ("train", "training"),
@@ -82,33 +86,38 @@ def load(
     holdout: float = 0.1,
     streaming: bool = False,
 ) -> datasets.Dataset | datasets.IterableDataset:
-    """Rows of text, in the order in which they stand.
+    """Load rows of text, in their original order.
 
-    `source` is recognized by what it holds: "synthetic"; a text file, which may be gzipped; a folder of text files
-    whose names say which split they are, such as `wiki.valid.tokens`, or of files without such names, which are read
-    one after the other; a parquet file, a folder of them, or a dataset saved by `save_to_disk`; else a Hub id.
+    The kind of `source` is detected from its content:
 
-    Where validation or test are missing, the last rows of the training text stand in for them, `holdout` of it each.
+    * "synthetic": generated documents;
+    * a text file, also gzipped;
+    * a folder of text files. Names with a split, such as `wiki.valid.tokens`, select the split. Files without a split
+      in their names are joined;
+    * a parquet file, a folder of parquet files, or a dataset saved by `save_to_disk`;
+    * anything else is a Hub id.
+
+    If the source has no validation or test split, the last training rows become that split, `holdout` of all rows
+    each.
 
     Args:
-        split: "train", "validation" or "test". Sources that call them train, valid, dev, ... are understood.
+        split: "train", "validation" or "test". Usual aliases in the source, such as "valid" or "dev", are recognized.
         source: "synthetic", a path or a Hub id.
-        level: "word": rows are words with one space between, and empty ones are left out. "char": rows are as they
-            stand, empty ones too.
-        config: Which configuration of a Hub dataset, where it has several.
-        text_column: Where the text is; where None "text", or else the first column of strings.
-        num_rows: How many rows, from the first; all of them where None, or `SPLITS` of the synthetic ones.
-        seed: Other seeds give other synthetic documents, in the same language.
-        holdout: Part of the training rows that a missing split takes, above 0 and below 0.5.
+        level: "word" separates words by single spaces and removes empty rows. "char" keeps all rows unchanged.
+        config: Configuration of the Hub dataset, if it has several.
+        text_column: Column of the text. Defaults to "text", or to the first column of strings.
+        num_rows: Number of rows, from the first. Defaults to all, and to the count in `SPLITS` for synthetic text.
+        seed: Seed of the synthetic documents. The language is the same for all seeds.
+        holdout: Share of the training rows to hold out for a missing split, above 0 and below 0.5.
         streaming: Generate or fetch while iterating.
 
     Returns:
-        A dataset with the column `text`; synthetic ones also have `log_prob`, the natural logarithm of the document's
-        probability, its end included.
+        A dataset with the column `text`. Synthetic documents also have `log_prob`, the natural logarithm of the
+        probability of the document and its end.
 
     Raises:
-        FileNotFoundError: There is no such folder or file.
-        ValueError: An argument or what is in the source is not what was expected.
+        FileNotFoundError: If the folder or file does not exist.
+        ValueError: If an argument or the content of the source is invalid.
 
     Example:
         >>> from hf_dl.data import text
@@ -119,16 +128,16 @@ def load(
         if value not in known:
             raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(known)}.")
     if num_rows is not None and num_rows < 1:
-        raise ValueError(f"num_rows={num_rows} is too small; ask for at least 1.")
+        raise ValueError(f"num_rows={num_rows} must be at least 1.")
     if not 0 < holdout < 0.5:
-        raise ValueError(f"holdout={holdout} is out of range; give a part of the training rows, between 0 and 0.5.")
+        raise ValueError(f"holdout={holdout} must be above 0 and below 0.5: the share of rows to hold out.")
     if str(source) == "synthetic":
         return _load_synthetic(split, num_rows, seed, streaming)
     root = Path(source).expanduser()
     if root.exists():
         found = _read_local(root.resolve(), text_column)
     elif root.is_absolute() or str(source).startswith((".", "~")) or len(root.parts) > 2 or root.suffix in _SUFFIXES:
-        raise FileNotFoundError(f"source={str(source)!r} does not exist; expected a text file or a folder of them.")
+        raise FileNotFoundError(f"source={str(source)!r} does not exist. Expected a text file or a folder.")
     elif streaming:
         return _stream_hub(split, str(source), config, level, text_column, num_rows)
     else:
@@ -136,7 +145,7 @@ def load(
     found = {name: _rows(lines, level) for name, lines in found.items()}
     rows = _choose(found, split, str(source), holdout)[:num_rows]
     if not rows:
-        raise ValueError(f"split={split!r} of {str(source)!r} holds no text.")
+        raise ValueError(f"split={split!r} of {str(source)!r} has no text.")
     data = datasets.Dataset.from_dict({"text": rows}, split=datasets.NamedSplit(split))
     return data.to_iterable_dataset() if streaming else data
 
@@ -156,8 +165,8 @@ def vocabulary() -> dict[str, tuple[tuple[str, ...], ...]]:
     """List the words of the synthetic language.
 
     Returns:
-        For each kind of `WORDS`, its lemmas by falling frequency, each with its forms: singular and plural of nouns
-        and verbs, and the one of the others.
+        For each kind in `WORDS`, its lemmas from frequent to rare, each as a tuple of forms. Nouns and verbs have a
+        singular and a plural form, and other words have one form.
     """
     syllables = [consonant + vowel for consonant in "bdfghklmnprstvz" for vowel in "aeiou"]
     found = {}
@@ -171,14 +180,14 @@ def vocabulary() -> dict[str, tuple[tuple[str, ...], ...]]:
 
 @functools.cache
 def frequencies(count: int) -> tuple[float, ...]:
-    """Probabilities of the ranks of so many words: 1 / (rank + count / 100), normalized (Mandelbrot 1953)."""
+    """Return the probabilities of `count` words by rank: 1 / (rank + count / 100), normalized (Mandelbrot 1953)."""
     weights = [1 / (rank + count / 100) for rank in range(1, count + 1)]
     return tuple(weight / sum(weights) for weight in weights)
 
 
 @functools.cache
 def _cumulative(count: int, topic: int | None) -> tuple[range, list[float]]:
-    """Ranks and the sums of their probabilities; of a topic, to which every 20th belongs, or of all."""
+    """Return ranks and their cumulative probabilities: all ranks, or every 20th, which belong to a topic."""
     ranks = range(count) if topic is None else range(topic, count, TOPICS)
     sums, total = [], 0.0
     for rank in ranks:
@@ -188,29 +197,29 @@ def _cumulative(count: int, topic: int | None) -> tuple[range, list[float]]:
 
 
 class _Document:
-    """A document while it is drawn: its words, and the logarithm of their probability given the topic's choices."""
+    """A document during generation: its words and their log-probability, without the part of the topic."""
 
     def __init__(self, rng: random.Random):
         self.rng, self.words, self.log_prob = rng, [], 0.0
         self.topic = rng.randrange(TOPICS)
-        self.evidence = [-math.log(TOPICS)] * TOPICS  # log P(topic), and for each topic what its own words add
+        self.evidence = [-math.log(TOPICS)] * TOPICS  # log P(topic), plus the evidence of the words for each topic
 
     def choose(self, what: str) -> bool:
-        """Toss a coin."""
+        """Decide whether an optional part is present."""
         chance = CHANCES[what]
         yes = self.rng.random() < chance
         self.log_prob += math.log(chance if yes else 1 - chance)
         return yes
 
     def pick(self, words: Sequence[str]) -> None:
-        """Write one of a few words, by frequency."""
+        """Write one of the words, by frequency."""
         _, sums = _cumulative(len(words), None)
         rank = self.rng.choices(range(len(words)), cum_weights=sums)[0]
         self.log_prob += math.log(frequencies(len(words))[rank])
         self.words.append(words[rank])
 
     def write(self, kind: str, form: int = 0) -> None:
-        """Write a word of a kind: of nouns and verbs half belong to the topic."""
+        """Write a word of a kind. Half of the nouns and verbs belong to the topic."""
         lemmas = vocabulary()[kind]
         topical = kind in ("noun", "verb")
         own = topical and self.rng.random() < CHANCES["topic"]
@@ -218,7 +227,7 @@ class _Document:
         rank = self.rng.choices(ranks, cum_weights=sums)[0]
         self.log_prob += math.log(frequencies(len(lemmas))[rank])
         if topical:
-            # P(word | topic) = P(word) * (1 - c + c [it is of the topic] / P(words of the topic)), c the chance
+            # P(word | topic) = P(word) * (1 - c + c [word in topic] / P(words of the topic)) with c = CHANCES["topic"]
             topic = rank % TOPICS
             self.log_prob += math.log(1 - CHANCES["topic"])
             odds = CHANCES["topic"] / (1 - CHANCES["topic"]) / _cumulative(len(lemmas), topic)[1][-1]
@@ -226,7 +235,7 @@ class _Document:
         self.words.append(lemmas[rank][form])
 
     def noun_phrase(self, *, inner: bool = False) -> tuple[int, bool]:
-        """Write a noun phrase; its number (0 singular, 1 plural), and whether it is a name."""
+        """Write a noun phrase. Return its number (0 singular, 1 plural) and whether it is a name."""
         if self.choose("name"):
             self.write("name")
             return 0, True
@@ -241,7 +250,7 @@ class _Document:
         return number, False
 
     def verb_phrase(self, number: int, *, inner: bool = False) -> None:
-        """Write a verb that agrees with its subject, and perhaps an object."""
+        """Write a verb that agrees with its subject, and an optional object."""
         self.write("verb", number)
         if self.choose("object"):
             self.noun_phrase(inner=inner)
@@ -259,16 +268,16 @@ class _Document:
 
 
 def sample_document(index: int, split: str = "train", *, seed: int = 0) -> tuple[str, float]:
-    """Draw one synthetic document: a pure function of its arguments.
+    """Draw one synthetic document. The result depends on the arguments only.
 
     Args:
-        index: Number of the document inside its split.
-        split: Name of the split; different splits draw from different streams.
+        index: Index of the document in its split.
+        split: Name of the split. Each split uses its own random stream.
         seed: Seed of the whole dataset.
 
     Returns:
-        The words with spaces between, and the natural logarithm of the probability of the document, which is summed
-        over the topics that it may have had.
+        The words, separated by spaces, and the natural logarithm of the probability of the document, summed over all
+        topics.
     """
     document = _Document(random.Random(f"hf_dl.text {seed} {split} {index}"))
     for number in range(1, 1_000_000):
@@ -281,18 +290,18 @@ def sample_document(index: int, split: str = "train", *, seed: int = 0) -> tuple
 
 
 def floor_perplexity(data: datasets.Dataset, tokenizer: PreTrainedTokenizerFast) -> float | None:
-    """Compute the perplexity of synthetic documents under the very grammar that drew them.
+    """Compute the perplexity of synthetic documents under the grammar that generated them.
 
-    It is that of a perfect model on these documents: exp of the mean of -log P over words and ends of documents. A
-    model can be below it by chance, or where it has seen the documents.
+    A perfect model has this perplexity: exp of the mean of -log P over words and ends of documents. A model can have a
+    lower perplexity by chance, or on documents of its training data.
 
     Args:
-        data: What `load` returned.
-        tokenizer: What a model's perplexity is measured with.
+        data: Result of `load`.
+        tokenizer: Tokenizer of the model to compare with.
 
     Returns:
-        The perplexity; None where it is not known: of other sources, of characters, and where the tokenizer lacks a
-        word, since a model need not know which word an <unk> stands for.
+        The perplexity. None if it is unknown: for other sources, for characters, and if a word is <unk> for the
+        tokenizer.
     """
     if "log_prob" not in data.column_names or tokenizer.eos_token != "<eos>":
         return None
@@ -323,7 +332,7 @@ def _draw(shards: list[tuple[int, int]], split: str, seed: int, version: int) ->
 
 
 def _read_local(root: Path, text_column: str | None) -> dict[str, Sequence[str]]:
-    """The splits of a file or folder."""
+    """Return the splits of a file or folder."""
     if root.is_file():
         if root.suffix == ".parquet":
             return _texts(datasets.load_dataset("parquet", data_files=str(root)), str(root), text_column)
@@ -337,8 +346,8 @@ def _read_local(root: Path, text_column: str | None) -> dict[str, Sequence[str]]
     files = sorted(path for path in root.iterdir() if path.is_file() and _is_text(path))
     if not files:
         raise ValueError(
-            f"source={str(root)!r} holds no text; expected files that end in {', '.join(_SUFFIXES)}, or one of them "
-            "and .gz, or parquet files."
+            f"source={str(root)!r} has no text. Expected parquet files, or files that end in {', '.join(_SUFFIXES)}, "
+            "optionally followed by .gz."
         )
     aliases = {alias: name for name, names in _SPLIT_NAMES.items() for alias in names}
     parts: dict[str, list[Path]] = {}
@@ -347,8 +356,8 @@ def _read_local(root: Path, text_column: str | None) -> dict[str, Sequence[str]]
         parts.setdefault(names[-1] if names else "", []).append(path)
     if "" in parts and len(parts) > 1:
         raise ValueError(
-            f"source={str(root)!r} holds {parts[''][0].name}, whose name says no split, beside files that are named "
-            "after one; keep each corpus in a folder of its own, or name a file."
+            f"source={str(root)!r} has {parts[''][0].name} without a split in its name, and other files with one. "
+            "Keep each corpus in its own folder, or pass the path of one file."
         )
     return {name or "train": [line for path in paths for line in _read_lines(path)] for name, paths in parts.items()}
 
@@ -360,22 +369,21 @@ def _is_text(path: Path) -> bool:
 def _read_lines(path: Path) -> list[str]:
     try:
         with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8") as file:
-            return (
-                file.read().removesuffix("\n").split("\n")
-            )  # not splitlines: it breaks lines at characters that stand inside them
+            # splitlines would also split at other characters, such as form feeds
+            return file.read().removesuffix("\n").split("\n")
     except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
-        raise ValueError(f"{path.name} is no text in UTF-8, or a damaged .gz ({error}).") from None
+        raise ValueError(f"{path.name} is not UTF-8 text, or a damaged .gz file ({error}).") from None
 
 
 def _text_column(features: Mapping[str, object], source: str, text_column: str | None) -> str:
     strings = [name for name, kind in features.items() if getattr(kind, "dtype", None) in ("string", "large_string")]
     if text_column is not None and text_column not in strings:
         raise ValueError(
-            f"text_column={text_column!r} is no column of text of {source!r}, which has "
+            f"text_column={text_column!r} is not a text column of {source!r}. Its text columns: "
             f"{', '.join(strings) or 'none'}."
         )
     if not strings:
-        raise ValueError(f"{source!r} has no column of text; its columns are {', '.join(features)}.")
+        raise ValueError(f"{source!r} has no text column. Its columns: {', '.join(features)}.")
     return text_column or ("text" if "text" in strings else strings[0])
 
 
@@ -392,13 +400,14 @@ def _named(found: Mapping[str, Sequence[str]], split: str) -> Sequence[str] | No
 
 
 def _choose(found: Mapping[str, list[str]], split: str, source: str, holdout: float) -> list[str]:
-    """The rows of a split; missing ones are the last of the training rows, validation before test."""
+    """Return the rows of a split. Missing splits are the last training rows, validation before test."""
     rows = _named(found, split)
     if rows is not None and split != "train":
         return rows
     rows = _named(found, "train")
     if rows is None:
-        raise ValueError(f"split={split!r} is not in {source!r}, nor is train; it has {', '.join(found)}.")
+        wanted = " or ".join(dict.fromkeys([split, "train"]))
+        raise ValueError(f"{source!r} has no {wanted} split. Its splits: {', '.join(found)}.")
     end, size = len(rows), max(1, round(holdout * len(rows)))
     for name in ("test", "validation"):
         if _named(found, name) is None:
@@ -412,12 +421,12 @@ def _stream_hub(
     split: str, source: str, config: str | None, level: str, text_column: str | None, num_rows: int | None
 ) -> datasets.IterableDataset:
     found = datasets.load_dataset(source, config, streaming=True)
-    # while training, a missing split would be part of what is trained on
+    # otherwise the training split might contain held-out rows
     missing = [name for name in (SPLITS if split == "train" else [split]) if _named(found, name) is None]
     if missing:
         raise ValueError(
-            f"{source!r} has no {missing[0]} split to stream, only {', '.join(found)}; with streaming=False it is cut "
-            "from the training rows."
+            f"{source!r} has no {missing[0]} split to stream, only {', '.join(found)}. Use streaming=False to hold it "
+            "out from the training rows."
         )
     stream = _named(found, split)
     column = _text_column(stream.features, source, text_column)
@@ -442,29 +451,30 @@ def _stream_hub(
 def build_tokenizer(
     data: datasets.Dataset, *, level: str = "word", max_tokens: int | None = None, min_count: int = 1
 ) -> PreTrainedTokenizerFast:
-    """Make a tokenizer that knows the words or characters of the training rows, numbered by falling frequency.
+    """Build a tokenizer for the words or characters of the training rows.
 
-    <unk> is 0 and stands for what it does not know; 1 ends a row, and is <eos> for words and the line break for
-    characters. It also begins and pads, since a language model reads a row after the end of the one before.
+    Token ids follow the frequency, from frequent to rare. Id 0 is <unk>. Id 1 marks the end of a row: <eos> for words,
+    and the line break for characters. It is also the BOS and padding token, because a language model reads each row
+    after the end of the previous one.
 
     Args:
-        data: The training rows, with a column `text`.
-        level: "word": what spaces separate; "char": each character.
-        max_tokens: Most tokens, the two special ones included; all where None.
-        min_count: How often a word must occur to be known.
+        data: Training rows with a column `text`.
+        level: "word" splits at spaces, and "char" splits into characters.
+        max_tokens: Maximum number of tokens, including the two special tokens. Defaults to no limit.
+        min_count: Minimum count of a token. Rarer tokens become <unk>.
 
     Returns:
-        A tokenizer of transformers; `save_pretrained` puts it beside the model.
+        A tokenizer of transformers. `save_pretrained` saves it next to the model.
 
     Raises:
-        ValueError: If an argument is out of range, or there is no text.
+        ValueError: If an argument is out of range, or the text is empty.
     """
     if level not in LEVELS:
         raise ValueError(f"level={level!r} is unknown; choose one of {', '.join(LEVELS)}.")
     if min_count < 1:
         raise ValueError(f"min_count={min_count} must be at least 1.")
     if max_tokens is not None and max_tokens < 3:
-        raise ValueError(f"max_tokens={max_tokens} must be at least 3: two are special.")
+        raise ValueError(f"max_tokens={max_tokens} must be at least 3, including two special tokens.")
     counts: collections.Counter[str] = collections.Counter()
     for batch in data.select_columns(["text"]).iter(_SHARD):
         for row in batch["text"]:
@@ -472,13 +482,13 @@ def build_tokenizer(
     special = ("<unk>", "<eos>" if level == "word" else "\n")
     known = [token for token, count in counts.items() if count >= min_count and token not in special]
     if not known:
-        raise ValueError(f"The {len(data)} rows hold nothing that occurs {min_count} times; give more text.")
+        raise ValueError(f"No token of the {len(data)} rows occurs {min_count} times. Use more text.")
     known.sort(key=lambda token: (-counts[token], token))
     tokens = [*special, *known][:max_tokens]
     backend = Tokenizer(models.WordLevel({token: number for number, token in enumerate(tokens)}, unk_token="<unk>"))
     if level == "word":
         backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-        # a space before each word, the first too: pipelines put what was decoded behind the prompt
+        # also a space before the first word, because pipelines append the decoded text to the prompt
         backend.decoder = decoders.Sequence([decoders.Replace(Regex("^"), " "), decoders.Fuse()])
     else:
         backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
@@ -489,18 +499,18 @@ def build_tokenizer(
         bos_token=special[1],
         eos_token=special[1],
         pad_token=special[1],
-        padding_side="left",  # what is generated follows the last token
+        padding_side="left",  # generated tokens follow the last token
         model_input_names=["input_ids", "attention_mask"],
         clean_up_tokenization_spaces=False,
     )
 
 
 def encode(data: datasets.Dataset, tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
-    """Join the tokens of all rows, each followed by the token that ends it.
+    """Join the tokens of all rows, each followed by the end-of-row token.
 
     Args:
         data: Rows with a column `text`.
-        tokenizer: What `build_tokenizer` made.
+        tokenizer: Result of `build_tokenizer`.
 
     Returns:
         Token ids, int64 (tokens,).
@@ -514,29 +524,28 @@ def encode(data: datasets.Dataset, tokenizer: PreTrainedTokenizerFast) -> torch.
 
 
 class TokenStream(torch.utils.data.IterableDataset):
-    """A text as the windows of truncated back-propagation through time (Mikolov et al. 2010).
+    """A text as windows for truncated back-propagation through time (Mikolov et al. 2010).
 
-    The text is cut into `rows` tracks of equal length, which stand below each other, and these into windows of
-    `length` tokens. Window t of all rows is a batch, and in each row it goes on where window t - 1 ended: what a
-    recurrent network remembers after one batch is what it begins the next with. Each token is predicted once.
+    The text is cut into `rows` parts of equal length, one per row of the batch, and each part into windows of `length`
+    tokens. Batch t has window t of each row, which continues window t - 1. A recurrent network therefore starts each
+    batch with its final state of the previous batch. Each token is predicted once.
 
-    Iterating gives the examples row by row, so that batches of `rows` examples are the batches above; `batches` gives
-    these at once.
+    Iterating yields single examples, row by row: `rows` of them form a batch. `batches` yields whole batches.
 
     Attributes:
-        ids: The text, int64 (tokens,).
-        windows: Batches in a pass over the text.
+        ids: Text, int64 (tokens,).
+        windows: Number of batches per pass over the text.
 
     Args:
-        ids: The text, from `encode`.
-        rows: Tracks.
-        length: Tokens of a window.
-        first: What the first token of the text is predicted from: the token that ends a row.
-        drop_rest: Leave out the last tokens, fewer than there are rows, that do not fill the tracks; else the last
-            track is filled with labels of -100, which count for nothing.
+        ids: Text from `encode`.
+        rows: Number of rows per batch.
+        length: Number of tokens per window.
+        first: Input token before the first token of the text. Defaults to 1, the end-of-row token.
+        drop_rest: Whether to drop the last tokens of the text, fewer than `rows`, so that all rows have one length.
+            Otherwise the last row is filled with the label -100, which the loss ignores.
 
     Raises:
-        ValueError: If the text is shorter than the rows, or a size is below 1.
+        ValueError: If the text has fewer tokens than `rows`, or a size is below 1.
 
     Example:
         ```python
@@ -552,7 +561,7 @@ class TokenStream(torch.utils.data.IterableDataset):
             if value < 1:
                 raise ValueError(f"{name}={value} must be at least 1.")
         if len(ids) < rows:
-            raise ValueError(f"The text has {len(ids)} tokens, fewer than rows={rows}; give more text or fewer rows.")
+            raise ValueError(f"The text has {len(ids)} tokens, fewer than rows={rows}. Use more text or fewer rows.")
         self.ids, self.length = ids, length
         before = torch.cat([ids.new_tensor([first]), ids[:-1]])
         size = len(ids) // rows if drop_rest else math.ceil(len(ids) / rows)
@@ -564,11 +573,11 @@ class TokenStream(torch.utils.data.IterableDataset):
         self.windows = math.ceil(size / length)
 
     def batches(self) -> Iterator[dict[str, torch.Tensor]]:
-        """Go through the text once.
+        """Iterate over the text once.
 
         Yields:
-            `input_ids` and `shift_labels`, int64 (rows, length), the last window perhaps shorter; a label is the token
-            after the input that it stands at. `begins`, bool (rows,): whether the state is to be a fresh one.
+            `input_ids` and `shift_labels`, int64 (rows, length). A label is the token after its input. The last window
+            may be shorter. `begins`, bool (rows,), tells whether a row starts with an initial state.
         """
         rows = len(self._inputs)
         for start in range(0, self._inputs.shape[1], self.length):

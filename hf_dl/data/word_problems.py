@@ -1,16 +1,15 @@
-"""Word problems with their programs, written by a generator: pure functions of (split, index, seed).
+"""Generated word problems with their programs. Each problem depends on (split, index, seed) only.
 
-`word_problems.txt` holds the situations: a program, ranges of its numbers, and each sentence in several wordings. A
-template is a situation with a choice of wordings. What varies inside a template is the numbers, the names, words in
-brackets, how the sentences are joined, and whether a sentence with a number that does not matter is among them.
+`word_problems.txt` has the situations: a program, the ranges of its numbers, and several wordings of each sentence. A
+template is a situation with one wording per sentence. Problems of one template differ in numbers, names, words in
+brackets and the way the sentences are joined. Some also have a sentence with an irrelevant number.
 
-The splits ask for more and more:
+The splits are of increasing difficulty:
 
 * "train": about 70 % of the templates of most situations.
-* "test_seen": the same templates with numbers that no training problem has.
-* "validation", "test": other templates, disjoint from each other: each sentence of them is in some training problem,
-  their combination in none.
-* "test_situations": situations, and with them programs, of which nothing is in the other splits; their operations are.
+* "test_seen": the same templates with numbers that do not occur in training problems.
+* "validation", "test": new templates. Each of their sentences occurs in training problems, but not their combination.
+* "test_situations": new situations with new programs. Only their operations occur in training problems.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ NAMES = (
 ).split()
 ITEMS = "pens books apples mangoes pencils notebooks oranges candles ribbons stamps tickets bottles".split()
 VEHICLES = "train bus car truck motorcycle van".split()
-DISTRACTORS = (  # sentences that do not matter, each with one number
+DISTRACTORS = (  # irrelevant sentences, each with one number
     ("it is {} degrees outside", 5, 35),
     ("there are {} benches in the park nearby", 3, 40),
     ("the phone of {other} shows {} % of battery", 5, 95),
@@ -44,20 +43,20 @@ DISTRACTORS = (  # sentences that do not matter, each with one number
     ("{} birds sit on the roof", 2, 30),
     ("bus line {} stops nearby", 2, 99),
 )
-_DISTRACTED = 0.3  # of the problems
+_DISTRACTED = 0.3  # share of problems with an irrelevant sentence
 _IMPERATIVES = ("find", "compute")
 
 
 @dataclass(frozen=True)
 class Situation:
-    """One kind of problem.
+    """A kind of problem.
 
     Attributes:
-        name: What it is called.
-        program: Its program, with letters for the numbers of the text.
-        ranges: Of each letter the lowest and highest value and the step between them.
-        sentences: The facts, and last the question; each in several wordings.
-        held_out: Whether it is only in "test_situations".
+        name: Name of the situation.
+        program: Program with letters for the numbers of the text.
+        ranges: Lowest value, highest value and step of each letter.
+        sentences: The facts and, last, the question. Each has several wordings.
+        held_out: Whether the situation occurs in "test_situations" only.
     """
 
     name: str
@@ -69,7 +68,7 @@ class Situation:
 
 @functools.cache
 def situations() -> tuple[Situation, ...]:
-    """The situations of `word_problems.txt`, in order."""
+    """Read the situations of `word_problems.txt`, in order."""
     text = Path(__file__).with_suffix(".txt").read_text(encoding="utf-8")
     found = []
     for paragraph in text.split("\n\n"):
@@ -94,13 +93,13 @@ def situations() -> tuple[Situation, ...]:
 
 @functools.cache
 def templates(split: str) -> tuple[tuple[Situation, tuple[tuple[str, ...], ...]], ...]:
-    """The situations of a split, each with its choices of wordings; they do not depend on any seed.
+    """Return the templates of a split. They do not depend on a seed.
 
     Args:
         split: One of `SPLITS`.
 
     Returns:
-        Pairs of a situation and its wordings, each wording one sentence for each fact and the question.
+        Pairs of a situation and its wordings. A wording has one sentence for each fact and for the question.
     """
     found = []
     for situation in situations():
@@ -108,7 +107,7 @@ def templates(split: str) -> tuple[tuple[Situation, tuple[tuple[str, ...], ...]]
             continue
         wordings = list(itertools.product(*situation.sentences))
         rng = random.Random(f"hf_dl.word_problems {situation.name}")
-        wordings.sort(key=lambda _: rng.random())  # noqa: B023 - used at once
+        wordings.sort(key=lambda _: rng.random())  # noqa: B023 - the lambda is called immediately
         test, validation = max(2, len(wordings) // 5), max(1, len(wordings) // 10)
         parts = {"test": wordings[:test], "validation": wordings[test : test + validation]}
         if split == "test_situations":
@@ -119,16 +118,16 @@ def templates(split: str) -> tuple[tuple[Situation, tuple[tuple[str, ...], ...]]
 
 
 def sample(index: int, split: str = "train", *, seed: int = 0) -> dict:
-    """Write one problem.
+    """Generate one problem.
 
     Args:
-        index: Number of the problem inside its split.
+        index: Index of the problem in its split.
         split: One of `SPLITS`.
-        seed: Of the whole dataset; the templates are the same for each.
+        seed: Seed of the whole dataset. The templates are the same for all seeds.
 
     Returns:
-        `problem`, a lower-case text with spaces around its signs; its `program`, `numbers` and `answer`; five
-        `options`, the letter of the `correct` one, and the `template`.
+        The `problem` in lower case with spaces around punctuation, its `program`, `numbers` and `answer`, five
+        `options`, the letter of the `correct` option, and the `template`.
 
     Example:
         >>> row = sample(0)
@@ -150,7 +149,7 @@ def sample(index: int, split: str = "train", *, seed: int = 0) -> dict:
     text = _join(facts, question, rng)
     text = re.sub(r"\[([^]]*)\]", lambda match: rng.choice(match[1].split("/")), text)
     text = re.sub(r"\{(\w\w+)\}", lambda match: words.get(match[1], match[0]), text)
-    letters = re.findall(r"\{(\w+)\}", text)  # the i-th is n<i>
+    letters = re.findall(r"\{(\w+)\}", text)  # the i-th letter becomes n<i>
     program = re.sub(r"(?<=[(,])[a-z](?=[,)])", lambda match: f"n{letters.index(match[0])}", situation.program)
     program = str(canonical_order(program))
     for _ in range(1000):
@@ -166,7 +165,7 @@ def sample(index: int, split: str = "train", *, seed: int = 0) -> dict:
         if answer > 0:
             break
     else:
-        raise AssertionError(f"{situation.name}: its ranges hold no numbers with an answer above 0 for {split}.")
+        raise AssertionError(f"{situation.name}: no numbers in its ranges give an answer above 0 for {split}.")
     options, correct = _options(answer, rng)
     return {
         "problem": re.sub(r"\{(\w+)\}", lambda match: f"{(values | {'noise': noise})[match[1]]:g}", text),
@@ -185,7 +184,7 @@ def _draw(rng: random.Random, low: float, high: float, step: float) -> int | flo
 
 
 def _join(facts: Sequence[str], question: str, rng: random.Random) -> str:
-    """One text of the sentences: apart, in one sentence, or as a condition before or behind the question."""
+    """Join the sentences: separately, as one sentence, or as a condition before or after the question."""
     mark = "." if question.startswith(_IMPERATIVES) else "?"
     together = " and ".join(facts)
     return rng.choice(
@@ -199,10 +198,10 @@ def _join(facts: Sequence[str], question: str, rng: random.Random) -> str:
 
 
 def _options(answer: float, rng: random.Random) -> tuple[list[float], str]:
-    """Five values, more than 2 % apart, one of them the answer to four digits; and its letter."""
+    """Return five values, more than 2 % apart, and the letter of the answer, which is rounded to four digits."""
     digits = 3 - math.floor(math.log10(answer))
     factors = rng.sample((0.25, 0.5, 0.6, 0.75, 0.9, 1.1, 1.25, 1.5, 2, 3), 4)
-    if answer == round(answer) and answer < 40:  # few whole numbers lie near
+    if answer == round(answer) and answer < 40:  # small integers: take wrong options from the neighbors
         near = [answer + step for step in range(-8, 9) if step and answer + step > 0]
         wrong = rng.sample(near, 4)
     else:

@@ -1,13 +1,14 @@
-"""What an image classifier looked at: maps of where its evidence is, and tests of them by taking evidence away.
+"""Explanations of image classifiers: maps of the evidence for a class, and tests that remove parts of the image.
 
-- `grad_cam`: Grad-CAM of any network, several layers at once
-- `attention`: CLS attention, rollout and gradient rollout of vision transformers, from their queries and keys
-- `masking`: patches taken away as pixels, from the attention or as tokens; what the label becomes; deletion curves
-- `scores`: how well a map agrees with the known mask of the object
-- `calls`: what these have in common: how a model is called, and where its tokens lie
+- `grad_cam`: Grad-CAM for any network and several layers
+- `attention`: CLS attention, rollout and gradient rollout of vision transformers
+- `masking`: predictions without some patches, removed as pixels, from the attention or as tokens; deletion curves
+- `scores`: agreement of a map with the known mask of the object
+- `calls`: shared code: calling a model, and the positions of its tokens
 
-Models are any `nn.Module` from pixel values (batch, channels, height, width) to logits (batch, classes), bare or in an
-output of transformers with `logits`. They are explained in evaluation mode and left in the mode they were in.
+A model is any `nn.Module` that maps pixel values (batch, channels, height, width) to logits (batch, classes). It may
+return the logits or an output of transformers with `logits`. Models run in evaluation mode, and their modes are
+restored afterwards.
 """
 
 from .attention import AttentionOutput, attention_maps, gradient_rollout, record_attention, rollout

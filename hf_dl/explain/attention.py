@@ -1,16 +1,16 @@
-"""What a vision transformer attends to: its CLS token's attention, and what of each patch flows into that token.
+"""Attention of vision transformers: attention of the CLS token, rollout over all layers, and gradient rollout.
 
-The attention is rebuilt from the queries and keys that the model hands to `scaled_dot_product_attention`, so that a
-model need not be switched to eager attention, and for the CLS row alone it costs O(tokens) memory. Its gradient is
-rebuilt from what flows back into the result: of O = A V, dy/dA = dy/dO V^T. A model that runs eager attention is read
-at its softmax. Calls are seen through a `TorchFunctionMode`, so no class of model is known here by name; flash and
-flex attention, and torch's fused `nn.MultiheadAttention`, are not seen.
+The attention is computed from the queries and keys of `scaled_dot_product_attention`, so models do not need eager
+attention. The CLS row alone needs O(tokens) memory. The gradient of the attention follows from the gradient of the
+result: for O = A V, dy/dA = dy/dO V^T. For models with eager attention, the softmax is recorded. A `TorchFunctionMode`
+records the calls, so all model classes work. Flash attention, flex attention and the fused `nn.MultiheadAttention` of
+torch are not supported.
 
 - Rollout (Abnar & Zuidema 2020): R = A'_L ... A'_1 with A' = (mean over heads of A + I) / 2, whose rows sum to 1.
 - Gradient rollout (Chefer et al. 2021, "Generic Attention-model Explainability", equation 5 and 6): for a class with
   the logit y, R <- R + mean over heads of ReLU(A * dy/dA) R, from R = I.
 
-Attention knows no class; it says what was read, not what it was read for. Gradient rollout asks for a class.
+CLS attention and rollout do not depend on a class. Gradient rollout does.
 """
 
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ _SOFTMAX = (F.softmax, torch.softmax, torch.Tensor.softmax)
 
 
 def self_attention_shape(func: Any, args: tuple, kwargs: dict, batch: int) -> tuple[int, int] | None:
-    """Heads and tokens if a call is the self-attention of a batch, by SDPA or an eager softmax; else None."""
+    """Return the numbers of heads and tokens if a call is self-attention (SDPA or eager softmax), or None."""
     if func is F.scaled_dot_product_attention:
         query, key = (args[i] if len(args) > i else kwargs[name] for i, name in enumerate(("query", "key")))
         causal = kwargs.get("is_causal") or (len(args) > 5 and args[5])
@@ -45,14 +45,14 @@ def self_attention_shape(func: Any, args: tuple, kwargs: dict, batch: int) -> tu
 
 
 class _Recorder(TorchFunctionMode):
-    """Keeps the attention of every self-attention, and with `gradients` what its gradient is made of."""
+    """Records the attention of all self-attention calls, and with `gradients` the tensors for its gradient."""
 
     def __init__(self, batch: int, *, only_cls: bool, gradients: bool):
         super().__init__()
         self.batch, self.only_cls, self.gradients = batch, only_cls, gradients
         self.attentions: list[torch.Tensor] = []
-        self.results: list[torch.Tensor] = []  # what the gradient is taken of
-        self.values: list[torch.Tensor | None] = []  # V of O = A V; None where the result is A itself
+        self.results: list[torch.Tensor] = []  # tensors to differentiate with respect to
+        self.values: list[torch.Tensor | None] = []  # V of O = A V; None if the result is A itself
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -94,16 +94,16 @@ class _Recorder(TorchFunctionMode):
 
 @dataclass
 class AttentionOutput:
-    """What `record_attention` returns.
+    """Output of `record_attention`.
 
     Attributes:
-        attentions: For each layer (batch, heads, tokens, tokens), or (batch, heads, 1, tokens) of CLS alone; rows sum
-            to 1.
-        gradients: Of the classes' logits by `attentions`, of their shape; None unless asked for.
-        logits: (batch, classes).
-        classes: Those that `gradients` belong to, int64 (batch,).
+        attentions: Attention of each layer, (batch, heads, tokens, tokens), or (batch, heads, 1, tokens) for the CLS
+            token alone. Rows sum to 1.
+        gradients: Gradients of the class logits with respect to `attentions`, of the same shapes, or None.
+        logits: Logits, (batch, classes).
+        classes: Classes of the gradients, int64 (batch,).
         grid: Height and width of the grid of patches.
-        num_prefix_tokens: Tokens before the patches: CLS, distillation, registers.
+        num_prefix_tokens: Number of tokens before the patches: CLS, distillation, registers.
     """
 
     attentions: tuple[torch.Tensor, ...]
@@ -114,7 +114,7 @@ class AttentionOutput:
     num_prefix_tokens: int
 
     def to_grid(self, rows: torch.Tensor) -> torch.Tensor:
-        """Lay rows of attention (..., tokens) out as (..., height, width), without the tokens that have no place."""
+        """Arrange rows of attention (..., tokens) as (..., height, width), without the tokens before the patches."""
         return rows[..., self.num_prefix_tokens :].unflatten(-1, self.grid)
 
 
@@ -127,27 +127,28 @@ def record_attention(
     classes: int | Sequence[int] | torch.Tensor | None = None,
     patch_size: tuple[int, int] | None = None,
 ) -> AttentionOutput:
-    """Run a vision transformer and keep its attention.
+    """Run a vision transformer and record its attention.
 
     Args:
-        model: A classifier whose patches come after its other tokens, row by row, CLS first of all.
-        pixel_values: (batch, channels, height, width).
-        only_cls: Whether to keep only the rows of the CLS token.
-        gradients: Whether to give the gradients of the classes' logits too; not with `only_cls`.
-        classes: One for all images or one for each; the predicted ones when not given.
-        patch_size: Height and width of the patches in pixels; the model's own when not given.
+        model: Classifier. The CLS token is its first token, and the patches are its last tokens, row by row.
+        pixel_values: Images, (batch, channels, height, width).
+        only_cls: Whether to record the rows of the CLS token only.
+        gradients: Whether to compute the gradients of the class logits. Not available with `only_cls`.
+        classes: One class for all images or one for each image. Defaults to the predicted classes.
+        patch_size: Height and width of the patches in pixels. Defaults to the patch size of the model.
 
     Returns:
         See `AttentionOutput`.
 
     Raises:
-        ValueError: If no attention is seen, or its layers have different tokens (windows, merged patches).
+        ValueError: If no attention is recorded, or the layers differ in the number of tokens (windows, merged
+            patches).
     """
     if only_cls and gradients:
-        raise ValueError("only_cls=True with gradients=True is not supported; rollout needs the rows of all tokens.")
+        raise ValueError("only_cls=True with gradients=True is not supported. Gradient rollout needs all rows.")
     recorder = _Recorder(len(pixel_values), only_cls=only_cls, gradients=gradients)
     with torch.inference_mode(False), torch.set_grad_enabled(gradients), evaluating(model):
-        if gradients:  # a frozen model would have no graph at all
+        if gradients:  # because a frozen model would have no graph
             pixel_values = pixel_values.detach().clone().requires_grad_()
         with recorder:
             logits = class_logits(model, pixel_values)
@@ -163,8 +164,8 @@ def record_attention(
     tokens = {attention.shape[-1] for attention in recorder.attentions}
     if len(tokens) != 1:
         raise ValueError(
-            f"model={type(model).__name__} shows attention over {sorted(tokens) or 'no'} tokens, expected one number "
-            "in all layers, by scaled_dot_product_attention or eager attention."
+            f"model={type(model).__name__} has attention over {sorted(tokens) or 'no'} tokens. Expected the same "
+            "number in all layers, with scaled_dot_product_attention or eager attention."
         )
     grid, prefix = token_grid(tokens.pop(), tuple(pixel_values.shape[-2:]), patch_size or patch_size_of(model))
     return AttentionOutput(tuple(recorder.attentions), found, logits.detach(), picked, grid, prefix)
@@ -174,13 +175,13 @@ def rollout(attentions: Sequence[torch.Tensor], *, heads: str = "mean", discard:
     """Follow the attention through all layers (Abnar & Zuidema 2020).
 
     Args:
-        attentions: For each layer (batch, heads, tokens, tokens), first layer first.
-        heads: How the heads are joined: "mean", "max" or "min".
-        discard: Part of each layer's joined attention, the smallest entries, that is set to zero, at least 0 and
-            below 1; rows are normalized again.
+        attentions: Attention of each layer, (batch, heads, tokens, tokens), from the first layer to the last.
+        heads: Reduction over the heads: "mean", "max" or "min".
+        discard: Share of the smallest entries of each layer to set to zero, at least 0 and below 1. Rows are
+            normalized again.
 
     Returns:
-        (batch, tokens, tokens), rows summing to 1: how much of each token of the image is in each of the last layer.
+        Shares of the input tokens in each token of the last layer, (batch, tokens, tokens). Rows sum to 1.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -204,7 +205,7 @@ def rollout(attentions: Sequence[torch.Tensor], *, heads: str = "mean", discard:
             flat = attention.flatten(1)
             smallest = flat.topk(count, dim=1, largest=False).indices
             attention = flat.scatter(1, smallest, 0.0).view_as(attention)
-        # Joined by max, min or with entries discarded, the rows no longer sum to 1 of themselves.
+        # after max, min or discarding entries, rows do not sum to 1
         total = attention.sum(dim=-1, keepdim=True)
         attention = torch.where(total > 0, attention / total.clamp_min(1e-30), 0.0)
         attention = attention + identity
@@ -213,14 +214,14 @@ def rollout(attentions: Sequence[torch.Tensor], *, heads: str = "mean", discard:
 
 
 def gradient_rollout(attentions: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Follow through all layers the attention that raises a class's logit (Chefer et al. 2021).
+    """Follow the attention that increases a class logit through all layers (Chefer et al. 2021).
 
     Args:
-        attentions: For each layer (batch, heads, tokens, tokens), first layer first.
-        gradients: Of the logit by them, of the same shapes.
+        attentions: Attention of each layer, (batch, heads, tokens, tokens), from the first layer to the last.
+        gradients: Gradients of the logit with respect to `attentions`, of the same shapes.
 
     Returns:
-        Relevance, (batch, tokens, tokens), not negative, not normalized: its scale is that of the gradients.
+        Relevance, (batch, tokens, tokens), at least 0. It is not normalized and has the scale of the gradients.
     """
     relevance = torch.eye(attentions[0].shape[-1]).to(attentions[0])
     relevance = relevance.expand(len(attentions[0]), -1, -1)
@@ -239,20 +240,21 @@ def attention_maps(
     classes: int | Sequence[int] | torch.Tensor | None = None,
     patch_size: tuple[int, int] | None = None,
 ) -> tuple[torch.Tensor, AttentionOutput]:
-    """Map what the CLS token of a vision transformer reads.
+    """Compute maps of the attention of the CLS token of a vision transformer.
 
     Args:
-        model: The classifier, with a CLS token.
-        pixel_values: (batch, channels, height, width).
-        method: "cls", the attention of one layer; "rollout"; or "gradient_rollout", for a class.
-        layer: Of "cls": which layer, from 0, or from the last one, -1.
-        head: Of "cls": which head, from 0; the mean of all when not given.
-        classes: Of "gradient_rollout": one for all images or one for each; the predicted ones when not given.
-        patch_size: Height and width of the patches in pixels; the model's own when not given.
+        model: Classifier with a CLS token.
+        pixel_values: Images, (batch, channels, height, width).
+        method: "cls" for the attention of one layer, "rollout", or "gradient_rollout" for a class.
+        layer: Index of the layer for "cls". Negative indices count from the last layer.
+        head: Index of the head for "cls". Defaults to the mean of all heads.
+        classes: Classes for "gradient_rollout": one for all images or one for each image. Defaults to the predicted
+            classes.
+        patch_size: Height and width of the patches in pixels. Defaults to the patch size of the model.
 
     Returns:
-        Maps (batch, height, width) of the grid of patches, as they are: CLS keeps what is missing from a sum of 1 for
-        itself and the registers. `upsample` enlarges them. And what they were made from.
+        Maps (batch, height, width) on the grid of patches, and the recorded attention. The maps are not normalized:
+        part of the attention goes to CLS and register tokens. Use `upsample` to resize them.
 
     Raises:
         ValueError: If an argument is out of range, or the model has no CLS token.
@@ -278,7 +280,7 @@ def attention_maps(
         patch_size=patch_size,
     )
     if output.num_prefix_tokens == 0:
-        raise ValueError(f"model={type(model).__name__} has no CLS token, expected one before the patches.")
+        raise ValueError(f"model={type(model).__name__} has no CLS token. Expected one before the patches.")
     if method == "rollout":
         rows = rollout(output.attentions)[:, 0]
     elif method == "gradient_rollout":

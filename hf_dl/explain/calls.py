@@ -1,4 +1,4 @@
-"""How the explanations call a model, where its tokens lie in the image, and which of its layers are looked at."""
+"""Shared by all explanations: call a model, find the positions of its tokens, and choose its layers."""
 
 import inspect
 from collections.abc import Iterator, Sequence
@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-MAX_PREFIX_TOKENS = 16  # CLS, distillation and register tokens that are looked for where no patch size is known
+MAX_PREFIX_TOKENS = 16  # most CLS, distillation and register tokens, if the patch size is unknown
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode, and every module back into its own on the way out."""
+    """Put a model into evaluation mode, and restore the mode of each module at the end."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -26,18 +26,18 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def class_logits(model: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
     """Call a classifier.
 
-    Vision transformers of transformers that interpolate their positions on request are asked to when the images have
-    another size than their config says.
+    If the image size differs from the config of the model, and its `forward` has `interpolate_pos_encoding`, position
+    embeddings are interpolated.
 
     Args:
-        model: The classifier.
-        pixel_values: (batch, channels, height, width).
+        model: Classifier.
+        pixel_values: Images, (batch, channels, height, width).
 
     Returns:
         Logits, (batch, classes).
 
     Raises:
-        ValueError: If what the model returns holds no logits of that shape.
+        ValueError: If the model returns no logits of that shape.
 
     Example:
         ```python
@@ -60,17 +60,17 @@ def class_logits(model: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
     if not isinstance(logits, torch.Tensor) or logits.ndim != 2 or len(logits) != len(pixel_values):
         found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(output).__name__
         raise ValueError(
-            f"model={type(model).__name__} returned {found}, expected logits ({len(pixel_values)}, classes) or an "
-            "output that has them."
+            f"model={type(model).__name__} returned {found}. Expected logits ({len(pixel_values)}, classes) or an "
+            "output with logits."
         )
     return logits
 
 
 def pick_classes(logits: torch.Tensor, classes: int | Sequence[int] | torch.Tensor | None) -> torch.Tensor:
-    """The classes to explain, int64 (batch,): those given, or the predicted ones.
+    """Return the classes to explain, int64 (batch,): the given classes or, for None, the predicted classes.
 
     Raises:
-        ValueError: If there is not one for each image, or one is not a class of the model.
+        ValueError: If the number of classes is wrong, or the model does not have a class.
     """
     if classes is None:
         return logits.argmax(dim=-1)
@@ -79,14 +79,14 @@ def pick_classes(logits: torch.Tensor, classes: int | Sequence[int] | torch.Tens
         found = found.expand(len(logits))
     if len(found) != len(logits) or found.min() < 0 or found.max() >= logits.shape[-1]:
         raise ValueError(
-            f"classes={found.tolist()} must be one class for all images or one for each of the {len(logits)}, from 0 "
-            f"to {logits.shape[-1] - 1}."
+            f"classes={found.tolist()} is invalid. Expected one class for all images or one for each of the "
+            f"{len(logits)} images, from 0 to {logits.shape[-1] - 1}."
         )
     return found
 
 
 def patch_size_of(model: nn.Module) -> tuple[int, int] | None:
-    """Height and width of the model's patches in pixels where it or its config says; None for other networks."""
+    """Return height and width of the model's patches in pixels, or None if the patch size is unknown."""
     config = getattr(model, "config", None)
     places = (config, getattr(config, "vision_config", None), getattr(model, "patch_embed", None))
     size = next((place.patch_size for place in places if getattr(place, "patch_size", None)), None)
@@ -98,13 +98,13 @@ def patch_size_of(model: nn.Module) -> tuple[int, int] | None:
 def token_grid(
     num_tokens: int, image_size: tuple[int, int], patch_size: tuple[int, int] | None = None
 ) -> tuple[tuple[int, int], int]:
-    """Where the tokens of an image lie.
+    """Find the grid of the tokens of an image.
 
     Args:
-        num_tokens: Tokens of the layer.
+        num_tokens: Number of tokens of the layer.
         image_size: Height and width of the image, in pixels.
-        patch_size: Height and width of a patch. Without it, or where the layer has fewer tokens than that makes
-            (merged patches), the grid has the image's aspect ratio and as few tokens before it as possible.
+        patch_size: Height and width of a patch. If it is None, or the layer has merged patches, the grid
+            has the aspect ratio of the image, with as few other tokens before it as possible.
 
     Returns:
         Height and width of the grid, and the number of tokens before it: CLS, distillation, registers.
@@ -130,16 +130,16 @@ def token_grid(
         if rows and count % rows == 0 and rows * width == (count // rows) * height:
             return (rows, count // rows), prefix
     raise ValueError(
-        f"num_tokens={num_tokens} is no grid of patches with up to {MAX_PREFIX_TOKENS} tokens before it in an image "
-        f"of {height}x{width} pixels; give the patch size."
+        f"num_tokens={num_tokens} does not match a grid of patches, after at most {MAX_PREFIX_TOKENS} other tokens, "
+        f"in an image of {height}x{width} pixels. Set the patch size."
     )
 
 
 def find_blocks(model: nn.Module) -> list[nn.Module]:
-    """The transformer blocks of a model: its longest list of modules of one class that hold an attention.
+    """Return the transformer blocks of a model: its longest list of modules of one class with an attention.
 
     Raises:
-        ValueError: If it has none.
+        ValueError: If the model has no such list.
     """
     lists = [
         list(module)
@@ -158,23 +158,23 @@ def find_blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def default_layers(model: nn.Module, pixel_values: torch.Tensor, count: int = 1) -> list[str]:
-    """Name the layers that Grad-CAM looks at when nothing else is said.
+    """Return the default layers for Grad-CAM.
 
-    - Vision transformers: what goes into the last `count` blocks' attention. Behind the last attention only the CLS
-      token reaches the logits, and the gradient of all patches is zero.
-    - Other networks: for `count=1` the last feature map, for more the outputs of the last `count` convolutions larger
+    - Vision transformers: the input of the attention in the last `count` blocks. After the last attention, only the
+      CLS token affects the logits, so the gradients of all patches are zero.
+    - Other networks: the last feature map for `count=1`. Otherwise the outputs of the last `count` convolutions larger
       than 1x1, the layers that He et al. 2015 count.
 
     Args:
-        model: The classifier.
-        pixel_values: An image, (1, channels, height, width), to see what the layers give.
-        count: How many.
+        model: Classifier.
+        pixel_values: Image, (1, channels, height, width), to find the layers that return feature maps.
+        count: Number of layers.
 
     Returns:
-        Names as of `named_modules`, in the order in which they run.
+        Names from `named_modules`, in their order in the network.
 
     Raises:
-        ValueError: If the model has fewer.
+        ValueError: If the model has fewer layers.
     """
     names = {module: name for name, module in model.named_modules()}
     try:
@@ -202,19 +202,21 @@ def default_layers(model: nn.Module, pixel_values: torch.Tensor, count: int = 1)
             for handle in handles:
                 handle.remove()
         found = maps if count == 1 else convolutions
-        found = [name for name in found if maps.count(name) == 1]  # a shared ReLU has no output of its own
+        found = [
+            name for name in found if maps.count(name) == 1
+        ]  # without modules that run several times, such as a shared ReLU
     if not 1 <= count <= len(found):
         raise ValueError(f"count={count} layers of model={type(model).__name__} must be 1 to {len(found)}.")
     return found[-count:]
 
 
 def normalize(maps: torch.Tensor) -> torch.Tensor:
-    """Stretch each map (batch, height, width) to [0, 1]; a constant one becomes 0."""
+    """Scale each map (batch, height, width) to [0, 1]. A constant map becomes 0."""
     maps = maps - maps.amin(dim=(-2, -1), keepdim=True)
-    # The constant is that of the package grad-cam, so that several layers are weighed alike.
+    # the package grad-cam uses the same constant, which affects the average over layers
     return maps / (maps.amax(dim=(-2, -1), keepdim=True) + 1e-7)
 
 
 def upsample(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Enlarge maps (batch, height, width) bilinearly, pixels being areas, to a size in pixels."""
+    """Resize maps (batch, height, width) to a size in pixels, with bilinear interpolation."""
     return F.interpolate(maps.unsqueeze(1), size=tuple(size), mode="bilinear", align_corners=False).squeeze(1)

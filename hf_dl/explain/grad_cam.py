@@ -1,11 +1,11 @@
-"""Grad-CAM (Selvaraju et al. 2017): where a convolutional or transformer layer holds evidence for a class.
+"""Grad-CAM (Selvaraju et al. 2017): maps of the evidence for a class in convolutional or transformer layers.
 
-The weight of channel k is the mean gradient of the class's logit y over the places of the layer's output A,
-alpha_k = mean_ij dy / dA^k_ij, and the map is ReLU(sum_k alpha_k A^k). Several layers: each map is stretched to [0, 1]
-and to the size of the image, and they are averaged, as the package grad-cam does.
+The weight of channel k is the mean gradient of the class logit y over the positions of the layer output A,
+alpha_k = mean_ij dy / dA^k_ij. The map is ReLU(sum_k alpha_k A^k). For several layers, each map is scaled to [0, 1],
+resized to the image, and averaged, as in the package grad-cam.
 
-It costs a forward pass and the part of a backward pass that lies above the layers: nothing is kept below the first of
-them, and no gradient of a weight is computed. Images, layers and maps stay on the model's device, a batch at a time.
+The cost is a forward pass, and a backward pass down to the first of the layers. Gradients of weights are not computed.
+All computations run in batches on the device of the model.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,12 +30,12 @@ ENGINES = ("hf_dl", "grad-cam")
 
 @dataclass
 class GradCamOutput:
-    """What `grad_cam` returns.
+    """Output of `grad_cam`.
 
     Attributes:
-        maps: (batch, height, width) of the images, in [0, 1].
-        classes: The classes explained, int64 (batch,).
-        logits: (batch, classes).
+        maps: Maps of the size of the images, (batch, height, width), in [0, 1].
+        classes: Explained classes, int64 (batch,).
+        logits: Logits, (batch, classes).
         layers: Names of the layers.
     """
 
@@ -53,23 +53,22 @@ def grad_cam(
     classes: int | Sequence[int] | torch.Tensor | None = None,
     engine: str = "hf_dl",
 ) -> GradCamOutput:
-    """Map the evidence for a class.
+    """Compute maps of the evidence for a class.
 
     Args:
-        model: The classifier.
-        pixel_values: (batch, channels, height, width).
-        layers: Names or modules whose outputs, feature maps (batch, channels, height, width) or tokens (batch, tokens,
-            channels), are looked at; or how many of `default_layers`.
-        classes: One for all images or one for each; the predicted ones when not given.
-        engine: "hf_dl", or "grad-cam", the PyPI package, which gives the same maps.
+        model: Classifier.
+        pixel_values: Images, (batch, channels, height, width).
+        layers: Names or modules. Their outputs are feature maps (batch, channels, height, width) or tokens (batch,
+            tokens, channels). An integer is the number of `default_layers`.
+        classes: One class for all images or one for each image. Defaults to the predicted classes.
+        engine: "hf_dl", or "grad-cam" for the PyPI package, which computes the same maps.
 
     Returns:
         See `GradCamOutput`.
 
     Raises:
-        ValueError: If a layer is unknown, did not run once, or gives something else; or if an argument is not one of
-            those named.
-        ImportError: If the engine is not installed.
+        ValueError: If an argument or a layer is unknown, or a layer does not run exactly once or has another output.
+        ImportError: If the package grad-cam is not installed.
 
     Example:
         ```python
@@ -101,7 +100,7 @@ def _find_layers(model: nn.Module, pixel_values: torch.Tensor, layers: object) -
         name = names.get(layer) if isinstance(layer, nn.Module) else layer
         if name not in by_name:
             shown = repr(layer) if isinstance(layer, str) else type(layer).__name__
-            raise ValueError(f"layers={shown} is no layer of {type(model).__name__}; see model.named_modules().")
+            raise ValueError(f"layers={shown} is not a layer of {type(model).__name__}. See model.named_modules().")
         found[name] = by_name[name]
     if not found:
         raise ValueError("layers=[] must have at least one entry.")
@@ -116,16 +115,18 @@ def _run(
     def watch(name: str) -> Callable:
         def hook(module: nn.Module, args: tuple, output: object) -> object:
             if name in activations:
-                raise ValueError(f"layers={name!r} runs more than once in a forward pass; choose one that runs once.")
+                raise ValueError(
+                    f"layers={name!r} runs more than once in a forward pass. Choose a layer that runs once."
+                )
             tensor = output[0] if isinstance(output, (tuple, list)) else output
             if not isinstance(tensor, torch.Tensor) or tensor.ndim not in (3, 4):
                 shown = tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
-                raise ValueError(f"layers={name!r} gives {shown}, expected a feature map or tokens.")
-            # The graph begins here: below, nothing was kept.
+                raise ValueError(f"layers={name!r} returns {shown}. Expected a feature map or tokens.")
+            # the graph starts here; nothing is stored for earlier layers
             torch.set_grad_enabled(True)
             tensor = tensor if tensor.requires_grad else tensor.detach().requires_grad_()
             activations[name] = tensor
-            # What follows may work in place (ReLU), and must not change what is looked at.
+            # a copy, because later modules may change it in place (ReLU)
             tensor = tensor.clone()
             return type(output)([tensor, *output[1:]]) if isinstance(output, (tuple, list)) else tensor
 
@@ -133,13 +134,13 @@ def _run(
 
     handles = [module.register_forward_hook(watch(name)) for name, module in modules.items()]
     try:
-        with torch.inference_mode(False), torch.no_grad():  # ends what the hooks enabled
+        with torch.inference_mode(False), torch.no_grad():  # also ends the grad mode that the hooks enable
             logits = class_logits(model, pixel_values)
             missing = [name for name in modules if name not in activations]
             if missing:
                 raise ValueError(f"layers={missing[0]!r} did not run in a forward pass.")
             picked = pick_classes(logits.detach(), classes)
-            # Rows are independent in evaluation mode: the gradient of the sum is each row's own.
+            # images are independent in evaluation mode, so the sum gives the gradient of each image
             with torch.enable_grad():
                 score = logits.gather(1, picked[:, None]).sum()
             gradients = torch.autograd.grad(score, list(activations.values()), allow_unused=True)
@@ -149,7 +150,7 @@ def _run(
     size, patch_size, maps = tuple(pixel_values.shape[-2:]), patch_size_of(model), []
     for (name, activation), gradient in zip(activations.items(), gradients, strict=True):
         if gradient is None:
-            raise ValueError(f"layers={name!r} does not reach the logits.")
+            raise ValueError(f"layers={name!r} does not affect the logits.")
         activation, gradient = (
             _as_map(tensor.detach(), size, patch_size).float() for tensor in (activation, gradient)
         )
@@ -159,7 +160,7 @@ def _run(
 
 
 def _as_map(tensor: torch.Tensor, size: tuple[int, int], patch_size: tuple[int, int] | None) -> torch.Tensor:
-    """Lay tokens (batch, tokens, channels) out as (batch, channels, height, width), without those of no place."""
+    """Arrange patch tokens (batch, tokens, channels) as (batch, channels, height, width); drop all other tokens."""
     if tensor.ndim == 4:
         return tensor
     grid, prefix = token_grid(tensor.shape[1], size, patch_size)
@@ -167,7 +168,7 @@ def _as_map(tensor: torch.Tensor, size: tuple[int, int], patch_size: tuple[int, 
 
 
 class _Logits(nn.Module):
-    """A classifier that returns bare logits, as the package grad-cam expects."""
+    """A classifier that returns a tensor of logits, as the package grad-cam expects."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -196,11 +197,11 @@ def _run_package(
     with torch.enable_grad():
         cam = GradCAM(wrapped, list(modules.values()), reshape_transform=lambda x: _as_map(x, size, patch_size))
         try:
-            # A frozen model would have no graph at all.
+            # the input requires gradients, because a frozen model would have no graph
             maps = cam(pixel_values.detach().clone().requires_grad_(), targets=targets)
         finally:
             cam.activations_and_grads.release()
-            for p, gradient in weights:  # it leaves the gradients of all weights behind
+            for p, gradient in weights:  # the package sets the gradients of all weights
                 p.grad = gradient
     logits = wrapped.logits.detach()
     return torch.from_numpy(maps).to(logits.device), pick_classes(logits, classes), logits

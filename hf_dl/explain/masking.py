@@ -1,9 +1,9 @@
-"""What a classifier says when parts of the image are taken away, and how that depends on the way they are taken.
+"""Predictions of a classifier without parts of the image, for several ways to remove them.
 
-A black square is not an absence: on a grid of patches it is a crossword. So evidence can be taken away as pixels
-(black, gray, the image's mean color, its blur, noise), from the attention (no token reads the patch), or as tokens
-(the patch is not there). The last two are the same to the logits of a network that reads its CLS token alone; a head
-that also averages the patches still counts those that are only masked.
+Black patches on a grid look like a crossword puzzle, so they add a pattern instead of removing one. Patches can be
+removed as pixels (black, gray, the mean color of the image, blur, noise), from the attention (no token reads them), or
+as tokens. The last two give the same logits for networks that classify by the CLS token alone. A head that averages
+the patches still includes masked patches.
 """
 
 from collections import Counter
@@ -26,23 +26,26 @@ WAYS = (*FILLS, "attention", "tokens")
 PLACES = ("center", "random", "top", "bottom")
 
 
-# ------------------------------------------------------------------------------------------------------- which patches
+# ---------------------------------------------------------------------------------------------------------------------
+# Choosing patches
 
 
 def _check_count(count: int, grid: tuple[int, int]) -> None:
     if not 0 <= count <= grid[0] * grid[1]:
-        raise ValueError(f"count={count} must be from 0 to {grid[0] * grid[1]}, the patches of a {grid} grid.")
+        raise ValueError(
+            f"count={count} must be from 0 to {grid[0] * grid[1]}, the number of patches of a {grid} grid."
+        )
 
 
 def _choose(order: torch.Tensor, count: int, grid: tuple[int, int]) -> torch.Tensor:
-    """Mark the first `count` of an order of patches (..., patches) in a grid, bool (..., height, width)."""
+    """Mark the first `count` patches of an order (..., patches) in a grid, bool (..., height, width)."""
     _check_count(count, grid)
     masks = torch.zeros(order.shape, dtype=torch.bool, device=order.device)
     return masks.scatter(-1, order[..., :count], True).unflatten(-1, grid)
 
 
 def center_patches(grid: tuple[int, int], count: int) -> torch.Tensor:
-    """Mark the `count` patches in the middle, bool (height, width): squares, and what lies around them in between.
+    """Mark the `count` patches closest to the center, bool (height, width). Square numbers give squares.
 
     Example:
         ```python
@@ -58,27 +61,28 @@ def center_patches(grid: tuple[int, int], count: int) -> torch.Tensor:
 
 
 def random_patches(grid: tuple[int, int], count: int, *, generator: torch.Generator) -> torch.Tensor:
-    """Mark `count` patches drawn without replacement; the same draw with a lower count is a part of it.
+    """Mark `count` random patches. With the same seed, a lower count gives a subset.
 
     Args:
         grid: Height and width of the grid of patches.
-        count: How many.
-        generator: Source of the draw.
+        count: Number of patches.
+        generator: Random number generator.
 
     Returns:
-        bool (height, width).
+        Bool (height, width).
     """
     order = torch.randperm(grid[0] * grid[1], generator=generator, device=generator.device)
     return _choose(order, count, grid)
 
 
 def ranked_patches(maps: torch.Tensor, count: int, *, largest: bool = True) -> torch.Tensor:
-    """Mark the `count` patches with the largest or smallest values of maps, bool (batch, height, width) too."""
+    """Mark the `count` patches with the largest or smallest values of maps, bool of the shape of the maps."""
     order = maps.flatten(-2).argsort(dim=-1, descending=largest, stable=True)
     return _choose(order, count, tuple(maps.shape[-2:]))
 
 
-# ------------------------------------------------------------------------------------------------ how they are taken
+# ---------------------------------------------------------------------------------------------------------------------
+# Removing patches
 
 
 def _per_channel(values: float | Sequence[float], pixel_values: torch.Tensor) -> torch.Tensor:
@@ -92,7 +96,7 @@ def _replacement(
     image_std: float | Sequence[float],
     generator: torch.Generator | None,
 ) -> torch.Tensor:
-    """What stands in place of the pixels, broadcast to the images."""
+    """Return the pixels of a fill, which can be broadcast to the images."""
     if fill not in FILLS:
         raise ValueError(f"fill={fill!r} is unknown; choose one of {', '.join(FILLS)}.")
     mean, std = _per_channel(image_mean, pixel_values), _per_channel(image_std, pixel_values)
@@ -101,12 +105,12 @@ def _replacement(
     if fill == "blur":
         height, width = pixel_values.shape[-2:]
         sigma = min(height, width) / 8
-        # Reflection cannot reach further than the image.
+        # reflection padding must be smaller than the image
         kernel = [2 * min(round(3 * sigma), side - 1) + 1 for side in (width, height)]
         return gaussian_blur(pixel_values, kernel, [sigma, sigma])
     if fill == "noise":
         if generator is None:
-            raise ValueError("generator=None cannot draw fill='noise'; give a torch.Generator.")
+            raise ValueError("generator=None is not supported with fill='noise'. Pass a torch.Generator.")
         shape = pixel_values.shape
         noise = torch.rand(shape, generator=generator, device=generator.device).to(pixel_values)
         return (noise - mean) / std
@@ -122,22 +126,23 @@ def fill_patches(
     image_std: float | Sequence[float] = 0.5,
     generator: torch.Generator | None = None,
 ) -> torch.Tensor:
-    """Paint over patches of images.
+    """Replace patches of images.
 
     Args:
         pixel_values: Normalized images, (batch, channels, height, width).
-        masks: What to paint over, bool (batch, rows, columns) or (rows, columns): of patches, or of pixels.
-        fill: "black", "gray" (0.5), "mean" (each image's own mean color), "blur" (Gaussian, sigma an eighth of the
-            shorter side) or "noise" (uniform, each pixel and channel its own).
-        image_mean: By which the images were normalized, of [0, 1]; one value or one for each channel.
-        image_std: Likewise.
-        generator: Source of the noise.
+        masks: Patches or pixels to replace, bool (batch, rows, columns) or (rows, columns).
+        fill: New pixels: "black", "gray" (0.5), "mean", "blur" or "noise". "mean" is the mean color of the image, and
+            "blur" a Gaussian with sigma of an eighth of the shorter side. "noise" is uniform and independent for all
+            pixels and channels.
+        image_mean: Mean of the normalization of images in [0, 1]; one value or one per channel.
+        image_std: Standard deviation of the normalization; one value or one per channel.
+        generator: Random number generator of the noise.
 
     Returns:
-        The images, painted.
+        The images with replaced patches.
 
     Raises:
-        ValueError: If the fill is unknown, or noise lacks its generator.
+        ValueError: If `fill` is unknown, or "noise" has no generator.
     """
     masks = masks.to(pixel_values.device).float()
     masks = masks.expand(len(pixel_values), *masks.shape[-2:]).unsqueeze(1)
@@ -146,11 +151,11 @@ def fill_patches(
 
 
 class _KeyMask(TorchFunctionMode):
-    """Keeps every self-attention from reading some patches."""
+    """Masks patches as keys of all self-attention calls."""
 
     def __init__(self, masks: torch.Tensor):
         super().__init__()
-        self.masks, self.calls = masks, 0  # (batch, patches), True: not to be read
+        self.masks, self.calls = masks, 0  # (batch, patches), True for masked patches
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -181,11 +186,11 @@ class _KeyMask(TorchFunctionMode):
 
 @contextmanager
 def _dropped(model: nn.Module, masks: torch.Tensor) -> Iterator[None]:
-    """Take patches (batch, patches) from the tokens that go into the first transformer block."""
+    """Remove patches (batch, patches) from the input tokens of the first transformer block."""
     kept = (~masks).sum(dim=1)
     if kept.min() != kept.max():
         raise ValueError(
-            f"masks take away {(masks.shape[1] - kept).tolist()} patches, expected the same number of each image with "
+            f"masks remove {(masks.shape[1] - kept).tolist()} patches. Expected the same number for all images with "
             "by='tokens'."
         )
     index = (~masks).int().argsort(dim=1, descending=True, stable=True)[:, : int(kept[0])]
@@ -218,20 +223,20 @@ def masked_logits(
     """Classify images without some of their patches.
 
     Args:
-        model: The classifier; a vision transformer for `by="attention"` and "tokens", which take patches that lie row
-            by row after the other tokens; "tokens" takes absolute positions, added before the first block.
+        model: Classifier. `by="attention"` and `by="tokens"` need a vision transformer whose patches are its last
+            tokens, row by row. "tokens" also needs absolute positions, which are added before the first block.
         pixel_values: Normalized images, (batch, channels, height, width).
-        masks: What to take away, bool (batch, rows, columns) or (rows, columns) of the grid of patches.
-        by: A fill of `fill_patches`, "attention" or "tokens".
-        image_mean: As of `fill_patches`.
-        image_std: As of `fill_patches`.
-        generator: As of `fill_patches`.
+        masks: Patches to remove, bool (batch, rows, columns) or (rows, columns) of the grid of patches.
+        by: Way to remove patches: a fill of `fill_patches`, "attention" or "tokens".
+        image_mean: Mean of the normalization, see `fill_patches`.
+        image_std: Standard deviation of the normalization, see `fill_patches`.
+        generator: Random number generator of the noise, see `fill_patches`.
 
     Returns:
         Logits, (batch, classes).
 
     Raises:
-        ValueError: If the way is unknown, the masks do not fit, or the model shows no attention.
+        ValueError: If `by` is unknown, the masks do not match the grid, or the model has no supported attention.
     """
     if by not in WAYS:
         raise ValueError(f"by={by!r} is unknown; choose one of {', '.join(WAYS)}.")
@@ -243,7 +248,7 @@ def masked_logits(
         if patch_size is not None:
             grid = tuple(side // patch for side, patch in zip(pixel_values.shape[-2:], patch_size, strict=True))
             if tuple(masks.shape[-2:]) != grid:
-                raise ValueError(f"masks has shape {tuple(masks.shape)}, expected the grid of patches, {grid}.")
+                raise ValueError(f"masks has shape {tuple(masks.shape)}. Expected the grid of patches, {grid}.")
         parameter = next(model.parameters(), pixel_values)
         masks = masks.to(parameter.device).expand(len(pixel_values), *masks.shape[-2:]).flatten(1)
         if by == "tokens":
@@ -253,13 +258,14 @@ def masked_logits(
             logits = class_logits(model, pixel_values)
         if not mode.calls:
             raise ValueError(
-                f"model={type(model).__name__} shows no attention, expected scaled_dot_product_attention or eager "
-                "attention with by='attention'."
+                f"model={type(model).__name__} has no supported attention. by='attention' needs "
+                "scaled_dot_product_attention or eager attention."
             )
         return logits
 
 
-# -------------------------------------------------------------------------------------------------------- the report
+# ---------------------------------------------------------------------------------------------------------------------
+# Report
 
 
 def masking_report(
@@ -275,29 +281,34 @@ def masking_report(
     image_std: float | Sequence[float] = 0.5,
     batch_size: int = 32,
 ) -> dict[str, Any]:
-    """Take k patches away, at several places, in several ways, and say what becomes of the label.
+    """Remove k patches at several places and in several ways, and report the changes of the predicted label.
 
-    A seed draws the same patches for every way, and those of a lower count are a part of them, so that differences
-    between ways and counts are of the ways and counts. What involves no draw is done once.
+    A seed selects the same patches for all ways, and a lower count removes a subset of them. Different results
+    therefore come from the way or the count only. Combinations without randomness run once.
 
     Args:
-        model: The classifier.
+        model: Classifier.
         pixel_values: Normalized images, (batch, channels, height, width).
-        counts: Numbers of patches, k.
-        seeds: R, draws of random patches and of noise: seeds 0 to R - 1.
-        places: Of "center" (a block), "random", "top" and "bottom" (the patches with the most and the least in
-            `maps`).
-        ways: Of `WAYS`.
-        maps: What ranks the patches, (batch, rows, columns) of the grid; the last layer's CLS attention if not given.
-        image_mean: As of `fill_patches`.
-        image_std: As of `fill_patches`.
-        batch_size: Images at a time.
+        counts: Numbers of patches k.
+        seeds: Number of draws of random patches and noise. The seeds are 0 to `seeds` - 1.
+        places: Places of the patches: "center", "random", "top" and "bottom". The last two are the patches with the
+            highest and lowest values in `maps`.
+        ways: Ways to remove patches, of `WAYS`.
+        maps: Maps that rank the patches, (batch, rows, columns) of the grid. Defaults to the CLS attention of the last
+            layer.
+        image_mean: Mean of the normalization, see `fill_patches`.
+        image_std: Standard deviation of the normalization, see `fill_patches`.
+        batch_size: Images per forward pass.
 
     Returns:
-        Ready for JSON. `original`: for each image its label and probability. `trials`: for each image, way, place,
-        count and seed, the label it got, and of the original label the probability and rank (1: still first), and the
-        Kullback-Leibler divergence from the original probabilities, in nats. `summary`: for each way, place and count
-        the number of trials, means of these, the share of changed labels, and `became`: how often which label came.
+        A dict that can be saved as JSON.
+
+        * `original`: label and probability of each image.
+        * `trials`: one entry per image, way, place, count and seed. It has the new label, the probability and rank of
+          the original label (1 is the highest), and the Kullback-Leibler divergence from the original probabilities,
+          in nats.
+        * `summary`: one entry per way, place and count. It has the number of trials, the means of the values above,
+          the share of changed labels, and `became`, the counts of the new labels.
 
     Raises:
         ValueError: If an argument is unknown or out of range.
@@ -305,7 +316,7 @@ def masking_report(
     for name, values, known in (("places", places, PLACES), ("ways", ways, WAYS)):
         unknown = [value for value in values if value not in known]
         if unknown:
-            raise ValueError(f"{name}={unknown[0]!r} is unknown; choose from {', '.join(known)}.")
+            raise ValueError(f"{name}={unknown[0]!r} is unknown; choose one of {', '.join(known)}.")
     if seeds < 1:
         raise ValueError(f"seeds={seeds} must be at least 1.")
     if maps is None:
@@ -337,7 +348,7 @@ def masking_report(
                     part = cell[start : start + batch_size]
                     masks = torch.stack([_masks_of(trial, maps, grid) for trial in part])
                     images = pixel_values[[trial["image"] for trial in part]]
-                    if way == "noise":  # each its own seed, whatever the size of the batches
+                    if way == "noise":  # one seed per image, independent of the batch size
                         images = torch.cat(
                             [
                                 fill_patches(
@@ -382,24 +393,25 @@ def _masks_of(trial: dict[str, Any], maps: torch.Tensor, grid: tuple[int, int]) 
     if trial["place"] == "center":
         return center_patches(grid, trial["count"])
     if trial["place"] == "random":
-        # Images share seeds but not draws.
+        # each image has its own draws for the same seed
         seed = trial["seed"] + 1_000_003 * trial["image"]
         return random_patches(grid, trial["count"], generator=torch.Generator().manual_seed(seed))
     return ranked_patches(maps[trial["image"]], trial["count"], largest=trial["place"] == "top")
 
 
-# --------------------------------------------------------------------------------------------------------- the curves
+# ---------------------------------------------------------------------------------------------------------------------
+# Curves
 
 
 @dataclass
 class CurveOutput:
-    """What `curve` returns.
+    """Output of `curve`.
 
     Attributes:
-        fractions: Parts of the pixels changed, (steps + 1,), from 0 to 1.
-        probabilities: Of the classes, (batch, steps + 1).
-        area: Under each curve, (batch,): low is good for deletion, high for insertion.
-        classes: int64 (batch,).
+        fractions: Shares of changed pixels, (steps + 1,), from 0 to 1.
+        probabilities: Probabilities of the classes, (batch, steps + 1).
+        area: Area under each curve, (batch,). Lower is better for deletion, and higher for insertion.
+        classes: Classes, int64 (batch,).
     """
 
     fractions: torch.Tensor
@@ -423,27 +435,27 @@ def curve(
     generator: torch.Generator | None = None,
     batch_size: int = 32,
 ) -> CurveOutput:
-    """Delete pixels in the order of a map, or insert them, and watch the class's probability (Petsiuk et al. 2018).
+    """Delete or insert pixels in the order of a map, and record the class probability (Petsiuk et al. 2018).
 
     Args:
-        model: The classifier.
+        model: Classifier.
         pixel_values: Normalized images, (batch, channels, height, width).
-        maps: What orders the pixels, largest first, (batch, height, width).
-        mode: "deletion": from the image to nothing; "insertion": from nothing to the image.
-        steps: How many times pixels are changed.
-        fill: What nothing is, as of `fill_patches`; "gray" for deletion and "blur" for insertion when not given, as in
-            the paper.
-        classes: One for all images or one for each; those predicted for the whole images when not given.
-        image_mean: As of `fill_patches`.
-        image_std: As of `fill_patches`.
-        generator: As of `fill_patches`.
-        batch_size: Images at a time.
+        maps: Maps that order the pixels, largest first, (batch, height, width).
+        mode: "deletion" removes pixels from the image, and "insertion" adds pixels to the fill.
+        steps: Number of steps from the first to the last pixel.
+        fill: Fill of removed pixels, see `fill_patches`. Defaults to "gray" for deletion and "blur" for insertion, as
+            in the paper.
+        classes: One class for all images or one for each image. Defaults to the classes predicted for whole images.
+        image_mean: Mean of the normalization, see `fill_patches`.
+        image_std: Standard deviation of the normalization, see `fill_patches`.
+        generator: Random number generator of the noise, see `fill_patches`.
+        batch_size: Images per forward pass.
 
     Returns:
         See `CurveOutput`.
 
     Raises:
-        ValueError: If an argument is unknown or does not fit.
+        ValueError: If an argument is unknown, or a shape does not match.
     """
     if mode not in ("deletion", "insertion"):
         raise ValueError(f"mode={mode!r} is unknown; choose one of deletion, insertion.")
@@ -451,14 +463,14 @@ def curve(
         raise ValueError(f"steps={steps} must be at least 1.")
     if maps.shape != (len(pixel_values), *pixel_values.shape[-2:]):
         raise ValueError(
-            f"maps has shape {tuple(maps.shape)}, expected {(len(pixel_values), *pixel_values.shape[-2:])}, that of "
-            "the images."
+            f"maps has shape {tuple(maps.shape)}. Expected the size of the images, "
+            f"{(len(pixel_values), *pixel_values.shape[-2:])}."
         )
     fill = fill or {"deletion": "gray", "insertion": "blur"}[mode]
     nothing = _replacement(pixel_values, fill, image_mean, image_std, generator).expand_as(pixel_values)
     before, after = (pixel_values, nothing) if mode == "deletion" else (nothing, pixel_values)
     order = maps.to(pixel_values.device).flatten(1).argsort(dim=1, descending=True, stable=True)
-    place = order.argsort(dim=1).view_as(maps).unsqueeze(1)  # of each pixel in the order
+    place = order.argsort(dim=1).view_as(maps).unsqueeze(1)  # position of each pixel in the order
     fractions = torch.linspace(0, 1, steps + 1)
     changed = [round(fraction * order.shape[1]) for fraction in fractions.tolist()]
     with evaluating(model):

@@ -1,4 +1,4 @@
-"""How well a map agrees with the known mask of the object."""
+"""Agreement of a map with the known mask of the object."""
 
 import torch
 
@@ -6,23 +6,23 @@ import torch
 def _check(maps: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
     if maps.ndim != 3 or maps.shape != masks.shape:
         raise ValueError(
-            f"masks has shape {tuple(masks.shape)}, expected that of maps, {tuple(maps.shape)}, as (batch, height, "
-            "width)."
+            f"masks has shape {tuple(masks.shape)} and maps {tuple(maps.shape)}. Expected the same shape (batch, "
+            "height, width)."
         )
     return masks.to(maps.device) != 0
 
 
 def share_inside(maps: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
-    """The part of each map that lies inside the object.
+    """Compute the share of each map inside the object.
 
-    Compare it with the object's share of the image, which is what a constant map gets.
+    A constant map has the object's share of the image as its score, so compare with that.
 
     Args:
-        maps: Not negative, (batch, height, width).
-        masks: The object, bool or int of the same shape, 0 outside.
+        maps: Maps without negative values, (batch, height, width).
+        masks: Masks of the object, bool or int of the same shape, 0 outside.
 
     Returns:
-        (batch,), from 0 to 1; NaN for a map of zeros, which is nowhere.
+        The shares, (batch,), from 0 to 1. NaN for a map of zeros.
 
     Raises:
         ValueError: If the shapes differ.
@@ -39,18 +39,18 @@ def share_inside(maps: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
 
 
 def pointing_game(maps: torch.Tensor, masks: torch.Tensor, *, tolerance: int = 0) -> torch.Tensor:
-    """Whether the largest value of each map is on the object (Zhang et al. 2016).
+    """Return whether the largest value of each map is on the object (Zhang et al. 2016).
 
     Args:
-        maps: (batch, height, width).
-        masks: The object, bool or int of the same shape, 0 outside.
-        tolerance: How many pixels beside the object still count, in each direction; 15 in the paper's photographs.
+        maps: Maps, (batch, height, width).
+        masks: Masks of the object, bool or int of the same shape, 0 outside.
+        tolerance: Number of pixels around the object that also count, in each direction. The paper uses 15.
 
     Returns:
-        bool (batch,); False for a constant map, which points nowhere.
+        Bool (batch,). False for a constant map.
 
     Raises:
-        ValueError: If the shapes differ, or the tolerance is negative.
+        ValueError: If the shapes differ, or `tolerance` is negative.
     """
     masks = _check(maps, masks)
     if tolerance < 0:

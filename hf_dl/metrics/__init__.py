@@ -1,6 +1,11 @@
-"""Metrics: pure functions, and thin `evaluate.Metric` wrappers around them that need no network.
+"""Metrics as pure functions. Four of them are also `evaluate` metrics that can be published as Spaces.
 
-`classification` scores predicted classes (accuracy, F1, top-k), `segmentation` scores masks (ARI, mIoU, mBO), `images`
-scores sets of images (FID, KID), `programs` scores programs of word problems (exact match, execution accuracy). Import
-the file you need; importing `hf_dl.metrics` itself loads nothing.
+- `classification`: accuracy, F1, top-k accuracy
+- `segmentation`: ARI, mean IoU, mean best overlap
+- `images`: FID
+- `programs`: exact match and execution accuracy of programs; `program_baselines`: retrieval baselines
+- `binding`, `latents`, `perceptual`: slots that follow objects, active latents, perceptual distance
+- `spaces`: the files of the metric Spaces
+
+Import the file that you need. Importing `hf_dl.metrics` loads none of them.
 """

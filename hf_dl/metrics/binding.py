@@ -1,8 +1,8 @@
-"""Do the slots bind? Signs of the known failures of slot attention that need no labels.
+"""Detect failed runs of slot attention without labels.
 
-Slot attention fails to find objects in some runs and does not recover: every slot explains every pixel alike, one
-slot takes the image, or the slots cut the image into regions that are the same whatever it shows (Locatello et al.
-2020, section 5; the official repository's issues 567 and 1928).
+Slot attention fails to find objects in some runs and does not recover. All slots may explain all pixels equally, one
+slot may explain the whole image, or the slots may divide all images into the same regions. See Locatello et al. 2020,
+section 5, and the issues 567 and 1928 of the official repository.
 """
 
 import torch
@@ -14,13 +14,14 @@ def slot_binding(masks: torch.Tensor) -> dict[str, float]:
     """Measure whether masks follow the content of the images.
 
     Args:
-        masks: Of at least two different images, (batch, slots, height, width), summing to 1 over the slots.
+        masks: Masks of at least two different images, (batch, slots, height, width), with sum 1 over the slots.
 
     Returns:
-        `confidence`, the mean over pixels of the largest mask: 1 / slots where no slot owns anything, 1 where each
-        pixel has an owner. `used_slots`, the mean number of slots that own more than 1 % of an image. And
-        `sameness`, the adjusted Rand index between the segmentations of different images: 1 where all images are cut
-        the same way, about 0 where the cut follows the content.
+        * `confidence`: mean over pixels of the largest mask. It is 1 / slots if all slots explain a pixel equally, and
+          1 if each pixel belongs to one slot.
+        * `used_slots`: mean number of slots that own more than 1 % of an image.
+        * `sameness`: adjusted Rand index between the segmentations of different images. It is 1 if all images are
+          divided in the same way, and about 0 if the segments follow the content.
 
     Raises:
         ValueError: If there are fewer than two images.
@@ -35,8 +36,7 @@ def slot_binding(masks: torch.Tensor) -> dict[str, float]:
     """
     if masks.ndim != 4 or len(masks) < 2:
         raise ValueError(
-            f"masks has shape {tuple(masks.shape)}, expected (batch, slots, height, width) with a batch of two or "
-            "more."
+            f"masks has shape {tuple(masks.shape)}. Expected (batch, slots, height, width) with at least two images."
         )
     owners = masks.argmax(dim=1)
     shares = torch.nn.functional.one_hot(owners, masks.shape[1]).float().mean(dim=(1, 2))
@@ -48,15 +48,15 @@ def slot_binding(masks: torch.Tensor) -> dict[str, float]:
 
 
 def failure_to_bind(masks: torch.Tensor, *, explained_variance: float) -> str | None:
-    """Say whether and why slots have not bound; for a run that can start over early instead of ending as a failure.
+    """Return why the slots do not follow the objects, so that a failed run can restart early.
 
     Args:
-        masks: Of at least two different images, (batch, slots, height, width), summing to 1 over the slots.
-        explained_variance: 1 - error / variance of the pixels around the mean image; a model that paints the same
-            background for every image and no object has about 0.
+        masks: Masks of at least two different images, (batch, slots, height, width), with sum 1 over the slots.
+        explained_variance: 1 - error / variance of the pixels around the mean image. It is about 0 for a model that
+            reconstructs the same background for every image and no objects.
 
     Returns:
-        A sentence, or None where the slots follow the content of the images.
+        The reason as a sentence, or None if the slots follow the content of the images.
     """
     signs = slot_binding(masks)
     if explained_variance < 0.1:
@@ -64,7 +64,9 @@ def failure_to_bind(masks: torch.Tensor, *, explained_variance: float) -> str | 
     if signs["used_slots"] < 1.5:
         return f"{signs['used_slots']:.1f} of {masks.shape[1]} slots are in use."
     if signs["sameness"] > 0.3:
-        return f"the slots cut every image the same way (adjusted Rand index {signs['sameness']:.2f} between images)."
+        return (
+            f"the slots divide all images in the same way (adjusted Rand index {signs['sameness']:.2f} between two)."
+        )
     if signs["confidence"] < 1.5 / masks.shape[1]:
         return f"no slot owns its pixels (mean largest mask {signs['confidence']:.2f} of {masks.shape[1]} slots)."
     return None

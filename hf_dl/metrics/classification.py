@@ -1,15 +1,15 @@
-"""Scores of classifiers: accuracy, top-k, precision, recall and F1, all from the confusion matrix.
+"""Scores of classifiers from the confusion matrix: accuracy, precision, recall and F1; and top-k accuracy.
 
-With n[c, k] = how many examples of class c were taken for class k:
+With n[c, k] = number of examples of class c that were classified as k:
 
     precision of c = n[c, c] / sum_i n[i, c],   recall of c = n[c, c] / sum_k n[c, k]
     F1 of c = 2 n[c, c] / (sum_i n[i, c] + sum_k n[c, k])
 
-Macro F1 is the mean of the F1 of the classes; micro F1 puts the sums over all classes into the formula and is the
-accuracy where each example has one label. Everything equals scikit-learn's scores of the same name.
+Macro F1 is the mean F1 of the classes. Micro F1 uses the sums over all classes in the formula, and equals the accuracy
+if each example has one label. All scores equal the scores of scikit-learn with the same name.
 
-A confusion matrix can be added up over batches and processes. `hf_dl.metrics.spaces` publishes this file as it is, so
-it imports nothing of hf_dl.
+Confusion matrices of batches and processes can be added. `hf_dl.metrics.spaces` publishes a
+copy of this file, so this file must not import hf_dl.
 """
 
 from collections.abc import Sequence
@@ -22,18 +22,18 @@ from torch import Tensor
 
 
 def confusion_matrix(predictions: Tensor, references: Tensor, *, num_classes: int | None = None) -> Tensor:
-    """Count how many examples of each class were taken for each class.
+    """Count the examples of each pair of true and predicted class.
 
     Args:
         predictions: Predicted classes, integers >= 0, (examples,).
-        references: True classes, likewise, on the same device.
-        num_classes: Number of classes; one more than the highest label where None.
+        references: True classes, of the same shape and on the same device.
+        num_classes: Number of classes. Defaults to the highest label plus one.
 
     Returns:
-        The counts, (true class, predicted class) int64.
+        Counts, (true class, predicted class) int64.
 
     Raises:
-        ValueError: If shapes, dtypes or devices do not fit, or a label is out of range.
+        ValueError: If shapes, dtypes or devices do not match, or a label is out of range.
 
     Example:
         >>> confusion_matrix(torch.tensor([0, 1, 1]), torch.tensor([0, 0, 1]))
@@ -43,21 +43,23 @@ def confusion_matrix(predictions: Tensor, references: Tensor, *, num_classes: in
     for name, labels in (("predictions", predictions), ("references", references)):
         if not isinstance(labels, Tensor) or labels.ndim != 1:
             shape = f"shape {tuple(labels.shape)}" if isinstance(labels, Tensor) else f"type {type(labels).__name__}"
-            raise ValueError(f"{name} has {shape}; expected a tensor of class numbers (examples,).")
+            raise ValueError(f"{name} has {shape}. Expected a tensor of class indices (examples,).")
         if labels.is_floating_point() or labels.is_complex():
-            raise ValueError(f"{name} has dtype {labels.dtype}; expected integers. Take the argmax, or call .long().")
+            raise ValueError(f"{name} has dtype {labels.dtype}. Expected integers: use argmax or .long().")
     if predictions.shape != references.shape:
         raise ValueError(
-            f"predictions has {len(predictions)} examples and references {len(references)}; expected as many."
+            f"predictions has {len(predictions)} examples and references {len(references)}. Expected the same number."
         )
     if predictions.device != references.device:
-        raise ValueError(f"predictions is on {predictions.device} and references on {references.device}; move one.")
+        raise ValueError(
+            f"predictions is on {predictions.device} and references on {references.device}. Expected the same device."
+        )
     highest = -1
     for name, labels in (("predictions", predictions), ("references", references)):
         low, high = (int(end) for end in labels.aminmax()) if len(labels) else (0, -1)
         if low < 0 or (num_classes is not None and high >= num_classes):
             known = "0 or above" if num_classes is None else f"0 to {num_classes - 1}"
-            raise ValueError(f"{name} holds the label {low if low < 0 else high}; expected {known}.")
+            raise ValueError(f"{name} has the label {low if low < 0 else high}. Expected {known}.")
         highest = max(highest, high)
     count = highest + 1 if num_classes is None else num_classes
     codes = references.long() * count + predictions.long()
@@ -65,24 +67,24 @@ def confusion_matrix(predictions: Tensor, references: Tensor, *, num_classes: in
 
 
 def per_class_scores(confusion: Tensor) -> dict[str, Tensor]:
-    """Precision, recall, F1 and number of examples of each class.
+    """Compute precision, recall, F1 and number of examples of each class.
 
     Args:
         confusion: Counts (true class, predicted class).
 
     Returns:
-        `precision`, `recall` and `f1`, float64 (classes,), 0 where nothing could be divided by; and `support`, the
-        examples of each class, int64.
+        `precision`, `recall` and `f1`, float64 (classes,), which are 0 if their denominator is 0; and `support`, the
+        number of examples of each class, int64.
 
     Raises:
-        ValueError: If the matrix is not a square of counts.
+        ValueError: If the matrix is not square.
 
     Example:
         >>> per_class_scores(torch.tensor([[1, 1], [0, 1]]))["precision"]
         tensor([1.0000, 0.5000], dtype=torch.float64)
     """
     if confusion.ndim != 2 or confusion.shape[0] != confusion.shape[1]:
-        raise ValueError(f"confusion has shape {tuple(confusion.shape)}; expected (classes, classes).")
+        raise ValueError(f"confusion has shape {tuple(confusion.shape)}. Expected (classes, classes).")
     right, predicted, support = confusion.diagonal().double(), confusion.sum(0), confusion.sum(1)
     return {
         "precision": right / predicted.clamp(min=1),
@@ -93,22 +95,21 @@ def per_class_scores(confusion: Tensor) -> dict[str, Tensor]:
 
 
 def classification_scores(confusion: Tensor) -> dict[str, float]:
-    """The scores of a confusion matrix.
+    """Compute the scores of a confusion matrix.
 
-    * `accuracy` and `error`: the part of the examples that is right, and its complement.
+    * `accuracy` and `error`: share of correct examples, and of wrong examples.
     * `micro_f1`: F1 of the sums over all classes.
-    * `macro_f1`, `macro_precision`, `macro_recall`: means over the classes that occur, be it as a truth or as a
-      prediction; classes of which there is no trace say nothing.
-    * `images`: how many examples there were.
+    * `macro_f1`, `macro_precision`, `macro_recall`: means over the classes that occur as true or predicted class.
+    * `images`: number of examples.
 
     Args:
-        confusion: Counts (true class, predicted class), as of `confusion_matrix`.
+        confusion: Counts (true class, predicted class) from `confusion_matrix`.
 
     Returns:
         The scores in [0, 1], and the count.
 
     Raises:
-        ValueError: If the matrix is not a square of counts, or empty.
+        ValueError: If the matrix is not square, or its counts are all 0.
 
     Example:
         >>> classification_scores(torch.tensor([[1, 1], [0, 1]]))["macro_recall"]
@@ -117,9 +118,9 @@ def classification_scores(confusion: Tensor) -> dict[str, float]:
     classes = per_class_scores(confusion)
     total, right = int(confusion.sum()), int(confusion.diagonal().sum())
     if total == 0:
-        raise ValueError("confusion counts no example; expected at least one.")
+        raise ValueError("confusion has no examples. Expected at least one.")
     occur = (confusion.sum(0) + confusion.sum(1)) > 0
-    wrong = total - right  # each error is a false positive of one class and a false negative of another
+    wrong = total - right  # an error is a false positive of one class and a false negative of another
     return {
         "accuracy": right / total,
         "error": wrong / total,
@@ -130,20 +131,20 @@ def classification_scores(confusion: Tensor) -> dict[str, float]:
 
 
 def top_k_accuracy(scores: Tensor, references: Tensor, *, k: int = 5) -> float:
-    """The part of the examples whose class is among the k with the highest scores.
+    """Compute the share of examples whose true class is among the k highest scores.
 
-    Of equal scores that of the higher class counts as higher, as in scikit-learn.
+    Ties are resolved in favor of the higher class, as in scikit-learn.
 
     Args:
         scores: Logits or probabilities, (examples, classes).
         references: True classes, integers, (examples,).
-        k: How many classes; at least all of them is always right.
+        k: Number of classes that count.
 
     Returns:
         The accuracy in [0, 1].
 
     Raises:
-        ValueError: If shapes do not fit, there is no example, a label is out of range, or a score is not a number.
+        ValueError: If shapes do not match, `scores` is empty, a label is out of range, or a score is NaN.
 
     Example:
         >>> top_k_accuracy(torch.tensor([[0.1, 0.5, 0.4], [0.6, 0.3, 0.1]]), torch.tensor([2, 2]), k=2)
@@ -153,18 +154,18 @@ def top_k_accuracy(scores: Tensor, references: Tensor, *, k: int = 5) -> float:
 
 
 def top_k_hits(scores: Tensor, references: Tensor, *, k: int = 5) -> Tensor:
-    """Whether the class of each example is among its k highest scores: `top_k_accuracy` before the mean.
+    """Return whether the true class of each example is among its k highest scores.
 
     Args:
         scores: Logits or probabilities, (examples, classes).
         references: True classes, integers, (examples,).
-        k: How many classes.
+        k: Number of classes that count.
 
     Returns:
-        The hits, (examples,) bool.
+        The hits, (examples,) bool. Their mean is `top_k_accuracy`.
 
     Raises:
-        ValueError: As `top_k_accuracy`.
+        ValueError: As in `top_k_accuracy`.
 
     Example:
         >>> top_k_hits(torch.tensor([[0.1, 0.5, 0.4], [0.6, 0.3, 0.1]]), torch.tensor([2, 2]), k=2)
@@ -172,18 +173,16 @@ def top_k_hits(scores: Tensor, references: Tensor, *, k: int = 5) -> Tensor:
     """
     if scores.ndim != 2 or scores.shape[:1] != references.shape or not len(scores):
         raise ValueError(
-            f"scores has shape {tuple(scores.shape)} and references {tuple(references.shape)}; expected "
+            f"scores has shape {tuple(scores.shape)} and references {tuple(references.shape)}. Expected "
             "(examples, classes) and (examples,), with at least one example."
         )
     if k < 1:
-        raise ValueError(f"k={k} is too small; ask for at least 1 class.")
+        raise ValueError(f"k={k} must be at least 1.")
     low, high = (int(end) for end in references.aminmax())
     if low < 0 or high >= scores.shape[1]:
-        raise ValueError(
-            f"references holds the label {low if low < 0 else high}; expected 0 to {scores.shape[1] - 1}."
-        )
+        raise ValueError(f"references has the label {low if low < 0 else high}. Expected 0 to {scores.shape[1] - 1}.")
     if scores.isnan().any():
-        raise ValueError("scores holds NaN, which has no order; look at the loss of the model.")
+        raise ValueError("scores has NaN values, which have no order. Check the loss of the model.")
     own = scores.gather(1, references.long()[:, None])
     classes = torch.arange(scores.shape[1], device=scores.device)
     before = (scores > own) | ((scores == own) & (classes > references[:, None]))
@@ -193,7 +192,7 @@ def top_k_hits(scores: Tensor, references: Tensor, *, k: int = 5) -> Tensor:
 class ClassificationMetric(evaluate.Metric):
     """`classification_scores` as an `evaluate` metric, for predicted classes or for scores of all classes.
 
-    Given scores, `compute` adds `top_{k}_accuracy`.
+    For scores, `compute` also returns `top_{k}_accuracy`.
 
     Example:
         >>> metric = ClassificationMetric()

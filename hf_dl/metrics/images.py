@@ -1,16 +1,14 @@
-"""Distances between sets of images: FID and KID, with the feature extractor named in every result.
+"""Fréchet distance (FID) between two sets of images. Results name the feature extractor.
 
 * FID: Heusel et al., "GANs trained by a two time-scale update rule converge to a local Nash equilibrium",
   NeurIPS 2017.
-* KID: Binkowski et al., "Demystifying MMD GANs", ICLR 2018.
 * Resizing and Inception weights: Parmar et al., "On aliased resizing and surprising subtleties in GAN evaluation",
-  CVPR 2022 (clean-fid): PIL's anti-aliased bicubic filter, each channel in float32, nothing quantized afterwards.
+  CVPR 2022 (clean-fid): PIL's anti-aliased bicubic filter on each channel in float32, without rounding afterwards.
 
-Differs from clean-fid in two places: the trace of the matrix square root comes from singular values, which stays exact
-when there are fewer images than features; and KID uses all pairs of images rather than random subsets, so it is
-deterministic. Numbers of different extractors, or of different numbers of images, cannot be compared.
+Difference from clean-fid: the trace of the matrix square root is computed from singular values, which is exact for
+fewer images than features, too. Compare distances of the same extractor and the same number of images only.
 
-`hf_dl.metrics.spaces` publishes this file as it is, so it imports nothing of hf_dl.
+`hf_dl.metrics.spaces` publishes a copy of this file, so this file must not import hf_dl.
 """
 
 import hashlib
@@ -30,20 +28,20 @@ from torch import Tensor, nn
 
 INCEPTION_URL = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
 INCEPTION_SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
-# Where clean-fid keeps it.
+# the path that clean-fid uses
 INCEPTION_PATH = Path("." if os.name == "nt" else "/tmp") / "inception-2015-12-05.pt"
 
 
 class InceptionFeatures(nn.Module):
-    """The 2,048 pooled features of the Inception-v3 that the published FIDs use, from clean-fid's weight file.
+    """The 2,048 pooled Inception-v3 features of published FIDs, from the weight file of clean-fid.
 
     Args:
-        path: The TorchScript file `inception-2015-12-05.pt`; by default where clean-fid keeps it.
-        download: Fetch the file (95 MB) to `path` if it is not there.
+        path: TorchScript file `inception-2015-12-05.pt`. Defaults to the path of clean-fid.
+        download: Whether to download the file (95 MB) to `path` if it does not exist.
 
     Raises:
-        FileNotFoundError: If the file is not there and `download` is False.
-        ValueError: If the file is not the published one.
+        FileNotFoundError: If the file does not exist and `download` is False.
+        ValueError: If the file has a wrong checksum.
 
     Example:
         >>> features = InceptionFeatures(download=True)  # doctest: +SKIP
@@ -59,36 +57,36 @@ class InceptionFeatures(nn.Module):
             torch.hub.download_url_to_file(INCEPTION_URL, str(path), hash_prefix=INCEPTION_SHA256)
         if not path.is_file():
             raise FileNotFoundError(
-                f"path={str(path)!r} does not exist; expected the Inception weights of clean-fid. "
-                "Pass download=True, copy the file there, or use RandomConvFeatures()."
+                f"path={str(path)!r} does not exist. Expected the Inception weights of clean-fid. Use download=True, "
+                "copy the file there, or use RandomConvFeatures()."
             )
-        # The default folder is open to all users of a machine, and a TorchScript file is a program.
+        # verify the file: all users can write to the default folder, and TorchScript files contain code
         with open(path, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         if digest != INCEPTION_SHA256:
             raise ValueError(
-                f"path={str(path)!r} has SHA-256 {digest[:12]}..., expected {INCEPTION_SHA256[:12]}...; the file is "
-                "truncated or another one. Delete it and pass download=True."
+                f"path={str(path)!r} has SHA-256 {digest[:12]}..., expected {INCEPTION_SHA256[:12]}... Delete the "
+                "file and use download=True."
             )
         with warnings.catch_warnings():
-            # The published file is TorchScript; torch has no other reader for it.
+            # only torch.jit.load reads the published TorchScript file
             warnings.filterwarnings("ignore", message=".*torch.jit.load.* is deprecated", category=FutureWarning)
             warnings.filterwarnings("ignore", message=".*torch.jit.load.* is deprecated", category=DeprecationWarning)
             self.layers = torch.jit.load(path, map_location="cpu").eval().layers
 
     def forward(self, images: Tensor) -> Tensor:
-        """Features (batch, 2048) of images (batch, 3, 299, 299) in [0, 255]."""
+        """Compute features (batch, 2048) of images (batch, 3, 299, 299) in [0, 255]."""
         return self.layers((images - 128) / 128).flatten(1)
 
 
 class RandomConvFeatures(nn.Module):
-    """224 features of a small convolutional network with fixed random weights: no download, quick on a CPU.
+    """224 features of a small convolutional network with fixed random weights. It is fast and needs no download.
 
-    Three 3x3 convolutions of stride 2 with leaky ReLU; the features are mean and standard deviation of each channel of
-    each layer. Random features are a valid embedding, in which equal distributions have distance zero, and they see
-    color, contrast, blur and noise; but they know nothing of objects, and their numbers are not comparable with
-    published FIDs. The weights depend on nothing but this class: the random bits of its own generator are scaled, with
-    no function that could round differently elsewhere.
+    The network has three 3x3 convolutions with stride 2 and leaky ReLU. The features are the mean and standard
+    deviation of each channel of each layer. Equal distributions of images have distance zero. The features respond to
+    color, contrast, blur and noise. They do not recognize objects, and the distances are not comparable with published
+    FIDs. The weights are equal on all machines: they are scaled random bits of a fixed seed, without functions that
+    round differently elsewhere.
 
     Example:
         >>> RandomConvFeatures()(torch.zeros(2, 3, 64, 64)).shape
@@ -106,12 +104,12 @@ class RandomConvFeatures(nn.Module):
         for inputs, outputs in zip(self.channels[:-1], self.channels[1:], strict=True):
             layer = nn.Conv2d(inputs, outputs, 3, stride=2, bias=False, device="meta")
             uniform = torch.rand(outputs, inputs, 3, 3, generator=generator) - 0.5
-            # Variance 2 / fan-in (He et al. 2015): 1/12 of a uniform number's range squared.
+            # variance 2 / fan-in (He et al. 2015); the variance of uniform numbers is 1/12 of their squared range
             layer.weight = nn.Parameter(uniform * (24 / (9 * inputs)) ** 0.5, requires_grad=False)
             self.layers.append(layer)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Features (batch, 224) of images (batch, 3, height, width) in [0, 255]."""
+        """Compute features (batch, 224) of images (batch, 3, height, width) in [0, 255]."""
         hidden, features = images / 127.5 - 1, []
         for layer in self.layers:
             hidden = nn.functional.leaky_relu(layer(hidden), 0.2)
@@ -128,10 +126,10 @@ def default_features() -> nn.Module:
 
 
 class FeatureStatistics:
-    """Mean and covariance of features that arrive in batches, without keeping them (Chan et al. 1979).
+    """Mean and covariance of features, updated batch by batch (Chan et al. 1979).
 
-    Batches are merged around their own means, in float64: a large common offset costs no precision, as it does in
-    E[x^2] - E[x]^2.
+    Each batch is centered at its own mean in float64. Unlike E[x^2] - E[x]^2, this stays precise for features with a
+    large common offset.
 
     Example:
         >>> statistics = FeatureStatistics()
@@ -150,7 +148,7 @@ class FeatureStatistics:
         values = features.detach().cpu().double().numpy()
         if values.ndim != 2 or (self.count and values.shape[1] != len(self.mean)):
             expected = len(self.mean) if self.count else "dim"
-            raise ValueError(f"features has shape {values.shape}; expected (batch, {expected}). Flatten each image's.")
+            raise ValueError(f"features has shape {values.shape}. Expected (batch, {expected}).")
         if not len(values):
             return
         if not self.count:
@@ -163,20 +161,20 @@ class FeatureStatistics:
 
     @property
     def covariance(self) -> np.ndarray:
-        """Unbiased covariance (dim, dim) float64, as `numpy.cov`."""
+        """Return the unbiased covariance (dim, dim) in float64, as `numpy.cov`."""
         if self.count < 2:
-            raise ValueError(f"{self.count} image(s) have no covariance; expected at least 2. Pass more images.")
+            raise ValueError(f"The covariance needs at least 2 images; got {self.count}.")
         return self._scatter / (self.count - 1)
 
 
 def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma2: np.ndarray) -> float:
-    """Squared Frechet (2-Wasserstein) distance of two Gaussians (Heusel et al. 2017), in float64.
+    """Compute the squared Fréchet (2-Wasserstein) distance of two Gaussians (Heusel et al. 2017), in float64.
 
         d^2 = |mu1 - mu2|^2 + tr(sigma1) + tr(sigma2) - 2 tr((sigma1 sigma2)^(1/2))
 
-    With sigma = A A^T, tr((sigma1 sigma2)^(1/2)) is the sum of the singular values of A1^T A2. A square root of the
-    product itself, as pytorch-fid and clean-fid take, can fail or turn complex when the covariances are singular, and
-    needs multiples of the identity added; this needs neither, and agrees where they work.
+    With sigma = A A^T, tr((sigma1 sigma2)^(1/2)) is the sum of the singular values of A1^T A2. pytorch-fid and
+    clean-fid compute the square root of the product instead. It can fail or become complex for singular covariances,
+    unless a multiple of the identity is added. Otherwise the results agree.
 
     Args:
         mu1: Mean of the first, (dim,).
@@ -185,10 +183,10 @@ def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma
         sigma2: Covariance of the second, (dim, dim).
 
     Returns:
-        The squared distance, 0 for equal Gaussians up to rounding.
+        The squared distance. It is 0 for equal Gaussians, up to rounding.
 
     Raises:
-        ValueError: If shapes do not fit or a number is not finite.
+        ValueError: If shapes do not match, or a value is not finite.
 
     Example:
         >>> round(frechet_distance(np.zeros(2), np.eye(2), np.ones(2), 4 * np.eye(2)), 9)
@@ -200,89 +198,49 @@ def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma
         ("mu1", mu1, (dim,)), ("mu2", mu2, (dim,)), ("sigma1", sigma1, (dim, dim)), ("sigma2", sigma2, (dim, dim)),
     ):  # fmt: skip
         if value.shape != expected:
-            raise ValueError(f"{name} has shape {value.shape}; expected {expected}. Use one extractor for both sets.")
+            raise ValueError(f"{name} has shape {value.shape}. Expected {expected}. Use one extractor for both sets.")
         if not np.isfinite(value).all():
-            raise ValueError(f"{name} has values that are not finite; check the images and the extractor.")
+            raise ValueError(f"{name} has values that are not finite. Check the images and the extractor.")
     factors = []
     for sigma in (sigma1, sigma2):
         eigenvalues, vectors = np.linalg.eigh(sigma)
-        factors.append(vectors * np.sqrt(eigenvalues.clip(min=0)))  # rounding turns zeros slightly negative
+        factors.append(vectors * np.sqrt(eigenvalues.clip(min=0)))  # zeros may be slightly negative after rounding
     trace = np.linalg.svd(factors[0].T @ factors[1], compute_uv=False).sum()
     return float(np.square(mu1 - mu2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * trace)
 
 
-def kernel_distance(features1: Tensor, features2: Tensor) -> float:
-    """Squared maximum mean discrepancy with the kernel k(x, y) = (x . y / dim + 1)^3 (Binkowski et al. 2018).
-
-    The unbiased estimate over all pairs: mean of k within each set (without an image with itself), minus twice the
-    mean between them. Being unbiased at every number of images it may be slightly negative, and suits small sets
-    better than FID, which shrinks with the number of images.
-
-    Args:
-        features1: Features of the first set, (images, dim).
-        features2: Features of the second set, (images, dim).
-
-    Returns:
-        The estimate; its mean is 0 when both sets come from one distribution.
-
-    Raises:
-        ValueError: If a set has fewer than two images or the dimensions differ.
-
-    Example:
-        >>> kernel_distance(torch.zeros(2, 1), torch.ones(2, 1))
-        7.0
-    """
-    sets = features1.double(), features2.double()
-    for name, values in zip(("features1", "features2"), sets, strict=True):
-        if values.ndim != 2 or len(values) < 2 or values.shape[1] != sets[0].shape[1]:
-            raise ValueError(
-                f"{name} has shape {tuple(values.shape)}; expected (at least 2, the same dim as the other set). "
-                "Pass more images and use one extractor for both sets."
-            )
-
-    def kernel_sum(x: Tensor, y: Tensor) -> Tensor:
-        return sum(((rows @ y.T / x.shape[1] + 1) ** 3).sum() for rows in x.split(1024))
-
-    within = 0.0
-    for x in sets:
-        with_itself = ((x.square().sum(1) / x.shape[1] + 1) ** 3).sum()
-        within += (kernel_sum(x, x) - with_itself) / (len(x) * (len(x) - 1))
-    return float(within - 2 * kernel_sum(*sets) / (len(sets[0]) * len(sets[1])))
-
-
 def resize(image: np.ndarray, size: int) -> np.ndarray:
-    """Resize an image as clean-fid does: PIL's anti-aliased bicubic filter on each channel in float32.
+    """Resize an image like clean-fid: PIL's anti-aliased bicubic filter on each channel in float32.
 
     Args:
-        image: (height, width, 3), uint8 or float32 in [0, 255].
+        image: Image (height, width, 3), uint8 or float32 in [0, 255].
         size: Height and width of the result.
 
     Returns:
-        (size, size, 3) float32, not clipped: the filter overshoots [0, 255] at sharp edges.
+        The image (size, size, 3) in float32. Values at sharp edges may be outside of [0, 255].
     """
     channels = [Image.fromarray(image[:, :, i].astype(np.float32)) for i in range(3)]
     return np.stack([np.asarray(channel.resize((size, size), Image.Resampling.BICUBIC)) for channel in channels], -1)
 
 
 def extract(images: Tensor | Iterable[Image.Image], features: nn.Module, *, batch_size: int = 64) -> Iterator[Tensor]:
-    """Features of images, batch by batch, on the device of the extractor.
+    """Extract features of images, batch by batch, on the device of the extractor.
 
     Args:
-        images: uint8 (n, 3, height, width), or PIL images of any sizes. Round what a model gives to uint8 first, as
-            saving it does; floats are refused because their range is anyone's guess.
-        features: An extractor: a module with `name` and `size`, from (batch, 3, size, size) in [0, 255] to features
-            (batch, dim).
+        images: uint8 tensor (n, 3, height, width), or PIL images of any size. Round model outputs to uint8 first.
+        features: Extractor: a module with `name` and `size` that maps images (batch, 3, size, size) in [0, 255] to
+            features (batch, dim).
         batch_size: Images per forward pass.
 
     Yields:
         Features (batch, dim).
 
     Raises:
-        ValueError: If the images are of another dtype or shape.
+        ValueError: If the dtype or shape of the images is wrong.
     """
     if isinstance(images, Tensor) and (images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3):
         raise ValueError(
-            f"images has dtype {images.dtype} and shape {tuple(images.shape)}; expected uint8 (n, 3, height, width). "
+            f"images has dtype {images.dtype} and shape {tuple(images.shape)}. Expected uint8 (n, 3, height, width). "
             "For floats in [0, 1]: (images * 255).round().clamp(0, 255).to(torch.uint8)."
         )
     parameter = next(features.parameters(), torch.empty(0))
@@ -297,28 +255,28 @@ def _as_array(image: Tensor | Image.Image) -> np.ndarray:
         return image.permute(1, 2, 0).cpu().numpy()
     if isinstance(image, Image.Image):
         return np.asarray(image.convert("RGB"))
-    raise ValueError(f"images holds a {type(image).__name__}; expected PIL images or one uint8 tensor.")
+    raise ValueError(f"images has a {type(image).__name__}. Expected PIL images or one uint8 tensor.")
 
 
 def fid(
     real_images: Tensor | Iterable[Image.Image], fake_images: Tensor | Iterable[Image.Image], *, features: nn.Module
 ) -> dict[str, float]:
-    """Frechet distance between the features of two sets of images; smaller is better.
+    """Compute the Fréchet distance between the features of two sets of images. Lower is better.
 
-    Biased upwards by a term that shrinks with the number of images: compare only at equal numbers, which is why they
-    are part of the result. Fewer images than features give a number, but mostly that bias.
+    The distance has a positive bias that shrinks with the number of images, so compare distances of equal numbers
+    only. With fewer images than features, the bias dominates.
 
     Args:
-        real_images: uint8 (n, 3, height, width) or PIL images, at least 2.
-        fake_images: The same, of any number and size.
-        features: `InceptionFeatures()`, `RandomConvFeatures()` or another extractor (see `extract`), in eval mode and
-            on the device of your choice.
+        real_images: uint8 tensor (n, 3, height, width) or PIL images, at least 2.
+        fake_images: Images of the same kinds. Number and size may differ.
+        features: `InceptionFeatures()`, `RandomConvFeatures()` or another extractor (see `extract`), in evaluation
+            mode, on any device.
 
     Returns:
-        `fid_<features.name>`, `real_images` and `fake_images` (counts).
+        `fid_<features.name>`, and the counts `real_images` and `fake_images`.
 
     Raises:
-        ValueError: If a set has fewer than two images, or images of a wrong dtype or shape.
+        ValueError: If a set has fewer than two images, or the dtype or shape of images is wrong.
 
     Example:
         >>> images = torch.randint(0, 256, (8, 3, 64, 64), dtype=torch.uint8)
@@ -333,23 +291,8 @@ def fid(
     return {f"fid_{features.name}": distance, "real_images": float(real.count), "fake_images": float(fake.count)}
 
 
-def kid(
-    real_images: Tensor | Iterable[Image.Image], fake_images: Tensor | Iterable[Image.Image], *, features: nn.Module
-) -> dict[str, float]:
-    """Kernel distance (unbiased, see `kernel_distance`) between the features of two sets of images.
-
-    Args and errors as `fid`.
-
-    Returns:
-        `kid_<features.name>`, `real_images` and `fake_images` (counts).
-    """
-    real, fake = (torch.cat(list(extract(images, features))) for images in (real_images, fake_images))
-    distance = kernel_distance(real, fake)
-    return {f"kid_{features.name}": distance, "real_images": float(len(real)), "fake_images": float(len(fake))}
-
-
 class FrechetDistance(evaluate.Metric):
-    """`fid` as an `evaluate` metric: predictions are the generated, references the real images, equally many.
+    """`fid` as an `evaluate` metric. Predictions are generated images, and references the same number of real images.
 
     Images are PIL images or uint8 arrays (height, width, 3). `features` is an extractor, or its name in `FEATURES`.
     Defaults to `default_features()`.
@@ -364,7 +307,7 @@ class FrechetDistance(evaluate.Metric):
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
-            description="Frechet distance between the features of generated and real images.",
+            description="Fréchet distance between the features of generated and real images.",
             citation="Heusel et al., GANs trained by a two time-scale update rule, NeurIPS 2017.",
             inputs_description=fid.__doc__,
             features=datasets.Features({"predictions": datasets.Image(), "references": datasets.Image()}),

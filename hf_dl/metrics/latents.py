@@ -1,14 +1,14 @@
-"""Does a variational autoencoder use its code? Active units, and signs of a collapsed posterior."""
+"""Active units of a variational autoencoder, and detection of a collapsed posterior."""
 
 import torch
 
 
 def active_units(means: torch.Tensor, *, threshold: float = 0.01) -> torch.Tensor:
-    """Find the latents that tell images apart: Var_x(E_q[z|x]) > threshold (Burda et al. 2015, section 5.2).
+    """Find the active latents, with Var_x(E_q[z|x]) > threshold (Burda et al. 2015, section 5.2).
 
     Args:
         means: Posterior means of at least two images, (images, latents).
-        threshold: Variance over the images above which a latent is active.
+        threshold: Smallest variance over the images of an active latent.
 
     Returns:
         Bool (latents,).
@@ -24,19 +24,19 @@ def active_units(means: torch.Tensor, *, threshold: float = 0.01) -> torch.Tenso
         ```
     """
     if means.ndim != 2 or len(means) < 2:
-        raise ValueError(f"means has shape {tuple(means.shape)}, expected (images, latents) of two or more images.")
+        raise ValueError(f"means has shape {tuple(means.shape)}. Expected (images, latents) of at least two images.")
     return means.double().var(dim=0) > threshold
 
 
 def posterior_collapse(active: int, latents: int) -> str | None:
-    """Say whether, and how far, the decoder ignores the code.
+    """Describe a collapsed posterior, in which the decoder ignores the latents.
 
     Args:
         active: Number of active units.
         latents: Number of latents.
 
     Returns:
-        A sentence where fewer than a quarter of the latents are active; else None.
+        A sentence if fewer than a quarter of the latents are active, and None otherwise.
 
     Example:
         >>> posterior_collapse(20, 20) is None
@@ -44,12 +44,12 @@ def posterior_collapse(active: int, latents: int) -> str | None:
     """
     if active == 0:
         return (
-            f"The posterior has collapsed: none of the {latents} latents tells images apart, so every code gives the "
-            "same image. Lower beta, or raise it from 0 while training."
+            f"The posterior has collapsed: none of the {latents} latents depends on the image, so the decoder "
+            "ignores them. Lower beta, or increase it from 0 during training."
         )
     if active < latents / 4:
         return (
-            f"Most of the posterior has collapsed: {active} of {latents} latents tell images apart. Lower beta, or "
-            "raise it from 0 while training; or a smaller code does."
+            f"Most of the posterior has collapsed: {active} of {latents} latents depend on the image. Lower beta, "
+            "increase it from 0 during training, or use fewer latents."
         )
     return None

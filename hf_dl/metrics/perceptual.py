@@ -1,16 +1,16 @@
-"""Perceptual distance: how far two images are apart in the feature maps of a network, not in their pixels.
+"""Perceptual distance: the distance of two images in the feature maps of a network instead of their pixels.
 
-Zhang et al. 2018, "The Unreasonable Effectiveness of Deep Features as a Perceptual Metric", equation 1: at each place
-of each feature map the vector of the channels is scaled to length 1, and the squared differences are averaged over the
-places and summed over the maps. `load` gives it with one of three networks:
+Equation 1 of Zhang et al. 2018, "The Unreasonable Effectiveness of Deep Features as a Perceptual Metric": normalize
+the channels at each position of each feature map to length 1, average the squared differences over the positions, and
+sum them over the maps. `load` supports three networks:
 
-- "random": three convolutions with fixed random weights, which are always there. The paper finds random weights well
-  above none and well below trained ones.
-- a folder or Hub id of an image classifier that gives `hidden_states` as feature maps, such as those of
-  `train_classifier.py --model norm_resnet`; all maps count alike.
-- "lpips": the published distance, with weights of its channels fitted to people's judgment, by the package `lpips`.
+- "random": three convolutions with fixed random weights. It needs no download. In the paper, random weights are much
+  better than pixels and much worse than trained weights.
+- a folder or Hub id of an image classifier whose `hidden_states` are feature maps, such as the classifiers of
+  `train_classifier.py --model norm_resnet`. All maps have the same weight.
+- "lpips": the published distance, whose channel weights are fitted to human judgments. It needs the package `lpips`.
 
-What differs from the paper in the first two: there are no fitted weights of the channels.
+Difference from the paper for the first two networks: the channels have no fitted weights.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,12 +23,12 @@ from .images import RandomConvFeatures
 
 
 class PerceptualDistance(nn.Module):
-    """Distance of images in feature maps, which can be trained through; the network itself stays as it is.
+    """Distance of images in feature maps. It is differentiable, and the network is frozen.
 
     Args:
-        name: What the distance is called in results.
-        network: Holds the weights; it is frozen and in evaluation mode always.
-        feature_maps: Makes feature maps, each (batch, channels, height, width), of images in [-1, 1].
+        name: Name of the distance in results.
+        network: Module with the weights. It is frozen and always in evaluation mode.
+        feature_maps: Function from images in [-1, 1] to feature maps, each (batch, channels, height, width).
 
     Example:
         ```python
@@ -52,21 +52,21 @@ class PerceptualDistance(nn.Module):
         return super().train(False)
 
     def forward(self, images: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-        """Measure how far images are apart.
+        """Compute the distance of each pair of images.
 
         Args:
-            images: (batch, 3, height, width), in [-1, 1].
-            others: Of the same shape.
+            images: Images in [-1, 1], (batch, 3, height, width).
+            others: Images to compare with, of the same shape.
 
         Returns:
-            (batch,), at least 0.
+            Distances, (batch,), at least 0.
 
         Raises:
-            ValueError: If the shapes differ, or are not those of color images.
+            ValueError: If the shapes differ, or the images do not have three channels.
         """
         if images.shape != others.shape or images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(
-                f"images and others have shapes {tuple(images.shape)} and {tuple(others.shape)}, expected both "
+                f"images has shape {tuple(images.shape)} and others {tuple(others.shape)}. Expected the same shape "
                 "(batch, 3, height, width)."
             )
         distance = images.new_zeros(len(images))
@@ -82,7 +82,7 @@ class _Lpips(PerceptualDistance):
 
 
 def load(name: str = "random") -> PerceptualDistance:
-    """Make the distance of a name.
+    """Load a perceptual distance.
 
     Args:
         name: "random", "lpips", or a folder or Hub id of an image classifier.
@@ -91,8 +91,8 @@ def load(name: str = "random") -> PerceptualDistance:
         The distance, on the CPU.
 
     Raises:
-        ValueError: If `lpips` is not installed, or the classifier gives no feature maps.
-        OSError: If there is no such folder or Hub id.
+        ValueError: If `lpips` is not installed, or the classifier returns no feature maps.
+        OSError: If the folder or Hub id does not exist.
     """
     if name == "random":
         network = RandomConvFeatures()
@@ -132,7 +132,7 @@ def _of_classifier(name: str) -> PerceptualDistance:
         maps = model(torch.zeros(1, 3, 64, 64), output_hidden_states=True).hidden_states
     if not maps or any(each.ndim != 4 for each in maps):
         raise ValueError(
-            f"perceptual={name!r}: {type(model).__name__} gives no feature maps (batch, channels, height, width) as "
-            "hidden_states; take a convolutional network such as a norm_resnet."
+            f"perceptual={name!r}: {type(model).__name__} does not return feature maps (batch, channels, height, "
+            "width) as hidden_states. Use a convolutional network such as a norm_resnet."
         )
     return PerceptualDistance(name, model, feature_maps)

@@ -13,14 +13,14 @@ _CHUNK = 256  # test problems that are compared with all training problems at on
 
 
 def lookup_baseline(train: datasets.Dataset, test: datasets.Dataset) -> list[str]:
-    """Predict the program of a training problem with the same template: the most frequent, of equals the first.
+    """Predict the most frequent program of the training problems with the same template, or the first of equals.
 
     Args:
         train: Problems with the columns `template` and `program`.
         test: Problems with the column `template`.
 
     Returns:
-        Programs; "" where no training problem has the template.
+        Programs. "" if no training problem has the template.
     """
     found: dict[str, Counter[str]] = {}
     for template, program in zip(train["template"], train["program"], strict=True):
@@ -29,7 +29,7 @@ def lookup_baseline(train: datasets.Dataset, test: datasets.Dataset) -> list[str
 
 
 def nearest_baseline(train: datasets.Dataset, test: datasets.Dataset) -> list[str]:
-    """Predict the program of the training problem whose text is nearest: TF-IDF, cosine, one neighbor.
+    """Predict the program of the training problem with the most similar text (TF-IDF, cosine similarity).
 
     Args:
         train: Problems with the columns `template` and `program`.

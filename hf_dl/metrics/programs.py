@@ -20,14 +20,14 @@ from ..programs.operations import Number
 
 
 def exact_match(prediction: str, reference: str) -> bool:
-    """Whether two programs are the same text, spaces and one `|` at the end aside.
+    """Return whether two programs are equal as text. Spaces and one `|` at the end are ignored.
 
     Args:
-        prediction: A program, or any text.
-        reference: The right program.
+        prediction: Program, or any text.
+        reference: Correct program.
 
     Returns:
-        Whether they match.
+        Whether they are equal.
 
     Example:
         >>> exact_match("add(n0,n1)", "add(n0, n1)|"), exact_match("add(n1,n0)", "add(n0,n1)")
@@ -37,19 +37,19 @@ def exact_match(prediction: str, reference: str) -> bool:
 
 
 def token_match(prediction: str, reference: str) -> float:
-    """The share of the reference's tokens that the prediction has at the same place.
+    """Compute the share of reference tokens that the prediction has at the same position.
 
-    Tokens are operations and arguments, without punctuation; an end token does not count.
+    Tokens are operations and arguments, without punctuation and without an end token.
 
     Args:
-        prediction: A program, or any text.
-        reference: The right program.
+        prediction: Program, or any text.
+        reference: Correct program.
 
     Returns:
-        A share from 0 to 1.
+        The share, from 0 to 1.
 
     Raises:
-        ValueError: The reference is empty.
+        ValueError: If the reference is empty.
 
     Example:
         >>> token_match("add(n0,n2)", "add(n0,n1)|sqrt(#0)")
@@ -57,7 +57,7 @@ def token_match(prediction: str, reference: str) -> float:
     """
     gold = _tokens(reference)
     if not gold:
-        raise ValueError("A reference is empty; expected a program such as add(n0,n1).")
+        raise ValueError("A reference is empty. Expected a program such as add(n0,n1).")
     return sum(one == other for one, other in zip(_tokens(prediction), gold, strict=False)) / len(gold)
 
 
@@ -70,23 +70,24 @@ def program_scores(
     seen: Sequence[bool] | None = None,
     semantics: str = "data",
 ) -> dict[str, float]:
-    """All scores of predicted programs.
+    """Compute all scores of predicted programs.
 
     Args:
-        predictions: Programs as text; what cannot be read, such as "", is wrong and does not execute.
-        references: The right programs.
+        predictions: Programs as text. Invalid text, such as "", counts as wrong and does not execute.
+        references: Correct programs.
         numbers: n0, n1, ... of each problem.
-        answers: What is right; where it is None, no execution is.
-        seen: Whether each problem has a template of the training split; where given, all scores are also reported for
-            those and for the others.
-        semantics: One of `hf_dl.programs.SEMANTICS`; "course" for its files.
+        answers: Correct value of each problem. If it is None, the execution counts as wrong.
+        seen: Whether the template of each problem occurs in the training split. If given, all scores are also reported
+            for seen and unseen templates.
+        semantics: One of `hf_dl.programs.SEMANTICS`. Use "course" for files of the course.
 
     Returns:
-        `exact_match`, `token_match`, `execution_accuracy` and `executes` from 0 to 1, and `problems`, their number;
-        with `seen` also `exact_match_seen`, `exact_match_unseen`, and so on; scores of no problem are left out.
+        `exact_match`, `token_match`, `execution_accuracy` and `executes`, from 0 to 1, and `problems`, the number of
+        problems. With `seen`, also `exact_match_seen`, `exact_match_unseen`, and so on. Scores without any problem are
+        omitted.
 
     Raises:
-        ValueError: The arguments have different lengths or none, or the semantics is unknown.
+        ValueError: If the arguments are empty or differ in length, or the semantics is unknown.
 
     Example:
         >>> scores = program_scores(["add(n0,n1)", "sqrt("], ["add(n1,n0)", "sqrt(n0)"], [[2, 3], [9]], [5, 3])
@@ -97,7 +98,7 @@ def program_scores(
     lengths |= {"answers": len(answers)} | ({} if seen is None else {"seen": len(seen)})
     if len(set(lengths.values())) > 1 or not predictions:
         listed = ", ".join(f"{count} {name}" for name, count in lengths.items())
-        raise ValueError(f"There are {listed}; expected as many of each, and at least one.")
+        raise ValueError(f"There are {listed}. Expected the same number of each, and at least one.")
     columns = np.zeros((4, len(predictions)))
     for i, (prediction, reference) in enumerate(zip(predictions, references, strict=True)):
         columns[0, i] = exact_match(prediction, reference)

@@ -20,18 +20,18 @@ import yaml
 
 GRADIO_VERSION = "6.31.0"  # the version that Spaces run, as in spaces/*/README.md
 _PACKAGE = Path(__file__).parents[1]
-_DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn"}  # where the import has another name
+_DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn"}  # names that differ from the import
 
 
 @dataclass(frozen=True)
 class MetricSpace:
-    """What the Space of a metric shows besides its card `cards/<name>.md`.
+    """Metadata and example of a metric Space. Its card is `cards/<name>.md`.
 
     Attributes:
         title: Title of the page.
         emoji: Emoji of the page.
         summary: One line of at most 60 characters.
-        example: Inputs that the page is filled with, by name. A metric without example takes files of images.
+        example: Example inputs of the page by name. None for pages with image files as inputs.
     """
 
     title: str
@@ -196,7 +196,7 @@ def metric_files(metric: str, repo_id: str | None = None) -> dict[str, bytes]:
 def _vendor(metric: str) -> dict[str, str]:
     """Return the source of the metric's file and of all files of `hf_dl.programs` that it needs, by module name.
 
-    `evaluate` follows the imports of the first file only, so that file must import each of the others itself.
+    `evaluate` follows the imports of the metric's file only, so this file must import all of them.
     """
     source = (_PACKAGE / "metrics" / f"{metric}.py").read_text(encoding="utf-8")
     source = re.sub(r"^from \.\.programs\.(\w+) import", r"from .\1 import", source, flags=re.MULTILINE)
@@ -204,7 +204,7 @@ def _vendor(metric: str) -> dict[str, str]:
     for name in _siblings(source):
         modules[name] = (_PACKAGE / "programs" / f"{name}.py").read_text(encoding="utf-8")
         missing = _siblings(modules[name]) - _siblings(source)
-        assert not missing, f"metrics/{metric}.py must import from programs/{missing} too: evaluate looks no further"
+        assert not missing, f"metrics/{metric}.py must also import from programs: {missing}"
     return modules
 
 

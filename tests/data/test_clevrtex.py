@@ -119,7 +119,7 @@ def test_what_is_missing_is_said(tmp_path):
     assert "split='val' is unknown" in failure(lambda: clevrtex.load("val", root))
     assert "size=0" in failure(lambda: clevrtex.load("test", root, size=0))
     assert "crop=241 is larger than an image of 320x240" in failure(lambda: clevrtex.load("test", root, crop=241))
-    assert "does not hold CLEVRTex" in failure(lambda: clevrtex.load("test", tmp_path / "nowhere"))
+    assert "is not CLEVRTex" in failure(lambda: clevrtex.load("test", tmp_path / "nowhere"))
     assert "too few images" in failure(lambda: clevrtex.load("test", write_clevrtex(tmp_path / "b", indices=range(9))))
     outd = write_clevrtex(tmp_path / "c", "outd", range(10))
     assert "use split='test'" in failure(lambda: clevrtex.load("train", outd))
@@ -132,7 +132,7 @@ def test_missing_files_and_colored_masks_are_refused(tmp_path):
     path = root / "0" / "CLEVRTEX_full_000001_flat.png"
     Image.open(path).convert("RGB").save(path)
     message = failure(lambda: clevrtex.load("test", root))
-    assert "000001_flat.png is of mode RGB; expected a mask of mode P or L" in message
+    assert "000001_flat.png has mode RGB. Expected a mask of mode P or L" in message
     path.unlink()
     message = failure(lambda: clevrtex.load("test", root, size=64))
     assert "FileNotFoundError" in message and "the mask of scene 1 of CLEVRTex" in message

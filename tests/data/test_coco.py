@@ -62,8 +62,8 @@ def test_coco_mistakes(tmp_path):
 
     content["annotations"][0]["segmentation"]["counts"] = "compressed"
     path.write_text(json.dumps(content))
-    assert "decode compressed ones first" in failure(load)
+    assert "Decode compressed run lengths first" in failure(load)
     path.write_text("[]")
     assert "has no annotations and no images" in failure(load)
     path.unlink()
-    assert "instances.json' is missing" in failure(load)
+    assert "instances.json' does not exist" in failure(load)

@@ -66,17 +66,21 @@ IMAGES, LABELS = "train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"
 @pytest.mark.parametrize(
     "name, damage, sentence",
     [
-        (IMAGES, lambda raw: gzip.compress(raw)[:-30], f"{IMAGES} is cut short or damaged (Compressed file ended"),
-        (IMAGES, lambda raw: raw, f"{IMAGES} is cut short or damaged (Not a gzipped file"),
-        (IMAGES, lambda raw: gzip.compress(raw[:-5]), f"{IMAGES} has 5755 bytes of images, expected 5760; download"),
-        (IMAGES, lambda raw: gzip.compress(raw + b"."), f"{IMAGES} has more bytes of images, expected 5760; download"),
-        (IMAGES, lambda raw: gzip.compress(raw[:10]), f"{IMAGES} is cut short or damaged (Its header is not"),
-        (IMAGES, lambda raw: gzip.compress(raw[:4] + b"\xff" * 12), "(4294967295, 4294967295, 4294967295), which"),
-        (IMAGES, lambda raw: gzip.compress(raw[:4] + bytes(12)), f"{IMAGES} says that its shape is (0, 0, 0), which"),
-        (IMAGES, lambda raw: gzip.compress(idx(np.zeros(40, np.uint8))), "begins with 00000801, expected 00000803"),
-        (LABELS, lambda raw: gzip.compress(b""), f"{LABELS} begins with nothing, expected 00000801: it holds no lab"),
-        (LABELS, lambda raw: gzip.compress(idx(np.zeros(9, np.uint8))), f"has 40 images, but {LABELS} 9 labels"),
-        (LABELS, lambda raw: gzip.compress(raw[:-1] + b"\x0a"), f"{LABELS}: label 39 is 10; expected 0 to 9"),
+        (IMAGES, lambda raw: gzip.compress(raw)[:-30], f"{IMAGES} is damaged (Compressed file ended"),
+        (IMAGES, lambda raw: raw, f"{IMAGES} is damaged (Not a gzipped file"),
+        (IMAGES, lambda raw: gzip.compress(raw[:-5]), f"{IMAGES} has 5755 bytes of images, expected 5760. Download"),
+        (IMAGES, lambda raw: gzip.compress(raw + b"."), f"{IMAGES} has more bytes of images, expected 5760. Download"),
+        (IMAGES, lambda raw: gzip.compress(raw[:10]), f"{IMAGES} is damaged (The header is incomplete"),
+        (
+            IMAGES,
+            lambda raw: gzip.compress(raw[:4] + b"\xff" * 12),
+            "has the invalid shape (4294967295, 4294967295, 4294967295)",
+        ),
+        (IMAGES, lambda raw: gzip.compress(raw[:4] + bytes(12)), f"{IMAGES} has the invalid shape (0, 0, 0)"),
+        (IMAGES, lambda raw: gzip.compress(idx(np.zeros(40, np.uint8))), "starts with 00000801, expected 00000803"),
+        (LABELS, lambda raw: gzip.compress(b""), f"{LABELS} starts with nothing, expected 00000801. It has no lab"),
+        (LABELS, lambda raw: gzip.compress(idx(np.zeros(9, np.uint8))), f"has 40 images, but {LABELS} has 9 labels"),
+        (LABELS, lambda raw: gzip.compress(raw[:-1] + b"\x0a"), f"{LABELS}: label 39 is 10. Expected 0 to 9"),
     ],
 )
 def test_damaged_idx_files_are_a_sentence(tmp_path, name, damage, sentence):
@@ -93,5 +97,5 @@ def test_half_a_split_of_idx_files_is_a_sentence(tmp_path, name, kind):
     write_idx(tmp_path, {"train": 40})
     (tmp_path / name).unlink()
     other = {IMAGES, LABELS} - {name}
-    sentence = f"has {other.pop()}, but not the {kind} that belong to it"
+    sentence = f"has {other.pop()}, but the file with its {kind} is missing"
     assert sentence in failure(lambda: load("train", tmp_path, size=12))

@@ -28,11 +28,11 @@ def test_the_default_source_is_generated():
 def test_arguments_are_checked():
     assert "split='val' is unknown; choose one of train" in failure(lambda: load("val"))
     assert "corrupt='drop' is unknown; choose one of refuse, skip" in failure(lambda: load(corrupt="drop"))
-    assert "num_classes=10 is unknown; synthetic images have 25 or 100" in failure(lambda: load(num_classes=10))
-    assert "size=16 is out of range" in failure(lambda: load(size=16))
-    assert "num_images=0 is too small" in failure(lambda: load(num_images=0))
-    assert "holdout=0.5 is out of range" in failure(lambda: load(holdout=0.5))
-    assert "does not exist; expected a folder" in failure(lambda: load(source="/no/such/folder"))
+    assert "num_classes=10 is unknown; choose one of 25, 100" in failure(lambda: load(num_classes=10))
+    assert "size=16 must be from 32 to 256" in failure(lambda: load(size=16))
+    assert "num_images=0 must be at least 1" in failure(lambda: load(num_images=0))
+    assert "holdout=0.5 must be above 0 and below 0.5" in failure(lambda: load(holdout=0.5))
+    assert "does not exist. Expected a folder" in failure(lambda: load(source="/no/such/folder"))
 
 
 # --- folders ---------------------------------------------------------------------------------------------------------
@@ -163,7 +163,7 @@ def test_corrupt_images_are_refused_by_name(tmp_path):
             spoiled += count
             assert f"images of {str(tmp_path)!r} ({split}) cannot be read: " in str(error)
             assert str(error).count(str(tmp_path)) == count + 1  # the source and each file
-            assert "corrupt='skip' leaves them out." in str(error)
+            assert "or skip them with corrupt='skip'." in str(error)
     assert spoiled == 3
 
 
@@ -177,7 +177,7 @@ def test_corrupt_images_are_skipped_and_counted_each_time(tmp_path):
         text = " ".join(str(warning.message) for warning in caught)
         assert sum(int(str(warning.message).split()[0]) for warning in caught) == 3
         assert all(name in text for name in ("ant/0.jpg (", "bee/1.png (", "cat/2.png ("))
-        assert "are left out, since they cannot be read" in text
+        assert "cannot be read and are skipped" in text
 
 
 def test_corrupt_images_in_a_stream(tmp_path):
@@ -186,7 +186,7 @@ def test_corrupt_images_in_a_stream(tmp_path):
     splits = [split for split in SPLITS if _holds_a_spoiled_one(tmp_path, split)]
     assert len(splits) == 1
     stream = load(splits[0], tmp_path, size=16, corrupt="skip", streaming=True)
-    with pytest.warns(UserWarning, match=r"is left out, since it cannot be read: .*ant/0\.jpg \("):
+    with pytest.warns(UserWarning, match=r"cannot be read and is skipped: .*ant/0\.jpg \("):
         rows = list(stream)
     with pytest.warns(UserWarning, match="1 of "):
         assert len(rows) == len(load(splits[0], tmp_path, size=16, corrupt="skip"))
@@ -196,18 +196,22 @@ def _holds_a_spoiled_one(root, split):
     try:
         list(load(split, root, size=16, streaming=True))
     except ValueError as error:
-        assert "ant/0.jpg" in str(error) and "corrupt='skip' leaves it out" in str(error)
+        assert "ant/0.jpg" in str(error) and "Skip it with corrupt='skip'" in str(error)
         return True
     return False
 
 
 def test_folders_that_are_none_are_refused(tmp_path):
     (tmp_path / "empty").mkdir()
-    assert "holds no images in folders of classes" in failure(lambda: load(source=tmp_path / "empty"))
+    assert "has no images in class folders" in failure(lambda: load(source=tmp_path / "empty"))
     (tmp_path / "file.zip").write_bytes(b"")
-    assert "is a file; expected a parquet file or a folder" in failure(lambda: load(source=tmp_path / "file.zip"))
+    assert "is not a parquet file. Expected a parquet file or a folder" in failure(
+        lambda: load(source=tmp_path / "file.zip")
+    )
     write_folder(tmp_path / "c" / "test", count=2)
-    assert "split='train' is not in" in failure(lambda: load("train", tmp_path / "c", size=16))
+    assert "has no train split. Its splits: test" in failure(
+        lambda: load("train", tmp_path / "c", size=16)
+    )
 
 
 # --- parquet, saved data sets, the Hub -------------------------------------------------------------------------------
@@ -269,13 +273,13 @@ def test_columns_and_labels_are_checked(tmp_path):
     assert "Row 1 of " in (message := failure(lambda: load("train", tmp_path / "a"))) and "the label -1" in message
     make_rows(weight=([0.5, 1, 2], datasets.Value("float64"))).save_to_disk(tmp_path / "b")
     load_b = {"source": tmp_path / "b"}
-    assert "label_column='kind' is not in" in failure(lambda: load(**load_b, label_column="kind"))
-    assert "expected names or whole numbers" in failure(lambda: load(**load_b, label_column="weight"))
+    assert "label_column='kind' is not a column of" in failure(lambda: load(**load_b, label_column="kind"))
+    assert "Expected names or integers" in failure(lambda: load(**load_b, label_column="weight"))
     assert "image_column='weight' of" in failure(lambda: load(**load_b, image_column="weight"))
     make_rows().remove_columns("img").save_to_disk(tmp_path / "c")
-    assert "has no column of images" in failure(lambda: load(source=tmp_path / "c"))
+    assert "has no column with images" in failure(lambda: load(source=tmp_path / "c"))
     make_rows().remove_columns("coarse_label").save_to_disk(tmp_path / "d")
-    assert "say which one by label_column" in failure(lambda: load(source=tmp_path / "d"))
+    assert "Set label_column" in failure(lambda: load(source=tmp_path / "d"))
 
 
 def test_splits_with_different_classes_are_refused(tmp_path):
@@ -300,4 +304,4 @@ def test_a_hub_id(monkeypatch):
     check_colors(stream)
     assert len(list(stream)) == 4 and set(asked) == {"someone/animals"}
     message = failure(lambda: load("train", "someone/animals", streaming=True))
-    assert "has no validation split to stream, only train, test; with streaming=False" in message
+    assert "has no validation split to stream, only train, test. Use streaming=False" in message

@@ -58,9 +58,9 @@ def test_saved_datasets_and_column_names(tmp_path, streaming):
     datasets.Dataset.from_dict(columns, features).save_to_disk(tmp_path / "saved")
     options = {"size": 50, "crop": 50, "streaming": streaming, "image_column": "photo"}
     check_pairs(masked_images.load("test", tmp_path / "saved", mask_column="parts", **options), pairs)
-    with pytest.raises(ValueError, match="mask_column='mask' is not in .*, whose columns are photo, parts, note"):
+    with pytest.raises(ValueError, match="mask_column='mask' is not in .*. Its columns: photo, parts, note"):
         masked_images.load("test", tmp_path / "saved", **options)
-    with pytest.raises(ValueError, match="Column 'note' holds str; expected images"):
+    with pytest.raises(ValueError, match="Column 'note' has values of type str. Expected datasets.Image"):
         list(masked_images.load("test", tmp_path / "saved", mask_column="note", **options))
 
 

@@ -69,9 +69,9 @@ def test_streamed_synthetic_images_are_the_same():
     [
         ({"split": "val"}, "split='val' is unknown; choose one of train"),
         ({"source": "cifar"}, "source='cifar' is unknown; choose one of synthetic"),
-        ({"num_classes": 10}, "num_classes=10 is unknown; synthetic images have 25 or 100"),
-        ({"size": 16}, "size=16 is out of range"),
-        ({"num_images": 0}, "num_images=0 is too small"),
+        ({"num_classes": 10}, "num_classes=10 is unknown; choose one of 25, 100"),
+        ({"size": 16}, "size=16 must be from 32 to 256"),
+        ({"num_images": 0}, "num_images=0 must be at least 1"),
     ],
 )
 def test_arguments_are_checked(arguments, message):

@@ -451,12 +451,12 @@ def test_bumps_change_the_shading(monkeypatch):
         ({"style": "shiny"}, "style='shiny' is unknown; choose one of plain, textured"),
         ({"split": "val"}, "split='val' is unknown; choose one of train, validation, test"),
         ({"source": "clevr"}, "source='clevr' is unknown"),
-        ({"size": 31}, "size=31 is out of range"),
-        ({"size": 257}, "size=257 is out of range"),
+        ({"size": 31}, "size=31 must be from 32 to 256"),
+        ({"size": 257}, "size=257 must be from 32 to 256"),
         ({"num_objects": (0, 3)}, r"num_objects=\(0, 3\)"),
         ({"num_objects": (4, 3)}, r"num_objects=\(4, 3\)"),
         ({"num_objects": (1, 99)}, r"num_objects=\(1, 99\)"),
-        ({"num_scenes": 0}, "num_scenes=0 is too small"),
+        ({"num_scenes": 0}, "num_scenes=0 must be at least 1"),
     ],
 )
 def test_bad_arguments_are_refused(arguments, message):

@@ -15,5 +15,5 @@ def test_superclasses():
         f"{color} striped sphere" for color in ("red", "green", "blue", "yellow")
     ]
     assert {CLASSES[25][label].split()[1] for label in superclasses(CLASSES[25])[4]} == {"disc"}
-    with pytest.raises(ValueError, match="superclasses of these 2 classes .cat, dog, .... are not known"):
+    with pytest.raises(ValueError, match="superclasses of these 2 classes .cat, dog, .... are unknown"):
         superclasses(["cat", "dog"])

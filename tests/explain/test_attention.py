@@ -157,7 +157,7 @@ def test_the_model_is_left_as_it_was():
         ({"method": "flow"}, "method='flow' is unknown; choose one of cls, rollout, gradient_rollout"),
         ({"layer": 3}, "layer=3 must be from -3 to 2"),
         ({"head": 2}, "head=2 must be from 0 to 1"),
-        ({"method": "gradient_rollout", "classes": 5}, "classes=\\[5, 5\\] must be one class"),
+        ({"method": "gradient_rollout", "classes": 5}, "classes=\\[5, 5\\] is invalid. Expected one class"),
     ],
 )
 def test_what_cannot_be_is_refused(options, sentence):
@@ -166,7 +166,7 @@ def test_what_cannot_be_is_refused(options, sentence):
 
 
 def test_models_without_attention_or_cls_token_are_refused():
-    with pytest.raises(ValueError, match="model=ConvNet shows attention over no tokens"):
+    with pytest.raises(ValueError, match="model=ConvNet has attention over no tokens"):
         attention_maps(make_convnet(), make_images())
 
     class Bare(torch.nn.Module):

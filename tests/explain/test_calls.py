@@ -24,7 +24,7 @@ def test_token_grid(tokens, size, patch, expected):
 
 
 def test_a_number_of_tokens_that_is_no_grid_is_refused():
-    with pytest.raises(ValueError, match="num_tokens=150 is no grid of patches .* 64x200 pixels; give the patch size"):
+    with pytest.raises(ValueError, match="num_tokens=150 does not match a grid .* 64x200 pixels. Set the patch size"):
         token_grid(150, (64, 200))
 
 
@@ -50,9 +50,9 @@ def test_logits_may_come_bare_or_first_of_a_tuple_but_not_otherwise():
 
     images = make_images()
     assert class_logits(Returns((torch.ones(2, 3), None)), images).shape == (2, 3)
-    with pytest.raises(ValueError, match="model=Returns returned \\(2, 3, 4\\), expected logits \\(2, classes\\)"):
+    with pytest.raises(ValueError, match="model=Returns returned \\(2, 3, 4\\). Expected logits \\(2, classes\\)"):
         class_logits(Returns(torch.ones(2, 3, 4)), images)
-    with pytest.raises(ValueError, match="model=Returns returned dict, expected logits"):
+    with pytest.raises(ValueError, match="model=Returns returned dict. Expected logits"):
         class_logits(Returns({}), images)
 
 

@@ -171,15 +171,18 @@ class Twice(torch.nn.Module):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"layers": "cnov"}, "layers='cnov' is no layer of Twice; see model.named_modules"),
-        ({"layers": torch.nn.Conv2d(1, 1, 1)}, "layers=Conv2d is no layer of Twice"),
+        ({"layers": "cnov"}, "layers='cnov' is not a layer of Twice. See model.named_modules"),
+        ({"layers": torch.nn.Conv2d(1, 1, 1)}, "layers=Conv2d is not a layer of Twice"),
         ({"layers": []}, "layers=\\[\\] must have at least one entry"),
         ({"layers": "conv"}, "layers='conv' runs more than once"),
         ({"layers": "unused"}, "layers='unused' did not run"),
-        ({"layers": "aside"}, "layers='aside' does not reach the logits"),
-        ({"layers": ""}, "layers='' gives \\(2, 3\\), expected a feature map or tokens"),
-        ({"layers": "aside", "classes": [1, 2, 0]}, "classes=\\[1, 2, 0\\] must be one class for all images"),
-        ({"layers": "aside", "classes": 3}, "classes=\\[3, 3\\] must be .* from 0 to 2"),
+        ({"layers": "aside"}, "layers='aside' does not affect the logits"),
+        ({"layers": ""}, "layers='' returns \\(2, 3\\). Expected a feature map or tokens"),
+        (
+            {"layers": "aside", "classes": [1, 2, 0]},
+            "classes=\\[1, 2, 0\\] is invalid. Expected one class for all images",
+        ),
+        ({"layers": "aside", "classes": 3}, "classes=\\[3, 3\\] is invalid. .* from 0 to 2"),
         ({"engine": "captum"}, "engine='captum' is unknown; choose one of hf_dl, grad-cam"),
     ],
 )

@@ -53,7 +53,7 @@ def test_ranked_patches():
     maps = torch.tensor([[[0.1, 0.9], [0.5, 0.2]]])
     assert ranked_patches(maps, 2).tolist() == [[[False, True], [True, False]]]
     assert ranked_patches(maps, 1, largest=False).tolist() == [[[True, False], [False, False]]]
-    with pytest.raises(ValueError, match="count=5 must be from 0 to 4, the patches of a \\(2, 2\\) grid"):
+    with pytest.raises(ValueError, match="count=5 must be from 0 to 4, the number of patches of a \\(2, 2\\) grid"):
         ranked_patches(maps, 5)
 
 
@@ -130,17 +130,17 @@ def test_calls_that_do_not_fit_are_refused():
     vit, images = make_vit("vit"), make_images()
     uneven = torch.zeros(2, 4, 4, dtype=torch.bool)
     uneven[0, 0, 0] = True
-    with pytest.raises(ValueError, match="masks take away \\[1, 0\\] patches, expected the same number of each image"):
+    with pytest.raises(ValueError, match="masks remove \\[1, 0\\] patches. Expected the same number for all images"):
         masked_logits(vit, images, uneven, by="tokens")
     with pytest.raises(ValueError, match="by='white' is unknown; choose one of black, gray"):
         masked_logits(vit, images, uneven, by="white")
-    with pytest.raises(ValueError, match="masks has shape \\(2, 4, 5\\), expected the grid of patches, \\(4, 4\\)"):
+    with pytest.raises(ValueError, match="masks has shape \\(2, 4, 5\\). Expected the grid of patches, \\(4, 4\\)"):
         masked_logits(vit, images, torch.zeros(2, 4, 5, dtype=torch.bool), by="attention")
-    with pytest.raises(ValueError, match="generator=None cannot draw fill='noise'"):
+    with pytest.raises(ValueError, match="generator=None is not supported with fill='noise'"):
         masked_logits(vit, images, uneven, by="noise")
     with pytest.raises(ValueError, match="fill='white' is unknown"):
         fill_patches(images, uneven, "white")
-    with pytest.raises(ValueError, match="model=ConvNet shows no attention"):
+    with pytest.raises(ValueError, match="model=ConvNet has no supported attention"):
         masked_logits(make_convnet(), images, uneven, by="attention")
 
 
@@ -200,8 +200,8 @@ def test_top_and_bottom_follow_the_maps_that_are_given():
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"places": ("left",)}, "places='left' is unknown; choose from center, random, top, bottom"),
-        ({"ways": ("cut",)}, "ways='cut' is unknown; choose from black"),
+        ({"places": ("left",)}, "places='left' is unknown; choose one of center, random, top, bottom"),
+        ({"ways": ("cut",)}, "ways='cut' is unknown; choose one of black"),
         ({"counts": (17,)}, "count=17 must be from 0 to 16"),
         ({"seeds": 0}, "seeds=0 must be at least 1"),
     ],
@@ -257,7 +257,9 @@ def test_curves_that_cannot_be_are_refused():
     model, images = make_convnet(), make_images()
     with pytest.raises(ValueError, match="mode='erase' is unknown; choose one of deletion, insertion"):
         curve(model, images, torch.rand(2, 16, 16), mode="erase")
-    with pytest.raises(ValueError, match="maps has shape \\(2, 4, 4\\), expected \\(2, 16, 16\\)"):
+    with pytest.raises(
+        ValueError, match="maps has shape \\(2, 4, 4\\). Expected the size of the images, \\(2, 16, 16\\)"
+    ):
         curve(model, images, torch.rand(2, 4, 4))
     with pytest.raises(ValueError, match="steps=0 must be at least 1"):
         curve(model, images, torch.rand(2, 16, 16), steps=0)

@@ -31,7 +31,7 @@ def test_pointing_game(maps):
 
 
 def test_what_does_not_fit_is_refused(maps):
-    with pytest.raises(ValueError, match="masks has shape \\(4, 4\\), expected that of maps, \\(2, 4, 4\\)"):
+    with pytest.raises(ValueError, match="masks has shape \\(4, 4\\) and maps \\(2, 4, 4\\). Expected the same shape"):
         share_inside(maps, torch.ones(4, 4))
     with pytest.raises(ValueError, match="tolerance=-1 must be at least 0"):
         pointing_game(maps, torch.ones(2, 4, 4), tolerance=-1)

@@ -57,7 +57,7 @@ class TestSlotBinding:
 
     @pytest.mark.parametrize("shape", [(1, 3, 4, 4), (3, 4, 4)])
     def test_refuses_what_it_cannot_compare(self, shape):
-        with pytest.raises(ValueError, match=r"expected \(batch, slots, height, width\) with a batch of two"):
+        with pytest.raises(ValueError, match=r"Expected \(batch, slots, height, width\) with at least two"):
             slot_binding(torch.rand(shape))
 
 
@@ -71,7 +71,7 @@ class TestFailureToBind:
             (one_hot(scenes(), 4, 0.9), 0.05, "the reconstruction explains 5% of the variance"),
             (one_hot(scenes(), 4, 0.9), -0.5, "the reconstruction explains -50% of the variance"),
             (one_hot(torch.zeros(4, 8, 8, dtype=torch.int64), 4, 0.9), 0.8, "1.0 of 4 slots are in use"),
-            (one_hot(stripes(), 4, 0.9), 0.8, r"cut every image the same way \(adjusted Rand index 1.00"),
+            (one_hot(stripes(), 4, 0.9), 0.8, r"divide all images in the same way \(adjusted Rand index 1.00"),
             (one_hot(scenes(), 4, 0.3), 0.8, r"no slot owns its pixels \(mean largest mask 0.30 of 4 slots\)"),
         ],
     )

@@ -98,29 +98,29 @@ def test_the_first_of_top_k_is_the_accuracy():
 
 def test_what_is_refused():
     three = torch.tensor([0, 1, 2])
-    with pytest.raises(ValueError, match="predictions has type list; expected a tensor"):
+    with pytest.raises(ValueError, match="predictions has type list. Expected a tensor"):
         confusion_matrix([0, 1], three)
     with pytest.raises(ValueError, match=r"references has shape \(1, 3\)"):
         confusion_matrix(three, three[None])
-    with pytest.raises(ValueError, match="predictions has dtype torch.float32; expected integers"):
+    with pytest.raises(ValueError, match="predictions has dtype torch.float32. Expected integers"):
         confusion_matrix(three.float(), three)
     with pytest.raises(ValueError, match="predictions has 2 examples and references 3"):
         confusion_matrix(three[:2], three)
-    with pytest.raises(ValueError, match="references holds the label 2; expected 0 to 1"):
+    with pytest.raises(ValueError, match="references has the label 2. Expected 0 to 1"):
         confusion_matrix(three.clamp(max=1), three, num_classes=2)
-    with pytest.raises(ValueError, match="predictions holds the label -1; expected 0 or above"):
+    with pytest.raises(ValueError, match="predictions has the label -1. Expected 0 or above"):
         confusion_matrix(three - 1, three)
     with pytest.raises(ValueError, match=r"confusion has shape \(2, 3\)"):
         per_class_scores(torch.zeros(2, 3, dtype=torch.long))
-    with pytest.raises(ValueError, match="confusion counts no example"):
+    with pytest.raises(ValueError, match="confusion has no examples"):
         classification_scores(torch.zeros(2, 2, dtype=torch.long))
     with pytest.raises(ValueError, match=r"scores has shape \(2, 3\) and references \(3,\)"):
         top_k_accuracy(torch.zeros(2, 3), three)
-    with pytest.raises(ValueError, match="k=0 is too small"):
+    with pytest.raises(ValueError, match="k=0 must be at least 1"):
         top_k_accuracy(torch.zeros(3, 3), three, k=0)
-    with pytest.raises(ValueError, match="references holds the label 2; expected 0 to 1"):
+    with pytest.raises(ValueError, match="references has the label 2. Expected 0 to 1"):
         top_k_accuracy(torch.zeros(3, 2), three)
-    with pytest.raises(ValueError, match="scores holds NaN"):
+    with pytest.raises(ValueError, match="scores has NaN"):
         top_k_accuracy(torch.full((3, 3), torch.nan), three)
 
 

@@ -17,8 +17,6 @@ from hf_dl.metrics.images import (
     extract,
     fid,
     frechet_distance,
-    kernel_distance,
-    kid,
     resize,
 )
 
@@ -61,8 +59,8 @@ def test_frechet_distance_is_exact_for_singular_covariances():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((np.zeros(2), np.eye(2), np.zeros(3), np.eye(3)), r"mu2 has shape \(3,\); expected \(2,\)"),
-        ((np.zeros(2), np.eye(3), np.zeros(2), np.eye(2)), r"sigma1 has shape \(3, 3\); expected \(2, 2\)"),
+        ((np.zeros(2), np.eye(2), np.zeros(3), np.eye(3)), r"mu2 has shape \(3,\). Expected \(2,\)"),
+        ((np.zeros(2), np.eye(3), np.zeros(2), np.eye(2)), r"sigma1 has shape \(3, 3\). Expected \(2, 2\)"),
         ((np.zeros((1, 2)), np.eye(2), np.zeros(2), np.eye(2)), r"mu1 has shape \(1, 2\)"),
         ((np.zeros(2), np.eye(2), np.array([np.nan, 0]), np.eye(2)), "mu2 has values that are not finite"),
     ],
@@ -86,34 +84,10 @@ def test_streamed_statistics_equal_numpy_at_a_large_offset():
 def test_statistics_refuse_what_does_not_fit():
     statistics = FeatureStatistics()
     statistics.update(torch.zeros(1, 3))
-    with pytest.raises(ValueError, match=r"1 image\(s\) have no covariance; expected at least 2"):
+    with pytest.raises(ValueError, match=r"The covariance needs at least 2 images; got 1"):
         _ = statistics.covariance
-    with pytest.raises(ValueError, match=r"features has shape \(2, 4\); expected \(batch, 3\)"):
+    with pytest.raises(ValueError, match=r"features has shape \(2, 4\). Expected \(batch, 3\)"):
         statistics.update(torch.zeros(2, 4))
-
-
-def test_kernel_distance_equals_its_definition():
-    x, y = torch.randn(7, 3, dtype=torch.float64), torch.randn(5, 3, dtype=torch.float64) + 1
-
-    def k(a, b):
-        return float((a @ b / 3 + 1) ** 3)
-
-    expected = (
-        sum(k(x[i], x[j]) for i in range(7) for j in range(7) if i != j) / 42
-        + sum(k(y[i], y[j]) for i in range(5) for j in range(5) if i != j) / 20
-        - 2 * sum(k(a, b) for a in x for b in y) / 35
-    )
-    assert kernel_distance(x, y) == pytest.approx(expected, rel=1e-12)
-    assert kernel_distance(x.repeat(400, 1), y) == pytest.approx(kernel_distance(y, x.repeat(400, 1)), rel=1e-9)
-    with pytest.raises(ValueError, match=r"features2 has shape \(1, 3\); expected \(at least 2"):
-        kernel_distance(x, y[:1])
-
-
-def test_kernel_distance_is_unbiased():
-    generator = torch.Generator().manual_seed(0)
-    values = [kernel_distance(*torch.randn(2, 10, 4, generator=generator)) for _ in range(400)]
-    assert abs(np.mean(values)) < 3 * np.std(values) / 20
-    assert min(values) < 0
 
 
 @pytest.mark.parametrize(("shape", "size"), [((64, 64), 299), ((200, 100), 64), ((64, 64), 64)])
@@ -169,8 +143,7 @@ def test_random_conv_ranks_damage_below_a_held_out_set():
     pil = [Image.fromarray(image) for image in held_out]
 
     def score(images):
-        distance = fid(as_tensor(real), images, features=features)["fid_random_conv_v1"]
-        return distance, kid(as_tensor(real), images, features=features)["kid_random_conv_v1"]
+        return fid(as_tensor(real), images, features=features)["fid_random_conv_v1"]
 
     good = score(as_tensor(held_out))
     worse = {
@@ -181,17 +154,15 @@ def test_random_conv_ranks_damage_below_a_held_out_set():
         "double exposure": score(as_tensor((held_out.astype(float) + held_out[::-1]) / 2)),
         "other sizes": score(as_tensor(blobs(300, 3, radius=(2, 5)))),
     }
-    assert all(value[0] > 1.5 * good[0] for value in worse.values()), (good, worse)
-    assert all(value[1] > 5 * abs(good[1]) for value in worse.values()), (good, worse)
-    for i in range(2):
-        assert worse["more blur"][i] > worse["blur"][i] and worse["more noise"][i] > worse["noise"][i]
+    assert all(value > 1.5 * good for value in worse.values()), (good, worse)
+    assert worse["more blur"] > worse["blur"] and worse["more noise"] > worse["noise"]
 
 
 def test_fid_of_identical_sets_is_zero_and_states_the_numbers_of_images():
     images = as_tensor(blobs(20, 0))
     scores = fid(images, images, features=RandomConvFeatures())
     assert scores == {"fid_random_conv_v1": pytest.approx(0, abs=1e-9), "real_images": 20, "fake_images": 20}
-    assert kid(images, images[:9], features=RandomConvFeatures())["fake_images"] == 9
+    assert fid(images, images[:9], features=RandomConvFeatures())["fake_images"] == 9
 
 
 def test_fid_is_that_of_numpy_statistics_of_all_features():
@@ -219,11 +190,11 @@ def test_images_are_tensors_or_pil_of_any_mode_and_size():
 @pytest.mark.parametrize(
     ("images", "message"),
     [
-        (torch.rand(4, 3, 64, 64), r"images has dtype torch.float32 and .* expected uint8 \(n, 3, height, width\)"),
+        (torch.rand(4, 3, 64, 64), r"images has dtype torch.float32 and .* Expected uint8 \(n, 3, height, width\)"),
         (torch.zeros(4, 1, 64, 64, dtype=torch.uint8), r"shape \(4, 1, 64, 64\)"),
-        (["a.png"], "images holds a str; expected PIL images"),
-        (torch.zeros(1, 3, 64, 64, dtype=torch.uint8), "expected at least 2"),
-        ([], "expected at least 2"),
+        (["a.png"], "images has a str. Expected PIL images"),
+        (torch.zeros(1, 3, 64, 64, dtype=torch.uint8), "needs at least 2 images"),
+        ([], "needs at least 2 images"),
     ],
 )
 def test_wrong_images_get_a_sentence(images, message):
@@ -264,10 +235,10 @@ def test_inception_reads_the_weight_file_and_scales_as_clean_fid_does(tmp_path, 
 
 def test_inception_is_never_downloaded_unasked_and_never_run_unchecked(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *a, **k: pytest.fail("downloads"))
-    with pytest.raises(FileNotFoundError, match="inception.pt' does not exist; expected the Inception weights"):
+    with pytest.raises(FileNotFoundError, match="inception.pt' does not exist. Expected the Inception weights"):
         InceptionFeatures(tmp_path / "inception.pt")
     inception_stand_in(tmp_path / "inception.pt")
-    with pytest.raises(ValueError, match="has SHA-256 .* the file is truncated or another one"):
+    with pytest.raises(ValueError, match="has SHA-256 .* Delete the file and use download=True"):
         InceptionFeatures(tmp_path / "inception.pt")
 
 

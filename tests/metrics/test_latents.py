@@ -12,13 +12,13 @@ def test_active_units_are_those_whose_means_vary():
 
 
 def test_one_image_has_no_variance():
-    with pytest.raises(ValueError, match=r"means has shape \(1, 4\), expected \(images, latents\) of two or more"):
+    with pytest.raises(ValueError, match=r"means has shape \(1, 4\). Expected \(images, latents\) of at least two"):
         active_units(torch.zeros(1, 4))
 
 
 @pytest.mark.parametrize(
     "active, sentence",
-    [(0, "has collapsed: none of the 20 latents"), (4, "4 of 20 latents tell"), (5, None), (20, None)],
+    [(0, "has collapsed: none of the 20 latents"), (4, "4 of 20 latents depend"), (5, None), (20, None)],
 )
 def test_a_collapse_is_a_sentence(active, sentence):
     found = posterior_collapse(active, 20)

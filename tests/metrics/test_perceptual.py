@@ -78,15 +78,15 @@ def test_what_has_no_feature_maps_is_refused(tmp_path):
     config = SmallViTConfig(image_size=64, patch_size=16, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
     SmallViTForImageClassification(config).save_pretrained(tmp_path)
     SmallViTImageProcessor().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="SmallViTForImageClassification gives no feature maps"):
+    with pytest.raises(ValueError, match="SmallViTForImageClassification does not return feature maps"):
         perceptual.load(str(tmp_path))
 
 
 def test_bad_input_is_a_sentence(monkeypatch):
     distance = perceptual.load("random")
-    with pytest.raises(ValueError, match=r"shapes \(1, 3, 8, 8\) and \(1, 3, 8, 9\)"):
+    with pytest.raises(ValueError, match=r"images has shape \(1, 3, 8, 8\) and others \(1, 3, 8, 9\)"):
         distance(torch.zeros(1, 3, 8, 8), torch.zeros(1, 3, 8, 9))
-    with pytest.raises(ValueError, match=r"expected both \(batch, 3, height, width\)"):
+    with pytest.raises(ValueError, match=r"Expected the same shape \(batch, 3, height, width\)"):
         distance(torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 8, 8))
     monkeypatch.setitem(sys.modules, "lpips", None)
     with pytest.raises(ValueError, match="pip install lpips"):

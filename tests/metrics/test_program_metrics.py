@@ -71,10 +71,10 @@ def test_the_semantics_count():
 
 def test_arguments_must_fit():
     with pytest.raises(
-        ValueError, match="There are 1 predictions, 2 references, 1 numbers, 1 answers; expected as many"
+        ValueError, match="There are 1 predictions, 2 references, 1 numbers, 1 answers. Expected the same number"
     ):
         program_scores(["a"], ["a", "b"], [[]], [1])
-    with pytest.raises(ValueError, match="1 answers, 2 seen; expected as many"):
+    with pytest.raises(ValueError, match="1 answers, 2 seen. Expected the same number"):
         program_scores(["a"], ["a"], [[]], [1], seen=[True, False])
     with pytest.raises(ValueError, match="There are 0 predictions"):
         program_scores([], [], [], [])

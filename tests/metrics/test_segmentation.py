@@ -161,12 +161,12 @@ def test_scores_without_any_object_are_nan_and_counted():
 @pytest.mark.parametrize(
     ("prediction", "target", "message"),
     [
-        (torch.zeros(8, 8).long(), torch.zeros(8, 8).long(), r"prediction has shape \(8, 8\); expected \(batch"),
-        (torch.zeros(1, 8, 8), torch.zeros(1, 8, 8).long(), "prediction has dtype torch.float32; expected integers"),
+        (torch.zeros(8, 8).long(), torch.zeros(8, 8).long(), r"prediction has shape \(8, 8\). Expected \(batch"),
+        (torch.zeros(1, 8, 8), torch.zeros(1, 8, 8).long(), "prediction has dtype torch.float32. Expected integers"),
         (torch.zeros(1, 8, 8).long(), torch.zeros(1, 8, 9).long(), r"prediction has shape \(1, 8, 8\) and target"),
-        (torch.zeros(1, 8, 8).long(), torch.zeros(1, 8, 8).long() - 1, "target holds the label -1; expected labels"),
-        (torch.zeros(1, 8, 8).long(), torch.zeros(1, 8, 8).long().to("meta"), "target on meta; move them together"),
-        (np.zeros((1, 8, 8), int), torch.zeros(1, 8, 8).long(), "prediction is a ndarray; expected a tensor"),
+        (torch.zeros(1, 8, 8).long(), torch.zeros(1, 8, 8).long() - 1, "target has the label -1. Expected labels"),
+        (torch.zeros(1, 8, 8).long(), torch.zeros(1, 8, 8).long().to("meta"), "target on meta. Expected one device"),
+        (np.zeros((1, 8, 8), int), torch.zeros(1, 8, 8).long(), "prediction is a ndarray. Expected a tensor"),
     ],
 )
 def test_wrong_masks_get_a_sentence(prediction, target, message):

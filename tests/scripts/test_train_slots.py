@@ -179,8 +179,8 @@ def test_a_network_that_cannot_be_is_refused_by_the_parser(flags, sentence, tmp_
 @pytest.mark.parametrize(
     "flags, sentence",
     [
-        (["--image_size=16"], "size=16 is out of range; images are 32 to 256"),
-        (["--num_objects", "4", "2"], r"num_objects=\(4, 2\) is not a range"),
+        (["--image_size=16"], "size=16 must be from 32 to 256"),
+        (["--num_objects", "4", "2"], r"num_objects=\(4, 2\) is invalid"),
     ],
 )
 def test_values_that_do_not_fit_are_refused_before_the_first_step(flags, sentence, tmp_path):
@@ -190,7 +190,9 @@ def test_values_that_do_not_fit_are_refused_before_the_first_step(flags, sentenc
 
 
 def test_a_source_that_is_not_there_is_a_sentence(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nothing' is not a folder; expected CLEVRTex or images with masks"):
+    with pytest.raises(
+        FileNotFoundError, match="nothing' is not a folder. Expected a folder of CLEVRTex or of images"
+    ):
         train(tmp_path / "run", f"--source={tmp_path / 'nothing'}")
 
 
@@ -198,7 +200,7 @@ def test_a_source_without_masks_is_a_sentence(tmp_path):
     columns = {"image": [Image.new("RGB", (200, 200))], "label": [0]}
     features = datasets.Features(image=datasets.Image(), label=datasets.Value("int64"))
     datasets.Dataset.from_dict(columns, features).save_to_disk(tmp_path / "saved")
-    with pytest.raises(ValueError, match="mask_column='mask' is not in .*, whose columns are image, label"):
+    with pytest.raises(ValueError, match="mask_column='mask' is not in .*Its columns: image, label"):
         train(tmp_path / "run", f"--source={tmp_path / 'saved'}")
 
 

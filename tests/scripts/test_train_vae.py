@@ -131,7 +131,7 @@ def test_a_collapsed_posterior_is_a_warning(tmp_path, capfd):
     flags = "--beta=1000 --epochs=12 --learning_rate=0.01 --save_every=0 --importance_samples=0 --latent_size=3"
     metrics = train(tmp_path, *flags.split())
     assert metrics["test_active_units"] == 0 and "test_iw_bound" not in metrics
-    sentence = "The posterior has collapsed: none of the 3 latents tells images apart"
+    sentence = "The posterior has collapsed: none of the 3 latents depends on the image"
     assert sentence in capfd.readouterr().err
     assert [line["event"] for line in read_log(tmp_path) if "event" in line] == ["posterior_collapse"]
     assert sentence in (tmp_path / "README.md").read_text()

@@ -104,7 +104,7 @@ class TestExplain:
     def test_unknown_class_or_layer(self, classifier):
         with pytest.raises(ValueError, match="from 0 to 5"):
             app.explain(classifier, make_image(), label=6)
-        with pytest.raises(ValueError, match="is no layer of"):
+        with pytest.raises(ValueError, match="is not a layer of"):
             app.explain(classifier, make_image(), layers=["nowhere"])
 
 
