@@ -10,6 +10,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -121,7 +122,8 @@ def _gather(*chosen: tuple[Explanation, list[int]]) -> tuple[torch.Tensor, tuple
 
 
 def _describe(kind: str, name: str, size: int, count: int) -> str:
-    return f"{kind} `{name or 'unnamed'}` · {size} × {size} pixels · {count:,} parameters"
+    name = Path(name).name if Path(name).is_absolute() else name or "unnamed"
+    return f"{kind} `{name}` · {size} × {size} pixels · {count:,} parameters"
 
 
 class Broadcast(Decoder):

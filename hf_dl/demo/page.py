@@ -16,6 +16,7 @@ from PIL import Image
 
 CSS = """
 .gradio-container {max-width: 1240px !important; margin: auto}
+.gradio-container .html-container {padding: 0 !important}
 .hero {display: flex; flex-wrap: wrap; gap: 12px 32px; align-items: center; justify-content: space-between}
 .hero div {flex: 1 1 300px; min-width: 0}
 .hero h1 {margin: 0 0 6px}
@@ -31,15 +32,16 @@ CSS = """
 .welcome h3, .welcome h4 {margin: 0 0 6px}
 .welcome pre {white-space: pre-wrap; overflow-wrap: anywhere; padding: 10px 14px; border-radius: 8px;
   background: var(--background-fill-secondary)}
-.recorded {margin: 0 0 28px}
-.recorded .pictures {display: grid; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); gap: 12px;
-  margin: 10px 0}
+.recorded {display: flex; flex-wrap: wrap; overflow-wrap: anywhere; gap: 6px 32px; margin: 0 0 28px}
+.recorded > h4, .recorded > p {flex: 1 1 100%; margin: 0}
+.recorded .pictures {flex: 3 1 280px; display: grid; grid-template-columns: repeat(auto-fit, minmax(120px, 1fr));
+  gap: 12px; margin: 6px 0}
 .recorded .wide {grid-column: 1 / -1}
 .recorded figure {margin: 0}
 .recorded img {width: 100%; height: auto; border-radius: 6px}
 .recorded .wide img {max-width: 860px}
 .recorded figcaption {font-size: var(--text-sm)}
-.recorded .top {max-width: 620px}
+.recorded .top {flex: 2 1 280px}
 .bar {height: 16px; border-radius: 8px; background: var(--border-color-primary); overflow: hidden}
 .bar div {height: 100%; background: var(--primary-500)}
 .scale {height: 12px; border-radius: 6px;
@@ -210,16 +212,17 @@ def make_room(opened: Any, file: gr.File) -> None:
         end(lambda: None, None, file, **PRIVATE)
 
 
-def name_box(kind: str) -> gr.Textbox:
+def name_box(kind: str, *, example: str) -> gr.Textbox:
     """Return the box where a visitor names another model.
 
     Args:
         kind: Kind of model, for example "image classifier".
+        example: Name of such a model.
     """
     return gr.Textbox(
         label="Use another model",
         elem_id="name",
         submit_btn="Load",
-        placeholder="google/vit-base-patch16-224",
+        placeholder=example,
         info=f"The Hub id of any {kind}, or a folder on the server. Leave it empty for the default model.",
     )

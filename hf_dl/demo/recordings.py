@@ -15,7 +15,6 @@ from PIL import Image
 
 from ..reporting.experiment import portable, read_results
 from .page import embed, show_bars
-from .pictures import join_pictures
 
 SMALL = 256  # longest side, in pixels, of a recorded picture
 MAX_PICTURE = 100_000  # bytes
@@ -45,7 +44,7 @@ def save_recordings(
     run: Path,
     examples: Sequence[Example],
     *,
-    title: list[Image.Image],
+    title: Image.Image,
     scores: dict[str, str],
 ) -> Path:
     """Write recorded results to space/examples, replacing the old ones.
@@ -54,7 +53,7 @@ def save_recordings(
         space: Folder of app.py.
         run: Folder of the finished run.
         examples: The results.
-        title: Pictures for the top of the page.
+        title: Picture for the top of the page.
         scores: Maps labels to the names of metrics in the run's results.json.
 
     Returns:
@@ -71,7 +70,7 @@ def save_recordings(
     folder.mkdir(exist_ok=True)
     for old in folder.glob("*.png"):
         old.unlink()
-    _save(join_pictures(title, side=220), folder / "title.png", longest=720)
+    _save(title, folder / "title.png", longest=900)
     written = []
     for number, example in enumerate(examples, start=1):
         files = []
@@ -116,7 +115,7 @@ def show_recordings(space: Path) -> str:
     scores = " · ".join(f"{label} {value:.3f}" for label, value in content["scores"].items())
     head = (
         f"<h3>Recorded results</h3><p>These are outputs of a model that <code>{html.escape(run['script'])}</code> "
-        f"trained (commit <code>{html.escape(commit)}</code>). {html.escape(scores)}</p>"
+        f"trained (commit <code>{html.escape(commit)}</code>). {html.escape(scores)}.</p>"
     )
     return head + "".join(_show(folder, example) for example in content["examples"])
 

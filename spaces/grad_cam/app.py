@@ -34,7 +34,7 @@ from hf_dl.demo.page import (
     title,
     view,
 )
-from hf_dl.demo.pictures import Picture, color_heat, draw_examples, overlay, resize_heat
+from hf_dl.demo.pictures import Picture, color_heat, draw_examples, join_pictures, overlay, resize_heat
 from hf_dl.demo.recordings import Example, save_recordings
 from hf_dl.demo.training import Training
 from hf_dl.demo.uploads import open_image
@@ -269,7 +269,7 @@ def build_demo(explorer: Explorer | None = None) -> gr.Blocks:
                         with gr.Column(min_width=300):
                             bars = gr.HTML(elem_id="bars")
                         with gr.Column(min_width=240):
-                            name = name_box("image classifier")
+                            name = name_box("image classifier", example="google/vit-base-patch16-224")
             gr.Markdown(ABOUT)
         ready = offer_training(demo, explorer.models, content, kind="an image classifier", space=SPACE)
 
@@ -316,7 +316,9 @@ def record(run: Path) -> None:
         caption = f"The correct class is {picture.truth}. Bright areas are evidence for {found.label}."
         examples.append(Example(caption, pictures, ("Most likely classes", found.top, found.label)))
         shown += [picture.image, found.overlay]
-    save_recordings(SPACE, run, examples, title=shown[:4], scores={"Test accuracy": "test_accuracy"})
+    save_recordings(
+        SPACE, run, examples, title=join_pictures(shown[:4], side=180), scores={"Test accuracy": "test_accuracy"}
+    )
 
 
 if __name__ == "__main__":

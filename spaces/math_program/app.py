@@ -13,6 +13,7 @@ import html
 import io
 import math
 import secrets
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -52,14 +53,14 @@ ABOUT = """### How to read the results
 """
 STYLE = """
 .answer {font-size: 1.15em}
-.map {overflow-x: auto}
+.map, .beam {overflow-x: auto; contain: inline-size}
+.map tr, .beam tr {border: none !important}
 .map table, .beam table {border-collapse: collapse; font-size: var(--text-sm)}
-.map th.word {writing-mode: vertical-rl; transform: rotate(180deg); font-weight: 400; padding: 3px 2px;
-  text-align: left; border: none}
-.map td {min-width: 17px; height: 21px; padding: 0; border: 1px solid var(--border-color-primary)}
+.map th.word {writing-mode: vertical-rl; transform: rotate(180deg); font-weight: 400; padding: 3px 0;
+  text-align: left; border: none; line-height: 1.1}
+.map td {min-width: 15px; height: 21px; padding: 0; border: 1px solid var(--border-color-primary)}
 .map th.symbol {text-align: right; padding: 0 8px 0 0; font-weight: 400; white-space: nowrap; border: none}
 .map .number {font-weight: 700}
-.beam {overflow-x: auto}
 .beam td, .beam th {padding: 3px 12px 3px 0; text-align: left; border: none}
 .beam .marked {font-weight: 600}
 .beam code {white-space: nowrap}
@@ -132,7 +133,7 @@ def draw_map(solution: Solution, *, width: float = 9.0) -> Image.Image:
     weights = solution.attention[: len(solution.symbols)].numpy()
     figure = Figure(figsize=(width, 1.3 + 0.3 * len(weights)), dpi=100, layout="constrained")
     axes = figure.add_subplot()
-    axes.imshow(weights, cmap="Purples", vmin=0, vmax=1, aspect="auto")
+    axes.imshow(weights, cmap="Purples", vmin=0, vmax=0.6, aspect="auto")
     for names, set_ticks in ((solution.words, axes.set_xticks), (solution.symbols, axes.set_yticks)):
         shown = []
         for name in names:
@@ -141,6 +142,22 @@ def draw_map(solution: Solution, *, width: float = 9.0) -> Image.Image:
             shown.append(format_number(solution.numbers[number]) if known else name)
         set_ticks(range(len(names)), shown, fontsize=10)
     axes.tick_params(axis="x", labelrotation=90, top=True, labeltop=True, bottom=False, labelbottom=False)
+    return _to_image(figure)
+
+
+def draw_title(solution: Solution) -> Image.Image:
+    """Draw a problem with its program and its answer as a picture."""
+    figure = Figure(figsize=(7.2, 2.6), dpi=100)
+    problem = textwrap.fill(solution.problem, 46)
+    figure.text(0.03, 0.93, problem, fontsize=19, va="top", linespacing=1.4)
+    program = solution.program.replace("|", "\n")
+    figure.text(0.03, 0.07, program, fontsize=16, family="monospace", color=COLORS[0], linespacing=1.3)
+    answer = f"= {format_number(solution.answer)}"
+    figure.text(0.97, 0.07, answer, fontsize=38, ha="right", weight="bold", color=COLORS[1])
+    return _to_image(figure)
+
+
+def _to_image(figure: Figure) -> Image.Image:
     file = io.BytesIO()
     figure.savefig(file, format="png", facecolor="white")
     return Image.open(file).convert("RGB")
@@ -278,7 +295,7 @@ def build_demo(solver: Solver | None = None) -> gr.Blocks:
                         [(text, name) for name, text in SWITCHES.items()], value=list(USUAL[3]),
                         label="Choose the program by", elem_id="switches",
                     )  # fmt: skip
-                    name = name_box("model of type program_seq2seq")
+                    name = name_box("model of type program_seq2seq", example="runs/train_seq2seq")
                 with gr.Column(scale=3, min_width=300):
                     beam = gr.HTML(elem_id="beam")
             gr.Markdown(ABOUT)
@@ -329,18 +346,20 @@ def record(run: Path) -> None:
     Args:
         run: Folder of the run.
     """
-    pipeline, examples = MathProgramPipeline.from_pretrained(str(run)), []
+    pipeline, examples, solutions = MathProgramPipeline.from_pretrained(str(run)), [], []
     _, beams, penalty, switches = USUAL
     for problem in draw_examples(0)[:3]:
         solution = pipeline(
             problem, num_beams=beams, length_penalty=penalty, **{switch: switch in switches for switch in SWITCHES}
         )
+        solutions.append(solution)
         lines = [f"Program: {solution.program}", *(step.sentence for step in solution.steps)]
         value = solution.error if solution.answer is None else f"Answer: {format_number(solution.answer)}"
         pictures = {"Attention of each symbol of the program to the words": draw_map(solution)}
         examples.append(Example(problem, pictures, lines=[*lines, value], wide=True))
+    shortest = min(solutions, key=lambda solution: len(solution.problem))
     save_recordings(
-        SPACE, run, examples, title=[draw_map(solution)], scores={"Test correct answers": "test_execution_accuracy"}
+        SPACE, run, examples, title=draw_title(shortest), scores={"Test correct answers": "test_execution_accuracy"}
     )
 
 

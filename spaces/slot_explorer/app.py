@@ -17,6 +17,7 @@ import gradio as gr
 from hf_dl.data import scenes
 from hf_dl.demo.decoders import Broadcast, Decoder, Diffusion
 from hf_dl.demo.page import LATEST, PRIVATE, TURN, event, make_room, serve, title, view
+from hf_dl.demo.pictures import join_pictures
 from hf_dl.demo.recordings import Example, save_recordings
 from hf_dl.demo.slot_explorer import DEFAULT_STEPS, Explorer, show_both, show_first, show_mix, show_second
 from hf_dl.demo.slots import load_model, new_seed
@@ -29,7 +30,10 @@ PURPOSE = "See how a model finds the objects in an image without labels, remove 
 NUM_SLOTS = 16  # maximum on the page for models that take any number of slots
 NUM_STEPS = 10, 50  # minimum and maximum number of DPM-Solver++ steps on the page
 EXAMPLES = range(4)  # seeds of the example scenes
-SLOTS_CSS = ".slots label {border-left: 10px solid; padding-left: 8px}\n" + "\n".join(
+COLUMNS = "repeat(auto-fill, minmax(max(96px, 15%), 1fr))"
+SLOTS_CSS = ".slots label {border-left: 10px solid; padding-left: 8px}\n"
+SLOTS_CSS += f"#gallery .grid-container {{grid-template-columns: {COLUMNS} !important}}\n"
+SLOTS_CSS += "\n".join(
     f".slots label:nth-of-type({len(SEGMENT_COLORS)}n + {index}) {{border-left-color: rgb({red}, {green}, {blue})}}"
     for index, (red, green, blue) in enumerate(SEGMENT_COLORS, start=1)
 )
@@ -65,7 +69,7 @@ def build_demo(explorer: Explorer | None = None) -> gr.Blocks:
         ticks, ticks_first, ticks_second = gr.State([]), gr.State([]), gr.State([])
         with gr.Column(visible=False) as content:
             gr.Markdown(ABOUT)
-            name, missing = gr.Markdown(), gr.HTML(visible=False, padding=False, elem_id="missing")
+            name, missing = gr.Markdown(), gr.HTML(visible=False, elem_id="missing")
             with gr.Row():
                 with gr.Column(scale=1, min_width=260):
                     decoder = gr.Radio(
@@ -116,7 +120,8 @@ def build_demo(explorer: Explorer | None = None) -> gr.Blocks:
                     keep = gr.CheckboxGroup(label="Slots to paint", elem_classes="slots", elem_id="keep")
                 with gr.Column(scale=3, min_width=300), gr.Row():
                     painted = view(titles["painted"], "painted")
-                    keep_help = gr.Markdown()
+                    with gr.Column(min_width=260):
+                        keep_help = gr.Markdown()
             with gr.Tab("Mix two images"), gr.Row():
                 with gr.Column(scale=1, min_width=260):
                     file_second = gr.File(label="Second image", height=150, elem_id="file_second")
@@ -248,14 +253,18 @@ def record(run: Path) -> None:
         shares = [(f"Slot {slot + 1}", share) for slot, share in enumerate(found.shares)]
         examples.append(
             Example(
-                f"Scene {seed + 1}: the model finds {len(found.parts)} slots. Without slot 2, one object disappears.",
+                f"Scene {seed + 1}: the model divides the image into {len(found.parts)} slots. Without slot 2, one object disappears.",
                 {**pictures, "Without slot 2": without},
                 ("Share of the image per slot", shares, "Slot 2"),
             )
         )
         scenes_shown.append([found.image, found.segments, without])
     save_recordings(
-        SPACE, run, examples, title=scenes_shown[0], scores={"Test foreground ARI": "test_posterior_fg_ari"}
+        SPACE,
+        run,
+        examples,
+        title=join_pictures(scenes_shown[0], side=220),
+        scores={"Test foreground ARI": "test_posterior_fg_ari"},
     )
 
 

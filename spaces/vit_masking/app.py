@@ -43,7 +43,7 @@ from hf_dl.demo.page import (
     title,
     view,
 )
-from hf_dl.demo.pictures import Picture, draw_examples
+from hf_dl.demo.pictures import Picture, draw_examples, join_pictures
 from hf_dl.demo.recordings import Example, save_recordings
 from hf_dl.demo.training import Training
 from hf_dl.demo.uploads import open_image
@@ -236,7 +236,7 @@ def build_demo(explorer: Explorer | None = None) -> gr.Blocks:
                     with gr.Row():
                         layer.render()
                         head.render()
-                    name = name_box("vision transformer with a CLS token")
+                    name = name_box("vision transformer with a CLS token", example="google/vit-base-patch16-224")
             gr.Markdown(ABOUT)
         ready = offer_training(demo, explorer.models, content, kind="a vision transformer", space=SPACE)
 
@@ -315,7 +315,9 @@ def record(run: Path) -> None:
             )
         )
         shown.append([picture.image, found.attention, found.given])
-    save_recordings(SPACE, run, examples, title=shown[0], scores={"Test accuracy": "test_accuracy"})
+    save_recordings(
+        SPACE, run, examples, title=join_pictures(shown[0], side=220), scores={"Test accuracy": "test_accuracy"}
+    )
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ def test_what_is_saved_is_shown(run, tmp_path):
         Example("A <b>cat</b>.", {"Image": make_image((600, 300)), "Map": make_image()}, bars),
         Example("Words.", {"Wide": make_image((1200, 300))}, lines=["One & two."], wide=True),
     ]
-    path = save_recordings(space, run, examples, title=[make_image(), make_image()], scores=SCORES)
+    path = save_recordings(space, run, examples, title=make_image(), scores=SCORES)
     content = json.loads(path.read_text())
     assert content["run"] == {"script": "train_x.py", "commit": "0123456789", "args": {"output_dir": "x", "n": 2}}
     assert content["examples"][0]["bars"] == ["Classes", [["cat", 0.1235], ["dog", 0.5]], "dog"]
@@ -55,10 +55,10 @@ def test_without_recordings_nothing_is_shown(tmp_path):
 
 def test_a_run_of_another_script(run, tmp_path):
     with pytest.raises(ValueError, match="has no metric 'test_answers'. Record a run of the page's default script"):
-        save_recordings(tmp_path, run, [], title=[make_image()], scores={"Answers": "test_answers"})
+        save_recordings(tmp_path, run, [], title=make_image(), scores={"Answers": "test_answers"})
 
 
 def test_a_picture_that_is_too_large(run, tmp_path):
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (800, 800, 3), dtype=np.uint8))
     with pytest.raises(ValueError, match=f"1_1.png has .* bytes. Expected at most {MAX_PICTURE:,}"):
-        save_recordings(tmp_path, run, [Example("x", {"x": noise}, wide=True)], title=[make_image()], scores=SCORES)
+        save_recordings(tmp_path, run, [Example("x", {"x": noise}, wide=True)], title=make_image(), scores=SCORES)
