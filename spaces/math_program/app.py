@@ -54,7 +54,7 @@ ABOUT = """### How to read the results
 STYLE = """
 .answer {font-size: 1.15em}
 .map, .beam {overflow-x: auto; contain: inline-size}
-.map tr, .beam tr {border: none !important}
+.map table, .map tr, .map th, .beam table, .beam tr {border: none !important}
 .map table, .beam table {border-collapse: collapse; font-size: var(--text-sm)}
 .map th.word {writing-mode: vertical-rl; transform: rotate(180deg); font-weight: 400; padding: 3px 0;
   text-align: left; border: none; line-height: 1.1}

@@ -251,12 +251,10 @@ def record(run: Path) -> None:
         without = decoder.at_once((found, keep))
         pictures = {"Image": found.image, "Area of each slot": found.segments, "Reconstruction": found.reconstruction}
         shares = [(f"Slot {slot + 1}", share) for slot, share in enumerate(found.shares)]
+        caption = f"Scene {seed + 1}: the model divides the image into {len(found.parts)} slots."
+        bars = ("Share of the image per slot", shares, "Slot 2")
         examples.append(
-            Example(
-                f"Scene {seed + 1}: the model divides the image into {len(found.parts)} slots. Without slot 2, one object disappears.",
-                {**pictures, "Without slot 2": without},
-                ("Share of the image per slot", shares, "Slot 2"),
-            )
+            Example(f"{caption} Without slot 2, one object disappears.", {**pictures, "Without slot 2": without}, bars)
         )
         scenes_shown.append([found.image, found.segments, without])
     save_recordings(
