@@ -7,11 +7,11 @@ import torch
 from safetensors.torch import load_file
 
 from hf_dl.models.latent_autoencoder import decode_latents, encode_latents, make_autoencoder
+from hf_dl.recipes import latent_autoencoder
+from hf_dl.recipes.scene_images import load_images
 from hf_dl.reporting.card import read_card
-from scripts import train_autoencoder
+from scripts import evaluate_autoencoder, train_autoencoder
 from tests.scripts.runs import killed_after, reset
-
-evaluate_autoencoder = train_autoencoder.latent
 
 SMALL = "--image_size=32 --num_train=48 --num_test=12 --batch_size=8 --cpu_threads=1 --log_every=2".split()
 STEPS = "--max_steps=6 --eval_every=3 --save_every=4".split()
@@ -48,7 +48,7 @@ def test_latents_have_mean_zero_and_deviation_one(finished):
     folder, metrics = finished
     autoencoder = diffusers.AutoModel.from_pretrained(str(folder)).eval()
     args = evaluate_autoencoder.Args(image_size=32, num_train=48, num_test=12)
-    images = evaluate_autoencoder.load_images(args, "train").__getitems__(range(48))["image"]
+    images = load_images(args, "train").__getitems__(range(48))["image"]
     with torch.no_grad():
         latents = encode_latents(autoencoder, images.float() / 127.5 - 1)
     assert latents.mean().item() == pytest.approx(0, abs=1e-4)
@@ -60,7 +60,7 @@ def test_the_saved_autoencoder_has_the_test_error(finished):
     folder, metrics = finished
     autoencoder = diffusers.AutoModel.from_pretrained(str(folder)).eval()
     args = evaluate_autoencoder.Args(image_size=32, num_test=12)
-    pixel_values = evaluate_autoencoder.load_images(args, "test").__getitems__(range(12))["image"].float() / 127.5 - 1
+    pixel_values = load_images(args, "test").__getitems__(range(12))["image"].float() / 127.5 - 1
     with torch.no_grad():
         made = decode_latents(autoencoder, encode_latents(autoencoder, pixel_values)).clamp(-1, 1)
     assert (made - pixel_values).abs().mean().item() == pytest.approx(metrics["test_l1"], rel=1e-5)
@@ -96,7 +96,7 @@ def test_the_loss_is_what_the_flags_say(finished):
 
 def test_the_divergence_is_that_of_the_formula():
     torch.manual_seed(0)
-    model = evaluate_autoencoder.LatentAutoencoder(make_autoencoder("small", sample_size=32)).eval()
+    model = latent_autoencoder.LatentAutoencoder(make_autoencoder("small", sample_size=32)).eval()
     images = torch.rand(2, 3, 32, 32) * 2 - 1
     _, regularizer = model(images)
     posterior = model.autoencoder.encode(images).latent_dist
@@ -133,11 +133,11 @@ def test_wrong_flags_are_refused_in_a_sentence(flags, sentence, tmp_path, capsys
 
 
 def test_what_is_no_autoencoder_is_a_sentence(tmp_path):
-    with pytest.raises(ValueError, match="is no autoencoder of diffusers"):
-        evaluate_autoencoder.load_autoencoder(str(tmp_path))
+    with pytest.raises(ValueError, match="is not an autoencoder of diffusers"):
+        latent_autoencoder.load_autoencoder(str(tmp_path))
     diffusers.UNet2DModel(
         sample_size=8, block_out_channels=(8,), norm_num_groups=4, layers_per_block=1, add_attention=False,
         down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
     ).save_pretrained(tmp_path)  # fmt: skip
     with pytest.raises(ValueError, match="is a UNet2DModel; expected an AutoencoderKL or a VQModel"):
-        evaluate_autoencoder.load_autoencoder(str(Path(tmp_path)))
+        latent_autoencoder.load_autoencoder(str(Path(tmp_path)))

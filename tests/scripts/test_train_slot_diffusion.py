@@ -14,13 +14,15 @@ from hf_dl.models import SlotAutoencoderConfig, SlotAutoencoderModel, SlotUNetMo
 from hf_dl.models.layers_attention import attention_masks
 from hf_dl.models.slot_library import SlotLibrary
 from hf_dl.pipelines.slot_diffusion import SlotDiffusionPipeline
+from hf_dl.recipes import slot_diffusion, slot_diffusion_parts
+from hf_dl.recipes.latent_autoencoder import load_autoencoder
+from hf_dl.recipes.scene_images import SceneFlags, load_images, to_pixel_values
 from hf_dl.reporting.card import read_card
 from hf_dl.reporting.experiment import read_experiment
-from scripts import run_experiment, train_slot_diffusion
+from scripts import evaluate_slot_diffusion, run_experiment, train_slot_diffusion
 from scripts.benchmarks import slot_diffusion as benchmark
 from tests.scripts.runs import killed_after, reset
 
-diffusion = train_slot_diffusion.diffusion
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = (
     "--image_size=32 --num_train=32 --num_test=8 --batch_size=8 --cpu_threads=1 --log_every=2 --num_drawn=4 "
@@ -93,13 +95,14 @@ def test_the_autoencoder_is_in_no_checkpoint_and_not_trained(finished):
     folder, _ = finished
     newest = max((folder / "checkpoints").glob("step_*"))
     names = {name.split(".")[0] for name in load_file(newest / "model.safetensors")}
-    assert names == {"slot_encoder", "unet", "guide"}
+    assert names == {"slot_encoder", "unet", "decoder"}
     results = json.loads((folder / "results.json").read_text())
     pipe = SlotDiffusionPipeline.from_pretrained(folder)
     parts = (pipe.slot_encoder, pipe.unet)
-    guide = sum(value.numel() for name, value in load_file(newest / "model.safetensors").items() if "guide." in name)
-    assert guide > 0 and "guide" not in {path.name for path in folder.iterdir()}
-    assert results["num_parameters"] == guide + sum(p.numel() for part in parts for p in part.parameters())
+    weights = load_file(newest / "model.safetensors")
+    decoder = sum(value.numel() for name, value in weights.items() if name.startswith("decoder."))
+    assert decoder > 0 and "decoder" not in {path.name for path in folder.iterdir()}
+    assert results["num_parameters"] == decoder + sum(p.numel() for part in parts for p in part.parameters())
 
 
 def test_both_rates_follow_one_schedule(autoencoder, tmp_path, monkeypatch):
@@ -115,7 +118,7 @@ def test_both_rates_follow_one_schedule(autoencoder, tmp_path, monkeypatch):
     monkeypatch.setattr(train_slot_diffusion.TrainingRun, "step", watched)
     train(tmp_path, autoencoder, "--max_steps=3", "--warmup_steps=4", "--save_every=0")
     for number, rates in enumerate(seen, start=1):
-        expected = {"slot_encoder": 2e-4 * number / 4, "guide": 2e-4 * number / 4, "unet": 1e-3 * number / 4}
+        expected = {"slot_encoder": 2e-4 * number / 4, "decoder": 2e-4 * number / 4, "unet": 1e-3 * number / 4}
         assert rates == pytest.approx(expected)
 
 
@@ -142,7 +145,7 @@ def test_killed_and_resumed_it_ends_the_same(finished, autoencoder, tmp_path):
 def test_the_saved_pipeline_reproduces_the_test_scores(finished, tmp_path, capsys):
     folder, metrics = finished
     flags = [f"--model={folder}", f"--output_dir={tmp_path}", "--num_train=32", "--num_test=8", "--num_drawn=4"]
-    found = diffusion.main([*flags, "--num_inference_steps=2"])
+    found = evaluate_slot_diffusion.main([*flags, "--num_inference_steps=2"])
     for name in ("test_attention_ari", "test_attention_fg_ari", "test_loss", "reconstruction_mse"):
         assert found[name] == pytest.approx(metrics[name], rel=2e-2, abs=1e-6), name
     assert json.loads((tmp_path / "evaluation.json").read_text())["metrics"] == found
@@ -154,7 +157,7 @@ def test_diffusers_own_unet_takes_its_place(autoencoder, tmp_path):
     train(tmp_path, autoencoder, "--denoiser=unet2d", "--max_steps=2", "--save_every=0", *fresh)
     pipe = SlotDiffusionPipeline.from_pretrained(tmp_path)
     assert type(pipe.unet) is UNet2DConditionModel
-    fields = diffusion.UNETS["small"] | {"sample_size": 8, "attention_resolutions": (4, 2)}
+    fields = slot_diffusion.UNETS["small"] | {"sample_size": 8, "attention_resolutions": (4, 2)}
     ours = SlotUNetModel(**fields)
     assert list(pipe.unet.config.block_out_channels) == list(ours.config.block_out_channels)
     heads = [width // ours.config.attention_head_dim for width in ours.config.block_out_channels]
@@ -167,16 +170,16 @@ def test_it_starts_from_a_slot_autoencoder(autoencoder, tmp_path):
     train(tmp_path / "run", autoencoder, *flags, "--encoder_learning_rate=1e-12")
     expected = SlotAutoencoderModel.from_pretrained(Path(autoencoder).with_name("slots")).state_dict()
     parts = load_file(max((tmp_path / "run" / "checkpoints").glob("step_*")) / "model.safetensors")
-    found = {name.removeprefix("slot_encoder.").removeprefix("guide."): value for name, value in parts.items()}
+    found = {name.removeprefix("slot_encoder.").removeprefix("decoder."): value for name, value in parts.items()}
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, msg=name)
     reset()
     wrong = ("--image_size=64", "image_size=32"), ("--num_slots=4", "num_slots=3"), ("--num_iterations=2", "num_it.*3")
     for flag, has in wrong:
-        with pytest.raises(ValueError, match=f"slots' has {has}, and here {flag[2:]}; give both alike"):
+        with pytest.raises(ValueError, match=f"slots' has {has}, but this run has {flag[2:]}. Both must be equal"):
             train(tmp_path / "other", autoencoder, *flags, flag)
     encoder = f"--slot_encoder={tmp_path / 'run' / 'slot_encoder'}"
-    with pytest.raises(ValueError, match="has no decoder, which teaches the attention; name a slot autoencoder"):
+    with pytest.raises(ValueError, match="has no broadcast decoder. Give a slot autoencoder"):
         train(tmp_path / "other", autoencoder, *flags, encoder)
     train(tmp_path / "other", autoencoder, *flags, encoder, "--broadcast_weight=0")
 
@@ -186,51 +189,93 @@ def test_the_loss_is_that_of_the_noise_added(autoencoder, prediction_type):
     torch.manual_seed(0)
     flags = {"num_slots": 3, "prediction_type": prediction_type}
     parts = {"autoencoder": autoencoder, "slot_encoder": str(Path(autoencoder).with_name("slots"))}
-    model = diffusion.make_model(train_slot_diffusion.Args(image_size=32, **parts, **flags))
-    schedule, latents, noise = model.pipeline().scheduler, torch.randn(3, 3, 8, 8), torch.randn(3, 3, 8, 8)
+    model = slot_diffusion.make_model(train_slot_diffusion.Args(image_size=32, **parts, **flags))
+    schedule, latents, noise = model.scheduler, torch.randn(3, 3, 8, 8), torch.randn(3, 3, 8, 8)
     times = torch.tensor([0, 500, 999])
     alpha = torch.linspace(0.0015, 0.0195, 1000).double().neg().add(1).cumprod(0)[times].view(-1, 1, 1, 1)
     expected = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
     torch.testing.assert_close(schedule.add_noise(latents, noise, times).double(), expected, rtol=1e-4, atol=1e-5)
-    wanted = diffusion.target(schedule, latents, noise, times).double()
+    wanted = slot_diffusion.denoising_target(schedule, latents, noise, times).double()
     velocity = alpha.sqrt() * noise - (1 - alpha).sqrt() * latents
     expected = {"epsilon": noise.double(), "v_prediction": velocity}[prediction_type]
     torch.testing.assert_close(wanted, expected, rtol=1e-4, atol=1e-5)
     output = model(torch.rand(3, 3, 32, 32) * 2 - 1, latents, times)
-    assert output.predicted.shape == latents.shape and output.drawn.shape == (3, 3, 32, 32)
+    assert output.predicted.shape == latents.shape and output.reconstruction.shape == (3, 3, 32, 32)
     torch.testing.assert_close(output.attention.sum(1), torch.ones(3, output.attention.shape[-1]))
     torch.testing.assert_close(output.masks.sum(1), torch.ones(3, 32, 32))
     assert output.owners.shape == (3, 32, 32) and set(output.owners.unique().tolist()) <= {0, 1, 2}
-    assert output.masks.requires_grad and not output.owners.requires_grad  # which only teach
-    assert model.eval()(torch.zeros(3, 3, 32, 32), latents, times).drawn is None  # the guide is for training
+    assert output.masks.requires_grad and not output.owners.requires_grad  # targets only
+    evaluated = model.eval()(torch.zeros(3, 3, 32, 32), latents, times)
+    assert evaluated.reconstruction is None  # the decoder is for training
 
 
-def test_the_guidance_is_the_error_the_price_of_areas_and_what_the_attention_does_not_see_coming():
+def expected_matching(attention, owners, power):
+    """The matching term by loops: a weighted mean over slots of the cross-entropy on their pixels."""
+    seen = attention_masks(attention, owners.shape[-2:], image_size=owners.shape[-1])
+    per_pixel, total = F.nll_loss(seen.log(), owners, reduction="none"), 0
+    for losses, owner in zip(per_pixel, owners, strict=True):
+        regions = [losses[owner == slot] for slot in owner.unique()]
+        weights = torch.tensor([float(len(region)) ** power for region in regions])
+        total += sum(weights / weights.sum() * torch.stack([region.mean() for region in regions]))
+    return total / len(owners)
+
+
+@pytest.mark.parametrize("power", [0.0, 0.75, 1.0])
+@pytest.mark.parametrize("slots_without_pixels", [False, True])
+def test_the_matching_loss(power, slots_without_pixels):
     torch.manual_seed(0)
-    attention, masks = torch.rand(2, 3, 16).softmax(1), torch.rand(2, 3, 8, 8).softmax(1)
-    images, drawn, owners = torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 8), torch.randint(3, (2, 8, 8))
-    output = diffusion.Denoised(torch.zeros(1), attention, drawn, masks, owners)
-    weights = {"broadcast_weight": 0.5, "area_penalty": 0.25, "matching_weight": 0.125, "matching_power": 1.0}
-    found = diffusion.guidance(output, images, train_slot_diffusion.Args(**weights))
-    rest = sum(1 - max(area.mean() for area in row) for row in masks) / 2
-    seen = attention_masks(attention, (8, 8), image_size=8)
-    surprise = F.cross_entropy(seen.log(), owners)  # of logarithms of probabilities the softmax changes nothing
-    torch.testing.assert_close(found, 0.5 * ((drawn - images).square().mean() + 0.25 * rest + 0.125 * surprise))
-    owners[0, owners[0] == 2] = 1  # slots may be without a pixel
-    per_pixel = F.nll_loss(seen.log(), owners, reduction="none")
-    for power in (0.0, 0.75):
-        surprise = 0
-        for priced, owner in zip(per_pixel, owners, strict=True):
-            regions = [priced[owner == slot] for slot in owner.unique()]
-            shares = torch.tensor([float(len(region)) ** power for region in regions])
-            surprise += sum(shares / shares.sum() * torch.stack([region.mean() for region in regions])) / 2
-        found = diffusion.guidance(output, images, train_slot_diffusion.Args(**weights | {"matching_power": power}))
-        torch.testing.assert_close(found, 0.5 * ((drawn - images).square().mean() + 0.25 * rest + 0.125 * surprise))
-    alone = diffusion.guidance(output._replace(drawn=None), images, train_slot_diffusion.Args(**weights))
-    assert alone.shape == () and alone == 0
+    attention, owners = torch.rand(2, 3, 16).softmax(1), torch.randint(3, (2, 8, 8))
+    if slots_without_pixels:
+        owners[0, owners[0] == 2] = 1
+    found = train_slot_diffusion.matching_loss(attention, owners, image_size=8, power=power)
+    torch.testing.assert_close(found, expected_matching(attention, owners, power))
+    if power == 1.0:  # all pixels have the same weight
+        seen = attention_masks(attention, (8, 8), image_size=8)
+        torch.testing.assert_close(found, F.nll_loss(seen.log(), owners))
 
 
-def test_as_published_there_is_no_guide(autoencoder, tmp_path):
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_the_loss_is_the_sum_of_its_terms(autoencoder, tmp_path, monkeypatch, prediction_type):
+    outputs, noisy_latents, losses = [], [], []
+    forward, step = slot_diffusion.SlotDenoiser.forward, train_slot_diffusion.TrainingRun.step
+
+    def watched_forward(model, pixel_values, noisy, times, **options):
+        output = forward(model, pixel_values, noisy, times, **options)
+        if model.training:
+            outputs.append((pixel_values, noisy, times, output))
+        return output
+
+    def watched_step(run, loss, **logged):
+        losses.append((loss.detach(), logged["denoising"].detach()))
+        step(run, loss, **logged)
+
+    add_noise = slot_diffusion.noise_schedule().__class__.add_noise
+
+    def watched_add_noise(scheduler, latents, noise, times):
+        noisy_latents.append((latents, noise))
+        return add_noise(scheduler, latents, noise, times)
+
+    monkeypatch.setattr(slot_diffusion.SlotDenoiser, "forward", watched_forward)
+    monkeypatch.setattr(train_slot_diffusion.TrainingRun, "step", watched_step)
+    monkeypatch.setattr(slot_diffusion.noise_schedule().__class__, "add_noise", watched_add_noise)
+    weights = "--broadcast_weight=0.5 --area_penalty=0.25 --matching_weight=0.125 --matching_power=0.75"
+    flags = ["--max_steps=1", "--save_every=0", f"--prediction_type={prediction_type}", *weights.split()]
+    train(tmp_path, autoencoder, *flags)
+    (pixel_values, _, times, output), (latents, noise), (loss, denoising) = outputs[0], noisy_latents[0], losses[0]
+
+    alpha = torch.linspace(0.0015, 0.0195, 1000).double().neg().add(1).cumprod(0)[times].view(-1, 1, 1, 1)
+    velocity = alpha.sqrt() * noise - (1 - alpha).sqrt() * latents
+    target = noise if prediction_type == "epsilon" else velocity
+    expected_denoising = (output.predicted - target).square().mean()
+    torch.testing.assert_close(denoising.double(), expected_denoising.double().detach(), rtol=1e-4, atol=1e-5)
+    error = (output.reconstruction - pixel_values).square().mean()
+    area = sum(1 - max(mask.mean() for mask in masks) for masks in output.masks) / len(output.masks)
+    matching = expected_matching(output.attention, output.owners, 0.75)
+    expected = denoising + 0.5 * (error + 0.25 * area + 0.125 * matching)
+    torch.testing.assert_close(loss, expected.detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_the_published_model_has_no_decoder(autoencoder, tmp_path):
     flags = ["--slot_encoder=none", "--prediction_type=epsilon", "--position_frequencies=-1"]
     train(tmp_path, autoencoder, *flags, "--max_steps=2", "--save_every=1")
     newest = max((tmp_path / "checkpoints").glob("step_*"))
@@ -242,55 +287,161 @@ def test_as_published_there_is_no_guide(autoencoder, tmp_path):
 
 
 def test_latents_that_are_kept_are_those_of_the_images(autoencoder):
-    args = diffusion.Args(image_size=32, num_train=70)
-    scenes = diffusion.load_images(args, "train")
-    frozen = diffusion.load_autoencoder(autoencoder)
-    data = diffusion.SceneLatents(scenes)
+    args = SceneFlags(image_size=32, num_train=70)
+    scenes = load_images(args, "train")
+    frozen = load_autoencoder(autoencoder)
+    data = slot_diffusion.SceneLatents(scenes)
     assert data.compute(frozen) > 0
     batch = data.__getitems__([3, 69])
     with torch.no_grad():
-        expected = encode_latents(frozen, diffusion.to_pixel_values(batch["image"]))
+        expected = encode_latents(frozen, to_pixel_values(batch["image"]))
     torch.testing.assert_close(batch["latents"], expected, rtol=1e-4, atol=1e-5)
     assert data[69]["latents"].equal(batch["latents"][1])
     assert len(data) == 70
 
 
-def test_parts_that_are_not_there_are_trained_first(tmp_path, monkeypatch, capfd):
-    import train_autoencoder
-    import train_slots
+class TestParts:
+    """The slot autoencoder and the latents' autoencoder that a run starts from."""
 
-    monkeypatch.chdir(tmp_path)
-    parse = train_autoencoder.parse_args
-    for script in (train_autoencoder, train_slots):
-        monkeypatch.setattr(script, "parse_args", lambda cls, argv: parse(cls, [*argv, *QUICK]))
-    flags = [*SMALL, "--max_steps=1", "--save_every=0", "--num_objects", "2", "2"]
-    train_slot_diffusion.main(flags)
-    error = capfd.readouterr().err
-    assert "no slot encoder yet; training one first" in error and "no autoencoder yet; training one first" in error
-    for name, slots in (("train_slots", 3), ("train_autoencoder", None)):
-        known = json.loads(Path("runs", name, "results.json").read_text())["args"]
-        assert (known["num_objects"], known["image_size"], known.get("num_slots")) == ([2, 2], 32, slots)
-    assert Path("runs/train_slot_diffusion/model_index.json").is_file()
-    reset()
-    train_slot_diffusion.main(flags)
-    error = capfd.readouterr().err
-    assert "training one first" not in error and "Taking the slot encoder in runs/train_slots" in error
-    other = train_slot_diffusion.Args(image_size=32, style="textured", num_slots=3)
-    for name in diffusion.PARTS:
-        with pytest.raises(ValueError, match="was trained with style='plain', and here style='textured'; train ano"):
-            diffusion.find_part(other, name)
-    with pytest.raises(ValueError, match="was trained with num_slots=3, and here num_slots=4; train ano"):
-        diffusion.find_part(train_slot_diffusion.Args(image_size=32, num_slots=4), "slot_encoder")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    Path("runs/train_autoencoder/config.json").unlink()
-    with pytest.raises(ValueError, match="holds no autoencoder; with several processes, train it first"):
-        diffusion.find_part(train_slot_diffusion.Args(image_size=32), "autoencoder")
+    FLAGS = [*SMALL, "--max_steps=1", "--save_every=0", "--num_objects", "2", "2"]
+
+    @pytest.fixture(autouse=True)
+    def _in_an_empty_folder(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+
+    @staticmethod
+    def write_parts():
+        slots = SlotAutoencoderModel(SlotAutoencoderConfig(image_size=32, num_slots=3))
+        slots.save_pretrained("runs/train_slots")
+        make_autoencoder("small", sample_size=32).save_pretrained("runs/train_autoencoder")
+        for name in ("train_slots", "train_autoencoder"):
+            known = {
+                "script": f"{name}.py",
+                "args": {"image_size": 32, "style": "plain", "num_slots": 3},
+                "metrics": {},
+            }
+            Path("runs", name, "results.json").write_text(json.dumps(known))
+
+    def test_missing_parts_end_the_run_with_the_commands(self, capsys):
+        with pytest.raises(SystemExit) as stopped:
+            train_slot_diffusion.main(self.FLAGS)
+        message = str(stopped.value)
+        assert "needs the slot encoder in runs/train_slots and the autoencoder in runs/train_autoencoder." in message
+        assert "add --prepare to run them now" in message
+        commands = [line.split() for line in message.splitlines() if line.startswith("    accelerate launch ")]
+        assert [Path(command[2]).relative_to(ROOT).as_posix() for command in commands] == [
+            "scripts/train_slots.py", "scripts/train_autoencoder.py",
+        ]  # fmt: skip
+        slots, latents = ({f"--{flag.strip()}" for flag in " ".join(c[3:]).split("--")[1:]} for c in commands)
+        assert slots == latents | {"--num_slots 3"}  # and only what differs from the defaults of the scripts
+        assert latents == {
+            "--image_size 32", "--num_objects 2 2", "--num_train 32", "--num_test 8", "--cpu_threads 1",
+        }  # fmt: skip
+        assert not Path("runs").exists()
+
+    def test_only_what_is_missing_is_named(self):
+        self.write_parts()
+        Path("runs/train_autoencoder/config.json").unlink()
+        for flags, missing in (([], True), (["--autoencoder=somewhere"], False)):
+            args = train_slot_diffusion.parse_args(train_slot_diffusion.Args, [*SMALL, *flags])
+            if missing:
+                with pytest.raises(SystemExit, match=r"needs the autoencoder in runs/train_autoencoder\. Train"):
+                    slot_diffusion_parts.prepare_parts(args, ROOT / "scripts")
+            else:
+                slot_diffusion_parts.prepare_parts(args, ROOT / "scripts")
+
+    def test_fresh_slots_need_no_slot_autoencoder(self):
+        args = train_slot_diffusion.Args(image_size=32, num_slots=3, slot_encoder="none")
+        with pytest.raises(SystemExit, match="needs the autoencoder in runs/train_autoencoder"):
+            slot_diffusion_parts.prepare_parts(args, ROOT / "scripts")
+
+    def test_other_processes_end_without_the_message(self, monkeypatch):
+        monkeypatch.setenv("RANK", "1")
+        with pytest.raises(SystemExit) as stopped:
+            slot_diffusion_parts.prepare_parts(train_slot_diffusion.Args(), ROOT / "scripts")
+        assert stopped.value.code == 1
+
+    def fake_scripts(self, folder, text):
+        folder.mkdir()
+        for part in slot_diffusion_parts.PARTS.values():
+            (folder / part.script).write_text(text)
+        return folder
+
+    def test_prepare_runs_the_command(self, tmp_path, capfd, monkeypatch):
+        """The child gets the flags of the run, but not the process group of its launcher."""
+        scripts = self.fake_scripts(
+            tmp_path / "scripts",
+            "import json, os, sys\nfrom pathlib import Path\n"
+            "folder = Path('runs', Path(sys.argv[0]).stem)\nfolder.mkdir(parents=True)\n"
+            "(folder / 'config.json').write_text(json.dumps([sys.argv[1:], os.environ.get('WORLD_SIZE')]))\n"
+            "print('trained', folder)\n",
+        )
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setenv("RANK", "0")
+        sizes = {"image_size": 32, "num_slots": 3, "num_objects": [2, 2]}
+        args = train_slot_diffusion.Args(prepare=True, autoencoder="somewhere", **sizes)
+        slot_diffusion_parts.prepare_parts(args, scripts)
+        captured = capfd.readouterr()
+        assert "trained runs/train_slots" in captured.out
+        (shown,) = [line for line in captured.err.splitlines() if line.startswith("$ ")]
+        flags, processes = json.loads(Path("runs/train_slots/config.json").read_text())
+        assert shown.startswith("$ accelerate launch scripts/train_slots.py ")
+        assert shown.split()[4:] == flags and processes != "2"
+        assert {"--image_size 32", "--num_objects 2 2", "--num_slots 3"} == {
+            f"--{flag.strip()}" for flag in " ".join(flags).split("--")[1:]
+        }
+        slot_diffusion_parts.prepare_parts(args, scripts)  # nothing is missing now
+        assert "$ " not in capfd.readouterr().err
+
+    def test_a_child_that_fails_ends_the_run(self, tmp_path, capfd):
+        scripts = self.fake_scripts(tmp_path / "scripts", "raise SystemExit(7)")
+        args = train_slot_diffusion.Args(prepare=True)
+        with pytest.raises(SystemExit) as stopped:
+            slot_diffusion_parts.prepare_parts(args, scripts)
+        error = capfd.readouterr().err
+        assert f"failed with exit status {stopped.value.code}: accelerate launch scripts/train_slots.py" in error
+        assert stopped.value.code not in (0, None)
+        assert "$ accelerate launch scripts/train_autoencoder.py" not in error
+
+    @pytest.mark.slow
+    def test_prepare_trains_the_parts(self, monkeypatch):
+        monkeypatch.setenv("PYTHONPATH", str(ROOT))
+        run = slot_diffusion_parts._run
+        monkeypatch.setattr(slot_diffusion_parts, "_run", lambda command: run([*command, *QUICK]))
+        train_slot_diffusion.main([*self.FLAGS, "--prepare"])
+        for name, slots in (("train_slots", 3), ("train_autoencoder", None)):
+            known = json.loads(Path("runs", name, "results.json").read_text())["args"]
+            assert (known["num_objects"], known["image_size"], known.get("num_slots")) == ([2, 2], 32, slots)
+        assert Path("runs/train_slot_diffusion/model_index.json").is_file()
+
+    def test_parts_in_the_default_folders_are_used(self, capfd):
+        self.write_parts()
+        train_slot_diffusion.main(self.FLAGS)
+        error = capfd.readouterr().err
+        assert "Using the slot encoder in runs/train_slots. --slot_encoder selects another one." in error
+        assert "Using the autoencoder in runs/train_autoencoder." in error
+
+    def test_parts_of_other_data_are_an_error(self):
+        self.write_parts()
+        other = train_slot_diffusion.Args(image_size=32, style="textured", num_slots=3)
+        for name in slot_diffusion_parts.PARTS:
+            match = "was trained with style='plain', but this run has style='textured'. Train another one"
+            with pytest.raises(ValueError, match=match):
+                slot_diffusion_parts.find_part(other, name)
+        with pytest.raises(ValueError, match="was trained with num_slots=3, but this run has num_slots=4"):
+            slot_diffusion_parts.find_part(train_slot_diffusion.Args(image_size=32, num_slots=4), "slot_encoder")
+        Path("runs/train_autoencoder/config.json").unlink()
+        match = (
+            "runs/train_autoencoder has no autoencoder. Train it with `accelerate launch scripts/train_autoencoder.py "
+        )
+        with pytest.raises(ValueError, match=match):
+            slot_diffusion_parts.find_part(train_slot_diffusion.Args(image_size=32), "autoencoder")
 
 
 @pytest.mark.parametrize(
     "flags, sentence",
     [
-        (["--beta_end=0.001"], "beta_start=0.0015 and beta_end=0.001 must rise within 0 to 1"),
+        (["--beta_end=0.001"], "beta_start=0.0015 and beta_end=0.001 must satisfy 0 < beta_start <= beta_end < 1"),
         (["--encoder_learning_rate=0"], "encoder_learning_rate=0.0 must be above 0"),
         (["--broadcast_weight=-1"], "broadcast_weight=-1.0 must be 0 or above"),
         (["--matching_weight=-1"], "matching_weight=-1.0 must be 0 or above"),
@@ -310,7 +461,7 @@ def test_wrong_flags_are_refused_in_a_sentence(flags, sentence, tmp_path, capsys
 
 
 def test_a_missing_autoencoder_is_a_sentence(tmp_path):
-    with pytest.raises(ValueError, match="is no autoencoder of diffusers"):
+    with pytest.raises(ValueError, match="is not an autoencoder of diffusers"):
         train(tmp_path / "run", tmp_path / "nothing")
 
 
@@ -338,7 +489,7 @@ def test_the_published_configuration_is_one_that_can_be():
     fixed = {name: value for name, value in experiment.fixed.items() if name != "mixed_precision"}
     args = train_slot_diffusion.Args(**fixed, cpu_threads=1)
     with torch.device("meta"):
-        model = diffusion.make_model(args, make_autoencoder("clevrtex", kind="vq"))
+        model = slot_diffusion.make_model(args, make_autoencoder("clevrtex", kind="vq"))
     assert model.unet.config.sample_size == 32
     assert list(model.unet.config.attention_resolutions) == [16, 8, 4]
     assert model.slot_encoder.config.slot_dim == model.unet.config.cross_attention_dim == 192

@@ -13,9 +13,10 @@ from transformers import AutoImageProcessor, AutoModel
 from hf_dl.data import idx_files, labeled_images, object_images
 from hf_dl.data.image_arrays import LabeledImages
 from hf_dl.models import ImageVaeConfig, ImageVaeModel
+from hf_dl.recipes import vae
 from hf_dl.reporting.card import read_card
 from scripts import evaluate_vae, train_vae
-from tests.scripts.runs import reset
+from tests.scripts.runs import killed_after, reset
 
 SMALL = "--num_train=64 --num_test=16 --batch_size=16 --warmup_steps=0 --cpu_threads=1".split()
 SMALL += "--widths 4 8 --hidden_size=16".split()
@@ -93,7 +94,7 @@ def test_the_saved_folder_takes_pictures_and_makes_new_ones(finished):
     model, processor = AutoModel.from_pretrained(folder), AutoImageProcessor.from_pretrained(folder)
     data = labeled_images.load("test", num_images=16, size=32)
     pixel_values = processor(images=list(data["image"]), return_tensors="pt")["pixel_values"]
-    ours = evaluate_vae.to_pixel_values(LabeledImages(data).__getitems__(range(16))["image"])
+    ours = vae.to_pixel_values(LabeledImages(data).__getitems__(range(16))["image"])
     assert torch.allclose(pixel_values, ours)
     assert model(pixel_values).reconstruction.shape == (16, 3, 32, 32) and model.sample(2).shape == (2, 3, 32, 32)
 
@@ -108,20 +109,10 @@ def test_evaluating_the_folder_gives_the_same_scores(finished, tmp_path):
     assert (tmp_path / "latent_map.png").is_file() and not (tmp_path / "README.md").exists()
 
 
-def test_killed_and_resumed_it_ends_the_same(finished, tmp_path, monkeypatch):
+def test_killed_and_resumed_it_ends_the_same(finished, tmp_path):
     folder, metrics = finished
-    watch = train_vae.vae.watch
-
-    def die(run, *given):
-        if run.steps == 8:
-            raise MemoryError("killed")
-        return watch(run, *given)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train_vae.vae, "watch", die)
-        with pytest.raises(MemoryError, match="killed"):
-            train(tmp_path, *STEPS)
-    reset()
+    with killed_after(8):
+        train(tmp_path, *STEPS)
     assert train(tmp_path, *STEPS, "--resume") == metrics
     left, right = load_file(folder / "model.safetensors"), load_file(tmp_path / "model.safetensors")
     assert all(torch.equal(left[name], right[name]) for name in left)
@@ -170,14 +161,14 @@ def test_codes_of_few_numbers_are_drawn(tmp_path, latents):
     torch.manual_seed(0)
     model = ImageVaeModel(ImageVaeConfig(architecture="mlp", image_size=32, num_channels=3, latent_size=latents))
     data = LabeledImages(labeled_images.load("test", num_images=16, size=32))
-    evaluate_vae.draw(model, data, tmp_path)
+    vae.draw(model, data, tmp_path)
     assert len(list(tmp_path.glob("*.png"))) == 4
 
 
 def test_many_classes_are_grouped_by_their_last_word():
-    groups, names = evaluate_vae.class_groups(torch.tensor([0, 24]), list(object_images.CLASSES[25]))
+    groups, names = vae.class_groups(torch.tensor([0, 24]), list(object_images.CLASSES[25]))
     assert names == list(object_images.SHAPES) and groups.tolist() == [0, 4]
-    labels, names = evaluate_vae.class_groups(torch.tensor([3, 1]), list(idx_files.FASHION))
+    labels, names = vae.class_groups(torch.tensor([3, 1]), list(idx_files.FASHION))
     assert names == list(idx_files.FASHION) and labels.tolist() == [3, 1]
 
 
@@ -198,7 +189,7 @@ def test_each_architecture_has_its_recipe_and_flags_go_before_it():
         (["--latent_size=0"], "latent_size=0 must be at least 1"),
         (["--likelihood=poisson"], "invalid choice: 'poisson'"),
         (["--beta=-1"], "beta=-1.0 must be at least 0"),
-        (["--kl_warmup=2"], "kl_warmup=2.0 must be a part of the run, 0 to 1"),
+        (["--kl_warmup=2"], "kl_warmup=2.0 must be a fraction of the run, 0 to 1"),
         (["--importance_samples=-1"], "importance_samples=-1 must be 0 or above"),
         (["--num_channels=2"], "num_channels"),
     ],
