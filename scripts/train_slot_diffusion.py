@@ -49,12 +49,12 @@ class Args(slot_diffusion.DiffusionFlags, SceneFlags, TrainingArgs):
 def matching_loss(attention: torch.Tensor, owners: torch.Tensor, *, image_size: int, power: float) -> torch.Tensor:
     """Compute the matching term: the cross-entropy between attention masks and the decoder's segments.
 
-    Without it, the attention of several slots shares the ground, whatever the decoder paints there. SPOT
+    Without it, several slots share the ground in the attention, even if one slot paints it. SPOT
     (Kakogeorgiou et al. 2024) trains the attention of the encoder by the decoder as well.
 
     Let a_k(x) be the attention mask of slot k at pixel x, and S_k the pixels that slot k owns. The term is the mean
-    over images of sum_k w_k L_k / sum_k w_k, with L_k = -mean over x in S_k of log a_k(x) and w_k = |S_k|^power. Most
-    pixels are ground; a power below 1 gives small objects more weight.
+    over images of sum_k w_k L_k / sum_k w_k. L_k is the mean of -log a_k(x) over the pixels of S_k, and the weight w_k
+    is |S_k|^power. Most pixels are ground; a power below 1 gives small objects more weight.
 
     Args:
         attention: (batch, slots, tokens).

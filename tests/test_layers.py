@@ -171,8 +171,6 @@ PROGRAMS = sorted(
     path.relative_to(ROOT).as_posix() for name in ("scripts", "spaces") for path in (ROOT / name).rglob("*.py")
 )
 SCRIPTS = {Path(name).stem for name in PROGRAMS if name.startswith("scripts/")}
-# Not yet moved to the recipes; a name that is here without need fails the test.
-TO_MOVE = {}
 
 
 def find_script_violations(source, name):
@@ -196,7 +194,7 @@ def find_script_violations(source, name):
 
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_scripts_stand_alone(name):
-    assert bool(find_script_violations((ROOT / name).read_text(), name)) == (name in TO_MOVE)
+    assert find_script_violations((ROOT / name).read_text(), name) == []
 
 
 @pytest.mark.parametrize(

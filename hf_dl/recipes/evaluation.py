@@ -1,4 +1,4 @@
-"""What the evaluation scripts of all families share: checked configs, quiet data loading, and evaluation.json.
+"""Shared code of the evaluation scripts: checked configs, quiet data loading, and evaluation.json.
 
 An evaluation script parses its flags, loads a model, calls the recipe of its family, and writes the report:
 

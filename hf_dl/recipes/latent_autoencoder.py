@@ -17,7 +17,7 @@ from torch import nn
 from hf_dl.data.image_arrays import ImageTensors
 from hf_dl.metrics.images import default_features, fid
 from hf_dl.metrics.perceptual import PerceptualDistance
-from hf_dl.models.latent_autoencoder import ARCHITECTURES, decode_latents, encode_latents
+from hf_dl.models.latent_autoencoder import ARCHITECTURES, KINDS, decode_latents, encode_latents
 from hf_dl.reporting.card import LOCAL_ID, run_card
 from hf_dl.reporting.grids import image_grid
 from hf_dl.reporting.plots import plot_run
@@ -48,7 +48,7 @@ class AutoencoderFlags:
     """Flags of the network and of its loss."""
 
     architecture: Literal[tuple(ARCHITECTURES)] = field(default="small", metadata={"help": "Sizes of the network."})
-    kind: Literal["kl", "vq"] = field(
+    kind: Literal[tuple(KINDS)] = field(
         default="kl", metadata={"help": "kl: Gaussian latents. vq: latents from a codebook of 4096 entries."}
     )
     kl_weight: float = field(
@@ -160,8 +160,8 @@ def evaluate(
         gather: Concatenates tensors of all processes. Defaults to a single process.
 
     Returns:
-        `l1` and `mse` for pixels in [-1, 1], `psnr` of the mean squared error in decibels, `perceptual`, and
-        `latent_std`, the standard deviation of all numbers of the scaled latents. For a `VQModel` also `used_codes`,
+        `l1` and `mse` for pixels in [-1, 1], `psnr` of the mean squared error in decibels, and `perceptual`.
+        `latent_std` is the standard deviation of all numbers of the scaled latents. For a `VQModel` also `used_codes`,
         the number of codebook entries in use.
     """
     model.eval()

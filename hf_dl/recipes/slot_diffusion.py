@@ -326,7 +326,7 @@ def make_model(args: Any, autoencoder: AutoencoderKL | VQModel | None = None) ->
 
     Args:
         args: `DiffusionFlags` and `SceneFlags`.
-        autoencoder: The autoencoder of the latents. Defaults to the one that `args.autoencoder` names.
+        autoencoder: The autoencoder of the latents. Defaults to the autoencoder in `args.autoencoder`.
 
     Raises:
         ValueError: If a part is missing, or the parts do not fit together.
@@ -473,10 +473,10 @@ def draw_and_measure(
         args: `DrawFlags`.
 
     Returns:
-        `reconstruction_mse` for pixels in [-1, 1]; `reconstruction_perceptual`; the FID of redrawn images
+        `reconstruction_mse` for pixels in [-1, 1], and `reconstruction_perceptual`. The FID of redrawn images
         (`reconstruction_fid_...`), of compositions with one slot per cluster (`per_cluster_fid_...`), and of
-        compositions with one background (`background_aware_fid_...`); and `drawn_images`, the number of images, which
-        FID depends on.
+        compositions with one background (`background_aware_fid_...`). FID depends on the number of images,
+        `drawn_images`.
     """
     measure = perceptual.load(args.perceptual)
     original = pipe.scheduler

@@ -91,10 +91,10 @@ def evaluate(
         **options: `num_slots` and `num_iterations` for the forward pass of the model.
 
     Returns:
-        The scores, and the decoder masks of the first batch for `failure_to_bind`. The scores are `loss` (mean squared
-        error), `explained_variance` (1 - loss / variance of the pixels around their mean color), ARI, foreground ARI,
-        mIoU and mBO of each mask (`posterior_ari`, ..., `attention_mbo`), and the number of images. The masks of all
-        images start from the same draw of the initial slots.
+        The scores, and the decoder masks of the first batch for `failure_to_bind`, which start from the same draw of
+        the initial slots. `loss` is the mean squared error. `explained_variance` is 1 - loss / variance of the pixels
+        around their mean color. Each mask has ARI, foreground ARI, mIoU and mBO (`posterior_ari`, ...,
+        `attention_mbo`). The scores also have the number of images.
     """
     model.eval()
     columns, first = [], None
@@ -169,9 +169,9 @@ def compose(
 
     Returns:
         The FID of images with one slot per cluster (`per_cluster_fid_...`), of images with one background and several
-        objects (`background_aware_fid_...`), and of the reconstructions (`reconstruction_fid_...`), which is a lower
-        bound for the other two in practice. Also `reconstruction_perceptual`, the perceptual distance of the
-        reconstructions, and `composed_images`, the number of images.
+        objects (`background_aware_fid_...`), and of the reconstructions (`reconstruction_fid_...`). The last one is a
+        lower bound in practice. Also `reconstruction_perceptual`, the perceptual distance of the reconstructions, and
+        `composed_images`, the number of images.
     """
     distance = perceptual.load(measure)
     model.eval()

@@ -1,9 +1,11 @@
 """Variational autoencoders of images: flags, data, model, scores of every convention, figures and report.
 
-Papers and courses call different sums "the VAE loss". The report shows all of them, in nats per image: the summed
-squared error (SSE), half of it, and the binary cross-entropy (BCE), each with and without the KL divergence; the ELBO
-of the model's own likelihood with its constant; and the importance-weighted bound. The training loop is in
-scripts/train_vae.py.
+Papers and courses call different sums "the VAE loss". The report shows all of them, in nats per image:
+
+- the summed squared error (SSE), half of it, and the binary cross-entropy (BCE), each with and without the KL;
+- the ELBO of the model's own likelihood with its constant, and the importance-weighted bound.
+
+The training loop is in scripts/train_vae.py.
 """
 
 import math
@@ -22,7 +24,14 @@ from torch.utils.data import Subset
 from hf_dl.data import labeled_images
 from hf_dl.data.image_arrays import LabeledImages
 from hf_dl.metrics.latents import active_units, posterior_collapse
-from hf_dl.models.image_vae import ImageVaeConfig, ImageVaeModel, ImageVaeProcessor, gaussian_kl
+from hf_dl.models.image_vae import (
+    ARCHITECTURES,
+    LIKELIHOODS,
+    ImageVaeConfig,
+    ImageVaeModel,
+    ImageVaeProcessor,
+    gaussian_kl,
+)
 from hf_dl.reporting.card import format_metric, run_card
 from hf_dl.reporting.experiment import read_curves, read_results
 from hf_dl.reporting.grids import image_grid
@@ -92,10 +101,10 @@ class ImageFlags:
 class VaeFlags:
     """Flags of the network and its likelihood."""
 
-    architecture: Literal["mlp", "conv"] = field(
+    architecture: Literal[tuple(ARCHITECTURES)] = field(
         default="conv", metadata={"help": "Encoder and decoder: dense layers, or convolutions."}
     )
-    likelihood: Literal["bernoulli", "gaussian"] = field(
+    likelihood: Literal[tuple(LIKELIHOODS)] = field(
         default="bernoulli",
         metadata={"help": "Likelihood of the pixels. Its loss is BCE, or SSE / (2 pixel_std^2)."},
     )
@@ -194,7 +203,7 @@ def to_pixel_values(pictures: torch.Tensor, device: torch.device | str = "cpu") 
 
 @torch.no_grad()
 def mean_errors(pixel_values: torch.Tensor, logits: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Compute SSE and BCE of reconstructions for the log, whatever likelihood the model trains with.
+    """Compute SSE and BCE of reconstructions for the log, for both likelihoods.
 
     Args:
         pixel_values: The images, in [0, 1].
@@ -232,11 +241,11 @@ def evaluate(
         gather: Concatenates tensors of all processes. Defaults to a single process.
 
     Returns:
-        Means over the images, in nats: `loss` (the training loss), `sse`, `half_sse`, `bce`, `kl`, each error plus
-        the KL (`sse_plus_kl`, ...), and `elbo` with the constant of the likelihood. `bits_per_dim` is the negative
+        Means over the images, in nats: `loss` (the training loss), `sse`, `half_sse`, `bce`, `kl`, and each error plus
+        the KL (`sse_plus_kl`, ...). `elbo` includes the constant of the likelihood. `bits_per_dim` is the negative
         ELBO per pixel; a gray level counts as an interval of width 1/255 under the Gaussian likelihood. Also
-        `active_units` and `images`. If `importance_samples` is above 0: `iw_gain`, the difference between the
-        importance-weighted bound and the ELBO on the first images, and `iw_bound`, the ELBO of all images plus this
+        `active_units` and `images`. If `importance_samples` is above 0, `iw_gain` is the difference between the
+        importance-weighted bound and the ELBO on the first images. `iw_bound` is the ELBO of all images plus this
         difference.
     """
     model.eval()
@@ -266,7 +275,7 @@ def evaluate(
         scores["bits_per_dim"] += math.log2(255)
     if bounds:
         bound = torch.cat(bounds)[:BOUND_IMAGES].double()
-        gain = (bound - elbo[: len(bound)]).mean()  # its variance over images is far below that of either bound
+        gain = (bound - elbo[: len(bound)]).mean()  # varies less between images than each bound
         scores |= {"iw_bound": elbo.mean() + gain, "iw_gain": gain}
     scores |= {"active_units": active_units(means).sum(), "images": len(sse)}
     return {name: float(value) for name, value in scores.items()}
@@ -329,8 +338,8 @@ def draw(model: ImageVaeModel, test: LabeledImages, folder: Path) -> None:
 def draw_map(model: ImageVaeModel, data: LabeledImages, path: Path, *, side: int = 15) -> Path:
     """Draw the plane of the first two principal components of the posterior means.
 
-    The left panel shows the codes of the images, colored by class. The right panel shows the decoded images of a grid
-    on this plane.
+    The left panel shows the codes of the images, with one color per class. The right panel shows decoded images for a
+    grid on this plane.
 
     Args:
         model: The model.

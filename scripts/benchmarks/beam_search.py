@@ -1,13 +1,17 @@
-"""Our beam search beside that of transformers and one that takes hypothesis after hypothesis, on the same model.
+"""Compare our beam search with the beam search of transformers, and with one forward pass per hypothesis.
 
     scripts/run python scripts/benchmarks/beam_search.py [--output json]
 
-Two minutes. One thread; a BiLSTM with attention of the default sizes with random weights and 170 symbols, 64 problems
-of 20 to 40 words, 10 hypotheses each, 40 steps (the end token is never chosen). CPU seconds are medians of interleaved
-repetitions, the ratio is to ours (expect at least 5 of one by one, at least 1 of transformers' generate), megabytes
-are what one search adds to the memory of a fresh process at its peak (Linux), and "same" is the part of the problems
-for which the same program as ours is found (all but a few, where two hypotheses tie in float32). The last row is ours
-with the grammar, which masks what could not be a program.
+Takes two minutes. All searches use one thread and the same model: a BiLSTM with attention in the default sizes, with
+random weights and 170 symbols. They decode 64 problems of 20 to 40 words with 10 hypotheses and 40 steps. The end
+token is never chosen. The benchmark reports:
+
+- CPU seconds, the median of interleaved repetitions;
+- the ratio to our search. Expected: at least 5 for one pass per hypothesis, and at least 1 for transformers;
+- the megabytes that one search adds to the peak memory of a fresh process (Linux);
+- "same", the fraction of problems with the same program as ours. A few differ because two hypotheses tie in float32.
+
+The last row is our search with the grammar, which masks invalid programs.
 """
 
 import argparse
@@ -24,12 +28,12 @@ from hf_dl.models import ProgramSeq2SeqConfig, ProgramSeq2SeqForConditionalGener
 from hf_dl.models.beam_search import Constraint
 from hf_dl.models.program_config import program_vocabulary
 
-EXPECTED = {"one by one": 5.0, "transformers": 1.0}  # least CPU time, as multiples of ours
+EXPECTED = {"one by one": 5.0, "transformers": 1.0}  # smallest expected CPU time relative to our search
 EXPECTED_SAME = 0.9
 
 
 def make_model() -> ProgramSeq2SeqForConditionalGeneration:
-    """A model with random weights that never ends a program."""
+    """Create a model with random weights that never ends a program."""
     torch.manual_seed(0)
     arities = {f"operation_{i}": 1 + i % 3 for i in range(53)}
     tokens = program_vocabulary(list(arities), [f"const_{i}" for i in range(31)])
@@ -45,7 +49,7 @@ def make_model() -> ProgramSeq2SeqForConditionalGeneration:
 def one_by_one(
     model: ProgramSeq2SeqForConditionalGeneration, inputs: dict[str, torch.Tensor], k: int, steps: int
 ) -> list[list[int]]:
-    """Beam search with one forward pass a hypothesis and lists of Python: the best sequence of each problem."""
+    """Return the best sequence per problem by a beam search with one forward pass per hypothesis."""
     found = []
     for words, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True):
         words = words[None, mask.bool()]
@@ -67,7 +71,7 @@ def one_by_one(
 
 
 def make_calls(problems: int, k: int, steps: int) -> dict[str, Callable[[], list[list[int]]]]:
-    """The searches that are compared: each gives the best program of each problem."""
+    """Return the searches to compare. Each one returns the best program per problem."""
     model = make_model()
     lengths = torch.randint(20, 41, (problems,))
     inputs = {
@@ -89,27 +93,27 @@ def make_calls(problems: int, k: int, steps: int) -> dict[str, Callable[[], list
 
 
 def resident(field: str) -> float:
-    """Memory of this process in megabytes: VmRSS, now, or VmHWM, the most so far (Linux)."""
+    """Return VmRSS (current) or VmHWM (peak) memory of this process in megabytes (Linux)."""
     status = Path("/proc/self/status").read_text()
     return int(status.split(f"{field}:")[1].split()[0]) / 1024
 
 
 def peak_of(name: str, problems: int, k: int, steps: int) -> float:
-    """Megabytes by which a search raises the memory of this process, which must have done nothing before."""
+    """Return the increase of the peak memory of this process by a search, in megabytes. Use a fresh process."""
     torch.set_num_threads(1)
-    make_calls(1, 2, 2)[name]()  # what is loaded at the first call is not counted
+    make_calls(1, 2, 2)[name]()  # the first call loads code
     call = make_calls(problems, k, steps)[name]
-    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = resident("VmRSS")
     call()
     return resident("VmHWM") - before
 
 
 def main(argv: list[str] | None = None) -> dict[str, dict]:
-    """Run all, print a table, and write it as JSON where asked."""
+    """Run all measurements, print a table, and write it as JSON if `--output` is given."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--output", help="JSON file to write")
-    parser.add_argument("--repetitions", type=int, default=5, help="repetitions of each; one by one takes two")
+    parser.add_argument("--repetitions", type=int, default=5, help="repetitions of each search; one by one has two")
     parser.add_argument("--problems", type=int, default=64)
     parser.add_argument("--num_beams", type=int, default=10)
     parser.add_argument("--steps", type=int, default=40)

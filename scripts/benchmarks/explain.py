@@ -1,14 +1,14 @@
-"""Grad-CAM beside the PyPI package `grad-cam`, and attention maps beside eager attention, in one run.
+"""Compare Grad-CAM with the PyPI package `grad-cam`, and recorded attention maps with eager attention.
 
     scripts/run --group benchmark python scripts/benchmarks/explain.py [--output json]
 
-Two minutes on two cores. On one thread, CPU milliseconds an image of interleaved repetitions:
+Takes two minutes on two cores. The benchmark reports CPU milliseconds per image on one thread, the median of
+interleaved repetitions:
 
-- the forward pass, Grad-CAM by the package and by ours of a network of the size of ResNet-50 (that of transformers,
-  random weights) at 224x224, one layer and the last four blocks; expect ours at least 2 times as fast, maps equal to
-  1e-4;
-- a ViT of base width (six blocks, random weights) at 224x224: the forward pass, the CLS attention of all layers by
-  ours under SDPA, and by the model itself with eager attention.
+- ResNet-50 with random weights at 224x224: the forward pass, Grad-CAM by the package, and Grad-CAM by hf_dl, for one
+  layer and for the last four blocks. Expected: hf_dl is at least 2 times as fast, and the maps are equal up to 1e-4;
+- a ViT of base width with six blocks and random weights at 224x224: the forward pass, CLS attention of all layers by
+  hf_dl with SDPA, and CLS attention by the model with eager attention.
 """
 
 import argparse
@@ -30,7 +30,7 @@ CLASS = 3
 
 
 class Logits(nn.Module):
-    """What the package needs: a network that returns bare logits."""
+    """A network that returns logits as a tensor, as the package expects."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -42,7 +42,7 @@ class Logits(nn.Module):
 
 
 def time_steps(steps: dict[str, Callable[[], object]], repetitions: int, images: int) -> dict[str, float]:
-    """Median CPU milliseconds an image of each, interleaved so that all feel the same machine."""
+    """Return the median CPU milliseconds per image of each step. The repetitions are interleaved."""
     seconds = {name: [] for name in steps}
     for repetition in range(repetitions + 1):
         for name, step in steps.items():
@@ -54,7 +54,7 @@ def time_steps(steps: dict[str, Callable[[], object]], repetitions: int, images:
 
 
 def compare_grad_cam(layers: int, repetitions: int, batch: int) -> dict[str, float]:
-    """Grad-CAM of the last blocks of a ResNet-50-sized network."""
+    """Measure Grad-CAM for the last blocks of a network of the size of ResNet-50."""
     torch.manual_seed(0)
     model = ResNetForImageClassification(ResNetConfig(num_labels=1000)).eval()
     images = torch.randn(batch, 3, 224, 224)
@@ -82,7 +82,7 @@ def compare_grad_cam(layers: int, repetitions: int, batch: int) -> dict[str, flo
 
 
 def compare_attention(repetitions: int, batch: int) -> dict[str, float]:
-    """The CLS attention of all layers of a vision transformer."""
+    """Measure the CLS attention of all layers of a vision transformer."""
     torch.manual_seed(0)
     config = ViTConfig(num_hidden_layers=6)
     model = ViTForImageClassification(config).eval()
@@ -111,11 +111,11 @@ def compare_attention(repetitions: int, batch: int) -> dict[str, float]:
 
 
 def main(argv: list[str] | None = None) -> dict[str, dict]:
-    """Run all, print a table, and write it as JSON where asked."""
+    """Run all measurements, print a table, and write it as JSON if `--output` is given."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--output", help="JSON file to write")
     parser.add_argument("--repetitions", type=int, default=7, help="repetitions of each step")
-    parser.add_argument("--batch_size", type=int, default=4, help="images at a time")
+    parser.add_argument("--batch_size", type=int, default=4, help="batch size")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     results = {

@@ -1,13 +1,18 @@
-"""Our normalization layers beside torch's own, in one run.
+"""Compare our normalization layers with the layers of torch.
 
     scripts/run python scripts/benchmarks/norms.py [--output json]
 
-Half a minute. Forward and backward (input and parameters) in training mode and float32, at 32 images of 16 channels
-and 128x128 pixels and at 32 of 64 and 32x32: CPU milliseconds of interleaved repetitions, on one thread unless told
-otherwise, their ratio to torch's (expect at most 1.3 for batch, and at the large shape 1.6 for instance and group;
-batch-instance, which torch lacks, below 1 beside a batch norm and an instance norm of torch's mixed by a gate), the
-largest difference of results and gradients, and at the large shape the peak of memory (expect at most 1.2). At the
-small shape torch's group and layer norm stay ahead: all of their input fits the cache, where our passes are counted.
+Takes half a minute. Each step is forward and backward (input and parameters) in training mode and float32. The large
+shape has 32 images of 16 channels and 128x128 pixels, the small one 32 images of 64 channels and 32x32 pixels. The
+benchmark reports:
+
+- CPU milliseconds, the median of interleaved repetitions, on one thread by default;
+- the ratio to torch. Expected: at most 1.3 for batch, and at the large shape at most 1.6 for instance and group. Torch
+  has no batch-instance norm; expected is a ratio below 1 to a gated mix of two torch layers;
+- the largest difference between results and gradients;
+- the peak memory at the large shape. Expected: at most 1.2 times as much as torch.
+
+At the small shape, group and layer norm of torch are faster: the whole input fits into the cache.
 """
 
 import argparse
@@ -24,7 +29,7 @@ from hf_dl.models.layers_norm import make_norm
 
 SHAPES = ((32, 16, 128, 128), (32, 64, 32, 32))
 GROUPS = 8
-# Largest ratio of milliseconds at each shape; None where nothing is promised.
+# Largest expected ratio of milliseconds at each shape; None: no expectation.
 EXPECTED = {
     "batch": (1.3, 1.3),
     "instance": (1.6, None),
@@ -36,7 +41,7 @@ EXPECTED_MEMORY = 1.2
 
 
 class TwoCalls(nn.Module):
-    """Batch-instance normalization from a batch norm and an instance norm of torch's."""
+    """Batch-instance normalization made of a batch norm and an instance norm of torch."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -45,7 +50,7 @@ class TwoCalls(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Mix the two."""
+        """Mix the results of both layers."""
         weight, bias, gate = (parameter[:, None, None] for parameter in (self.weight, self.bias, self.gate))
         return weight * (gate * self.batch(x) + (1 - gate) * self.instance(x)) + bias
 
@@ -60,7 +65,7 @@ TORCHS: dict[str, Callable[[int], nn.Module]] = {
 
 
 class Step:
-    """Forward and backward of a layer at one shape."""
+    """Forward and backward pass of a layer at one shape."""
 
     def __init__(self, layer: nn.Module, shape: tuple[int, ...]):
         draw = torch.Generator().manual_seed(0)
@@ -69,7 +74,7 @@ class Step:
         self.gradient = torch.randn(shape, generator=draw)
 
     def __call__(self) -> torch.Tensor:
-        """Take the step; the gradients are in place afterwards."""
+        """Run the step and leave the gradients in place."""
         self.x.grad = None
         self.layer.zero_grad()
         y = self.layer(self.x)
@@ -77,13 +82,13 @@ class Step:
         return y
 
     def results(self) -> list[torch.Tensor]:
-        """The result and the gradients of x, and of scale and shift for each pixel."""
+        """Return the result, the gradient of x, and the gradients of scale and shift per pixel."""
         y, pixels = self().detach(), self.x.numel() / self.x.shape[1]
         return [y, self.x.grad, self.layer.weight.grad / pixels, self.layer.bias.grad / pixels]
 
 
 def time_steps(steps: list[Step], repetitions: int) -> list[float]:
-    """Median milliseconds of each, of the CPU on one thread; interleaved, so that all feel the same machine."""
+    """Return the median milliseconds of each step: CPU time on one thread, wall time on several threads."""
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     milliseconds: list[list[float]] = [[] for _ in steps]
     for repetition in range(repetitions + 3):
@@ -96,23 +101,23 @@ def time_steps(steps: list[Step], repetitions: int) -> list[float]:
 
 
 def resident(field: str) -> float:
-    """Memory of this process in megabytes: VmRSS, now, or VmHWM, the most so far (Linux)."""
+    """Return VmRSS (current) or VmHWM (peak) memory of this process in megabytes (Linux)."""
     status = Path("/proc/self/status").read_text()
     return int(status.split(f"{field}:")[1].split()[0]) / 1024
 
 
 def peak_of(step: Step) -> float:
-    """Megabytes by which a step raises the memory of this process at its peak."""
+    """Return the increase of the peak memory of this process by a step, in megabytes."""
     step()
     step.x.grad = None
-    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = resident("VmRSS")
     step()
     return resident("VmHWM") - before
 
 
 def compare(norm: str, shape: tuple[int, ...], repetitions: int) -> dict[str, float]:
-    """Ours beside torch's: milliseconds, megabytes and the largest difference."""
+    """Compare our layer with torch: milliseconds, megabytes and the largest difference."""
     channels = shape[1]
     layer = make_norm(norm, channels, num_groups=GROUPS)
     ours, theirs = Step(layer, shape), Step(TORCHS[norm](channels), shape)
@@ -124,7 +129,7 @@ def compare(norm: str, shape: tuple[int, ...], repetitions: int) -> dict[str, fl
         "ratio": round(milliseconds[0] / milliseconds[1], 2),
         "largest_difference": max((a - b).abs().max().item() for a, b in differences),
     }
-    if shape == SHAPES[0]:  # smaller ones come from memory that the process already has
+    if shape == SHAPES[0]:  # smaller tensors reuse memory of the process
         megabytes = [peak_of(step) for step in (ours, theirs)]
         result |= {
             "peak_mb": round(megabytes[0], 1),
@@ -135,11 +140,11 @@ def compare(norm: str, shape: tuple[int, ...], repetitions: int) -> dict[str, fl
 
 
 def main(argv: list[str] | None = None) -> dict[str, dict]:
-    """Run all, print a table, and write it as JSON where asked."""
+    """Run all measurements, print a table, and write it as JSON if `--output` is given."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--output", help="JSON file to write")
     parser.add_argument("--repetitions", type=int, default=15, help="repetitions of each step")
-    parser.add_argument("--threads", type=int, default=1, help="threads of torch; wall time where more than one")
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch; above 1, wall time is measured")
     args = parser.parse_args(argv)
 
     before = torch.get_num_threads()

@@ -1,10 +1,10 @@
-"""Speed and peak memory of the scene renderer and of the dataset made from it.
+"""Measure the speed and the peak memory of the scene renderer and of the dataset of scenes.
 
     scripts/run python scripts/benchmarks/scenes.py
 
-Every line is measured in a process of its own, so that memory and thread settings are its own: two minutes on two
-idle cores. On a busy machine read the column of CPU seconds. The line to look at: plain 64x64 scenes through `load`
-on two threads, at least 150 a second.
+Takes two minutes on two idle cores. Each row is measured in its own process, so that rows do not share memory or
+thread settings. On a busy machine, compare the CPU seconds. The goal is at least 150 plain 64x64 scenes per second
+through `load` on two threads.
 """
 
 import argparse
@@ -28,7 +28,7 @@ OBJECTS = {"plain": (2, 4), "textured": (3, 6)}
 
 
 def render(style: str, size: int, count: int) -> tuple[float, float]:
-    """Seconds by the clock and of the processors for rendering images and masks, without PNG files and words."""
+    """Return wall seconds and CPU seconds of rendering images and masks, without PNG encoding and captions."""
     drawn = [scenes.sample_scene(i, style=style, num_objects=OBJECTS[style]) for i in range(2 * count)]
     drawn = [scene for scene in drawn if scene is not None][:count]
     scenes.render(drawn[:2], size)
@@ -38,7 +38,7 @@ def render(style: str, size: int, count: int) -> tuple[float, float]:
 
 
 def load(style: str, size: int, count: int) -> tuple[float, float]:
-    """The same of `load`: drawing, rejecting, rendering, describing, encoding to PNG, writing to the cache."""
+    """Return wall seconds and CPU seconds of `load`, which samples, renders, describes, encodes and caches scenes."""
     with tempfile.TemporaryDirectory() as cache:
         datasets.config.HF_DATASETS_CACHE = Path(cache)
         datasets.disable_progress_bars()
@@ -52,7 +52,7 @@ def load(style: str, size: int, count: int) -> tuple[float, float]:
 
 
 def measure(what: str, style: str, size: int, threads: int, count: int) -> dict:
-    """One line of the table."""
+    """Measure one row of the table."""
     torch.set_num_threads(threads)
     seconds, cpu = {"render": render, "load": load}[what](style, size, count)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> dict:
             for size in (64, 128):
                 for threads in (1, 2):
                     count = max(8, int(args.scale * {64: 1024, 128: 256}[size] / (1 if style == "plain" else 3)))
-                    # spawned, not forked: nothing of this process counts in the other's memory
+                    # spawn, not fork: the child must not inherit the memory of this process
                     with multiprocessing.get_context("spawn").Pool(1) as pool:
                         line = pool.apply(measure, (what, style, size, threads, count))
                     lines.append(line)

@@ -1,11 +1,11 @@
-"""ARI of 1,000 masks of 128 x 128: ours, for the whole batch, beside a loop over scikit-learn's adjusted_rand_score.
+"""Compare the adjusted Rand index of 1,000 masks of 128 x 128 pixels with a loop over scikit-learn.
 
     scripts/run python scripts/benchmarks/segmentation.py [--output json]
 
-About 30 s on one CPU thread. Prints CPU seconds (the best of a few repetitions, interleaved so that both feel the same
-machine), their ratio (expect 40 or more for masks of bytes, and some 25 for those of 64-bit numbers, where reading
-memory takes the time), the largest difference of the scores, and the memory that each needs beyond the masks. Two
-kinds of masks: "regions", in which neighbors mostly agree as in real masks, and "noise".
+Takes about 30 s on one CPU thread. The benchmark reports CPU seconds (the minimum of interleaved repetitions) and
+their ratio. Expected: at least 40 for uint8 masks, and about 25 for int64 masks, where memory bandwidth is the limit. It
+also reports the largest difference between the scores, and the peak memory without the masks. Neighboring pixels mostly
+have the same label in masks of kind "regions", as in real masks, and independent labels in masks of kind "noise".
 """
 
 import argparse
@@ -26,7 +26,7 @@ NUM_MASKS, SIZE, PREDICTED, TRUE = 1000, 128, 11, 7
 
 
 def make_masks(kind: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Predicted and true masks, (NUM_MASKS, SIZE, SIZE); a third of the predicted pixels are right."""
+    """Return predicted and true masks, (NUM_MASKS, SIZE, SIZE). A third of the predicted pixels are correct."""
     generator = torch.Generator().manual_seed(0)
     cell = 1 if kind == "noise" else 16
     masks = [
@@ -39,32 +39,32 @@ def make_masks(kind: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tenso
 
 
 def ours(prediction: torch.Tensor, target: torch.Tensor) -> np.ndarray:
-    """One call for all masks."""
+    """Score all masks in one call."""
     return adjusted_rand_index(prediction, target).numpy()
 
 
 def sklearn(prediction: torch.Tensor, target: torch.Tensor) -> np.ndarray:
-    """One call a mask."""
+    """Score each mask in its own call."""
     pairs = zip(target.numpy(), prediction.numpy(), strict=True)
     return np.array([adjusted_rand_score(t.ravel(), p.ravel()) for t, p in pairs])
 
 
 def cpu_seconds(function: Callable[[], np.ndarray]) -> float:
-    """CPU time of one call."""
+    """Return the CPU time of one call."""
     start = time.process_time()
     function()
     return time.process_time() - start
 
 
 def peak() -> float:
-    """Largest resident memory of this process so far, in megabytes (Linux)."""
-    # Not getrusage: its peak is inherited from the parent process.
+    """Return the largest resident memory of this process so far, in megabytes (Linux)."""
+    # resource.getrusage does not work here: a child process inherits the peak of its parent.
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
 
 def peak_megabytes(method: Callable, kind: str, dtype: torch.dtype, queue: multiprocessing.Queue) -> None:
-    """Put how far one call raises the peak memory of this process."""
+    """Put the increase of the peak memory of this process by one call, in megabytes."""
     torch.set_num_threads(1)
     masks = make_masks(kind, dtype)
     method(*(m[:1] for m in masks))  # first calls load code
@@ -74,7 +74,7 @@ def peak_megabytes(method: Callable, kind: str, dtype: torch.dtype, queue: multi
 
 
 def measured_in_a_fresh_process(*arguments: object) -> float:
-    """`peak_megabytes` where nothing else has raised the peak."""
+    """Return the result of `peak_megabytes` in a fresh process."""
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
     process = context.Process(target=peak_megabytes, args=(*arguments, queue))
@@ -85,7 +85,7 @@ def measured_in_a_fresh_process(*arguments: object) -> float:
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
-    """Measure and print."""
+    """Run all measurements and print them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3, help="repetitions of the scikit-learn loop")
     parser.add_argument("--output", choices=["text", "json"], default="text", help="what to print")

@@ -1,14 +1,18 @@
-"""The slot U-Net beside diffusers' `UNet2DConditionModel`, and what kept latents save, in one run.
+"""Compare the slot U-Net with `UNet2DConditionModel` of diffusers, and cached latents with recomputed latents.
 
     scripts/run python scripts/benchmarks/slot_diffusion.py [--architecture small] [--output json]
 
-Both have the same widths, layers a level and attention resolutions. On one thread: CPU milliseconds of interleaved
-training steps (forward, backward, Adam) and sampling steps (forward alone), the most that tensors take in one of them
-beside weights and optimizer, and by how much two steps raise the peak of a fresh process (median of five, which are
-megabytes apart); both again as channels_last. Then a step of train_slot_diffusion.py with kept latents beside one that
-encodes each image anew, in the default sizes and in the published ones: in time, and in floating-point operations,
-which do not depend on how well a machine does each of them. The aims are no more time, no more memory, and 0.8 of the
-time with kept latents.
+Both networks have the same widths, layers per level and attention resolutions, and each is also measured as
+channels_last. The benchmark uses one thread and reports, for training steps (forward, backward, Adam) and sampling
+steps (forward):
+
+- CPU milliseconds, the median of interleaved repetitions;
+- the peak memory of the tensors in a step, without weights and optimizer state;
+- the increase of the peak memory of a fresh process by two steps, the median of five processes.
+
+Then it measures a training step of slot diffusion in time and in floating-point operations, with cached latents and
+with images that are encoded in each step. It uses the default sizes and the published sizes. The goals are
+at most the time and the memory of diffusers, and 0.8 of the time with cached latents.
 """
 
 import argparse
@@ -45,14 +49,14 @@ Steps = dict[str, Callable[[], object]]
 
 
 def make_network(name: str, architecture: str) -> torch.nn.Module:
-    """One of `NETWORKS`, with weights of a fixed seed."""
+    """Create one of `NETWORKS` with a fixed seed."""
     torch.manual_seed(0)
     kind, memory_format = NETWORKS[name]
     return slot_diffusion.make_unet(kind, ARCHITECTURES[architecture]).to(memory_format=memory_format)
 
 
 def make_steps(name: str, architecture: str, batch: int) -> Steps:
-    """A training step and a sampling step of a network, on random inputs."""
+    """Return a training step and a sampling step of a network, on random inputs."""
     network, fields = make_network(name, architecture), ARCHITECTURES[architecture]
     size, generator = fields["sample_size"], torch.Generator().manual_seed(1)
     noisy = torch.randn(batch, 3, size, size, generator=generator).to(memory_format=NETWORKS[name][1])
@@ -75,7 +79,7 @@ def make_steps(name: str, architecture: str, batch: int) -> Steps:
 
 
 def time_steps(steps: Steps, repetitions: int) -> dict[str, float]:
-    """Median CPU milliseconds of each, interleaved so that all feel the same machine."""
+    """Return the median CPU milliseconds of each step. The repetitions are interleaved."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for repetition in range(repetitions + 2):
         for name, step in steps.items():
@@ -87,8 +91,8 @@ def time_steps(steps: Steps, repetitions: int) -> dict[str, float]:
 
 
 def tensor_memory(step: Callable[[], object]) -> float:
-    """The most megabytes that tensors take in a step, beside those that were there before."""
-    step()  # makes the optimizer's state, and gradients
+    """Return the peak memory of the tensors that a step allocates, in megabytes."""
+    step()  # allocates the optimizer state and the gradients
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
     with tempfile.TemporaryDirectory() as folder:
@@ -100,7 +104,7 @@ def tensor_memory(step: Callable[[], object]) -> float:
 
 
 def count_operations(step: Callable[[], object]) -> int:
-    """Floating-point operations of the matrix products, convolutions and attention of a step, backward included."""
+    """Count the floating-point operations of a step in matrix products, convolutions and attention."""
     with FlopCounterMode(display=False) as counter:
         step()
     return counter.get_total_flops()
@@ -114,9 +118,9 @@ def peak_megabytes() -> float:
 
 
 def put_memory(name: str, what: str, architecture: str, batch: int, queue: multiprocessing.Queue) -> None:
-    """Put how many megabytes two steps raise the peak memory of this process: the second has Adam's state already."""
+    """Put the increase of the peak memory of this process by two steps (the second has Adam's state), in MB."""
     torch.set_num_threads(1)
-    for warm_up in ("diffusers", "ours"):  # a process that takes its first steps loads code
+    for warm_up in ("diffusers", "ours"):  # the first steps of a process load code
         make_steps(warm_up, architecture, 1)[what]()
     step = make_steps(name, architecture, batch)[what]
     before = peak_megabytes()
@@ -126,7 +130,7 @@ def put_memory(name: str, what: str, architecture: str, batch: int, queue: multi
 
 
 def memory_of(name: str, what: str, architecture: str, batch: int, processes: int = 5) -> float:
-    """`put_memory` in fresh processes, one after another, where nothing else has raised the peak: the median."""
+    """Return the median of `put_memory` over several fresh processes."""
     context, found = multiprocessing.get_context("spawn"), []
     for _ in range(processes):
         queue = context.Queue()
@@ -181,12 +185,12 @@ def make_latent_steps(architecture: str, batch: int) -> Steps:
 
 
 def main(argv: list[str] | None = None) -> dict[str, dict]:
-    """Run all, print a table, and write it as JSON where asked."""
+    """Run all measurements, print a table, and write it as JSON if `--output` is given."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--architecture", choices=sorted(ARCHITECTURES), default="small", help="sizes of the U-Nets")
-    parser.add_argument("--batch", type=int, default=16, help="examples of a step")
+    parser.add_argument("--batch", type=int, default=16, help="batch size")
     parser.add_argument("--repetitions", type=int, default=15, help="repetitions of each step")
-    parser.add_argument("--no_published", action="store_true", help="leave out latents in the published sizes")
+    parser.add_argument("--no_published", action="store_true", help="skip the latents in the published sizes")
     parser.add_argument("--output", help="JSON file to write")
     args = parser.parse_args(argv)
 

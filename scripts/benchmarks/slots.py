@@ -1,11 +1,12 @@
-"""Slot attention beside the PyPI package `slot-attention`, and the rates of what surrounds it, in one run.
+"""Compare slot attention with the PyPI package `slot-attention`, and measure the speed of scene rendering.
 
     scripts/run --group benchmark python scripts/benchmarks/slots.py [--output json]
 
-Two minutes on two cores. Forward and backward (inputs and all weights) at batch 16, 1,024 tokens of 64 channels, 7
-slots, 3 iterations, on one thread: CPU seconds of interleaved repetitions, their ratio to the package's (expect at
-least 1.3 with the full gradient, 2.5 with implicit differentiation), the largest difference of the results when ours
-is given its weights, and peak memory. Then the rate of scene rendering.
+Takes two minutes on two cores. Each step is forward and backward (inputs and all weights) at batch size 16, with 1,024
+tokens of 64 channels, 7 slots and 3 iterations, on one thread. The benchmark reports CPU milliseconds (median of
+interleaved repetitions) and the ratio to the package. Expected: at least 1.3 with the full gradient and 2.5 with
+implicit differentiation. It also reports the largest difference between the results with equal weights, the peak
+memory, and rendered scenes per second.
 """
 
 import argparse
@@ -26,7 +27,7 @@ BATCH, TOKENS, DIM, SLOTS, ITERATIONS = 16, 1024, 64, 7, 3
 
 
 def make_pair() -> tuple[PeerSlotAttention, SlotAttention]:
-    """The package's module and ours with its weights."""
+    """Return the module of the package, and ours with the same weights."""
     torch.manual_seed(0)
     peer = PeerSlotAttention(num_slots=SLOTS, dim=DIM, iters=ITERATIONS, hidden_dim=2 * DIM)
     ours = SlotAttention(DIM, DIM, mlp_dim=2 * DIM, qkv_bias=True)
@@ -34,14 +35,14 @@ def make_pair() -> tuple[PeerSlotAttention, SlotAttention]:
     weights = {}
     for name, tensor in peer.state_dict().items():
         module, _, rest = name.partition(".")
-        if rest:  # the two without are the Gaussian of the initial slots
+        if rest:  # the other two are the Gaussian of the initial slots
             weights[f"{names.get(module, module)}.{rest}"] = tensor
     ours.load_state_dict(weights)
     return peer, ours
 
 
 def make_steps() -> dict[str, Callable[[], torch.Tensor]]:
-    """Forward and backward of each, from the same initial slots; returns the slots."""
+    """Return a forward and backward step per module. The steps start from equal slots and return the final slots."""
     peer, ours = make_pair()
     inputs = torch.randn(BATCH, TOKENS, DIM, generator=torch.Generator().manual_seed(1))
 
@@ -72,7 +73,7 @@ def make_steps() -> dict[str, Callable[[], torch.Tensor]]:
 
 
 def time_steps(repetitions: int) -> dict[str, float]:
-    """Median CPU milliseconds of each, interleaved so that all feel the same machine."""
+    """Return the median CPU milliseconds of each step. The repetitions are interleaved."""
     steps = make_steps()
     seconds = {name: [] for name in steps}
     for repetition in range(repetitions + 3):
@@ -92,7 +93,7 @@ def peak_megabytes() -> float:
 
 
 def put_memory(name: str, queue: multiprocessing.Queue) -> None:
-    """Put how many megabytes one step raises the peak memory of this process."""
+    """Put the increase of the peak memory of this process by one step, in megabytes."""
     torch.set_num_threads(1)
     step = make_steps()[name]
     before = peak_megabytes()
@@ -101,7 +102,7 @@ def put_memory(name: str, queue: multiprocessing.Queue) -> None:
 
 
 def memory_of(name: str) -> float:
-    """`put_memory` in a fresh process, where nothing else has raised the peak."""
+    """Return the result of `put_memory` in a fresh process."""
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
     process = context.Process(target=put_memory, args=(name, queue))
@@ -112,7 +113,7 @@ def memory_of(name: str) -> float:
 
 
 def scenes_per_second(style: str, size: int, count: int = 256) -> float:
-    """Rate of drawing, rendering and describing scenes on all threads."""
+    """Return how many scenes per second are drawn, rendered and described on all threads."""
     list(scenes.load("test", style=style, size=size, num_scenes=32, seed=1, streaming=True))
     start = time.perf_counter()
     list(scenes.load("test", style=style, size=size, num_scenes=count, streaming=True))
@@ -120,7 +121,7 @@ def scenes_per_second(style: str, size: int, count: int = 256) -> float:
 
 
 def main(argv: list[str] | None = None) -> dict[str, dict]:
-    """Run all, print a table, and write it as JSON where asked."""
+    """Run all measurements, print a table, and write it as JSON if `--output` is given."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--output", help="JSON file to write")
     parser.add_argument("--repetitions", type=int, default=40, help="repetitions of each step")

@@ -1,16 +1,17 @@
-"""Output layers over 10^2 to 10^6 classes: time and memory of a step, and of finding the best class, in one run.
+"""Compare output heads for 10^2 to 10^6 classes: time and memory of a step, and time of a prediction.
 
     scripts/run python scripts/benchmarks/softmax_heads.py [--output json] [--figure svg]
 
-Forward and backward of a batch of 256 hidden states of 128 channels in float32, with targets drawn evenly and by
-Zipf's law (probability proportional to 1 / rank; the Huffman trees and the adaptive softmax know the law). Times are
-CPU milliseconds on one thread unless told otherwise, medians; megabytes are what a step raises the memory of the
-process by, gradients included. The full softmax of a million classes needs 5 GB and 5 seconds a step;
-`--classes 100 1000 10000` leaves it out.
+Each step is forward and backward for 256 hidden states of 128 channels in float32. Targets are drawn uniformly and by
+Zipf's law (probability proportional to 1 / rank). Huffman trees and the adaptive softmax know these frequencies. Times
+are the median CPU milliseconds, on one thread by default. Memory is the increase of the process by a step with its
+gradients, in megabytes. The full softmax of a million classes needs 5 GB and 5 seconds per step;
+`--classes 100 1000 10000` skips it.
 
-Expect: hierarchical with sparse gradients and Zipf targets at least 400 times as fast as the full softmax at 10^5
-classes and 4000 times at 10^6, ahead of it from some hundred classes on; with dense gradients some ten times, as a
-gradient of all rows is written; our adaptive softmax as fast as torch's. The figure marks where the lines cross.
+Expected: with sparse gradients and Zipf targets, the hierarchical softmax is at least 400 times as fast as the full
+softmax at 10^5 classes, 4000 times at 10^6, and faster from some hundred classes on. With dense gradients it is about
+10 times as fast, because the gradient of all rows is written. Our adaptive softmax is as fast as torch's. The
+figure marks where the lines cross.
 """
 
 import argparse
@@ -39,44 +40,44 @@ BATCH, DIM = 256, 128
 CLASSES = (100, 1000, 10_000, 100_000, 1_000_000)
 LAWS = ("zipf", "uniform")
 EXPECTED = {100_000: 400, 1_000_000: 4000}  # full softmax / hierarchical, sparse, Zipf
-EXPECTED_ADAPTIVE = 1.1  # ours / torch's, with room for the noise of the clock
-PAIRS = 40  # turns of the two adaptive ones, at least: fewer leave their ratio uncertain by a tenth
-TIMES = "full softmax"  # what all are compared with
+EXPECTED_ADAPTIVE = 1.1  # largest ratio of our time to torch, with a margin for noise
+PAIRS = 40  # fewest repetitions of the two adaptive heads; with fewer, their ratio is uncertain by 10 %
+TIMES = "full softmax"  # the baseline of all ratios
 
 
 class Linear(nn.Module):
-    """torch's own: a linear layer and a cross-entropy."""
+    """The baseline of torch: a linear layer and a cross-entropy."""
 
     def __init__(self, classes: int):
         super().__init__()
         self.linear = nn.Linear(DIM, classes)
 
     def forward(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """The loss."""
+        """Compute the loss."""
         return F.cross_entropy(self.linear(hidden), labels)
 
     def predict(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The best class."""
+        """Return the most probable class."""
         return self.linear(hidden).argmax(1)
 
 
 class TorchAdaptive(nn.AdaptiveLogSoftmaxWithLoss):
-    """torch's own adaptive softmax; its loss alone."""
+    """The adaptive softmax of torch, which returns only the loss."""
 
     def forward(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """The loss."""
+        """Compute the loss."""
         return super().forward(hidden, labels).loss
 
 
 def cutoffs_of(classes: int) -> dict:
-    """The same for both adaptive softmaxes; at a million classes div_value=4 would leave the last tail 2 channels."""
+    """Return cutoffs for both adaptive softmaxes; div_value=4 would leave 2 channels for the last of three tails."""
     known = {100: [20, 50], 1000: [100, 400], 10_000: [1000, 4000], 100_000: [2000, 20_000]}
     cutoffs = known.get(classes, [2000, 20_000, 200_000] if classes > 200_000 else [classes // 5, classes // 2])
     return {"cutoffs": cutoffs, "div_value": 2.0 if len(cutoffs) > 2 else 4.0}
 
 
 def makers(classes: int, share: np.ndarray) -> dict[str, Callable[[], nn.Module]]:
-    """What is compared; `share` is how often each class occurs, falling."""
+    """Return constructors of the heads to compare. `share` is the frequency per class, in descending order."""
     return {
         TIMES: lambda: SoftmaxHead(DIM, classes),
         "nn.Linear + cross_entropy": lambda: Linear(classes),
@@ -94,33 +95,33 @@ SAME_FOR_ALL_LAWS = (TIMES, "nn.Linear + cross_entropy", "Gumbel")
 
 
 def clock() -> float:
-    """Seconds of the CPU on one thread, of the wall on several."""
+    """Return CPU seconds on one thread, and wall seconds on several threads."""
     return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
 class Step:
-    """Forward and backward of a head."""
+    """Forward and backward pass of a head."""
 
     def __init__(self, head: nn.Module, labels: torch.Tensor):
         self.head, self.labels = head, labels
         self.hidden = torch.randn(BATCH, DIM, generator=torch.Generator().manual_seed(0)).requires_grad_()
 
     def __call__(self) -> None:
-        """Take it; the gradients are in place afterwards."""
+        """Run the step and leave the gradients in place."""
         self.hidden.grad = None
         for parameter in self.head.parameters():
             parameter.grad = None
         self.head(self.hidden, self.labels).backward()
 
     def seconds(self) -> float:
-        """How long it took."""
+        """Return the time of one step."""
         start = clock()
         self()
         return clock() - start
 
     @torch.no_grad()
     def predict_seconds(self) -> float:
-        """How long the best class of each row takes, with weights as large as after training."""
+        """Return the time of finding the best class per row, with weights as large as after training."""
         for parameter in self.head.parameters():
             if parameter.ndim > 1:
                 parameter.normal_(std=0.3)
@@ -133,30 +134,30 @@ class Step:
 
 
 def resident(field: str) -> float:
-    """Memory of this process in megabytes: VmRSS, now, or VmHWM, the most so far (Linux)."""
+    """Return VmRSS (current) or VmHWM (peak) memory of this process in megabytes (Linux)."""
     status = Path("/proc/self/status").read_text()
     return int(status.split(f"{field}:")[1].split()[0]) / 1024
 
 
 def peak_of(step: Step) -> float:
-    """Megabytes by which a step, gradients included, raises the memory of this process at its peak."""
+    """Return the increase of the peak memory of this process by a step with its gradients, in megabytes."""
     for parameter in (step.hidden, *step.head.parameters()):
         parameter.grad = None
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)  # what was freed goes back, or the step would reuse it unseen
-    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # return freed memory, which the step would reuse
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = resident("VmRSS")
     step()
     return resident("VmHWM") - before
 
 
 def repetitions_for(seconds: float, most: int) -> int:
-    """Few repetitions of slow steps: about two seconds of each."""
+    """Return the number of repetitions, so that each step is measured for about two seconds."""
     return max(2, min(most, int(2 / max(seconds, 1e-9))))
 
 
 def compare(classes: int, law: str, most: int, known: dict[str, dict]) -> dict[str, dict]:
-    """Milliseconds, megabytes and milliseconds of finding the best class, of each head."""
+    """Measure each head: milliseconds and megabytes of a step, and milliseconds of a prediction."""
     share = 1 / np.arange(1, classes + 1) if law == "zipf" else np.ones(classes)
     share /= share.sum()
     labels = torch.from_numpy(np.random.default_rng(0).choice(classes, BATCH, p=share))
@@ -168,7 +169,7 @@ def compare(classes: int, law: str, most: int, known: dict[str, dict]) -> dict[s
         step = Step(make(), labels)
         step()
         count = repetitions_for(step.seconds(), most)
-        for _ in range(min(10, count - 2)):  # the allocator settles
+        for _ in range(min(10, count - 2)):  # warm up the allocator
             step()
         milliseconds = 1000 * statistics.median(step.seconds() for _ in range(count))
         results[name] = {"ms": milliseconds, "peak_mb": peak_of(step)}
@@ -176,7 +177,7 @@ def compare(classes: int, law: str, most: int, known: dict[str, dict]) -> dict[s
         if "daptive" in name:
             pairs[name] = step
         del step
-    # The two adaptive ones once more, taking turns at going first, as they are close.
+    # Measure the two adaptive heads again in alternating order, because their times are close.
     turns: dict[str, list[float]] = {name: [] for name in pairs}
     for turn in range(max(min(most, PAIRS), repetitions_for(pairs["adaptive"].seconds(), most))):
         for name in sorted(pairs, reverse=turn % 2 == 1):
@@ -187,7 +188,7 @@ def compare(classes: int, law: str, most: int, known: dict[str, dict]) -> dict[s
 
 
 def crossover(classes: list[int], full: list[float], other: list[float]) -> float | None:
-    """From how many classes on the other is faster; between the measured ones along straight lines of logarithms."""
+    """Return the number of classes from which `other` is faster, by log-linear interpolation; None if it never is."""
     gaps = [math.log(a / b) for a, b in zip(full, other, strict=True)]
     for index in range(len(gaps) - 1, -1, -1):
         if gaps[index] <= 0:
@@ -200,7 +201,7 @@ def crossover(classes: list[int], full: list[float], other: list[float]) -> floa
 
 
 def draw(results: dict[str, dict[str, dict]], crossings: dict[str, float | None], path: Path) -> None:
-    """Draw milliseconds and megabytes over the classes, and mark where sparse hierarchical softmax overtakes."""
+    """Plot milliseconds over the number of classes, and mark where sparse hierarchical softmax becomes faster."""
     with rc_context(STYLE):
         _draw(results, crossings, path)
 
@@ -219,7 +220,7 @@ def _draw(results: dict[str, dict[str, dict]], crossings: dict[str, float | None
             text = f"hierarchical, sparse\nahead from {crossing:.0f}"
             place = {"xycoords": ("data", "axes fraction"), "xytext": (4, 0), "textcoords": "offset points"}
             axes.annotate(text, (crossing, 0.98), fontsize=8, ha="left", va="top", **place)
-        axes.set_title({"zipf": "targets by Zipf's law", "uniform": "targets of equal frequency"}[law])
+        axes.set_title({"zipf": "targets follow Zipf's law", "uniform": "targets of equal frequency"}[law])
         axes.set_xlabel("classes")
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("forward and backward, ms")
@@ -228,13 +229,13 @@ def _draw(results: dict[str, dict[str, dict]], crossings: dict[str, float | None
 
 
 def main(argv: list[str] | None = None) -> dict[str, dict]:
-    """Run all, print a table, and write JSON and figure where asked."""
+    """Run all measurements, print a table, and write the JSON file and the figure if their flags are given."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--output", help="JSON file to write")
     parser.add_argument("--figure", help="figure to write, .svg or .png")
     parser.add_argument("--classes", type=int, nargs="+", default=list(CLASSES), help="numbers of classes")
-    parser.add_argument("--repetitions", type=int, default=200, help="most repetitions of a step")
-    parser.add_argument("--threads", type=int, default=1, help="threads of torch; wall time where more than one")
+    parser.add_argument("--repetitions", type=int, default=200, help="largest number of repetitions of a step")
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch; above 1, wall time is measured")
     args = parser.parse_args(argv)
 
     before = torch.get_num_threads()
