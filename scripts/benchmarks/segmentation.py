@@ -3,9 +3,10 @@
     scripts/run python scripts/benchmarks/segmentation.py [--output json]
 
 Takes about 30 s on one CPU thread. The benchmark reports CPU seconds (the minimum of interleaved repetitions) and
-their ratio. Expected: at least 40 for uint8 masks, and about 25 for int64 masks, where memory bandwidth is the limit. It
-also reports the largest difference between the scores, and the peak memory without the masks. Neighboring pixels mostly
-have the same label in masks of kind "regions", as in real masks, and independent labels in masks of kind "noise".
+their ratio. Expected: at least 40 for uint8 masks, and about 25 for int64 masks, which are limited by memory
+bandwidth. It also reports the largest difference between the scores, and the peak memory without the masks.
+Neighboring pixels mostly have the same label in masks of kind "regions", as in real masks, and independent labels in
+masks of kind "noise".
 """
 
 import argparse

@@ -209,9 +209,7 @@ def test_folders_that_are_none_are_refused(tmp_path):
         lambda: load(source=tmp_path / "file.zip")
     )
     write_folder(tmp_path / "c" / "test", count=2)
-    assert "has no train split. Its splits: test" in failure(
-        lambda: load("train", tmp_path / "c", size=16)
-    )
+    assert "has no train split. Its splits: test" in failure(lambda: load("train", tmp_path / "c", size=16))
 
 
 # --- parquet, saved data sets, the Hub -------------------------------------------------------------------------------
