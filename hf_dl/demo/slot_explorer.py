@@ -129,9 +129,10 @@ class Explorer:
             if self.problems[name]:
                 texts.append(html.escape(self.problems[name]))
             elif (self.training.script.parent / script).is_file():
+                prepare = " --prepare" if name == "diffusion" else ""  # trains the two autoencoders that it needs
                 texts.append(
                     f"To add the {name} decoder, train it with <code>scripts/run accelerate launch "
-                    f"scripts/{script}</code>, and start this page again."
+                    f"scripts/{script}{prepare}</code>, and start this page again."
                 )
             else:
                 texts.append(f"To add the {name} decoder, set <code>{variable}</code> to a Hub id and start again.")

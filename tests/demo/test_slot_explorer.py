@@ -57,7 +57,7 @@ class TestTwoDecoders:
             write_script(tmp_path, name, "")
         one, other = Explorer(model, root=tmp_path), Explorer(None, root=tmp_path, pipe=pipe)
         command = "<code>scripts/run accelerate launch scripts/"
-        assert f"{command}train_slot_diffusion.py</code>" in one.missing_text()
+        assert f"{command}train_slot_diffusion.py --prepare</code>" in one.missing_text()
         assert f"{command}train_slots.py</code>" in other.missing_text()
 
     def test_a_problem_is_said(self, model, tmp_path):
