@@ -7,10 +7,8 @@ from pathlib import Path
 
 Files = dict[str, Path | bytes]  # path in the repository -> file on this machine, or its content
 
-IGNORED = (
-    "checkpoints*", "best", "log.jsonl", "*.log", "*.tmp", "events.out.tfevents*", "__pycache__", "*.pyc", "wandb",
-    "runs", ".*",
-)  # fmt: skip
+IGNORED_FOLDERS = ("checkpoints*", "best", "__pycache__", "wandb", "runs", ".*")
+IGNORED_FILES = ("log.jsonl", "*.log", "*.tmp", "events.out.tfevents*", "*.pyc", ".*")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib")
 TEXTS = (".json", ".jsonl", ".md", ".txt", ".py", ".toml", ".yaml", ".yml", ".csv", ".svg", ".cfg", ".ini", ".html")
 MAX_GIGABYTES = 20  # the Hub recommends smaller files
@@ -31,9 +29,10 @@ def collect_files(folder: Path) -> Files:
     """List the files of a folder without checkpoints, logs and hidden files."""
     files: Files = {}
     for path in sorted(folder.rglob("*")):
-        parts = path.relative_to(folder).parts
-        if path.is_file() and not any(fnmatch(part, pattern) for part in parts for pattern in IGNORED):
-            files["/".join(parts)] = path
+        *folders, name = path.relative_to(folder).parts
+        ignored = any(fnmatch(each, pattern) for each in folders for pattern in IGNORED_FOLDERS)
+        if path.is_file() and not ignored and not any(fnmatch(name, pattern) for pattern in IGNORED_FILES):
+            files["/".join([*folders, name])] = path
     return files
 
 
