@@ -6,7 +6,7 @@ The key `reading` of an experiment file explains its results. Its numbers are pl
 - `{norm=batch: test_accuracy %}` is the same in percent.
 - `{test_accuracy}` is enough if the experiment has one setting. A flag with one value can always be left out.
 
-Nothing is evaluated. The metric gets the same number of decimals as in the table.
+Nothing is evaluated. The metric gets the same number of decimals as in the table; percentages have at most one.
 """
 
 import re
@@ -60,7 +60,9 @@ def _number(report: Report, placeholder: str) -> str:
         raise ValueError(f"{where}: the metric {metric!r} is unknown. The metrics are {known}.") from None
     decimals = column_decimals(report, report.groups()).get(metric, decimals_for([values]))
     mean = float(np.mean(values))
-    return f"{100 * mean:,.{max(0, decimals - 2)}f} %" if content["percent"] else f"{mean:,.{decimals}f}"
+    if content["percent"]:
+        return f"{100 * mean:.{min(1, max(0, decimals - 2))}f} %"
+    return f"{mean:,.{decimals}f}"
 
 
 def _group(report: Report, setting: str, where: str) -> Group:
