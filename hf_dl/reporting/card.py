@@ -23,7 +23,7 @@ from .report import OWN_NUMBERS, Report
 from .tables import SPLITS, claims_table, results_table, split_of
 
 TEMPLATE = Path(__file__).with_name("card.md")
-LICENSE = "apache-2.0"
+LICENSE = "apache-2.0"  # of weights and results, as the Hub names it
 LOCAL_ID = "."  # the usage snippet of a local card loads from the folder of the card
 COUNTS = ("images", "examples", "problems", "sentences", "tokens")
 PICTURES = (".png", ".svg", ".jpg", ".jpeg", ".webp", ".gif")
@@ -290,9 +290,7 @@ def run_card(
     name: str | None = None,
     summary: str | None = None,
     usage: str | None = None,
-    data: str | None = None,
     pipeline_tag: str | None = None,
-    license: str = LICENSE,
     library: str = "transformers",
     tags: Sequence[str] = (),
     limits: Sequence[str] = (),
@@ -304,9 +302,7 @@ def run_card(
         name: The name of the model; defaults to the name of the folder.
         summary: A few sentences about the model; defaults to one sentence from results.json.
         usage: Python code that loads the model from `LOCAL_ID` and uses it; defaults to `usage_snippet`.
-        data: The training data and its license; defaults to a sentence about `args["source"]`.
         pipeline_tag: The Hub's name of the task, such as "image-segmentation"; defaults to the task of the class.
-        license: The Hub's name of the license of the weights.
         library: The Hub's name of the library that loads the model.
         tags: More tags; "hf_dl" is always there.
         limits: Limits of the model, one sentence each. Limits that follow from results.json are added.
@@ -344,7 +340,7 @@ def run_card(
         for metric in _indexed([*metrics])
     ]
     card_data = ModelCardData(
-        license=license,
+        license=LICENSE,
         library_name=library,
         pipeline_tag=task if task != "other" else None,
         tags=["hf_dl", *tags],
@@ -365,7 +361,7 @@ def run_card(
         usage=usage or usage_snippet(folder, model_class),
         training="\n".join(f"- {fact}" for fact in _training_facts(results)),
         settings=_details("All flags", _rows(["flag", "value"], [[f"`{k}`", f"`{v}`"] for k, v in flags])),
-        data=data or _data_sentence(args),
+        data=_data_sentence(args),
         limits=[*limits, *_limits([results], seeds=1)],
         reproduce_note="Run this in a clone of hf_dl:",
         reproduce=commit + _wrapped(words),
@@ -386,13 +382,12 @@ def _details(title: str, text: str) -> str:
     return f"<details><summary>{title}</summary>\n\n{text}\n\n</details>"
 
 
-def experiment_card(report: Report, *, figures: Sequence[str | Path] = (), license: str = LICENSE) -> ModelCard:
+def experiment_card(report: Report, *, figures: Sequence[str | Path] = ()) -> ModelCard:
     """Make the card of an experiment from its report.
 
     Args:
         report: The report.
         figures: Figures in the folder of the card; the first one that is wide enough leads the card.
-        license: The Hub's name of the license of the results.
 
     Returns:
         The card. For each setting, its model-index has the means of the first `INDEXED` metrics of the table: test
@@ -425,7 +420,7 @@ def experiment_card(report: Report, *, figures: Sequence[str | Path] = (), licen
                 )
             )
     card_data = ModelCardData(
-        license=license,
+        license=LICENSE,
         library_name="transformers",
         tags=["hf_dl", "experiment"],
         model_name=name if evaluations else None,

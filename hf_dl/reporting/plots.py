@@ -80,7 +80,6 @@ def draw_curves(
     path: str | Path,
     panels: Mapping[str, Mapping[str, Sequence[Series]]],
     *,
-    xlabel: str = "step",
     styles: Sequence[tuple[int, int]] | None = None,
     legend: Sequence[tuple[str, str, Any]] | None = None,
 ) -> Path:
@@ -93,7 +92,6 @@ def draw_curves(
     Args:
         path: The file to write; the suffix sets the format, .svg or .png.
         panels: For each title and label, the (steps, values) of each seed.
-        xlabel: Label of the horizontal axis.
         styles: Index of the color and index of the dash for each label of a panel; defaults to one color per label.
         legend: Text, color and dash of each entry of the shared legend; defaults to one entry per label.
 
@@ -125,7 +123,7 @@ def draw_curves(
                 _draw_curve(axes, seeds, *_looks(index, styles))
             _scale(axes, panel)
             axes.set_title(title, pad=None if shared else 24)
-            axes.set_xlabel(xlabel)
+            axes.set_xlabel("step")
             axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
             axes.margins(x=0.02)
             if not shared:
