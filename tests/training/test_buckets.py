@@ -66,7 +66,7 @@ def test_processes_and_pieces_share_the_same_batches():
 
 
 def test_lengths_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match="lengths has 3 entries for 4 examples; give one for each"):
+    with pytest.raises(ValueError, match="lengths has 3 entries for 4 examples. Expected one entry per example"):
         visit(4, 2, steps=1, lengths=[1, 2, 3])
     with pytest.raises(ValueError, match="lengths has 1 entries for a stream"):
         batches(iter([1]), Share(2), seed=0, collate=list, lengths=[1], max_steps=1)
