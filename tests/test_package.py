@@ -1,4 +1,4 @@
-"""What holds for the package and the repository as a whole."""
+"""Tests of the package and the repository as a whole."""
 
 import json
 import re
@@ -65,7 +65,7 @@ def test_auto_classes_know_the_models(saved, order, tmp_path):
     folder, model = saved
     imports = ["import hf_dl", "import transformers"]
     if order == "hf_dl first":
-        # what many libraries do before they import transformers, or go without it
+        # many libraries check for transformers in this way
         imports.insert(1, 'import importlib.util; importlib.util.find_spec("transformers")')
     else:
         imports.reverse()
@@ -130,7 +130,7 @@ def test_what_belongs_to_a_machine_is_ignored(name):
     assert not git("ls-files", "--", name)
 
 
-# A slash, the name of a folder where machines keep people's work, and what is in it; or where packages come from.
+# A path below a folder with people's work on a machine, or the address of a package index.
 MACHINE = re.compile(
     r"(?<![\w.<>)}*-])/(?:home|Users|root|work|mnt|workspace|content|scratch)/[\w.]"
     r"|(?<![\w.])[A-Z]:\\+Users\\"

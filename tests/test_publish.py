@@ -139,7 +139,7 @@ def test_published_slots_load_with_and_without_hf_dl(slots_run, tmp_path):
         assert any(method == "GET" and path.startswith("/lfs/objects/") for method, path in hub.requests)
 
 
-# One process for many calls: huggingface_hub takes a second to import, and reads HF_TOKEN anew at each call.
+# One process for many calls: huggingface_hub takes a second to import, and each call reads HF_TOKEN again.
 CALLS = """
 import json, os, sys
 from hf_dl.publishing.command import main, make_parser, prepare
@@ -194,7 +194,7 @@ def test_published_space_and_what_the_hub_refuses(space, tmp_path):
 
 
 def test_client_round_trip_of_other_endpoints(tmp_path):
-    """The loopback hub is a test tool: what later tests will use of it is tested here."""
+    """Test the endpoints of the loopback hub that other tests use."""
     program = """
 from huggingface_hub import HfApi, ModelCard, hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError

@@ -14,7 +14,7 @@ from scripts import make_front_page
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-# What may stand in the README as a number: versions and options of commands. Results may not.
+# Numbers that the README may contain: versions and options of commands. Results are not allowed.
 ALLOWED = re.compile(
     r"\bPython 3\.\d+ or newer|\bApache-2\.0\b|CIFAR-100\b|WikiText-2\b|version = \{[\d.]+\}"
     r"|--\w+ \d+\b|num_scenes=\d+|\[\d+\]|\[:, 1:\]"
@@ -22,7 +22,7 @@ ALLOWED = re.compile(
 
 
 def results_of(text):
-    """Return the numbers of a text that are neither in the generated table, nor in an address, nor allowed."""
+    """Return the numbers of a text, except for the generated table, addresses and allowed numbers."""
     text = re.sub(f"{re.escape(make_front_page.BEGIN)}.*?{make_front_page.END}", "", text, flags=re.S)
     text = re.sub(r"\]\([^)]*\)|https?://\S+|`[\w./]+`", "", text)
     return re.findall(r"(?<![\w.])\d[\d.,]*(?: ?%)?|(?:two|three|four|ten) times|half of", ALLOWED.sub("", text))
