@@ -34,7 +34,7 @@ LAUNCH = (sys.executable, "-m", "accelerate.commands.launch")
 
 
 def find_scripts(experiment: Experiment, toml: Path) -> dict[str, Path]:
-    """Find the scripts of an experiment: near the experiment file, or beside this script."""
+    """Find the scripts of an experiment: near the experiment file, or in the folder of this script."""
     found = {}
     for name in dict.fromkeys(cell.script for cell in experiment.cells()):
         folders = (toml.resolve().parent, toml.resolve().parent.parent, Path(__file__).resolve().parent)
@@ -42,8 +42,8 @@ def find_scripts(experiment: Experiment, toml: Path) -> dict[str, Path]:
         found[name] = next((path for path in paths if path.is_file()), None)
         if found[name] is None:
             raise FileNotFoundError(
-                f"{toml}: script={name!r} was not found in the folder of the file, in its parent folder, or beside "
-                "run_experiment.py."
+                f"{toml}: script={name!r} was not found in the folder of the file, in its parent folder, or in "
+                f"{Path(__file__).resolve().parent}."
             )
     return found
 

@@ -95,7 +95,6 @@ class TrainingRun:
         >>> run = TrainingRun(args, model, train_data)  # doctest: +SKIP
         >>> for batch in run:  # doctest: +SKIP
         ...     run.step(run.model(**batch).loss)
-        >>> run.finish({})  # doctest: +SKIP
     """
 
     def __init__(
