@@ -15,7 +15,7 @@ from ..pipelines.slot_diffusion import SlotDiffusionPipeline
 from .checkpoints import find_model, find_pipeline
 from .decoders import Broadcast, Decoder, Diffusion, Frame
 from .slots import Explanation, check_seed, draw_scene, load_model, load_pipeline, new_seed
-from .training import Training
+from .training import Training, shown_command
 from .uploads import open_image
 
 DEFAULT_STEPS = 20
@@ -131,8 +131,8 @@ class Explorer:
             elif (self.training.script.parent / script).is_file():
                 prepare = " --prepare" if name == "diffusion" else ""  # trains the two autoencoders that it needs
                 texts.append(
-                    f"To add the {name} decoder, train it with <code>scripts/run accelerate launch "
-                    f"scripts/{script}{prepare}</code>, and start this page again."
+                    f"To add the {name} decoder, train it with <code>{shown_command(script)}{prepare}</code>, and start "
+                    "this page again."
                 )
             else:
                 texts.append(f"To add the {name} decoder, set <code>{variable}</code> to a Hub id and start again.")

@@ -14,6 +14,12 @@ BUNDLE = PACKAGE / "bundle"  # a wheel has its scripts here
 SCRIPTS = (BUNDLE if BUNDLE.is_dir() else PACKAGE.parent) / "scripts"
 
 
+def shown_command(script: str) -> str:
+    """Return the terminal command for a training script: with `hf-dl` for a wheel, with the script in a clone."""
+    system = script.removeprefix("train_").removesuffix(".py")
+    return f"hf-dl train {system}" if BUNDLE.is_dir() else f"scripts/run accelerate launch scripts/{script}"
+
+
 class Training:
     """The training of a page's small default model. It runs in its own process and continues if the page is closed.
 
@@ -43,9 +49,7 @@ class Training:
         folder = root / "scripts" if (root / "scripts" / script).is_file() else SCRIPTS
         self.script, self.log = folder / script, self.folder / "training.log"
         self.scores, self.minutes = scores, minutes
-        system = script.removeprefix("train_").removesuffix(".py")
-        command = f"hf-dl train {system}" if BUNDLE.is_dir() else f"scripts/run accelerate launch scripts/{script}"
-        self.shown = " ".join([command, *flags])
+        self.shown = " ".join([shown_command(script), *flags])
         # The script runs without `accelerate launch`, so that stopping the process stops the training.
         self.command = [sys.executable, str(self.script), *flags, "--output_dir", str(self.folder), "--resume"]
         self.process: subprocess.Popen | None = None

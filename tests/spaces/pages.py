@@ -75,11 +75,14 @@ def wait_for(condition, seconds=120):
 
 
 def check_space(name):
-    """Check that the requirements and front matter fit the project."""
+    """Check the requirements and front matter of a Space, and its recorded results."""
+    import json
     import tomllib
 
     import gradio as gr
     import yaml
+
+    from hf_dl.demo.recordings import MAX_PICTURE, show_recordings
 
     space = ROOT / "spaces" / name
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -87,11 +90,18 @@ def check_space(name):
         assert line.startswith("hf_dl") or line in project["dependencies"]
     matter = yaml.safe_load((space / "README.md").read_text().split("---")[1])
     assert matter["sdk_version"].split(".")[0] == gr.__version__.split(".")[0]
+    recorded = json.loads((space / "examples" / "examples.json").read_text())
+    named = {picture["file"] for example in recorded["examples"] for picture in example["pictures"]}
+    present = {path.name: path.stat().st_size for path in (space / "examples").glob("*.png")}
+    assert set(present) == {*named, "title.png"} and max(present.values()) <= MAX_PICTURE
+    assert show_recordings(space).count("<img") == len(named) >= 3
+    assert recorded["run"]["commit"] and all(0 < score <= 1 for score in recorded["scores"].values())
+    assert "(examples/title.png)" in (space / "README.md").read_text()
 
 
 @contextlib.contextmanager
 def serve_command(command, folder, **env):
-    """Run a command that serves a page: its address, and the file it writes its output to."""
+    """Run a command that serves a page, and yield its address and the file with its output."""
     output = folder / "output.txt"
     more = {"GRADIO_TEMP_DIR": str(folder / "gradio"), "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", **env}
     with open(output, "wb") as file:
