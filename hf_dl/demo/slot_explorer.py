@@ -130,10 +130,8 @@ class Explorer:
                 texts.append(html.escape(self.problems[name]))
             elif (self.training.script.parent / script).is_file():
                 prepare = " --prepare" if name == "diffusion" else ""  # trains the two autoencoders that it needs
-                texts.append(
-                    f"To add the {name} decoder, train it with <code>{shown_command(script)}{prepare}</code>, and start "
-                    "this page again."
-                )
+                command = shown_command(script) + prepare
+                texts.append(f"To add the {name} decoder, train it with <code>{command}</code>, and start again.")
             else:
                 texts.append(f"To add the {name} decoder, set <code>{variable}</code> to a Hub id and start again.")
         return "".join(f"<p>{text}</p>" for text in texts)
