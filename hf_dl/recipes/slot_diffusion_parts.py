@@ -67,7 +67,7 @@ def find_part(args: Any, name: str) -> str:
         )
     with contextlib.suppress(FileNotFoundError):
         known = read_results(part.folder)["args"]
-        for flag in set(MUST_MATCH) & set(part.flags):
+        for flag in [name for name in MUST_MATCH if name in part.flags]:
             if known.get(flag, getattr(args, flag)) != getattr(args, flag):
                 raise ValueError(
                     f"{part.folder} was trained with {flag}={known[flag]!r}, but this run has "
