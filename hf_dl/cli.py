@@ -358,3 +358,6 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nhf-dl: stopped by Ctrl-C.", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # the reader of a pipe has enough, as in `hf-dl list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141

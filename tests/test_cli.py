@@ -205,6 +205,12 @@ def test_ctrl_c_in_a_script_that_does_not_catch_it(shipped, monkeypatch, capsys)
     assert capsys.readouterr().err == "\nhf-dl: stopped by Ctrl-C.\n"
 
 
+def test_a_closed_pipe_is_no_error():
+    command = f"{sys.executable} -c 'from hf_dl import cli; cli.main([\"list\"])' | head -n 1"
+    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.count("\n") == 1 and not done.stderr
+
+
 def test_a_page_needs_gradio_and_gets_the_model(shipped, monkeypatch, capsys):
     monkeypatch.delenv("HF_DL_MODEL", raising=False)
     assert cli.main(["demo", "slot-explorer", "--model", "me/slots"]) == 0
