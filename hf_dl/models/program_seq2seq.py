@@ -83,8 +83,8 @@ class ProgramSeq2SeqForConditionalGeneration(PreTrainedModel, GenerationMixin):
         torch.Size([2, 4, 97])
         >>> grammar = model.config.make_grammar(num_numbers=[2, 3])
         >>> found = model.beam_search(words, num_beams=5, num_return_sequences=5, max_length=7, constraint=grammar)
-        >>> found.sequences.shape, found.scores.shape
-        (torch.Size([2, 5, 7]), torch.Size([2, 5]))
+        >>> found.sequences.shape[:2], found.scores.shape
+        (torch.Size([2, 5]), torch.Size([2, 5]))
 
         ```
     """
