@@ -1,14 +1,14 @@
-"""Pictures on the pages: example scenes, tensors as pictures, and maps as colors."""
+"""Pictures on the pages: example scenes, tensors as pictures, and maps over images."""
 
 import functools
 from dataclasses import dataclass
 
-import matplotlib
 import numpy as np
 import torch
 from PIL import Image
 
 from ..data import object_images
+from ..reporting.grids import color_heat
 
 SIDE = 384  # longer side, in pixels, of the pictures on the pages
 
@@ -43,11 +43,6 @@ def to_picture(image: torch.Tensor, size: tuple[int, int]) -> Image.Image:
 def shown_size(image: Image.Image) -> tuple[int, int]:
     """Return (width, height) of an image on the page: its proportions, with a longer side of `SIDE` pixels."""
     return tuple(max(1, round(side * SIDE / max(image.size))) for side in image.size)
-
-
-def color_heat(heat: np.ndarray) -> np.ndarray:
-    """Color a map in [0, 1] from dark (0) to light (1); returns uint8 (..., 3)."""
-    return (matplotlib.colormaps["inferno"](heat)[..., :3] * 255).round().astype(np.uint8)
 
 
 def resize_heat(heat: np.ndarray, size: tuple[int, int], *, smooth: bool = True) -> np.ndarray:

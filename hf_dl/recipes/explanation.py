@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 import torch
 from matplotlib.figure import Figure
@@ -22,6 +21,7 @@ from hf_dl import explain
 from hf_dl.data import labeled_images
 from hf_dl.explain.attention import METHODS
 from hf_dl.explain.grad_cam import ENGINES
+from hf_dl.reporting.grids import color_heat
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 TOP_K = 5
@@ -183,11 +183,6 @@ class Explainer:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Figures
-
-
-def color_heat(maps: np.ndarray) -> np.ndarray:
-    """Convert maps in [0, 1] to colors from dark to light, uint8 (..., 3)."""
-    return (matplotlib.colormaps["inferno"](maps)[..., :3] * 255).round().astype(np.uint8)
 
 
 def overlay(image: np.ndarray, heat: np.ndarray) -> np.ndarray:

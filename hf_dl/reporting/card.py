@@ -34,7 +34,7 @@ TASKS = {
 }
 # The Hub's name of a metric, for parts of our names that are not the Hub's name already.
 METRIC_TYPES = {"macro_f1": "f1", "micro_f1": "f1", "macro_precision": "precision", "macro_recall": "recall"}
-METRIC_TYPES |= {"miou": "mean_iou", "fid": "fid", "kid": "kid", "mse": "mse", "perplexity": "perplexity"}
+METRIC_TYPES |= {"miou": "mean_iou", "fid": "fid", "mse": "mse", "perplexity": "perplexity"}
 MAX_HEIGHT = 0.65  # of a leading picture, relative to its width
 INDEXED = 3  # metrics per setting in the model-index of an experiment
 
@@ -47,7 +47,7 @@ def metric_type(metric: str) -> str:
         ('f1', 'fid', 'fg_ari')
     """
     name = _without_split(metric)
-    if "random_conv" in name:  # FID and KID with features other than Inception's are not the Hub's FID and KID
+    if "random_conv" in name:  # FID with features other than Inception's is not the Hub's FID
         return name
     found = [kind for part, kind in METRIC_TYPES.items() if f"_{part}_" in f"_{name}_"]
     return found[0] if found else name

@@ -1,8 +1,9 @@
-"""Grids of small images with titles, such as inputs, segments and reconstructions side by side."""
+"""Colors for segments and maps, and grids of images with titles."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -26,6 +27,18 @@ def color_segments(mask: np.ndarray) -> np.ndarray:
         uint8 (height, width, 3).
     """
     return SEGMENT_COLORS[np.asarray(mask) % len(SEGMENT_COLORS)]
+
+
+def color_heat(heat: np.ndarray) -> np.ndarray:
+    """Color a map from dark (0) to light (1).
+
+    Args:
+        heat: Values in [0, 1], any shape.
+
+    Returns:
+        uint8 (..., 3).
+    """
+    return (matplotlib.colormaps["inferno"](heat)[..., :3] * 255).round().astype(np.uint8)
 
 
 def image_grid(

@@ -35,7 +35,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Move the averages towards the weights after optimizer step `step`, counted from 1."""
+        """Move the averages toward the weights after optimizer step `step`, counted from 1."""
         decay = min(self._decay, (1 + step) / (10 + step))
         parameters = dict(self._model.named_parameters())
         for name, value in self.values.items():

@@ -34,13 +34,14 @@ from hf_dl.demo.page import (
     title,
     view,
 )
-from hf_dl.demo.pictures import Picture, color_heat, draw_examples, join_pictures, overlay, resize_heat
+from hf_dl.demo.pictures import Picture, draw_examples, join_pictures, overlay, resize_heat
 from hf_dl.demo.recordings import Example, save_recordings
 from hf_dl.demo.training import Training
 from hf_dl.demo.uploads import open_image
 from hf_dl.demo.welcome import offer_training
 from hf_dl.explain import default_layers, grad_cam
 from hf_dl.recipes.classifier import CLASSIFIERS
+from hf_dl.reporting.grids import color_heat
 
 SPACE = Path(__file__).resolve().parent
 PURPOSE = "See which parts of an image support the prediction of a classifier, or any other class."

@@ -16,6 +16,7 @@ from hf_dl.demo.pictures import Picture, draw_examples
 from hf_dl.explain import grad_cam
 from hf_dl.models.norm_resnet import NormResNetConfig, NormResNetForImageClassification, image_processor
 from hf_dl.publishing.command import main as publish
+from hf_dl.reporting.grids import color_heat
 
 from .pages import (
     HOSTILE,
@@ -68,7 +69,7 @@ class TestExplain:
         image = make_image((16, 16))
         found = app.explain(classifier, image, label=3)
         output = grad_cam(classifier.model, classifier.prepare(image), classes=3)
-        expected = pictures.color_heat(pictures.resize_heat(output.maps[0].numpy(), (384, 384)))
+        expected = color_heat(pictures.resize_heat(output.maps[0].numpy(), (384, 384)))
         assert np.array_equal(np.asarray(found.heat), expected)
         assert found.label == "fish" and found.layers == output.layers
         assert found.probability == pytest.approx(output.logits.softmax(-1)[0, 3].item())

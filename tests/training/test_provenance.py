@@ -32,4 +32,4 @@ def test_without_git_there_is_no_commit(tmp_path):
     found = provenance(tmp_path / "a.py", torch.device("cpu"))
     assert found["commit"] is None and found["dirty"] is None
     assert found["versions"]["torch"] == importlib.metadata.version("torch")
-    assert "threads" in found["device"] and found["date"].endswith("+00:00")
+    assert "thread" in found["device"] and found["date"].endswith("+00:00")

@@ -596,7 +596,7 @@ def test_results(tmp_path):
     assert (results["steps"], results["restarts"], results["num_processes"]) == (3, 0, 1)
     assert results["num_parameters"] == 4 * 8 + 8 + 8 + 1
     assert results["model_class"] == "ToyModel" and results["mixed_precision"] == "no"
-    assert "1 threads" in results["device"] and results["seconds"] > 0
+    assert "1 thread" in results["device"] and results["seconds"] > 0
     assert 0 < results["cpu_seconds"] < 2 * results["seconds"] + 1  # one thread, and what else the process does
     assert {"torch", "python", "accelerate"} <= set(results["versions"])
     assert len(results["commit"]) == 40 and isinstance(results["dirty"], bool)
