@@ -122,7 +122,7 @@ def _time(cells: list[dict[str, Any]]) -> str:
     """Return the mean time of a run and the number of CPU threads, which the report names with the processor."""
     seconds = statistics.mean(cell["seconds"] for cell in cells)
     time = f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
-    threads = re.search(r"(\d+) threads", cells[0]["device"])
+    threads = re.search(r"(\d+) threads?", cells[0]["device"])
     if not threads:
         return time
     return f"{time}, {threads[1]} {'core' if threads[1] == '1' else 'cores'}"

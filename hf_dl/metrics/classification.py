@@ -8,8 +8,8 @@ With n[c, k] = number of examples of class c that were classified as k:
 Macro F1 is the mean F1 of the classes. Micro F1 uses the sums over all classes in the formula, and equals the accuracy
 if each example has one label. All scores equal the scores of scikit-learn with the same name.
 
-Confusion matrices of batches and processes can be added. `hf_dl.metrics.spaces` publishes a
-copy of this file, so this file must not import hf_dl.
+Confusion matrices of batches and processes can be added. `hf_dl.metrics.spaces` publishes a copy of this file, so this
+file must not import hf_dl.
 """
 
 from collections.abc import Sequence

@@ -500,7 +500,7 @@ class ImageVaeModel(ImageVaePreTrainedModel):
         if mode not in INTERPOLATIONS:
             raise ValueError(f"mode={mode!r} is unknown; choose one of {', '.join(INTERPOLATIONS)}.")
         if start.shape != end.shape:
-            raise ValueError(f"end has shape {tuple(end.shape)}, expected that of start, {tuple(start.shape)}.")
+            raise ValueError(f"end has shape {tuple(end.shape)}, expected the shape of start, {tuple(start.shape)}.")
         t = torch.linspace(0, 1, num_steps, device=start.device).view(1, -1, 1)
         codes = INTERPOLATIONS[mode](start.unsqueeze(1), end.unsqueeze(1), t)
         return self.decode(codes.flatten(0, 1)).unflatten(0, (-1, num_steps))

@@ -9,8 +9,8 @@
 - `numbers`: the numbers of a problem and its multiple-choice options
 
 The language was published by Amini et al., "MathQA: towards interpretable math word problem solving with
-operation-based formalisms", NAACL 2019, https://arxiv.org/abs/1905.13319. It does not import
-other parts of hf_dl.
+operation-based formalisms", NAACL 2019, https://arxiv.org/abs/1905.13319. This package does not import other parts of
+hf_dl.
 """
 
 from .equivalence import canonical, canonical_order, equivalent

@@ -117,7 +117,7 @@ def equivalent(
 
     Programs with the same canonical form are equal. Other programs are executed on random numbers, small and large,
     whole and fractional. They count as equal if they agree to a relative 1e-9 on all draws for which both have a
-    value, and at least five draws are such. Different programs pass only if they differ for rare numbers.
+    value, and there are at least five such draws. Different programs pass only if they differ for rare numbers.
 
     Args:
         first: A program or its text.

@@ -2,8 +2,8 @@
 
 The paper names the operations but does not define them. `SEMANTICS` has three definitions:
 
-* "data": the reading of each operation with which the most examples of MathQA reach their correct option. `log` is
-  base 2, `choose` and `permutation` put the larger number first, and `p_after_gain(a,b)` is a / b.
+* "data": for each operation, the definition with which the programs of MathQA reach the correct option most often.
+  `log` is base 2, `choose` and `permutation` put the larger number first, and `p_after_gain(a,b)` is a / b.
 * "textbook": the usual meaning of each name. `p_after_gain(g,p)` is (1 + g/100) p, `stream_speed` is half the
   difference, `log` is base 10, and `choose(n,k)` keeps the order of its arguments.
 * "course": the checker of the assignment COL775 A1.2 (IIT Delhi, 2024), including its mistakes, because published

@@ -89,7 +89,7 @@ def check_processor(folder: Path) -> Iterator[str]:
 
     present = [name for name in PROCESSORS if (folder / name).is_file()]
     if not present:
-        yield f"{folder} has no processor or tokenizer beside the weights. Save it there with save_pretrained."
+        yield f"{folder} has no processor or tokenizer next to the weights. Save it there with save_pretrained."
     for name in present:
         try:
             getattr(transformers, PROCESSORS[name]).from_pretrained(folder)

@@ -288,7 +288,7 @@ def test_wrong_input_is_a_sentence(images):
         model.interpolate(torch.zeros(1, 3), torch.ones(1, 3), 1)
     with pytest.raises(ValueError, match="mode='cubic' is unknown; choose one of linear, spherical"):
         model.interpolate(torch.zeros(1, 3), torch.ones(1, 3), mode="cubic")
-    with pytest.raises(ValueError, match=r"end has shape \(2, 3\), expected that of start, \(1, 3\)"):
+    with pytest.raises(ValueError, match=r"end has shape \(2, 3\), expected the shape of start, \(1, 3\)"):
         model.interpolate(torch.zeros(1, 3), torch.ones(2, 3))
     with pytest.raises(ValueError, match="num_samples=0 must be at least 1"):
         model.importance_weighted_bound(images, 0)
