@@ -52,6 +52,8 @@ def shipped(tmp_path, monkeypatch):
 def start(root, *words, **options):
     """Start `hf-dl` in a process of its own, with scripts of another root."""
     code = f"import sys, pathlib; from hf_dl import cli; cli.find_root = lambda: pathlib.Path({str(root)!r})"
+    # a process that a shell starts in the background ignores Ctrl-C, and so would those that it starts
+    code = f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler); {code}"
     command = [sys.executable, "-c", f"{code}; sys.exit(cli.main())", *words]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}

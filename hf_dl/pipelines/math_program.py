@@ -297,8 +297,8 @@ class MathProgramPipeline:
         except Exception as error:
             if not Path(name).is_dir() and not isinstance(error, ValueError):
                 raise ValueError(
-                    f"The model {name!r} was not found. Pass a folder with a config.json, or the Hub id of a model "
-                    "that you can access."
+                    f"The model {name!r} was not found. Expected a folder with a config.json, or the Hub id of a "
+                    "model that you can access."
                 ) from error
             raise ValueError(f"The model {name!r} cannot be used ({_sentence(error)}).") from error
         if config.model_type != "program_seq2seq":

@@ -209,7 +209,7 @@ class TestLoading:
     def test_what_is_not_there(self, tmp_path):
         with pytest.raises(ValueError, match="The model '.*nowhere' was not found|cannot be used"):
             MathProgramPipeline.from_pretrained(str(tmp_path / "nowhere"))
-        with pytest.raises(ValueError, match="'nobody/nothing' was not found. Pass a folder"):
+        with pytest.raises(ValueError, match="'nobody/nothing' was not found. Expected a folder"):
             MathProgramPipeline.from_pretrained("nobody/nothing")
         with pytest.raises(ValueError, match="cannot be used"):
             MathProgramPipeline.from_pretrained(tmp_path)
