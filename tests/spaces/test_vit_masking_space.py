@@ -235,7 +235,7 @@ class TestBrowser:
         box = browser.find_element(By.CSS_SELECTOR, "#patches textarea, #patches input")
         box.send_keys(Keys.CONTROL, "a")
         box.send_keys("1-99", Keys.ENTER)
-        wait_for(lambda: "is out of range; the patches are 1 to 16" in browser.page_source)
+        wait_for(lambda: "is out of range. The patches are numbered from 1 to 16" in browser.page_source)
         box.send_keys(Keys.CONTROL, "a")
         box.send_keys("1-5", Keys.ENTER)
         wait_for(lambda: "Without 5 of 16" in text_of(browser, "after"))
