@@ -1,4 +1,4 @@
-"""Keep tests away from the caches of the user, and their workers from each other's cores."""
+"""Separate the tests from the caches of the user, and limit each worker to its share of the cores."""
 
 import os
 import tempfile

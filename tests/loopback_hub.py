@@ -1,8 +1,8 @@
 """A small Hub on 127.0.0.1, so that publishing is tested with the unmodified huggingface_hub client.
 
-It keeps repositories in memory and answers the HTTP endpoints that pushing to and loading from the Hub use: creating
-repositories, pre-upload, LFS (batch, upload, verify, redirected download), commits, tags and branches, files with
-ranges, trees and the check of a card's metadata. Xet is not spoken, so clients must set HF_HUB_DISABLE_XET.
+It keeps repositories in memory and has the HTTP endpoints for pushing to the Hub and loading from it: repositories,
+pre-upload, LFS (batch, upload, verify, redirected download), commits, tags, branches, files with ranges, and trees. It
+also checks the metadata of cards. Xet is not supported, so clients must set HF_HUB_DISABLE_XET.
 
     with LoopbackHub() as hub:
         subprocess.run([...], env=hub.env(tmp_path), check=True)   # HF_ENDPOINT is read when the client is imported
@@ -82,8 +82,8 @@ class LoopbackHub:
         self.repos, self.objects, self.requests = {}, {}, []
         self.lock = threading.Lock()
         handler = type("Handler", (_Handler,), {"hub": self})
-        # LFS objects lie on a host of their own, as on the Hub: clients must not follow there when they ask for
-        # a file's metadata, and must not send their token there.
+        # LFS objects are on a separate host, as on the Hub. Clients must not follow the redirect when they ask for
+        # the metadata of a file, and must not send their token to that host.
         self.servers = [ThreadingHTTPServer(("127.0.0.1", 0), handler) for _ in range(2)]
         self.endpoint, self.storage = (f"http://127.0.0.1:{server.server_address[1]}" for server in self.servers)
 
@@ -167,7 +167,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(content)
 
-    # Who asks, and for what
+    # Token and path of a request
 
     @property
     def authorized(self):
@@ -375,7 +375,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _card_errors(text, repo_type):
-    """What the Hub itself would refuse in the metadata of a README, as far as this project writes it."""
+    """List the errors that the Hub would report in the metadata of a README, for the fields that we write."""
     match = re.match(r"---\r?\n(.*?)\r?\n---", text, re.DOTALL)
     try:
         data = yaml.safe_load(match[1]) if match else {}

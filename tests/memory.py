@@ -1,4 +1,4 @@
-"""Where weights lie in memory, which decides the last bits of what is computed with them."""
+"""The alignment of weights in memory, which affects the last bits of results."""
 
 from itertools import chain
 

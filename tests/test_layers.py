@@ -34,7 +34,7 @@ def layer_of(name):
 
 
 def read_imports(source, name):
-    """List (line, absolute module) of what a file imports; of `from a import b` both a and a.b."""
+    """List (line, absolute module) of the imports of a file; `from a import b` gives both a and a.b."""
     folder = ("hf_dl/" + name).split("/")[:-1]
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -56,7 +56,7 @@ def find_violations(source, name):
         parts = module.split(".")
         if parts[0] in OUTSIDE:
             found.append(f"hf_dl/{name}:{line} imports {module}; the package never imports {parts[0]}.")
-        # `from hf_dl import x` shows up as hf_dl.x too, and tells by that
+        # `from hf_dl import x` is also listed as hf_dl.x, which names the layer
         elif parts[0] == "hf_dl" and len(parts) > 1 and layer != "__init__":
             if parts[1] not in ALLOWED[layer] | {layer}:
                 found.append(f"hf_dl/{name}:{line} imports {module}; {layer} may not import {parts[1]}.")
@@ -66,7 +66,7 @@ def find_violations(source, name):
 
 
 def find_unportable(source, name):
-    """Sentences about imports that a checkpoint's own copy of its code cannot follow."""
+    """Sentences about imports that fail in the copy of the code in a checkpoint."""
     found = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -98,7 +98,7 @@ def test_models_is_one_flat_folder():
 
 
 def test_only_the_package_itself_loads_the_models():
-    """`import hf_dl` reaches down by one name, so that it stays light."""
+    """`import hf_dl` stays fast, because hf_dl/__init__.py imports only hf_dl.models, and only when needed."""
     source = (PACKAGE / "__init__.py").read_text()
     assert {module for _, module in read_imports(source, "__init__.py") if module.startswith("hf_dl")} == {
         "hf_dl.models"

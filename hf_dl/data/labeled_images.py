@@ -21,14 +21,10 @@ from . import object_images
 from .idx_files import read_idx_folder
 from .object_images import SPLITS
 from .png import encode_png
+from .split_names import SPLIT_OF, find_split
 
 _VERSION = 1  # increase it when pixels or columns change: `datasets` caches by arguments, not by code
 
-_SPLIT_NAMES = {
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "val", "dev"),
-    "test": ("test", "testing", "eval"),
-}
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 
 _SHARD = 512  # rows that are decoded together
@@ -161,9 +157,8 @@ def _read_folder(root: Path, image_column: str | None, label_column: str | None)
 
 def _read_image_folder(root: Path) -> dict[str, datasets.Dataset]:
     """Return the splits of `root/class/file` or `root/split/class/file`."""
-    aliases = {alias: name for name, names in _SPLIT_NAMES.items() for alias in names}
     folders = _subfolders(root)
-    parts = {folder.name: folder for folder in folders if folder.name.lower() in aliases and _subfolders(folder)}
+    parts = {folder.name: folder for folder in folders if folder.name.lower() in SPLIT_OF and _subfolders(folder)}
     parts = parts or {"train": root}
     names = sorted({folder.name for part in parts.values() for folder in _subfolders(part)})
     found = {}
@@ -251,18 +246,14 @@ def _labeled(
 # Splits
 
 
-def _named(found: Mapping[str, datasets.Dataset], split: str):
-    return next((found[name] for name in _SPLIT_NAMES[split] if name in found), None)
-
-
 def _choose(
     found: Mapping[str, datasets.Dataset], split: str, source: str, holdout: float, seed: int, num_images: int | None
 ) -> tuple[datasets.Dataset, tuple[int, ...]]:
     """Return the rows of a split and their order, in which every prefix has the same class frequencies."""
-    rows = _named(found, split)
-    missing = [name for name in ("validation", "test") if _named(found, name) is None]
+    rows = find_split(found, split)
+    missing = [name for name in ("validation", "test") if find_split(found, name) is None]
     if rows is None:
-        rows = _named(found, "train")
+        rows = find_split(found, "train")
     if rows is None:
         wanted = " or ".join(dict.fromkeys([split, "train"]))
         raise ValueError(f"{source!r} has no {wanted} split. Its splits: {', '.join(found)}.")
@@ -361,13 +352,13 @@ def _stream_hub(
 ) -> datasets.IterableDataset:
     found = datasets.load_dataset(source, streaming=True)
     needed = SPLITS if split == "train" else [split]  # else the training split might contain held-out images
-    missing = [name for name in needed if _named(found, name) is None]
+    missing = [name for name in needed if find_split(found, name) is None]
     if missing:
         raise ValueError(
             f"{source!r} has no {missing[0]} split to stream, only {', '.join(found)}. Use streaming=False to hold it "
             "out from the training images."
         )
-    stream = _named(found, split)
+    stream = find_split(found, split)
     image, label = _columns(stream.features, source, image_column, label_column)
     kind = stream.features[label]
     if not isinstance(kind, datasets.ClassLabel):

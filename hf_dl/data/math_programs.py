@@ -35,6 +35,7 @@ from transformers import AddedToken, PreTrainedTokenizerBase, PreTrainedTokenize
 
 from .. import programs
 from . import word_problems
+from .split_names import SPLIT_NAMES
 
 COLUMNS = datasets.Features(
     problem=datasets.Value("string"),
@@ -51,11 +52,6 @@ NUMBER_TOKENS = tuple(f"<n{i}>" for i in range(NUM_NUMBERS))
 SPECIAL_TOKENS = {"bos_token": "<bos>", "pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}  # ids 0 to 3
 
 logger = logging.getLogger(__name__)
-_SPLIT_NAMES = {
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "val", "dev"),
-    "test": ("test", "testing"),
-}
 _WORD = r"<n\d+>|\d+(?:[.,]\d+)*|\.\d+|\w+|[^\w\s]"
 
 
@@ -111,7 +107,7 @@ def load(
         True
     """
     synthetic = str(source) == "synthetic"
-    splits = tuple(word_problems.SPLITS) if synthetic else tuple(_SPLIT_NAMES)
+    splits = tuple(word_problems.SPLITS) if synthetic else tuple(SPLIT_NAMES)
     for name, value, known in (
         ("split", split, splits),
         ("subset", subset, ("all", "course")),
@@ -193,13 +189,13 @@ def template(problem: str, *, convention: str = "mathqa") -> str:
 def _read(source: str | os.PathLike, split: str | None, subset: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Yield the rows of a split, or of all splits, each with a description of its origin."""
     root = Path(source).expanduser()
-    wanted = list(_SPLIT_NAMES) if split is None else [split]
+    wanted = list(SPLIT_NAMES) if split is None else [split]
     if root.is_file():
         parts = {str(root): _read_json(root)}
     elif root.is_dir():
         files = [path for name in wanted if (path := _find(root, name, subset)) is not None]
         if not files:
-            names = "|".join(_SPLIT_NAMES[wanted[0]])
+            names = "|".join(SPLIT_NAMES[wanted[0]])
             raise FileNotFoundError(f"{str(root)!r} has no {wanted[0]} split. Expected a file ({names}).json[.gz].")
         parts = {path.name: _read_json(path) for path in files}
         if subset == "course":
@@ -208,7 +204,7 @@ def _read(source: str | os.PathLike, split: str | None, subset: str) -> Iterator
         raise FileNotFoundError(f"source={str(source)!r} does not exist. Expected a folder or a file of MathQA.")
     else:
         found = datasets.load_dataset(str(source))
-        names = [alias for name in wanted for alias in _SPLIT_NAMES[name] if alias in found]
+        names = [alias for name in wanted for alias in SPLIT_NAMES[name] if alias in found]
         if not names:
             raise ValueError(f"split={split!r} is not in {str(source)!r}. Its splits: {', '.join(found)}.")
         parts = {f"{source} ({name})": found[name] for name in names}
@@ -223,7 +219,7 @@ def _find(root: Path, split: str, subset: str) -> Path | None:
     """Find the file of a split in a folder."""
     patterns = ("course_{}*.json", "course_{}*.json.gz") if subset == "course" else ()
     for pattern in (*patterns, "{}.json", "{}.json.gz"):
-        for alias in _SPLIT_NAMES[split]:
+        for alias in SPLIT_NAMES[split]:
             for path in sorted(root.glob(pattern.format(alias))):
                 return path
     return None
@@ -233,7 +229,7 @@ def _with_options(rows: list[Any], root: Path) -> list[Any]:
     """Add options to rows of the course, which have none, from files of MathQA in the same folder."""
     known: dict[str, dict[str, Any]] = {}
     if any(isinstance(row, Mapping) and "options" not in row for row in rows):
-        for path in filter(None, (_find(root, split, "all") for split in _SPLIT_NAMES)):
+        for path in filter(None, (_find(root, split, "all") for split in SPLIT_NAMES)):
             for row in _read_json(path):
                 if all(isinstance(row.get(key), str) for key in ("Problem", "options", "correct")):
                     known[row["Problem"]] = {"options": row["options"], "correct": row["correct"]}

@@ -41,6 +41,8 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from .split_names import SPLIT_OF, find_split
+
 SPLITS = {"train": 24_000, "validation": 1500, "test": 1500}  # default numbers of synthetic documents
 LEVELS = ("word", "char")
 TOPICS = 20
@@ -64,11 +66,6 @@ CHANCES = {  # probabilities of the optional parts
 
 _VERSION = 1  # increase it when rows change: `datasets` caches by arguments, not by code
 _LEAST_SENTENCES = 3
-_SPLIT_NAMES = {
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "val", "dev"),
-    "test": ("test", "testing", "eval"),
-}
 _SUFFIXES = (".txt", ".text", ".tokens", ".raw")
 _ENDINGS = {"noun": ("n", "ns"), "verb": ("ts", "t"), "adjective": ("l",), "adverb": ("ly",), "name": ("",)}
 _SHARD = 1000
@@ -349,10 +346,9 @@ def _read_local(root: Path, text_column: str | None) -> dict[str, Sequence[str]]
             f"source={str(root)!r} has no text. Expected parquet files, or files that end in {', '.join(_SUFFIXES)}, "
             "optionally followed by .gz."
         )
-    aliases = {alias: name for name, names in _SPLIT_NAMES.items() for alias in names}
     parts: dict[str, list[Path]] = {}
     for path in files:
-        names = [aliases[part] for part in re.split(r"[^a-z]+", path.name.lower()) if part in aliases]
+        names = [SPLIT_OF[part] for part in re.split(r"[^a-z]+", path.name.lower()) if part in SPLIT_OF]
         parts.setdefault(names[-1] if names else "", []).append(path)
     if "" in parts and len(parts) > 1:
         raise ValueError(
@@ -395,22 +391,18 @@ def _texts(found: Mapping[str, datasets.Dataset], source: str, text_column: str 
     }
 
 
-def _named(found: Mapping[str, Sequence[str]], split: str) -> Sequence[str] | None:
-    return next((found[name] for name in _SPLIT_NAMES[split] if name in found), None)
-
-
 def _choose(found: Mapping[str, list[str]], split: str, source: str, holdout: float) -> list[str]:
     """Return the rows of a split. Missing splits are the last training rows, validation before test."""
-    rows = _named(found, split)
+    rows = find_split(found, split)
     if rows is not None and split != "train":
         return rows
-    rows = _named(found, "train")
+    rows = find_split(found, "train")
     if rows is None:
         wanted = " or ".join(dict.fromkeys([split, "train"]))
         raise ValueError(f"{source!r} has no {wanted} split. Its splits: {', '.join(found)}.")
     end, size = len(rows), max(1, round(holdout * len(rows)))
     for name in ("test", "validation"):
-        if _named(found, name) is None:
+        if find_split(found, name) is None:
             if name == split:
                 return rows[max(0, end - size) : end]
             end = max(0, end - size)
@@ -422,13 +414,13 @@ def _stream_hub(
 ) -> datasets.IterableDataset:
     found = datasets.load_dataset(source, config, streaming=True)
     # otherwise the training split might contain held-out rows
-    missing = [name for name in (SPLITS if split == "train" else [split]) if _named(found, name) is None]
+    missing = [name for name in (SPLITS if split == "train" else [split]) if find_split(found, name) is None]
     if missing:
         raise ValueError(
             f"{source!r} has no {missing[0]} split to stream, only {', '.join(found)}. Use streaming=False to hold it "
             "out from the training rows."
         )
-    stream = _named(found, split)
+    stream = find_split(found, split)
     column = _text_column(stream.features, source, text_column)
 
     def rows() -> Iterator[dict]:

@@ -3,7 +3,7 @@ import pytest
 
 
 def failure(action):
-    """The message at the root of an error: `datasets` wraps what a generator raises."""
+    """Return the message of the original error: `datasets` wraps the errors of generators."""
     with pytest.raises((ValueError, FileNotFoundError, datasets.exceptions.DatasetGenerationError)) as caught:
         action()
     error = caught.value

@@ -1,4 +1,4 @@
-"""Real layouts on disk, in miniature, against an independent reading of the same files."""
+"""Small folders in the published layout, compared with an independent reader of the same files."""
 
 import json
 
@@ -35,7 +35,7 @@ def write_clevrtex(root, variant="full", indices=range(30), seed=0):
         flat = Image.frombytes("P", (320, 240), mask.tobytes())
         flat.putpalette(palette)
         flat.save(folder / f"{stem}_flat.png")
-        (folder / f"{stem}_depth_0001.png").write_bytes(b"")  # other passes lie beside it
+        (folder / f"{stem}_depth_0001.png").write_bytes(b"")  # the folder also has other passes
         shapes = ("cube", "sphere", "monkey", "cylinder")
         objects = [
             {"shape": shape, "rotation": 10.0 * i, "size": "small", "3d_coords": [i, 2 * i, 0.5],

@@ -1,4 +1,4 @@
-"""COCO annotations in miniature, against masks drawn by hand."""
+"""Small COCO files, compared with masks drawn by hand."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Images with masks by folder and column, and the choice of a reader by what a source holds."""
+"""Images with masks from folders and columns, and the choice of a reader from the content of a source."""
 
 import json
 

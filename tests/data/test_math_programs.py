@@ -171,7 +171,7 @@ def test_wrong_sources_are_refused(tmp_path):
         load("train", tmp_path / "other.json")
     with pytest.raises(ValueError, match="split='train' of .* has no problems"):
         load("train", tmp_path / "empty.json")
-    with pytest.raises(FileNotFoundError, match=r"has no test split. Expected a file \(test\|testing\).json"):
+    with pytest.raises(FileNotFoundError, match=r"has no test split. Expected a file \(test\|testing\|eval\).json"):
         load("test", tmp_path)
     with pytest.raises(FileNotFoundError, match="does not exist. Expected a folder or a file of MathQA"):
         load("train", tmp_path / "nowhere")

@@ -1,4 +1,4 @@
-"""The embedded scenes: pixels against a slow ray marcher, annotations against the mask and the 3-D positions."""
+"""Generated scenes: pixels compared with a slow ray marcher, annotations with the mask and the 3-D positions."""
 
 import math
 import re
@@ -304,7 +304,7 @@ def described(objects, words):
 
 
 def resolve(objects, phrase):
-    """What a phrase refers to, found from its words alone."""
+    """Return the objects that a phrase refers to, from its words alone."""
     match = re.fullmatch(
         r"(the (?:two|three|four|five|six|seven|eight|nine|ten)|the|all|both) (leftmost |rightmost )?([a-z ]+?)"
         r"(?: (left of|right of|in front of|behind) the ([a-z ]+))?",
@@ -350,7 +350,7 @@ def test_phrases_are_true_of_exactly_their_objects(style, num_objects):
 
 
 def listed(text):
-    """The nouns of "two red cubes, a cone and a sphere", as often as they are counted."""
+    """Return the nouns of "two red cubes, a cone and a sphere", repeated by their counts."""
     nouns = []
     for item in re.split(r", | and ", text):
         number, noun = item.split(" ", 1)
@@ -384,7 +384,7 @@ def test_captions_are_true_and_complete(style, num_objects):
             )
         forms.add(body.split()[1] if body.startswith("a picture") else "stands" in body)
         left = list(range(len(objects)))
-        for noun in nouns:  # every noun takes one object that it is true of, and none is left
+        for noun in nouns:  # each noun takes one object that it describes, and no object is left
             left.remove(next(i for i in described(objects, noun) if i in left))
         assert left == []
         captions.append(caption)
@@ -401,7 +401,7 @@ def test_textures_are_patterns_of_two_colors(name):
     mix, height = materials.TEXTURES[name].pattern(p, p[:2])
     assert mix.shape == height.shape == (1, 20000)
     assert mix.min() >= 0 and mix.max() <= 1 and mix.std() > 0.15
-    assert mix.mean() < 0.51  # the first color is the one that names the object
+    assert mix.mean() < 0.51  # the first color names the object
     assert height.isfinite().all() and height.abs().max() < 2
 
 

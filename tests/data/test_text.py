@@ -22,7 +22,7 @@ def documents():
 
 
 def kinds():
-    """What each word of the language is: its kind, form and rank."""
+    """Return the kind, form and rank of each word of the language."""
     found = {}
     for kind, lemmas in text.vocabulary().items():
         for rank, forms in enumerate(lemmas):

@@ -16,7 +16,7 @@ class TestPieces:
     def test_a_generator_is_shown_step_by_step(self):
         def count():
             yield from (1, 2)
-            raise ValueError("There is no 3.")
+            raise ValueError("3 is missing.")
 
         steps = page.event(count, lambda number: number * 10)()
         assert (next(steps), next(steps)) == (10, 20)

@@ -7,7 +7,7 @@ from tests.explain.tiny import PREFIX, VITS, make_convnet, make_images, make_vit
 
 
 def eager_attentions(kind, images, **options):
-    """What the model says itself: eager attention of transformers, the built one of ours."""
+    """Return the attention that the model itself returns: eager attention for transformers, our own for ours."""
     model = make_vit(kind, attention=None if kind == "small_vit" else "eager")
     return model, model(images, output_attentions=True, **options)
 

@@ -102,7 +102,7 @@ def test_it_works_where_gradients_are_off_and_for_frozen_models():
 
 
 def test_no_weight_gradient_and_nothing_below_the_layers_is_computed():
-    """The gradient of an operation that cannot be differentiated is never asked for, below or beside."""
+    """The backward pass never reaches an operation that cannot be differentiated."""
 
     class Broken(torch.autograd.Function):
         @staticmethod
@@ -137,7 +137,7 @@ def test_a_layer_before_an_operation_in_place():
 @pytest.mark.parametrize("kind", ["convnet", "resnet", "vit", "dinov2", "small_vit"])
 def test_the_package_grad_cam_agrees(kind):
     pytest.importorskip("pytorch_grad_cam")
-    # What runs in place changes what the package has kept, so it is shown a network where nothing does.
+    # Operations in place would change the tensors that the package keeps, so this network has none.
     made = {"convnet": lambda: make_convnet(inplace=False), "resnet": make_resnet}
     model = made[kind]() if kind in made else make_vit(kind)
     images = make_images(2, 64, 64) if kind == "resnet" else make_images()

@@ -157,7 +157,7 @@ def test_the_report_counts_what_the_masked_model_says():
     for image in range(2):
         assert report["original"][image]["label"] == model.config.id2label[int(labels[image])]
         assert report["original"][image]["probability"] == pytest.approx(before[image].max().item(), rel=1e-5)
-    # 2 images, 2 counts; random 4 seeds, the three others 1, but with noise all have 4
+    # 2 images, 2 counts; 4 seeds for random, 1 for the other places, and 4 for all of them with noise
     assert len(report["trials"]) == 2 * 2 * (6 * (4 + 3) + 4 * 4)
     trial = next(t for t in report["trials"] if t["way"] == "black" and t["place"] == "center" and t["image"] == 1)
     after = masked_logits(model, images[1:], center_patches((4, 4), 2), by="black")[0].double().softmax(-1)
@@ -225,7 +225,7 @@ class Brightness(torch.nn.Module):
 def test_curves_of_a_model_that_can_be_worked_out():
     images = torch.full((1, 3, 4, 4), 0.25)
     maps = torch.zeros(1, 4, 4)
-    maps[..., :2] = 1  # says what is true: the left half counts
+    maps[..., :2] = 1  # a correct map: only the left half counts
     right = maps.flip(-1)
     good = curve(Brightness(), images, maps, steps=4, fill="gray", classes=1)  # gray is 0
     torch.testing.assert_close(good.fractions, torch.tensor([0, 0.25, 0.5, 0.75, 1]))

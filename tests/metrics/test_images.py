@@ -121,7 +121,7 @@ def test_random_conv_has_fixed_weights():
 
 
 def blobs(n, seed, radius=(6, 12)):
-    """Images of two colored discs on gray."""
+    """Draw images of two colored circles on gray."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:64, :64]
     out = np.full((n, 64, 64, 3), 110, dtype=np.uint8)

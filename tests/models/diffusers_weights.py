@@ -1,4 +1,4 @@
-"""Copies weights of diffusers' blocks into ours, so that the two can be held against each other."""
+"""Copy weights of blocks of diffusers into our blocks, to compare the two."""
 
 import torch
 
@@ -59,5 +59,5 @@ def copy_unet(ours, theirs):
     ):
         for layer, residual in zip(layers, block.resnets, strict=True):
             copy_residual(layer.residual, residual)
-        for layer, transformer in zip(layers, block.attentions, strict=False):  # the middle block has one less
+        for layer, transformer in zip(layers, block.attentions, strict=False):  # the middle block has one layer less
             copy_transformer(layer.transformer, transformer)

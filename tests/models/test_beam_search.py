@@ -1,4 +1,4 @@
-"""Against exhaustive search and by hand; against transformers it is tested in test_program_search.py."""
+"""Compared with exhaustive search and results by hand; test_program_search.py compares it with transformers."""
 
 import itertools
 import math

@@ -303,7 +303,7 @@ def test_the_processor_makes_gray_as_pillow_does():
         pixel_values = processor(given, return_tensors="pt")["pixel_values"]
         assert pixel_values.shape == (1, 1, 8, 8) and pixel_values.dtype == torch.float32
         assert np.allclose(pixel_values[0, 0].numpy(), gray)
-    # what is gray stays what it is
+    # gray images do not change
     for given in (picture.convert("L"), picture.convert("L").convert("RGB")):
         assert np.allclose(processor(given, return_tensors="pt")["pixel_values"][0, 0].numpy(), gray)
     color = ImageVaeProcessor(size={"height": 8, "width": 8}, do_grayscale=False)

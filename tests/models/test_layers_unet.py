@@ -1,4 +1,4 @@
-"""The parts of the U-Net against those of diffusers, with the same weights and in float64."""
+"""The parts of the U-Net, compared with the parts of diffusers with the same weights, in float64."""
 
 import pytest
 import torch

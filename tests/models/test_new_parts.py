@@ -1,4 +1,4 @@
-"""A normalization or a head that is entered in NORMS or HEADS at run time works in every model."""
+"""A normalization or a head that is added to NORMS or HEADS at run time works in every model."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Our beam search against that of transformers on the same model, and what the grammar makes of both."""
+"""Our beam search, compared with the beam search of transformers on the same model, with and without grammar."""
 
 import itertools
 
@@ -171,7 +171,7 @@ def test_what_was_read_is_not_repeated_for_each_hypothesis():
 @pytest.mark.parametrize("k", [1, 2, 6])
 @pytest.mark.parametrize("max_length", [3, 5, 12])
 def test_by_the_grammar_all_that_is_found_is_a_program(k, max_length):
-    model, batch = make(seed=3, scale=3.0), problems(6)  # whose 14 symbols are those of test_program_grammar
+    model, batch = make(seed=3, scale=3.0), problems(6)  # the same 14 symbols as in test_program_grammar
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     numbers = torch.tensor([0, 1, 2, 3, 3, 1])
     grammar = model.config.make_grammar(numbers)

@@ -51,7 +51,7 @@ def make(seed=0, scale=1.0, **fields):
 
 
 def problems(batch, *, length=9, seed=0):
-    """Words with a ragged mask, what is masked drawn from all words too, and programs."""
+    """Draw problems with a ragged mask, whose masked words are also random, and programs."""
     draw = torch.Generator().manual_seed(1000 * seed + batch)
     lengths = torch.randint(2, length + 1, (batch,), generator=draw)
     labels = torch.randint(4, 14, (batch, 6), generator=draw)
@@ -214,7 +214,7 @@ def test_pointers_are_the_outputs_where_the_numbers_are():
 
 
 def read_tokens(model, batch, **options):
-    """What the decoder is given to read at each step."""
+    """Return the tokens that the decoder reads in each step."""
     read, step = [], model.decoder.step
     model.decoder.step = lambda tokens, *rest: (read.append(tokens), step(tokens, *rest))[1]
     try:
@@ -238,7 +238,7 @@ def test_teacher_forcing_tosses_a_coin_for_each_example_and_step():
         forced = (read == truth)[:, 1:]
         assert told.sum() > 500
         assert forced[told].float().mean().item() == pytest.approx(ratio, abs=0.06)
-        # neither a whole example nor a whole step shares its coin
+        # each example and step has its own draw
         assert all(0 < forced[told[:, step], step].float().mean() < 1 for step in range(5))
         assert 0.05 < (forced & told).any(dim=1).logical_and((~forced & told).any(dim=1)).float().mean()
 
@@ -251,7 +251,7 @@ def test_teacher_forcing_at_its_ends_and_by_default():
     read, output = read_tokens(model, batch)  # the config's
     assert torch.equal(read[:, 1:], output.logits.argmax(dim=-1)[:, :-1])
     assert not torch.equal(read, truth)
-    # left alone, it says what greedy search says
+    # with its own predictions as input, it agrees with greedy search
     model.eval()
     said = model.generate(batch["input_ids"], attention_mask=batch["attention_mask"], max_length=7)
     for row, sequence in enumerate(said[:, 1:].tolist()):

@@ -233,7 +233,7 @@ def test_sizes_that_do_not_fit_are_refused(fields, message):
         SlotUNetModel(**{**TINY, **fields})
 
 
-def test_a_misspelt_field_is_refused():
+def test_a_misspelled_field_is_rejected():
     with pytest.raises(TypeError, match="layer_per_block"):
         SlotUNetModel(**TINY, layer_per_block=3)
 

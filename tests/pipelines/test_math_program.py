@@ -51,7 +51,7 @@ class TestSolve:
         assert solution.symbols == ["divide", "n0", "n1", "multiply", "#0", "n2"]
         assert solution.attention.shape == (6, len(solution.words))
         assert torch.allclose(solution.attention.sum(1), torch.ones(6), atol=1e-5)
-        # of a symbol: that of the step which writes it
+        # the attention of a symbol is computed in the step that writes it
         words = solver.pad(solver.encode([" ".join(solution.words)])["input_ids"])
         start = torch.tensor([[solver.config.decoder_start_token_id]])
         expected = solver.model(**words, decoder_input_ids=start, output_attentions=True).cross_attentions[0][0, 0, 0]

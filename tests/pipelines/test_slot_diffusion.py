@@ -86,7 +86,7 @@ def make_pipe(*, unet=None, encoder=SlotEncoderModel, scheduler=None, kind="kl")
     torch.manual_seed(0)
     if unet is None:
         unet = SlotUNetModel(**UNET)
-        with torch.no_grad():  # a new one predicts no noise, whatever it is given
+        with torch.no_grad():  # a new U-Net predicts zero noise for every input
             for parameter in unet.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.05)
     pipe = SlotDiffusionPipeline(
@@ -127,7 +127,7 @@ def oracle(request):
 
 
 class TheirScheduler(DDPMScheduler):
-    """Its steps are those of diffusers: only a `DDPMScheduler` itself is written out in the pipeline."""
+    """Makes the pipeline use the steps of diffusers; it has its own steps for a plain `DDPMScheduler` only."""
 
 
 def test_the_schedule_is_the_published_one():
@@ -192,7 +192,7 @@ def test_the_generator_decides(pipe):
     torch.testing.assert_close(each, torch.cat([first, other]), rtol=1e-4, atol=1e-4)
     latents = torch.randn(1, 3, 4, 4, generator=seeded(2))
     begun = [pipe(image, generator=seeded(seed), latents=latents, num_inference_steps=1).images for seed in (0, 1)]
-    assert np.array_equal(*begun)  # the only noise of a single step is the one that it begins with
+    assert np.array_equal(*begun)  # a single step uses the initial noise only
 
 
 def test_kinds_of_output(pipe):

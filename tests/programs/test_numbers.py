@@ -45,7 +45,7 @@ def test_spans_point_at_the_numbers():
                 assert end <= start < stop and text[start] != "," and text[stop - 1] != ","
                 assert float(text[start:stop].replace(",", "")) == value
                 end = stop
-        # what the convention says: all commas go first
+        # the convention removes all commas first
         assert extract_numbers(text) == extract_numbers(text.replace(",", ""))
 
 

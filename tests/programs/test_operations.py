@@ -8,7 +8,7 @@ from hf_dl.programs import OPERATIONS, SEMANTICS, Program, ProgramError, Step, e
 from .random_programs import value_or_none
 
 PI = math.pi
-# name: arguments, what is expected of "data"; worked out by hand
+# name: arguments, expected value of "data", computed by hand
 TABLE = {
     "add": ((7, 3), 10),
     "subtract": ((7, 3), 4),

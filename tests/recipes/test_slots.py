@@ -21,7 +21,7 @@ TINY = {
 def make_model(size=16, **options):
     torch.manual_seed(0)
     model = SlotAutoencoderModel(SlotAutoencoderConfig(image_size=size, **{**TINY, **options}))
-    with torch.no_grad():  # masks of a fresh model are nearly uniform, and their largest a matter of rounding
+    with torch.no_grad():  # masks of a new model are nearly uniform, so the largest one depends on rounding
         for parameter in model.parameters():
             parameter.mul_(3)
     return model
@@ -52,7 +52,7 @@ class TestEvaluate:
         for attention in output.attentions[-1].numpy():
             rows = [[np.interp(pixels, centers, row) for row in slot.reshape(8, 8)] for slot in attention]
             maps = [np.stack([np.interp(pixels, centers, c) for c in np.stack(r).T], axis=1) for r in rows]
-            segments["attention"].append(np.float32(maps).argmax(0))  # half of 1 and half of 1e-9 are level
+            segments["attention"].append(np.float32(maps).argmax(0))  # half of 1 and half of 1e-9 count as equal
         for name, found in segments.items():
             every = [adjusted_rand_score(t.ravel(), p.ravel()) for t, p in zip(truth, found, strict=True)]
             objects = [

@@ -1,4 +1,4 @@
-"""Runs that never ran: folders with the files that a training run leaves, for the tests of reporting."""
+"""Fake runs: folders with the files that a training run writes, for the tests of reporting."""
 
 import json
 import math

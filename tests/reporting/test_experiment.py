@@ -80,7 +80,7 @@ def test_a_cell_may_start_from_another_one(toml, tmp_path):
     elsewhere = read_experiment(toml(TOML + AFTER)).cells(tmp_path / "other")
     assert [cell.id for cell in elsewhere] == [cell.id for cell in cells]
     assert len({cell.id for cell in cells}) == len(cells)
-    # what it starts from is part of what it is
+    # the run that a cell starts from is part of its hash
     changed = read_experiment(toml(TOML + AFTER.replace("data/", "date/"))).cells(tmp_path)
     assert not {cell.id for cell in changed} & {cell.id for cell in cells}
 

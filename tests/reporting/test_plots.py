@@ -86,7 +86,7 @@ def test_band_reaches_from_the_lowest_to_the_highest_seed(tmp_path):
 
 
 def test_groups_without_runs_are_written_into_the_table_figure(report, tmp_path):
-    # Text is drawn as paths, and stands beside them in comments.
+    # Text is drawn as paths, with the text in comments.
     full = plot_table(report(), tmp_path / "a.svg").read_text()
     made = report()
     for cell in made.cells[:3]:
@@ -110,7 +110,7 @@ def test_confusion_matrices_are_drawn_where_there_are_any(report, tmp_path):
     assert plot_confusion(report(), tmp_path / "none.svg") is None
     path = plot_confusion(report(confusion=CONFUSION), tmp_path / "a.svg")
     text = path.read_text()
-    assert text.count("<image") == 4 + 1  # a panel a setting, and the scale
+    assert text.count("<image") == 4 + 1  # one panel per setting, and the scale
     assert "<!-- W = 8, group -->" in text and "<!-- true class -->" in text
 
 

@@ -1,4 +1,4 @@
-"""What tests of several training scripts need: a fresh state of Accelerate, and a run that is killed."""
+"""Helpers for the tests of training scripts: a fresh state of Accelerate, and a run that is killed."""
 
 import contextlib
 
@@ -20,7 +20,7 @@ def reset():
 
 @contextlib.contextmanager
 def killed_after(steps):
-    """A run that is started in here ends as if it was killed once it has done so many steps."""
+    """Inside this context, a run ends after a number of steps as if it was killed."""
     step = TrainingRun.step
 
     def killed(run, *args, **kwargs):

@@ -12,7 +12,7 @@ from hf_dl.reporting.report import read_report
 from scripts.run_experiment import main, to_argv
 
 ROOT = Path(__file__).resolve().parents[2]
-# A script as the project's are, but whose training is a formula.
+# A script like the scripts of the project, with a formula instead of training.
 SCRIPT = '''
 """Fake training."""
 import json
@@ -47,7 +47,7 @@ def main(argv=None):
 if __name__ == "__main__":
     main()
 '''
-# What the script needs of hf_dl, without the seconds that importing torch takes in every process.
+# The parts of hf_dl that the script uses, without torch, whose import takes seconds in every process.
 STUB = """
 import argparse
 from dataclasses import dataclass

@@ -93,7 +93,7 @@ def test_each_epoch_is_scored_on_train_and_validation(finished):
     for split in ("train", "val"):
         assert all(f"{split}_{score}" in lines[0] for score in ("loss", "error", "accuracy", "micro_f1", "macro_f1"))
     best = max(line["val_accuracy"] for line in lines)
-    assert finished[1]["val_accuracy"] == best  # what is kept are the best weights
+    assert finished[1]["val_accuracy"] == best  # the best weights are kept
 
 
 def test_the_saved_folder_classifies_images(finished):
@@ -206,7 +206,7 @@ def test_the_learning_rate_follows_the_batch_size():
 
 @pytest.mark.slow
 def test_two_processes_give_the_metrics_of_one(tmp_path):
-    # normalized within images: the statistics of batch normalization are those of a process
+    # a norm within images, because batch normalization uses the statistics of each process
     flags = [
         *SMALL,
         *NARROW,

@@ -1,4 +1,4 @@
-"""The language models' scripts: what a run leaves, its exactness, and the experiment file."""
+"""The scripts of the language model: the files of a run, exact resume, and the experiment file."""
 
 import json
 import math

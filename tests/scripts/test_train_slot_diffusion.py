@@ -39,7 +39,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 @pytest.fixture(scope="module")
 def autoencoder(tmp_path_factory):
-    """The folder of the latents' autoencoder; beside it, in `slots`, is a slot autoencoder."""
+    """The folder of a latent autoencoder; the folder `slots` next to it has a slot autoencoder."""
     folder = tmp_path_factory.mktemp("parts")
     torch.manual_seed(0)
     make_autoencoder("small", sample_size=32).save_pretrained(folder / "autoencoder")
@@ -478,7 +478,7 @@ def test_two_processes_give_the_metrics_of_one(finished, autoencoder, tmp_path):
     assert results["num_processes"] == 2
     losses = [[line["loss"] for line in read_log(folder) if "loss" in line] for folder in (finished[0], tmp_path)]
     assert len(losses[0]) == len(losses[1]) == 3
-    # what is drawn differs between one process and two: noise, times and slots
+    # noise, times and slots are drawn differently in one process and in two
     assert losses[1] == pytest.approx(losses[0], rel=0.2)
 
 

@@ -119,7 +119,7 @@ def test_killed_and_resumed_it_ends_the_same(finished, tmp_path, monkeypatch):
 def test_slots_that_do_not_bind_start_over_and_are_counted(tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(train_slots.slots, "draw_and_compose", lambda *_: {})  # not what this is about
     monkeypatch.setattr(train_slots.slots, "write_report", lambda *_: None)
-    # twelve steps teach nothing: the first run starts over, the second may not, and ends
+    # twelve steps are too few to learn: the first run restarts, and the second has no restart left and ends
     train(tmp_path, "--max_steps=6", "--binding_step=4", "--max_restarts=1", "--save_every=0", "--log_every=1")
     results = read_results(tmp_path)
     assert (results["restarts"], results["steps"]) == (1, 6)
@@ -206,7 +206,7 @@ def test_a_source_without_masks_is_a_sentence(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_give_the_metrics_of_one(tmp_path):
-    # learned slots: what a Gaussian draws differs between processes, as noise has to
+    # learned slots, because Gaussian draws differ between processes, like other noise
     flags = [*SMALL, *"--architecture=resnet18 --num_slots=3 --max_steps=4 --eval_every=2 --log_every=1".split()]
     flags += "--binding_step=2 --max_restarts=1 --save_every=0".split()
     one = train_slots.main([f"--output_dir={tmp_path / 'one'}", *flags])
@@ -221,7 +221,7 @@ def test_two_processes_give_the_metrics_of_one(tmp_path):
     results = read_results(tmp_path / "two")
     assert (results["num_processes"], results["restarts"]) == (2, 1)
     assert results["metrics"].keys() == one.keys()
-    scores = [key for key in one if key.startswith("test_")]  # K-means may take another turn at another rounding
+    scores = [key for key in one if key.startswith("test_")]  # K-means may differ after other rounding
     assert len(scores) > 10
     for key in scores:
         assert results["metrics"][key] == pytest.approx(one[key], abs=1e-4), key

@@ -80,7 +80,7 @@ def test_every_convention_stands_beside_the_others(finished):
 def test_the_epochs_are_means_of_their_logged_lines(finished):
     folder, metrics = finished
     lines = [line for line in read_log(folder) if "sse" in line]
-    assert [line["step"] for line in lines] == [2, 4, 6, 8, 10, 12]  # 4 steps an epoch
+    assert [line["step"] for line in lines] == [2, 4, 6, 8, 10, 12]  # 4 steps per epoch
     for name, two in (("first", lines[:2]), ("last", lines[-2:])):
         assert metrics[f"{name}_epoch_sse"] == pytest.approx(np.mean([line["sse"] for line in two]), rel=1e-4)
         expected = np.mean([line["bce"] + line["kl"] for line in two])

@@ -1,4 +1,4 @@
-"""Batches of examples of about one length, and learning rates of parts of a model."""
+"""Batches of examples of similar length, and learning rates for parts of a model."""
 
 import pytest
 import torch

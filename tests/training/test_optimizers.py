@@ -33,7 +33,7 @@ def test_it_steps_as_its_parts_do_also_after_a_reload_and_with_another_rate():
         other.loss(step).backward()
         for optimizer in (*parts, joined):
             optimizer.step()
-        if step == 3:  # goes on from what was saved, in a fresh one
+        if step == 3:  # a fresh optimizer continues from the saved state
             state, weights = joined.state_dict(), other.state_dict()
             third.load_state_dict(weights)
             other, joined = third, JoinedOptimizer(third.optimizers())

@@ -93,7 +93,7 @@ def read_log(folder, key=None):
 
 
 def assert_same_run(left, right):
-    """The weights are the same to the bit, and so is all that was logged but the time."""
+    """The weights and the log, except for times, are the same to the bit."""
     for name in ("model.safetensors", "best/model.safetensors"):
         if not (Path(left) / name).exists():
             assert not (Path(right) / name).exists()
@@ -172,7 +172,7 @@ def spawn_two(spawn):
 
 def test_two_processes_interrupted_stop_at_one_step_and_resume_to_the_bit(spawn_two, tmp_path, capfd):
     assert spawn_two(tmp_path / "whole") == [0, 0]
-    # the signal comes after step 17 and is agreed upon in step 18
+    # the signal comes after step 17, and the processes agree on it in step 18
     assert spawn_two(tmp_path / "cut", "--interrupt_at=17") == [128 + signal.SIGTERM] * 2
     assert "Interrupted at step 18. Continue" in capfd.readouterr().err
     assert spawn_two(tmp_path / "cut", "--resume") == [0, 0]
@@ -575,7 +575,7 @@ def test_best_early_stopping_and_keep_last(tmp_path, capfd):
     assert run.unwrapped.weight.item() == weights[3]
     run.finish({"score": 0.7})
     assert load_file(tmp_path / "model.safetensors")["weight"].item() == weights[3]
-    # stopped is stopped: resumed, it takes no further step
+    # a run that has stopped early takes no further step after a resume
     assert list(make_run(tmp_path, max_steps=20, resume=True, **flags)) == []
 
 
@@ -597,7 +597,7 @@ def test_results(tmp_path):
     assert results["num_parameters"] == 4 * 8 + 8 + 8 + 1
     assert results["model_class"] == "ToyModel" and results["mixed_precision"] == "no"
     assert "1 thread" in results["device"] and results["seconds"] > 0
-    assert 0 < results["cpu_seconds"] < 2 * results["seconds"] + 1  # one thread, and what else the process does
+    assert 0 < results["cpu_seconds"] < 2 * results["seconds"] + 1  # one thread, and other work of the process
     assert {"torch", "python", "accelerate"} <= set(results["versions"])
     assert len(results["commit"]) == 40 and isinstance(results["dirty"], bool)
     assert not (tmp_path / "checkpoints").exists()

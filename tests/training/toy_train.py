@@ -1,4 +1,4 @@
-"""A training script in small, run by the tests of this folder in this process, in others, and in two at once.
+"""A small training script for the tests of this folder. They run it in this process, in others, and in two at once.
 
 Its data, dropout, noise and augmentation use every source of randomness that a real script may use.
 """
@@ -29,7 +29,7 @@ class ToyArgs(TrainingArgs):
     stream: bool = field(default=False, metadata={"help": "Train on a stream."})
     pause: float = field(default=0.0, metadata={"help": "Seconds to wait in each step."})
     restart_at: int = field(default=0, metadata={"help": "Step of the first attempt after which to restart."})
-    kill_in_write: int = field(default=0, metadata={"help": "Die half-way through writing the n-th file."})
+    kill_in_write: int = field(default=0, metadata={"help": "Die halfway through writing the n-th file."})
     interrupt_at: int = field(default=0, metadata={"help": "Step at which the script sends itself SIGTERM."})
     poison_at: int = field(default=0, metadata={"help": "Step whose loss is infinite."})
     expect_processes: int = field(default=1, metadata={"help": "Fail with any other number of processes."})
@@ -86,7 +86,7 @@ def collate_with_noise(examples):
 
 
 def die_in_write(number):
-    """Kill this process half-way through the n-th file that a checkpoint writes."""
+    """Kill this process halfway through the n-th file that a checkpoint writes."""
     write, calls = checkpoint.write_file, []
 
     def write_half(path, data):
@@ -104,7 +104,7 @@ def evaluate(run, loader):
     run.model.eval()
     with run.averaged():
         losses = torch.cat([run.gather(run.model(**batch)) for batch in loader])
-    torch.rand(3)  # an evaluation may draw what it likes
+    torch.rand(3)  # an evaluation may draw random numbers
     return {"val_loss": losses.double().mean().item(), "val_examples": len(losses)}
 
 
