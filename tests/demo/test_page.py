@@ -20,7 +20,7 @@ class TestPieces:
 
         steps = page.event(count, lambda number: number * 10)()
         assert (next(steps), next(steps)) == (10, 20)
-        with pytest.raises(gr.Error, match="There is no 3") as caught:
+        with pytest.raises(gr.Error, match="3 is missing") as caught:
             next(steps)
         assert caught.value.print_exception is False
 
