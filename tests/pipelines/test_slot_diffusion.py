@@ -1,3 +1,5 @@
+"""Tests of the slot diffusion pipeline. The file is long because all of them share one pipeline and its parts."""
+
 import ast
 import json
 import re

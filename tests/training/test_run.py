@@ -1,3 +1,5 @@
+"""Tests of `TrainingRun`. The file is long because resume, faults, processes and the loop share its toy runs."""
+
 import errno
 import itertools
 import json
