@@ -1,6 +1,7 @@
 """The wheel works in a fresh environment, outside of the repository."""
 
 import sys
+import urllib.request
 import zipfile
 from pathlib import Path
 
@@ -48,7 +49,9 @@ def test_train_and_demo_from_the_wheel(dist, tmp_path):
     run(programs / "hf-dl", "experiment", "slots", "--dry_run", cwd=folder)
     run(programs / "hf-dl", "publish", "slot_explorer", "me/x", "--type", "space", "--dry_run", cwd=folder)
     with serve_command([programs / "hf-dl", "demo", "slot_explorer"], folder, PYTHONPATH="") as (address, _):
-        page = run("curl", "--silent", "--noproxy", "*", f"{address}config", cwd=folder)
+        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with direct.open(f"{address}/config") as response:
+            page = response.read().decode()
     assert "train_slots" in page
 
 

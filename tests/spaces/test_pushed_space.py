@@ -54,5 +54,6 @@ def test_a_pushed_space_opens_with_its_model(pushed, browser, tmp_path):
         upload(browser, tmp_path / "mine.png", "file_first")
         wait_for(lambda: shown(browser, "segments") != before)
         browser.save_screenshot(str(tmp_path / "page.png"))
-        assert Image.open(tmp_path / "page.png").size[0] > 1000
+        with Image.open(tmp_path / "page.png") as page:
+            assert page.size[0] > 1000
         assert "Traceback" not in browser.page_source
