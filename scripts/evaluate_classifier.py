@@ -16,7 +16,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from hf_dl.data.collate import as_is
 from hf_dl.recipes import classifier
-from hf_dl.recipes.evaluation import make_output_folder, write_evaluation
+from hf_dl.recipes.evaluation import load_model, make_output_folder, write_evaluation
 from hf_dl.training.args import parse_flags
 
 
@@ -44,8 +44,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         ValueError: If the classes of the data are not the classes of the model.
     """
     args = parse_flags(Args, argv)
-    model = AutoModelForImageClassification.from_pretrained(args.model)
-    processor = AutoImageProcessor.from_pretrained(args.model)
+    model = load_model(AutoModelForImageClassification, args.model)
+    processor = load_model(AutoImageProcessor, args.model)
     folder = make_output_folder(args)
 
     args.image_size = getattr(model.config, "image_size", args.image_size)

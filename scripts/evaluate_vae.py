@@ -15,7 +15,7 @@ from hf_dl.data.collate import as_is
 from hf_dl.metrics.latents import posterior_collapse
 from hf_dl.models.image_vae import ImageVaeModel
 from hf_dl.recipes import vae
-from hf_dl.recipes.evaluation import make_output_folder, write_evaluation
+from hf_dl.recipes.evaluation import load_model, make_output_folder, write_evaluation
 from hf_dl.training.args import parse_flags
 
 
@@ -33,7 +33,7 @@ class Args(vae.ImageFlags):
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Score training and test images, draw figures, and write the results."""
     args = parse_flags(Args, argv)
-    model = ImageVaeModel.from_pretrained(args.model)
+    model = load_model(ImageVaeModel, args.model)
     folder = make_output_folder(args)
     args.image_size, args.num_channels = model.config.image_size, model.config.num_channels
     train, test = vae.load_images(args, "train"), vae.load_images(args, "test")

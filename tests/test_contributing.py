@@ -1,6 +1,8 @@
 """The recipes of CONTRIBUTING.md work, and the files that it names exist."""
 
 import re
+import subprocess
+import sys
 import textwrap
 from pathlib import Path
 
@@ -24,6 +26,19 @@ def blocks(title, language):
 def add(title, module, entries, monkeypatch):
     """Follow a recipe: run its class in the module, and enter it in the dict."""
     code, entry = blocks(title, "python")
+    lint = [
+        sys.executable,
+        "-m",
+        "ruff",
+        "check",
+        "--ignore",
+        "D100,F821",
+        "--stdin-filename",
+        "hf_dl/models/new.py",
+        "-",
+    ]
+    linted = subprocess.run(lint, input=code, capture_output=True, text=True, cwd=ROOT)
+    assert linted.returncode == 0, linted.stdout
     names = dict(vars(module))
     exec(code, names)
     for name, part in eval(f"{{{entry}}}", names).items():

@@ -3,7 +3,7 @@
 An evaluation script parses its flags, loads a model, calls the recipe of its family, and writes the report:
 
     args = parse_flags(Args, argv)                      # from hf_dl.training.args
-    model = SlotAutoencoderModel.from_pretrained(args.model)
+    model = load_model(SlotAutoencoderModel, args.model)
     folder = make_output_folder(args)
     metrics = evaluate(model, batches)
     write_evaluation(folder, args, metrics)
@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import datasets
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 
 from hf_dl.reporting.experiment import portable
 
@@ -46,6 +47,34 @@ def checked_config(make: Callable[..., ConfigT], **fields: Any) -> ConfigT:
         return make(**fields)
     except StrictDataclassError as error:
         raise ValueError(str(error.__cause__ or error)) from error
+
+
+def load_model(kind: type[Any], name: str | Path) -> Any:
+    """Load a model or a pipeline, and report in one sentence why it cannot be loaded.
+
+    Args:
+        kind: A class with `from_pretrained`. If it has a config class, the model must have the same `model_type`.
+        name: Folder or Hub id.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: If the model is missing, incomplete or of another family.
+    """
+    expected = getattr(getattr(kind, "config_class", None), "model_type", None)
+    try:
+        if expected:
+            found = kind.config_class.get_config_dict(name)[0].get("model_type")
+            if not found:
+                raise ValueError("It has no config.json with a model_type.")
+            if found != expected:
+                raise ValueError(f"Its model_type is {found}; expected {expected}.")
+        return kind.from_pretrained(name)
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        place = "" if Path(name).is_dir() else " is not a folder, and"
+        raise ValueError(f"model={str(name)!r}{place} cannot be loaded. {reason}") from error
 
 
 def hide_progress_bars() -> None:

@@ -23,6 +23,8 @@ from hf_dl.explain.attention import METHODS
 from hf_dl.explain.grad_cam import ENGINES
 from hf_dl.reporting.grids import color_heat
 
+from .evaluation import load_model
+
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 TOP_K = 5
 
@@ -102,8 +104,8 @@ class Explainer:
     def __init__(self, args: ExplanationFlags, folder: str | Path):
         self.args = args
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.model = AutoModelForImageClassification.from_pretrained(folder).eval().to(device)
-        self.processor = AutoImageProcessor.from_pretrained(folder)
+        self.model = load_model(AutoModelForImageClassification, folder).eval().to(device)
+        self.processor = load_model(AutoImageProcessor, folder)
         self.names = [str(self.model.config.id2label[i]) for i in range(self.model.config.num_labels)]
         normalized = getattr(self.processor, "do_normalize", False)
         self.mean = self.processor.image_mean if normalized else 0.0
