@@ -86,7 +86,10 @@ def _load_columns(split: str, source: Path | str, columns: tuple[str, str], opti
     names = dataset.column_names or list(next(iter(dataset)))
     for option, column in zip(("image_column", "mask_column"), columns, strict=True):
         if column not in names:
-            raise ValueError(f"{option}={column!r} is not in {str(source)!r}. Its columns: {', '.join(names)}.")
+            raise ValueError(
+                f"{option}={column!r} is not in {str(source)!r}. Its columns: {', '.join(names)}. A folder of images "
+                "needs a metadata.jsonl with the keys file_name and mask_file_name."
+            )
     arguments = {"columns": columns, "version": _VERSION, **options}
     return dataset.map(_from_columns, fn_kwargs=arguments, remove_columns=names, features=coco.FEATURES)
 
