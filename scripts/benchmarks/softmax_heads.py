@@ -22,6 +22,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +33,7 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from hf_dl.models.layers_adaptive import AdaptiveHead
-from hf_dl.models.layers_heads import GumbelHead, SoftmaxHead
+from hf_dl.models.layers_heads import HEADS, GumbelHead, SoftmaxHead, make_head
 from hf_dl.models.layers_hierarchical import TreeHead, TwoLevelHead
 from hf_dl.reporting.plots import STYLE
 
@@ -88,9 +89,11 @@ def makers(classes: int, share: np.ndarray) -> dict[str, Callable[[], nn.Module]
         "two levels, sparse": lambda: TwoLevelHead(DIM, classes, sparse=True),
         "hierarchical, dense": lambda: TreeHead(DIM, classes, class_counts=share),
         "hierarchical, sparse": lambda: TreeHead(DIM, classes, class_counts=share, sparse=True),
+        **{name: partial(make_head, name, DIM, classes) for name in HEADS if name not in WITH_VARIANTS},
     }
 
 
+WITH_VARIANTS = ("softmax", "gumbel", "hierarchical", "adaptive")  # measured with options; other heads without
 SAME_FOR_ALL_LAWS = (TIMES, "nn.Linear + cross_entropy", "Gumbel")
 
 
