@@ -22,7 +22,7 @@ from hf_dl.reporting.card import LOCAL_ID, run_card
 from hf_dl.reporting.grids import image_grid
 from hf_dl.reporting.plots import plot_run
 
-from .scene_images import quantize, to_pixel_values, to_uint8
+from .scene_images import PERCEPTUAL_HELP, quantize, to_pixel_values, to_uint8
 
 SUMMARY = (
     "The autoencoder for latent diffusion (Rombach et al. 2022), a model of diffusers. It encodes an image as latents "
@@ -56,7 +56,7 @@ class AutoencoderFlags:
     )
     perceptual: str = field(
         default="random",
-        metadata={"help": "Network of the perceptual distance: random, lpips, the Hub id of a classifier, or none."},
+        metadata={"help": f"{PERCEPTUAL_HELP} none: no perceptual term in the loss."},
     )
     perceptual_weight: float = field(default=0.1, metadata={"help": "Weight of the perceptual distance."})
 
