@@ -8,5 +8,6 @@
 - `math_programs`: word problems with programs: generated, MathQA files, or the Hub
 
 The other files are parts of these: `image_arrays` and `collate` feed training loops, `raycast` renders scenes,
+`counterfactual` edits scenes and renders them again, `scene_annotations` writes captions,
 `word_problems` writes problems, `superclasses` groups classes, `split_names` lists the names of splits.
 """

@@ -193,9 +193,11 @@ def _shade_objects(batch: SceneBatch, tiles: Tiles, t: torch.Tensor, front: torc
     albedo, accent = look[6:9], look[9:12]
     smooth = normalize(_local_normal(look[0], p) / extent)
     normal = smooth
-    if batch.textured:
-        mix, normal = _textured_surface(batch, look, p, smooth, extent / batch.radius.index_select(0, own))
+    if batch.patterned.any():
+        mix, bumped = _textured_surface(batch, look, p, smooth, extent / batch.radius.index_select(0, own))
         albedo = albedo + mix * (accent - albedo)
+        # another rounding would let the pixels of a plain object depend on the rest of the batch
+        normal = torch.where(batch.patterned.index_select(0, look[2].long()), bumped, smooth)
     smooth, normal = turn(smooth), turn(normal)
     view = -normalize(turn(d * extent))
     point = turn(p * extent) + torch.stack([cx, cy, cz])
@@ -310,11 +312,12 @@ def shade(batch: SceneBatch) -> torch.Tensor:
     tiles, t, nearest = batch.trace(_SUBPIXELS)
     bare = (nearest == math.inf).float() * (1 / len(_SUBPIXELS))
     visible = _ground_visibility(batch)
-    if batch.textured:
-        scenes = zip(bare.split(batch.size**2, 1), visible.split(batch.size**2, 1), strict=True)
-        image = torch.cat([_textured_ground(batch, i, *parts) for i, parts in enumerate(scenes)], 1)
-    else:
-        image = _plain_ground(batch, bare, visible)
+    area = batch.size**2
+    all_textured = len(batch.textured_grounds) * area == batch.pixels
+    image = torch.empty_like(bare[:3]) if all_textured else _plain_ground(batch, bare, visible)
+    for i in batch.textured_grounds:
+        here = slice(i * area, (i + 1) * area)
+        image[:, here] = _textured_ground(batch, i, bare[:, here], visible[:, here])
     front = ((t < math.inf) & (t == nearest.gather(1, tiles.pixel.expand_as(t)))).flatten().nonzero()[:, 0]
     color = _shade_objects(batch, tiles, t, front) * (1 / len(_SUBPIXELS))
     image.scatter_add_(1, tiles.pixel.index_select(0, front % t.shape[1]).expand_as(color), color)

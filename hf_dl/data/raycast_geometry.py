@@ -114,10 +114,11 @@ class SceneBatch:
             ((SHAPES.index(o.shape), b, i, o) for b, scene in enumerate(scenes) for i, o in enumerate(scene.objects)),
             key=lambda item: item[:3],
         )
-        shape, scene, slot = np.array([item[:3] for item in order]).T
+        # the reshapes are for batches without any object
+        shape, scene, slot = np.array([item[:3] for item in order], np.int64).reshape(-1, 3).T
         objects = [item[3] for item in order]
-        center = np.array([o.position for o in objects])
-        extent = np.array([(o.extent[0], *o.extent) for o in objects])  # (M, 3)
+        center = np.array([o.position for o in objects]).reshape(-1, 3)
+        extent = np.array([(o.extent[0], *o.extent) for o in objects]).reshape(-1, 3)
         # math.cos, because the rounding of numpy's cos may depend on the position in the array
         cos = np.array([math.cos(math.radians(o.rotation)) for o in objects])[:, None]
         sin = np.array([math.sin(math.radians(o.rotation)) for o in objects])[:, None]
@@ -134,7 +135,7 @@ class SceneBatch:
         light = lights[scene][:, None]  # (M, 1, lights, 3)
         shadow = corners[:, :, None] - corners[:, :, None, 2:] / light[..., 2:] * light
         self.view_boxes = self._boxes(corners, *view)
-        self.shadow_boxes = self._boxes(shadow.reshape(len(objects), -1, 3), *view)
+        self.shadow_boxes = self._boxes(shadow.reshape(len(objects), 8 * NUM_LIGHTS, 3), *view)
         self.counts = np.bincount(shape, minlength=len(SHAPES))
 
         def tensor(array: np.ndarray, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -161,8 +162,10 @@ class SceneBatch:
         spin = np.array([(math.cos(a), math.sin(a)) for a in spin])
         self.ground = tensor(np.concatenate([spin, self._looks([s.ground for s in scenes])], 1).T)
         self.radius = tensor(np.array([o.radius for o in objects]))
-        self.textured = any(MATERIALS[name].pattern for name in self.names)
-        self.slots = int(slot.max()) + 1
+        patterned = [MATERIALS[name].pattern is not None for name in self.names]
+        self.patterned = torch.tensor(patterned, device=self.device)  # by material number
+        self.textured_grounds = [b for b, s in enumerate(scenes) if MATERIALS[s.ground.material].pattern]
+        self.slots = int(slot.max(initial=0)) + 1
         index = np.full((len(scenes), self.slots), len(objects))
         index[scene, slot] = np.arange(len(objects))
         self.index = tensor(index, torch.long)  # (B, slots): from scene and slot to object
@@ -176,7 +179,7 @@ class SceneBatch:
             rows.append(
                 (number, material.gloss, material.polish, material.mirror, *o.color, *o.accent, o.scale, *o.offset)
             )
-        return np.array(rows)
+        return np.array(rows).reshape(len(rows), 14)
 
     def _boxes(self, points, eye, right, up, forward) -> np.ndarray:
         """Return pixel rectangles (M, 4), x0 y0 x1 y1 half-open, that contain the hull of world points (M, n, 3)."""

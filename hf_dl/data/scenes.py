@@ -3,8 +3,9 @@
 Nothing is downloaded. Each scene depends on (seed, split, index) only, and all annotations are exact, because they
 come from the rendered geometry.
 
-* `load` returns a dataset with images, instance masks, objects, captions and phrases.
+* `load` returns a dataset with images, instance masks, objects, captions, phrases and descriptions of the scenes.
 * `sample_scene` draws the description of one scene, and `render` renders descriptions to images and masks.
+* `counterfactual` renders a scene again without an object, or with an object moved, recolored, replaced or inserted.
 
 The scenes follow CLEVR (Johnson et al. 2017, https://arxiv.org/abs/1612.06890) and CLEVRTex (Karazija et al. 2021,
 https://arxiv.org/abs/2111.10265). Differences from both: a ray caster in torch instead of Blender, cones as a fourth
@@ -13,7 +14,6 @@ shape, square images, and one key light with soft shadows. `hf_dl.data.raycast` 
 
 from __future__ import annotations
 
-import itertools
 import math
 import random
 from collections import deque
@@ -22,35 +22,39 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 
 import datasets
-import numpy as np
 import torch
 
+from .counterfactual import counterfactual, counterfactuals, ground_position
 from .materials import TEXTURES
 from .png import encode_png
 from .raycast import chunk_size, render, shade
 from .raycast_geometry import SceneBatch
+from .scene_annotations import DIRECTIONS, GAP, annotate
 from .scene_description import HALF_FOV, SHAPES, Scene, SceneObject, Surface
 from .surfaces import COLORS, LINEAR_COLORS, draw_ground, draw_surface, pick, uniform
 
 SPLITS = {"train": 8000, "validation": 500, "test": 500}
 STYLES = ("plain", "textured")
-__all__ = ["Scene", "SceneObject", "Surface", "load", "render", "sample_scene"]
-
+__all__ = [
+    "Scene",
+    "SceneObject",
+    "Surface",
+    "counterfactual",
+    "counterfactuals",
+    "ground_position",
+    "load",
+    "render",
+    "sample_scene",
+]
 
 SIZES = {"plain": {"small": 0.5, "large": 0.85}, "textured": {"small": 0.45, "medium": 0.65, "large": 0.9}}
 MATERIALS = {"plain": ("rubber", "metal"), "textured": tuple(TEXTURES)}
-ATTRIBUTES = ("size", "color", "material", "shape")
-DIRECTIONS = ("left", "right", "front", "behind")
 
-_VERSION = 5  # increase it when pixels or columns change: `datasets` caches by arguments, not by code
-_GAP = 0.25  # smallest distance between objects, and smallest offset for "left of" and the other relations
+_VERSION = 6  # increase it when pixels or columns change: `datasets` caches by arguments, not by code
 _MIN_AREA = 0.003  # smallest visible area of an object, as a fraction of the image
 _MIN_VISIBLE = {"plain": 0.7, "textured": 0.4}  # smallest visible fraction of an object
 _ATTEMPTS = 1000
 _MAX_OBJECTS = 32
-_SUBSETS = [a for n in range(5) for a in itertools.combinations(ATTRIBUTES, n)]  # from few attributes to many
-_NUMBERS = "no one two three four five six seven eight nine ten eleven twelve".split()
-_RELATION_WORDS = {"left": "left of", "right": "right of", "front": "in front of", "behind": "behind"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -106,7 +110,7 @@ def sample_scene(
             x, y, depth = scene.project(item.position, 2)  # the image is 2 wide: coordinates from 0 to 2
             inside = max(abs(x - 1), abs(y - 1)) + 1.05 * item.radius / (depth * HALF_FOV) < 0.97
             if inside and all(
-                math.dist(item.position[:2], o.position[:2]) > item.radius + o.radius + _GAP * shrink for o in objects
+                math.dist(item.position[:2], o.position[:2]) > item.radius + o.radius + GAP * shrink for o in objects
             ):
                 objects.append(item)
                 break
@@ -154,120 +158,7 @@ def _visible_scenes(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Annotations
-
-
-def _describe_objects(scene: Scene, mask: np.ndarray) -> list[dict]:
-    """Return the records of the column `objects`."""
-    records = []
-    for i, o in enumerate(scene.objects):
-        rows, columns = np.nonzero(mask == i + 1)
-        *pixel_position, depth = scene.project(o.position, mask.shape[0])
-        aside = [other.position[0] - o.position[0] for other in scene.objects]
-        beyond = [other.position[1] - o.position[1] for other in scene.objects]
-        records.append(
-            {
-                "shape": o.shape,
-                "material": o.surface.material,
-                "color": o.color,
-                "size": o.size,
-                "radius": o.radius,
-                "rotation": o.rotation,
-                "position": list(o.position),
-                "pixel_position": pixel_position,
-                "depth": depth,
-                "box": [int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1],
-                "visible_pixels": len(rows),
-                "relations": {
-                    "left": [j for j, offset in enumerate(aside) if offset < -_GAP],
-                    "right": [j for j, offset in enumerate(aside) if offset > _GAP],
-                    "front": [j for j, offset in enumerate(beyond) if offset < -_GAP],
-                    "behind": [j for j, offset in enumerate(beyond) if offset > _GAP],
-                },
-            }
-        )
-    return records
-
-
-def _noun(record: dict, attributes: Sequence[str], count: int = 1) -> str:
-    """Return a noun such as "large red metal spheres"; without the shape, "large red metal objects"."""
-    words = [record[a] for a in ("size", "color", "material") if a in attributes]
-    return " ".join([*words, record["shape"] if "shape" in attributes else "object"]) + "s" * (count != 1)
-
-
-def _number(count: int) -> str:
-    return _NUMBERS[count] if count < len(_NUMBERS) else str(count)
-
-
-def _phrases(records: list[dict], rng: random.Random) -> list[dict]:
-    """Return phrases with the indices of all objects that they describe, at least one each."""
-    everything = range(len(records))
-    phrases: dict[str, list[int]] = {}
-
-    def matches(record: dict, attributes: Sequence[str]) -> list[int]:
-        return [i for i in everything if all(records[i][a] == record[a] for a in attributes)]
-
-    def add(record: dict, attributes: Sequence[str], indices: list[int], before: str = "", after: str = "") -> None:
-        several = "both" if len(indices) == 2 else pick(rng, ("all", f"the {_number(len(indices))}"))
-        article = "the" if len(indices) == 1 else several
-        words = (article, before, _noun(record, attributes, len(indices)), after)
-        phrases[" ".join(word for word in words if word)] = indices
-
-    def shortest(i: int) -> Sequence[str] | None:
-        """Return the smallest set of attributes that no other object has."""
-        unique = [attributes for attributes in _SUBSETS if len(matches(records[i], attributes)) == 1]
-        return pick(rng, [a for a in unique if len(a) == len(unique[0])]) if unique else None
-
-    names = [shortest(i) for i in everything]
-    for i, record in enumerate(records):
-        add(record, ATTRIBUTES, matches(record, ATTRIBUTES))
-        if names[i] is not None:
-            add(record, names[i], [i])
-    for _ in everything:  # phrases for groups, and for positions relative to another object
-        record, attributes = pick(rng, records), pick(rng, _SUBSETS)
-        add(record, attributes, matches(record, attributes))
-        direction, other = pick(rng, DIRECTIONS), pick(rng, everything)
-        found = [i for i in matches(record, attributes) if i in records[other]["relations"][direction]]
-        if found and names[other] is not None:
-            after = f"{_RELATION_WORDS[direction]} the {_noun(records[other], names[other])}"
-            add(record, attributes, found, after=after)
-    direction, attributes = pick(rng, ("left", "right")), pick(rng, ((), ("shape",)))
-    group = matches(pick(rng, records), attributes)
-    extreme = [i for i in group if set(group) - {i} <= {j for j in group if i in records[j]["relations"][direction]}]
-    if len(group) > 1 and extreme:
-        add(records[extreme[0]], attributes, extreme, before=f"{direction}most")
-    return [{"phrase": phrase, "object_indices": indices} for phrase, indices in phrases.items()]
-
-
-def _listing(nouns: Sequence[str]) -> str:
-    """Join singular nouns, for example to "two red cubes, a gray cone and an object"."""
-    counts = {noun: nouns.count(noun) for noun in nouns}
-    items = [f"a {noun}" if n == 1 else f"{_number(n)} {noun}s" for noun, n in counts.items()]
-    return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
-
-
-def _caption(scene: Scene, records: list[dict], rng: random.Random) -> str:
-    """Write one sentence about all objects."""
-    attributes = pick(
-        rng, (ATTRIBUTES, ATTRIBUTES, ("color", "shape"), ("size", "color", "shape"), ("color", "material", "shape"))
-    )
-    nouns = [_noun(record, attributes) for record in records]
-    ground = "gray" if scene.ground.material == "rubber" else scene.ground.material
-    first = pick(rng, range(len(records)))
-    direction = pick(rng, DIRECTIONS)
-    others = records[first]["relations"][direction]
-    template = pick(rng, ("stand", "picture", "relation", "relation"))
-    if template == "relation" and others:
-        second = pick(rng, others)  # `others` lists, for example, the objects left of the first
-        rest = [noun for i, noun in enumerate(nouns) if i not in (first, second)]
-        article = "another" if nouns[second] == nouns[first] else "a"
-        place = {"left": "to the left of", "right": "to the right of"}.get(direction, _RELATION_WORDS[direction])
-        end = f", with {_listing(rest)} nearby" if rest else ""
-        return f"A {nouns[second]} stands {place} {article} {nouns[first]}{end}."
-    if template == "picture":
-        return f"A picture of {_listing(nouns)} on a {ground} floor."
-    listing = _listing(nouns)
-    return f"{listing[0].upper()}{listing[1:]} {'stands' if len(nouns) == 1 else 'stand'} on a {ground} floor."
+# The dataset
 
 
 def _examples(
@@ -275,21 +166,10 @@ def _examples(
 ) -> list[dict]:
     drawn = _visible_scenes(indices, split, style, size, num_objects, seed)
     images = shade(SceneBatch([scene for scene, _ in drawn], size, "cpu")).numpy()
-    examples = []
-    for index, (scene, mask), image in zip(indices, drawn, images, strict=True):
-        mask = mask.numpy()
-        records = _describe_objects(scene, mask)
-        rng = random.Random(f"hf_dl.scenes words {style} {seed} {split} {index}")
-        examples.append(
-            {
-                "image": encode_png(image),
-                "mask": encode_png(mask),
-                "objects": records,
-                "caption": _caption(scene, records, rng),
-                "phrases": _phrases(records, rng),
-            }
-        )
-    return examples
+    return [
+        {"image": encode_png(image), "mask": encode_png(mask.numpy()), **annotate(scene, mask.numpy())}
+        for (scene, mask), image in zip(drawn, images, strict=True)
+    ]
 
 
 def _generate(shards: list[tuple[int, int]], version: int, **arguments) -> Iterator[dict]:
@@ -337,6 +217,7 @@ FEATURES = datasets.Features({
         "phrase": datasets.Value("string"),
         "object_indices": datasets.List(datasets.Value("int32")),
     }),
+    "scene": datasets.Value("string"),
 })  # fmt: skip
 
 
@@ -366,7 +247,8 @@ def load(
 
     Returns:
         A dataset with the columns of `FEATURES`: `image` (RGB), `mask` (8-bit, 0 = ground, i = objects[i - 1]),
-        `objects`, `caption` and `phrases`. Boxes are x0, y0, x1, y1 of the visible part in pixels, half-open.
+        `objects`, `caption`, `phrases` and `scene`. Boxes are x0, y0, x1, y1 of the visible part in pixels, half-open.
+        `scene` is a JSON string for `Scene.from_json`.
 
     Raises:
         ValueError: If an argument is not one of the values above.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import colorsys
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 from .materials import TEXTURES
@@ -48,12 +49,26 @@ def draw_surface(rng: random.Random, material: str, color: RGB) -> Surface:
     """Draw the surface of an object: a material in a given color."""
     if material not in TEXTURES:
         return Surface(material, color)
-    # the accent is a darker or lighter tone of the color, so that the object has one clear color name
+    tones = _accents(color)
+    accent = pick(rng, tones) if len(tones) > 1 else tones[0]
+    return Surface(material, color, accent, uniform(rng, 1.0, 1.5), tuple(uniform(rng, 0, 32) for _ in range(3)))
+
+
+def recolor(surface: Surface, color: RGB) -> Surface:
+    """Return the surface of an object in another color, with the same material and the same pattern."""
+    if surface.material not in TEXTURES:
+        return replace(surface, color=color)
+    tones = _accents(color)
+    was_light = sum(surface.accent) > sum(surface.color)
+    return replace(surface, color=color, accent=tones[-1] if was_light else tones[0])
+
+
+def _accents(color: RGB) -> list[RGB]:
+    """Return the possible accents of a color, dark before light, so that the object has one clear color name."""
     dark = tuple(0.18 * c + 0.01 for c in color)
     light = tuple(0.25 * c + 0.55 for c in color)
     brightness = 0.3 * color[0] + 0.6 * color[1] + 0.1 * color[2]
-    accent = dark if brightness > 0.3 else light if brightness < 0.05 else pick(rng, (dark, light))
-    return Surface(material, color, accent, uniform(rng, 1.0, 1.5), tuple(uniform(rng, 0, 32) for _ in range(3)))
+    return [dark] if brightness > 0.3 else [light] if brightness < 0.05 else [dark, light]
 
 
 def draw_ground(rng: random.Random, style: str) -> Surface:
