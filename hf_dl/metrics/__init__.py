@@ -1,8 +1,9 @@
-"""Metrics as pure functions. Four of them are also `evaluate` metrics that can be published as Spaces.
+"""Metrics as pure functions. Five of them are also `evaluate` metrics that can be published as Spaces.
 
 - `classification`: accuracy, F1, top-k accuracy
 - `segmentation`: ARI, mean IoU, mean best overlap
 - `images`: FID
+- `editing`: edits of images with a known truth
 - `programs`: exact match and execution accuracy of programs; `program_baselines`: retrieval baselines
 - `binding`, `latents`, `perceptual`: slots that follow objects, active latents, perceptual distance
 - `spaces`: the files of the metric Spaces

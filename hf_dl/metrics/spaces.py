@@ -32,12 +32,14 @@ class MetricSpace:
         emoji: Emoji of the page.
         summary: One line of at most 60 characters.
         example: Example inputs of the page by name. None for pages with image files as inputs.
+        files: Label of the image files of each input, for pages with image files.
     """
 
     title: str
     emoji: str
     summary: str
     example: dict[str, list] | None = None
+    files: dict[str, str] | None = None
 
 
 METRICS = {  # the key is the name of the file in hf_dl/metrics
@@ -47,7 +49,24 @@ METRICS = {  # the key is the name of the file in hf_dl/metrics
         "Accuracy, F1, precision, recall and top-k accuracy",
         {"predictions": [0, 1, 1, 2], "references": [0, 0, 1, 2]},
     ),
-    "images": MetricSpace("Image distance (FID)", "🖼️", "Fréchet distance between two sets of images"),
+    "editing": MetricSpace(
+        "Image editing scores",
+        "✂️",
+        "Success and error of image edits with a known truth",
+        files={
+            "predictions": "edited images",
+            "references": "true results",
+            "images": "images before the edit",
+            "masks_before": "masks of the object before",
+            "masks_after": "masks of the object after",
+        },
+    ),
+    "images": MetricSpace(
+        "Image distance (FID)",
+        "🖼️",
+        "Fréchet distance between two sets of images",
+        files={"predictions": "generated images", "references": "real images"},
+    ),
     "programs": MetricSpace(
         "Program accuracy",
         "🧮",
@@ -109,8 +128,9 @@ if __name__ == "__main__":
     page.launch()
 '''
 
-_IMAGE_APP = '''"""The page of the metric: inputs are two sets of image files, equally many of each."""
+_IMAGE_APP = '''"""The page of the metric: inputs are sets of image files, equally many of each."""
 
+import json
 import re
 from pathlib import Path
 
@@ -119,14 +139,15 @@ import gradio as gr
 from PIL import Image
 
 FOLDER = Path(__file__).parent
+FILES = json.loads({files!r})
 metric = evaluate.load(str(FOLDER / "{name}.py"))
 
 
-def compute(predictions, references):
-    """Compute the scores of two lists of image files."""
+def compute(*sets):
+    """Compute the scores of lists of image files."""
     try:
-        images = [[Image.open(path).convert("RGB") for path in paths or []] for paths in (predictions, references)]
-        return metric.compute(predictions=images[0], references=images[1])
+        images = [[Image.open(path).convert("RGB") for path in paths or []] for paths in sets]
+        return metric.compute(**dict(zip(FILES, images, strict=True)))
     except (OSError, ValueError) as error:
         raise gr.Error(str(error)) from None
 
@@ -134,8 +155,8 @@ def compute(predictions, references):
 page = gr.Interface(
     compute,
     [
-        gr.File(label=f"{{name}} images", file_count="multiple", file_types=["image"], type="filepath")
-        for name in ("generated", "real")
+        gr.File(label=label, file_count="multiple", file_types=["image"], type="filepath")
+        for label in FILES.values()
     ],
     gr.JSON(label="scores"),
     title="{title}",
@@ -182,7 +203,7 @@ def metric_files(metric: str, repo_id: str | None = None) -> dict[str, bytes]:
         )
     space = METRICS[metric]
     app = (_JSON_APP if space.example else _IMAGE_APP).format(
-        name=name, title=space.title, example=json.dumps(space.example)
+        name=name, title=space.title, example=json.dumps(space.example), files=json.dumps(space.files)
     )
     files = {
         **{f"{name if module == metric else module}.py": source for module, source in modules.items()},

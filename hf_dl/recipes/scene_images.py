@@ -13,8 +13,8 @@ from hf_dl.metrics.perceptual import PerceptualDistance
 from .evaluation import hide_progress_bars
 
 PERCEPTUAL_HELP = (
-    "Network of the perceptual distance: random; lpips (needs the package lpips); lpips:FOLDER, a folder or Hub id with "
-    "the weight files squeezenet* and lpips*squeeze*; or the Hub id of an image classifier."
+    "Network of the perceptual distance: random; lpips (needs the package lpips); lpips:FOLDER, a folder or Hub id "
+    "with the files squeezenet* and lpips*squeeze*; or the Hub id of an image classifier."
 )
 
 

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 
-from hf_dl.metrics import classification, images, programs, segmentation, spaces
+from hf_dl.metrics import classification, editing, images, programs, segmentation, spaces
 from tests.loopback_hub import Blob, LoopbackHub, Repo
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,7 +31,14 @@ def images(seed):
     pixels = np.random.default_rng(seed).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
     return [Image.fromarray(image) for image in pixels]
 
-options = {"images": {"predictions": images(0), "references": images(1), "features": "random_conv_v1"}}
+options = {
+    "images": {"predictions": images(0), "references": images(1), "features": "random_conv_v1"},
+    "editing": {
+        "predictions": images(0), "references": images(1), "images": images(2),
+        "masks_before": [image.convert("L") for image in images(3)],
+        "masks_after": [Image.new("L", (32, 32)) for _ in range(4)],
+    },
+}
 result = {}
 for name, (source, example) in json.loads(Path(sys.argv[1]).read_text()).items():
     metric = evaluate.load(source)
@@ -43,11 +51,10 @@ for name, (source, example) in json.loads(Path(sys.argv[1]).read_text()).items()
             assert app["EXAMPLE"] == example
             found["page"] = app["compute"](*[json.dumps(value) for value in example.values()])
         else:
-            for key in ("predictions", "references"):
+            for key in app["FILES"]:
                 for number, image in enumerate(options[name][key]):
                     image.save(f"{key}{number}.png")
-            paths = [[f"{key}{number}.png" for number in range(4)] for key in ("predictions", "references")]
-            found["page"] = app["compute"](*paths)
+            found["page"] = app["compute"](*[[f"{key}{number}.png" for number in range(4)] for key in app["FILES"]])
         blocks = re.findall(r"```python\\n(.*?)```", Path(source, "README.md").read_text(), flags=re.DOTALL)
         examples = doctest.DocTestParser().get_doctest("\\n".join(blocks), {}, name, None, 0)
         found["doctest"] = doctest.DocTestRunner().run(examples)
@@ -82,10 +89,9 @@ def test_every_metric_loads_offline_without_the_package(tmp_path):
         for name in spaces.METRICS
     }
     found = load_alone(sources, tmp_path, HF_HUB_OFFLINE="1", HF_EVALUATE_OFFLINE="1")
-    pixels = [
-        torch.from_numpy(np.random.default_rng(s).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)).permute(0, 3, 1, 2)
-        for s in (1, 0)
-    ]
+    arrays = [np.random.default_rng(seed).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8) for seed in range(4)]
+    pixels = [torch.from_numpy(array).permute(0, 3, 1, 2) for array in arrays]
+    before = torch.from_numpy(np.stack([np.asarray(Image.fromarray(array).convert("L")) for array in arrays[3]])) > 0
     example = {name: space.example for name, space in spaces.METRICS.items()}
     tensors = {
         name: [torch.tensor(example[name][key]) for key in ("predictions", "references")]
@@ -95,18 +101,19 @@ def test_every_metric_loads_offline_without_the_package(tmp_path):
         "classification": classification.classification_scores(
             classification.confusion_matrix(*tensors["classification"])
         ),
-        "images": images.fid(*pixels, features=images.RandomConvFeatures()),
+        "editing": editing.editing_scores(*pixels[:3], before, torch.zeros_like(before)),
+        "images": images.fid(pixels[1], pixels[0], features=images.RandomConvFeatures()),
         "programs": programs.program_scores(*example["programs"].values()),
         "segmentation": segmentation.segmentation_scores(*tensors["segmentation"]),
     }
     assert found.keys() == expected.keys() == spaces.METRICS.keys()
     for name, scores in expected.items():
-        assert found[name]["scores"] == pytest.approx(scores), name
+        assert found[name]["scores"] == pytest.approx(scores, nan_ok=True), name
         failures, examples = found[name]["doctest"]
         assert failures == 0 and examples >= 3, name
         assert found[name]["title"] == spaces.METRICS[name].title
         if name != "images":  # its page uses Inception where the weights are present
-            assert found[name]["page"] == pytest.approx(scores)
+            assert found[name]["page"] == pytest.approx(scores, nan_ok=True)
 
 
 @pytest.mark.slow
@@ -156,5 +163,5 @@ def test_names_that_cannot_be_imported(repo_id):
 
 
 def test_an_unknown_metric():
-    with pytest.raises(ValueError, match="metric='bleu' is unknown. Choose one of: classification, images"):
+    with pytest.raises(ValueError, match="metric='bleu' is unknown. Choose one of: classification, editing"):
         spaces.metric_files("bleu")
