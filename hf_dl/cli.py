@@ -239,11 +239,12 @@ def explain(words: list[str]) -> int:
 
 
 def publish(words: list[str]) -> int:
-    """Check a model, a Space or a metric, and push it to the Hub.
+    """Check a model, a Space or a metric, or render a dataset, and push it to the Hub.
 
     hf-dl publish runs/train_slots me/slots --dry_run
     hf-dl publish spaces/slot_explorer me/slot-explorer --type space --model runs/train_slots
     hf-dl publish segmentation me/segmentation --type metric
+    hf-dl publish scenes me/scenes --type dataset --style textured --num_scenes 20000 --image_size 128
     hf-dl publish --help
     """
     folder = Path(words[0])

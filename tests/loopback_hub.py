@@ -27,6 +27,7 @@ TOKEN = "hf_loopback"
 LFS_PATTERNS = ("*.safetensors", "*.bin", "*.npz", "*.parquet", "*.arrow", "*.tar", "*.zip", "saved_model/*")
 LFS_BYTES = 10_000_000
 SPACE_SDKS = ("gradio", "docker", "static", "streamlit")
+TASKS = ("image-segmentation", "image-to-image", "object-detection", "image-classification", "image-to-text")
 COLORS = ("red", "yellow", "green", "blue", "indigo", "purple", "pink", "gray")
 
 
@@ -75,11 +76,15 @@ class HubError(Exception):
 
 
 class LoopbackHub:
-    """The server; `repos` is keyed by (type, id), `requests` lists (method, path) of all that was asked."""
+    """The server; `repos` is keyed by (type, id), `requests` lists (method, path) of all that was asked.
+
+    The commits with the numbers `failing_commits`, counted from 1, are answered by a server error.
+    """
 
     def __init__(self, user="me"):
         self.user = user
         self.repos, self.objects, self.requests = {}, {}, []
+        self.commits, self.failing_commits = 0, set()
         self.lock = threading.Lock()
         handler = type("Handler", (_Handler,), {"hub": self})
         # LFS objects are on a separate host, as on the Hub. Clients must not follow the redirect when they ask for
@@ -292,6 +297,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def commit(self, kind, repo_id, revision):
         repo = self.repo(kind, repo_id, write=True)
+        self.hub.commits += 1
+        if self.hub.commits in self.hub.failing_commits:
+            raise HubError(500, "Internal error")
         branch = unquote(revision)
         files = dict(repo.commits[repo.resolve(branch)])
         message = ""
@@ -390,6 +398,8 @@ def _card_errors(text, repo_type):
     for key in ("tags", "datasets", "metrics"):
         if not all(isinstance(item, str) for item in data.get(key) or []):
             yield f'"{key}" must be a list of strings'
+    if repo_type == "dataset":
+        yield from _dataset_errors(data)
     if repo_type == "space":
         if data.get("sdk") not in SPACE_SDKS:
             yield f'"sdk" must be one of {SPACE_SDKS}'
@@ -408,3 +418,23 @@ def _card_errors(text, repo_type):
             for metric in result.get("metrics") or []:
                 if not metric.get("type") or metric.get("value") is None:
                     yield "a metric needs a type and a value"
+
+
+def _dataset_errors(data):
+    """List the errors in the fields of a dataset."""
+    sizes = data.get("size_categories") or []
+    for size in [sizes] if isinstance(sizes, str) else sizes:
+        if not re.fullmatch(r"n<1K|\d+[KMB]<n<\d+[KMB]|n>1T", size):
+            yield f'"size_categories": {size!r} is unknown'
+    for task in data.get("task_categories") or []:
+        if task not in TASKS:
+            yield f'"task_categories": {task!r} is unknown'
+    for config in data.get("configs") or []:
+        if not config.get("config_name"):
+            yield '"configs[0].config_name" is required'
+        for files in config.get("data_files") or []:
+            if not {"split", "path"} <= set(files):
+                yield '"configs[0].data_files" needs a split and a path'
+    info = data.get("dataset_info") or {}
+    if info and not {"features", "splits", "download_size", "dataset_size"} <= set(info):
+        yield '"dataset_info" is incomplete'

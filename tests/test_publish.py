@@ -526,7 +526,7 @@ def test_faults_of_a_copied_model_are_sentences(space, vit_run, capsys, monkeypa
 def test_a_model_takes_no_options_of_a_space(vit_run, capsys):
     with pytest.raises(SystemExit):
         main([str(vit_run), "me/vit", "--package", "hf_dl"])
-    assert "--model and --package need --type space" in capsys.readouterr().err
+    assert "--model, --package need --type space" in capsys.readouterr().err
 
 
 def test_old_files_of_the_package_are_deleted(space_with_package, tmp_path):

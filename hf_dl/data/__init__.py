@@ -1,6 +1,7 @@
 """Data as `datasets.Dataset` objects. Each source of data is a file with `load(split, source, ...)`.
 
 - `scenes`: generated scenes of several objects, with masks, boxes, relations and captions
+- `edited_scenes`: the same scenes, each with three rendered edits of its objects
 - `object_images`: generated labeled images of one object
 - `labeled_images`: labeled images from any source: generated, folders, parquet, idx files, the Hub
 - `masked_images`: images with instance masks from any source; `clevrtex` and `coco` read those two formats

@@ -36,11 +36,11 @@ class Edit(TypedDict, total=False):
     """The arguments of `counterfactual` after the example."""
 
     remove: int | Sequence[int]
-    move: Mapping[int, tuple[float, float]]
-    recolor: Mapping[int, str]
-    replace: Mapping[int, tuple[Mapping[str, Any], int]]
-    insert: tuple[Mapping[str, Any], int]
-    at: tuple[float, float]
+    move: Mapping[int, tuple[float, float]] | None
+    recolor: Mapping[int, str] | None
+    replace: Mapping[int, tuple[Mapping[str, Any], int]] | None
+    insert: tuple[Mapping[str, Any], int] | None
+    at: tuple[float, float] | None
 
 
 def counterfactual(
@@ -82,8 +82,8 @@ def counterfactual(
         >>> len(example["objects"]) - len(scenes.counterfactual(example, remove=0)["objects"])
         1
     """
-    scene = _edit_scene(_read_scene(example), remove, move or {}, recolor or {}, replace or {}, insert, at)
-    (row,) = _render_rows([scene], _image_size(example))
+    edit = Edit(remove=remove, move=move, recolor=recolor, replace=replace, insert=insert, at=at)
+    (row,) = _render_rows([_edit_example(example, edit)], _image_size(example))
     return row
 
 
@@ -109,9 +109,8 @@ def counterfactuals(examples: Sequence[Mapping[str, Any]], edits: Sequence[Edit]
         if unknown:
             known = ", ".join(Edit.__annotations__)
             raise ValueError(f"Edit {number} has the unknown key {sorted(unknown)[0]!r}. Choose from: {known}.")
-        parts = [edit.get("remove", ()), *(edit.get(name) or {} for name in ("move", "recolor", "replace"))]
         try:
-            edited.append(_edit_scene(_read_scene(example), *parts, edit.get("insert"), edit.get("at")))
+            edited.append(_edit_example(example, edit))
             by_size.setdefault(_image_size(example), []).append(number)
         except ValueError as error:
             raise ValueError(f"Edit {number}: {error}") from error
@@ -184,16 +183,48 @@ def _render_rows(scenes: Sequence[Scene], size: int) -> Iterator[dict[str, Any]]
 # Edits of a description
 
 
-def _edit_scene(
+def _edit_example(example: Mapping[str, Any], edit: Edit) -> Scene:
+    """Return the edited scene of an example, with the objects of other examples."""
+    insert, replace = edit.get("insert"), edit.get("replace") or {}
+    return edit_scene(
+        _read_scene(example),
+        remove=edit.get("remove", ()),
+        move=edit.get("move"),
+        recolor=edit.get("recolor"),
+        replace={i: _take_object(pair, "replace") for i, pair in replace.items()},
+        insert=None if insert is None else _take_object(insert, "insert"),
+        at=edit.get("at"),
+    )
+
+
+def edit_scene(
     scene: Scene,
-    remove: int | Sequence[int],
-    move: Mapping[int, tuple[float, float]],
-    recolor: Mapping[int, str],
-    replace: Mapping[int, tuple[Mapping[str, Any], int]],
-    insert: tuple[Mapping[str, Any], int] | None,
-    at: tuple[float, float] | None,
+    *,
+    remove: int | Sequence[int] = (),
+    move: Mapping[int, tuple[float, float]] | None = None,
+    recolor: Mapping[int, str] | None = None,
+    replace: Mapping[int, SceneObject] | None = None,
+    insert: SceneObject | None = None,
+    at: tuple[float, float] | None = None,
 ) -> Scene:
-    """Return the edited scene; `counterfactual` describes the arguments."""
+    """Edit the description of a scene without rendering it.
+
+    Args:
+        scene: The description.
+        remove: As in `counterfactual`, like `move`, `recolor` and `at`.
+        move: From object index to ground position.
+        recolor: From object index to the name of a color.
+        replace: From object index to the object that takes its place.
+        insert: An object that is added.
+        at: Ground position of the added object.
+
+    Returns:
+        The edited description.
+
+    Raises:
+        ValueError: As in `counterfactual`.
+    """
+    move, recolor, replace = move or {}, recolor or {}, replace or {}
     removed = {_check_index(scene, i, "remove") for i in (remove if isinstance(remove, Sequence) else [remove])}
     changed: set[int] = set()
     for name, edit in (("replace", replace), ("recolor", recolor), ("move", move)):
@@ -203,8 +234,8 @@ def _edit_scene(
     if at is not None and insert is None:
         raise ValueError(f"at={at} needs an object: use insert=(other example, index).")
     objects = list(scene.objects)
-    for i, pair in replace.items():
-        objects[i] = _place(_take_object(pair, "replace"), objects[i].position)
+    for i, item in replace.items():
+        objects[i] = _place(item, objects[i].position)
     for i, color in recolor.items():
         if color not in LINEAR_COLORS:
             raise ValueError(f"recolor={{{i}: {color!r}}} is unknown. Choose one of: {', '.join(LINEAR_COLORS)}.")
@@ -213,10 +244,9 @@ def _edit_scene(
     for i, position in move.items():
         objects[i] = _place(objects[i], _check_position(scene, position, f"move={{{i}: {position}}}"))
     if insert is not None:
-        item = _take_object(insert, "insert")
-        place = item.position[:2] if at is None else at
+        place = insert.position[:2] if at is None else at
         changed.add(len(objects))
-        objects.append(_place(item, _check_position(scene, place, f"at={place}")))
+        objects.append(_place(insert, _check_position(scene, place, f"at={place}")))
     kept = [i for i in range(len(objects)) if i not in removed]
     for i in sorted(changed):
         for j in kept:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 import random
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 
@@ -50,7 +50,7 @@ __all__ = [
 SIZES = {"plain": {"small": 0.5, "large": 0.85}, "textured": {"small": 0.45, "medium": 0.65, "large": 0.9}}
 MATERIALS = {"plain": ("rubber", "metal"), "textured": tuple(TEXTURES)}
 
-_VERSION = 6  # increase it when pixels or columns change: `datasets` caches by arguments, not by code
+VERSION = 6  # increase it when pixels or columns change: `datasets` caches by arguments, not by code
 _MIN_AREA = 0.003  # smallest visible area of an object, as a fraction of the image
 _MIN_VISIBLE = {"plain": 0.7, "textured": 0.4}  # smallest visible fraction of an object
 _ATTEMPTS = 1000
@@ -107,11 +107,7 @@ def sample_scene(
         draft = SceneObject(shape, color, size, SIZES[style][size] * shrink, uniform(rng, 0, 360), (0, 0, 0), surface)
         for _ in range(30):
             item = replace(draft, position=(uniform(rng, -2.8, 2.8), uniform(rng, -2.8, 3.6), draft.extent[1]))
-            x, y, depth = scene.project(item.position, 2)  # the image is 2 wide: coordinates from 0 to 2
-            inside = max(abs(x - 1), abs(y - 1)) + 1.05 * item.radius / (depth * HALF_FOV) < 0.97
-            if inside and all(
-                math.dist(item.position[:2], o.position[:2]) > item.radius + o.radius + GAP * shrink for o in objects
-            ):
+            if has_room(scene, item, objects, gap=GAP * shrink):
                 objects.append(item)
                 break
         else:
@@ -119,12 +115,44 @@ def sample_scene(
     return replace(scene, objects=tuple(objects))
 
 
+def has_room(scene: Scene, item: SceneObject, others: Sequence[SceneObject], *, gap: float = 0.0) -> bool:
+    """Return whether an object lies inside the image, and at least `gap` away from other objects."""
+    x, y, depth = scene.project(item.position, 2)  # the image is 2 wide: coordinates from 0 to 2
+    inside = max(abs(x - 1), abs(y - 1)) + 1.05 * item.radius / (depth * HALF_FOV) < 0.97
+    return inside and all(math.dist(item.position[:2], o.position[:2]) > item.radius + o.radius + gap for o in others)
+
+
 def _shrink(count: int) -> float:
     """Return the factor that makes many objects small enough to fit into a scene."""
     return min(1.0, math.sqrt(7 / count))
 
 
-def _visible_scenes(
+def check_visible(drawn: Sequence[Scene], style: str, size: int) -> tuple[torch.Tensor, list[bool]]:
+    """Render masks, and test whether all objects are sufficiently visible.
+
+    Args:
+        drawn: Scenes with at least one object each.
+        style: One of `STYLES`; it sets the smallest visible part of an object.
+        size: Width and height of the masks in pixels.
+
+    Returns:
+        The masks (scenes, size, size), and for each scene whether all of its objects are inside the image and visible.
+    """
+    batch = SceneBatch(drawn, size, "cpu")
+    masks, silhouette = batch.masks()
+    width = batch.slots + 1
+    flat = masks.flatten(1) + torch.arange(len(drawn))[:, None] * width
+    visible = torch.bincount(flat.flatten(), minlength=len(drawn) * width).view(-1, width)[:, 1:]
+    visible = visible[batch.scene, batch.slot]
+    shrink = torch.tensor([_shrink(len(scene.objects)) for scene in drawn])[batch.scene]
+    area, part = (_MIN_AREA * size**2 * shrink * shrink).clamp_min(1), _MIN_VISIBLE[style] * shrink
+    enough = (visible >= area) & (visible >= part * silhouette)
+    cut = (masks[:, [0, -1]].amax((1, 2)) | masks[:, :, [0, -1]].amax((1, 2))) > 0  # at the border of the image
+    failed = {*batch.scene[~enough].tolist(), *cut.nonzero()[:, 0].tolist()}
+    return masks, [number not in failed for number in range(len(drawn))]
+
+
+def visible_scenes(
     indices: Sequence[int], split: str, style: str, size: int, num_objects: tuple[int, int], seed: int
 ) -> list[tuple[Scene, torch.Tensor]]:
     """Return for each index the first attempt with all objects inside the image and visible, and its mask."""
@@ -139,19 +167,9 @@ def _visible_scenes(
                 scene = sample_scene(index, split, style=style, num_objects=num_objects, seed=seed, attempt=attempt)
                 attempt += 1
             drawn[index], pending[index] = scene, attempt
-        batch = SceneBatch(list(drawn.values()), size, "cpu")
-        masks, silhouette = batch.masks()
-        width = batch.slots + 1
-        flat = masks.flatten(1) + torch.arange(len(drawn))[:, None] * width
-        visible = torch.bincount(flat.flatten(), minlength=len(drawn) * width).view(-1, width)[:, 1:]
-        visible = visible[batch.scene, batch.slot]
-        shrink = torch.tensor([_shrink(len(scene.objects)) for scene in drawn.values()])[batch.scene]
-        area, part = (_MIN_AREA * size**2 * shrink * shrink).clamp_min(1), _MIN_VISIBLE[style] * shrink
-        enough = (visible >= area) & (visible >= part * silhouette)
-        cut = (masks[:, [0, -1]].amax((1, 2)) | masks[:, :, [0, -1]].amax((1, 2))) > 0  # at the border of the image
-        failed = {*batch.scene[~enough].tolist(), *cut.nonzero()[:, 0].tolist()}
+        masks, fine = check_visible(list(drawn.values()), style, size)
         for number, (index, scene) in enumerate(drawn.items()):
-            if number not in failed:
+            if fine[number]:
                 accepted[index] = scene, masks[number]
                 del pending[index]
     return [accepted[index] for index in indices]
@@ -164,7 +182,7 @@ def _visible_scenes(
 def _examples(
     indices: range, split: str, style: str, size: int, num_objects: tuple[int, int], seed: int
 ) -> list[dict]:
-    drawn = _visible_scenes(indices, split, style, size, num_objects, seed)
+    drawn = visible_scenes(indices, split, style, size, num_objects, seed)
     images = shade(SceneBatch([scene for scene, _ in drawn], size, "cpu")).numpy()
     return [
         {"image": encode_png(image), "mask": encode_png(mask.numpy()), **annotate(scene, mask.numpy())}
@@ -175,10 +193,15 @@ def _examples(
 def _generate(shards: list[tuple[int, int]], version: int, **arguments) -> Iterator[dict]:
     step = chunk_size(arguments["size"])
     chunks = [range(i, min(i + step, last)) for first, last in shards for i in range(first, last, step)]
+    yield from run_chunks(_examples, chunks, **arguments)
+
+
+def run_chunks(make_rows: Callable[..., list[dict]], chunks: Iterable[range], **arguments) -> Iterator[dict]:
+    """Yield the rows `make_rows(chunk, **arguments)` of all chunks in order, made with one thread per chunk."""
     threads = torch.get_num_threads()
     if threads == 1:
         for chunk in chunks:
-            yield from _examples(chunk, **arguments)
+            yield from make_rows(chunk, **arguments)
         return
     # one thread per chunk: threads inside of torch operations are slower for tensors of this size
     workers = min(threads, 4)
@@ -186,7 +209,7 @@ def _generate(shards: list[tuple[int, int]], version: int, **arguments) -> Itera
         with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             jobs: deque[Future] = deque()
             for chunk in chunks:
-                jobs.append(pool.submit(_examples, chunk, **arguments))
+                jobs.append(pool.submit(make_rows, chunk, **arguments))
                 if len(jobs) > workers:
                     yield from jobs.popleft().result()
             while jobs:
@@ -219,6 +242,23 @@ FEATURES = datasets.Features({
     }),
     "scene": datasets.Value("string"),
 })  # fmt: skip
+
+
+def check_arguments(split: str, *, style: str, size: int, num_objects: Sequence[int], num_scenes: int) -> None:
+    """Raise ValueError if an argument of `load` is out of range."""
+    for name, value, known in (("split", split, SPLITS), ("style", style, STYLES)):
+        if value not in known:
+            raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(known)}.")
+    if not 32 <= size <= 256:
+        raise ValueError(f"size={size} must be from 32 to 256 pixels.")
+    low, high = num_objects
+    if not 1 <= low <= high <= _MAX_OBJECTS:
+        raise ValueError(
+            f"num_objects={tuple(num_objects)} is invalid. Expected (smallest, largest) with 1 <= smallest <= largest "
+            f"<= {_MAX_OBJECTS}."
+        )
+    if num_scenes < 1:
+        raise ValueError(f"num_scenes={num_scenes} must be at least 1.")
 
 
 def load(
@@ -263,29 +303,17 @@ def load(
         raise ValueError(
             f"source={source!r} is unknown; use 'synthetic'. hf_dl.data.masked_images reads real images with masks."
         )
-    for name, value, known in (("split", split, SPLITS), ("style", style, STYLES)):
-        if value not in known:
-            raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(known)}.")
-    if not 32 <= size <= 256:
-        raise ValueError(f"size={size} must be from 32 to 256 pixels.")
-    low, high = num_objects
-    if not 1 <= low <= high <= _MAX_OBJECTS:
-        raise ValueError(
-            f"num_objects={tuple(num_objects)} is invalid. Expected (smallest, largest) with 1 <= smallest <= largest "
-            f"<= {_MAX_OBJECTS}."
-        )
-    num_scenes = SPLITS[split] if num_scenes is None else num_scenes
-    if num_scenes < 1:
-        raise ValueError(f"num_scenes={num_scenes} must be at least 1.")
+    num_scenes = SPLITS.get(split, 1) if num_scenes is None else num_scenes
+    check_arguments(split, style=style, size=size, num_objects=num_objects, num_scenes=num_scenes)
     shards = [(start, min(start + 256, num_scenes)) for start in range(0, num_scenes, 256)]
     arguments = {
         "shards": shards,
         "split": split,
         "style": style,
         "size": size,
-        "num_objects": (low, high),
+        "num_objects": tuple(num_objects),
         "seed": seed,
-        "version": _VERSION,
+        "version": VERSION,
     }
     kind = datasets.IterableDataset if streaming else datasets.Dataset
     return kind.from_generator(_generate, features=FEATURES, gen_kwargs=arguments, split=datasets.NamedSplit(split))

@@ -38,6 +38,44 @@ def push(
     Raises:
         ValueError: If the token is missing or invalid, if it may not write, or if the tag exists.
     """
+    api = open_repository(repo_id, repo_type=repo_type, private=private, revision=revision, tag=tag)
+    target = {"repo_id": repo_id, "repo_type": repo_type}
+    # upload_folder may need several commits for one folder, and a reader could load half of a model in between
+    operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in files.items()]
+    if repo_type == "space":
+        present = api.list_repo_files(**target, revision=revision)
+        old = [name for name in present if name.startswith(OWNED) and name not in files]
+        operations += [CommitOperationDelete(path_in_repo=name) for name in old]
+    message = message or f"Publish {repo_id.split('/')[1]}"
+    commit = api.create_commit(**target, operations=operations, commit_message=message, revision=revision)
+    if tag:
+        api.create_tag(**target, tag=tag, revision=commit.oid)
+    return commit.commit_url
+
+
+def open_repository(
+    repo_id: str,
+    *,
+    repo_type: Literal["model", "dataset", "space"],
+    private: bool = False,
+    revision: str | None = None,
+    tag: str | None = None,
+) -> HfApi:
+    """Create a repository and a branch if they do not exist, and check that it can be written.
+
+    Args:
+        repo_id: The repository, as owner/name.
+        repo_type: Kind of the repository.
+        private: Create the repository as a private one.
+        revision: Branch that is created if it does not exist.
+        tag: Tag that must not exist yet.
+
+    Returns:
+        The client.
+
+    Raises:
+        ValueError: If the token is missing or invalid, if it may not write, or if the tag exists.
+    """
     api = HfApi()
     target = {"repo_id": repo_id, "repo_type": repo_type}
     try:
@@ -64,14 +102,4 @@ def push(
         raise ValueError(f"tag={tag!r} already exists in {repo_id}. Choose another tag. Nothing was pushed.")
     if revision:
         api.create_branch(**target, branch=revision, exist_ok=True)
-    # upload_folder may need several commits for one folder, and a reader could load half of a model in between
-    operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in files.items()]
-    if repo_type == "space":
-        present = api.list_repo_files(**target, revision=revision)
-        old = [name for name in present if name.startswith(OWNED) and name not in files]
-        operations += [CommitOperationDelete(path_in_repo=name) for name in old]
-    message = message or f"Publish {repo_id.split('/')[1]}"
-    commit = api.create_commit(**target, operations=operations, commit_message=message, revision=revision)
-    if tag:
-        api.create_tag(**target, tag=tag, revision=commit.oid)
-    return commit.commit_url
+    return api
