@@ -47,6 +47,14 @@ def slot_binding(masks: torch.Tensor) -> dict[str, float]:
     }
 
 
+ADVICE = (
+    "If this happens again, train longer before the check (--binding_step), let the colors count more "
+    "(--color_weight 1), lower the learning rate (--learning_rate 1e-3), or use larger images (--image_size) if the "
+    "objects are smaller than 4 pixels."
+)
+"""What to change if slots do not bind, in the flags of scripts/train_slots.py."""
+
+
 def failure_to_bind(masks: torch.Tensor, *, explained_variance: float) -> str | None:
     """Return why the slots do not follow the objects, so that a failed run can restart early.
 

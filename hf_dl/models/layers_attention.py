@@ -205,16 +205,20 @@ class SlotAttention(nn.Module):
         return absorb <= project_once
 
     def _iterate(
-        self, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor, absorb: bool
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        slots: torch.Tensor,
+        absorb: bool,
+        bias: torch.Tensor | float = 0.0,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         batch, num_slots, slot_dim = slots.shape
         queries = self.to_q(self.norm_slots(slots)) * self.scale  # (batch, slots, slot_dim)
-        logits = 0.0
         if absorb:
             if self.to_k.bias is not None:
-                logits = (queries @ self.to_k.bias)[:, :, None]
+                bias = bias + (queries @ self.to_k.bias)[:, :, None]
             queries = queries @ self.to_k.weight  # (batch, slots, input_dim)
-        logits = logits + queries @ keys.transpose(1, 2)
+        logits = bias + queries @ keys.transpose(1, 2)
         attention = torch.softmax(logits, dim=1)  # (batch, slots, tokens)
         weights = attention + self.epsilon
         updates = weights @ values / weights.sum(dim=-1, keepdim=True)  # weighted mean over the tokens

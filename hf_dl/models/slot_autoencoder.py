@@ -36,11 +36,13 @@ from transformers.image_utils import ImageInput, PILImageResampling
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .layers_attention import SlotAttention
+from .layers_frame_attention import FrameSlotAttention, PlaceWeights
 from .slot_config import SlotAutoencoderConfig
 from .slot_decoders import DECODERS, blend_slots
 from .slot_encoders import SlotEncoder
+from .slot_frames import FrameReadout, draw_seeds
 from .slot_inits import SLOT_INITS
-from .slot_segmentation import find_needed_slots, mixture_posterior
+from .slot_segmentation import find_needed_slots, keep_slots, mixture_posterior
 
 
 @dataclass
@@ -89,7 +91,10 @@ class SlotAutoencoderPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
         # The original code uses Keras defaults: Glorot kernels, orthogonal recurrent weights, zero biases.
-        if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
+        if isinstance(module, PlaceWeights):
+            init.normal_(module.weight, std=0.02)
+            init.copy_(module.bias, torch.tensor([3.0, 0.0, 0.0, 0.0]))
+        elif isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
             init.xavier_uniform_(module.weight)
         elif isinstance(module, nn.GRUCell):
             init.xavier_uniform_(module.weight_ih)
@@ -116,13 +121,29 @@ class SlotAutoencoderPreTrainedModel(PreTrainedModel):
         self.encoder = SlotEncoder(config)
         SLOT_INITS[config.slot_init].add_parameters(self)
         self._freeze_unreached()
-        self.slot_attention = SlotAttention(
+        self.slot_attention = (FrameSlotAttention if config.frames else SlotAttention)(
             config.token_dim,
-            config.slot_dim,
+            config.appearance_dim,
             mlp_dim=config.slot_mlp_dim,
             epsilon=config.epsilon,
             qkv_bias=config.qkv_bias,
         )
+        if config.frames:
+            self.frame_readout = FrameReadout(config.token_dim, config.appearance_dim)
+
+    def _bind(
+        self, tokens: torch.Tensor, initial: torch.Tensor, num_iterations: int | None
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """Return the slots and the attention of each iteration."""
+        slots, attentions = self.slot_attention(
+            tokens,
+            initial,
+            num_iterations=self.config.num_iterations if num_iterations is None else num_iterations,
+            gradient=self.config.gradient,
+        )
+        if self.config.frames:
+            slots = self.frame_readout(tokens, slots, attentions[-1])
+        return slots, attentions
 
     def prepare_images(self, images: ImageInput) -> torch.Tensor:
         """Resize and normalize images of any size for the model.
@@ -147,7 +168,7 @@ class SlotAutoencoderPreTrainedModel(PreTrainedModel):
 
     def initial_slots(
         self,
-        batch: int,
+        pixel_values: torch.Tensor,
         num_slots: int | None = None,
         *,
         num_draws: int = 1,
@@ -156,10 +177,10 @@ class SlotAutoencoderPreTrainedModel(PreTrainedModel):
         """Return the slots before the first iteration.
 
         Args:
-            batch: Number of images.
+            pixel_values: The images, (batch, channels, height, width), in [-1, 1].
             num_slots: K. Defaults to `config.num_slots`.
-            num_draws: Number of draws of K slots; must be 1 for learned slots.
-            generator: Source of randomness for `slot_init="gaussian"`.
+            num_draws: Number of draws of K slots.
+            generator: Source of randomness.
 
         Returns:
             (batch, num_draws * slots, slot_dim), one draw after the other.
@@ -172,7 +193,17 @@ class SlotAutoencoderPreTrainedModel(PreTrainedModel):
             raise ValueError(f"num_slots={num_slots} must be at least 1.")
         if num_draws < 1:
             raise ValueError(f"num_draws={num_draws} must be at least 1.")
-        return SLOT_INITS[self.config.slot_init].draw(self, batch, num_slots, num_draws, generator)
+        batch, same = len(pixel_values), generator is None and not self.training
+        slots = SLOT_INITS[self.config.slot_init].draw(self, batch, num_slots, num_draws, generator)
+        if not self.config.frames:
+            return slots
+        if same:
+            generator = torch.Generator().manual_seed(0)
+        frames = [
+            draw_seeds(self.config.seeds, pixel_values, num_slots, generator=generator, same=same)
+            for _ in range(num_draws)
+        ]
+        return torch.cat([slots, torch.cat(frames, dim=1).to(slots)], dim=-1)
 
 
 class SlotAutoencoderModel(SlotAutoencoderPreTrainedModel):
@@ -205,6 +236,7 @@ class SlotAutoencoderModel(SlotAutoencoderPreTrainedModel):
         num_slots: int | None = None,
         num_iterations: int | None = None,
         num_draws: int | None = None,
+        prune: bool | None = None,
         generator: torch.Generator | None = None,
         **kwargs,
     ) -> SlotAutoencoderOutput:
@@ -216,7 +248,9 @@ class SlotAutoencoderModel(SlotAutoencoderPreTrainedModel):
             num_iterations: T. Defaults to `config.num_iterations`.
             num_draws: Number of draws to try per image. Defaults to 1 in training and to `config.num_draws` in
                 evaluation.
-            generator: Source of randomness for `slot_init="gaussian"`.
+            prune: Whether to remove the slots that an image does not need, see `find_needed_slots`. Their masks are 0.
+                Defaults to False in training and to True in evaluation.
+            generator: Source of randomness for the initial slots.
             **kwargs: `return_dict=False` returns a tuple.
 
         Returns:
@@ -227,17 +261,14 @@ class SlotAutoencoderModel(SlotAutoencoderPreTrainedModel):
                 range.
         """
         self._check_images(pixel_values)
-        num_iterations = self.config.num_iterations if num_iterations is None else num_iterations
         if not SLOT_INITS[self.config.slot_init].random or (num_draws is None and self.training):
             num_draws = 1
         num_draws = self.config.num_draws if num_draws is None else num_draws
         tokens = self.encoder(pixel_values)
-        initial = self.initial_slots(len(pixel_values), num_slots, num_draws=num_draws, generator=generator)
+        initial = self.initial_slots(pixel_values, num_slots, num_draws=num_draws, generator=generator)
         best = None
         for start in initial.chunk(num_draws, dim=1):
-            slots, attentions = self.slot_attention(
-                tokens, start, num_iterations=num_iterations, gradient=self.config.gradient
-            )
+            slots, attentions = self._bind(tokens, start, num_iterations)
             reconstruction, contents, masks = blend_slots(self.decoder, self.config, slots)
             found = (reconstruction, contents, masks, slots, *attentions)
             if best is not None:  # keep the better result for each image
@@ -251,6 +282,9 @@ class SlotAutoencoderModel(SlotAutoencoderPreTrainedModel):
                 )
             best = found
         reconstruction, contents, masks, slots, *attentions = best
+        if not self.training if prune is None else prune:
+            keep = find_needed_slots(pixel_values, contents, masks, max_error=self.config.prune_error)
+            reconstruction, masks = keep_slots(contents, masks, keep)
         return SlotAutoencoderOutput(
             loss=F.mse_loss(reconstruction.float(), pixel_values.float()),
             reconstruction=reconstruction,
@@ -277,18 +311,19 @@ class SlotAutoencoderModel(SlotAutoencoderPreTrainedModel):
 
     @torch.no_grad()
     def posterior(self, pixel_values: torch.Tensor, output: SlotAutoencoderOutput) -> torch.Tensor:
-        """Compute the `mixture_posterior` over the slots that an image needs (`find_needed_slots`).
+        """Compute the `mixture_posterior` over the slots that were not removed.
 
         Args:
             pixel_values: (batch, channels, height, width).
             output: The output of the model for these images.
 
         Returns:
-            (batch, slots, height, width), which sums to 1 over the slots. Slots that are not needed have 0.
+            (batch, slots, height, width), which sums to 1 over the slots. Slots without a mask have 0.
         """
-        contents, masks = output.contents, output.masks
-        keep = find_needed_slots(pixel_values, contents, masks, max_error=self.config.prune_error)
-        return mixture_posterior(pixel_values, contents, masks, pixel_std=self.config.pixel_std, keep=keep)
+        keep = output.masks.amax(dim=(2, 3)) > 0
+        return mixture_posterior(
+            pixel_values, output.contents, output.masks, pixel_std=self.config.pixel_std, keep=keep
+        )
 
     @torch.no_grad()
     def segment(
@@ -388,12 +423,8 @@ class SlotEncoderModel(SlotAutoencoderPreTrainedModel):
             ValueError: If the images have the wrong shape, or `num_slots` or `num_iterations` is out of range.
         """
         self._check_images(pixel_values)
-        slots, attentions = self.slot_attention(
-            self.encoder(pixel_values),
-            self.initial_slots(len(pixel_values), num_slots, generator=generator),
-            num_iterations=self.config.num_iterations if num_iterations is None else num_iterations,
-            gradient=self.config.gradient,
-        )
+        initial = self.initial_slots(pixel_values, num_slots, generator=generator)
+        slots, attentions = self._bind(self.encoder(pixel_values), initial, num_iterations)
         return SlotEncoderOutput(slots=slots, attentions=attentions)
 
 
@@ -429,7 +460,7 @@ class SlotDecoderModel(SlotAutoencoderPreTrainedModel):
     """
 
     main_input_name = "slots"
-    _keys_to_ignore_on_load_unexpected = [r"^encoder\.", r"^slot_"]
+    _keys_to_ignore_on_load_unexpected = [r"^encoder\.", r"^slot_", r"^frame_"]
 
     def __init__(self, config: SlotAutoencoderConfig):
         super().__init__(config)

@@ -8,6 +8,7 @@ from transformers import PreTrainedConfig
 from .layers_attention import GRADIENTS
 from .slot_decoders import DECODERS
 from .slot_encoders import ENCODERS
+from .slot_frames import FRAME_DIM, SEEDS
 from .slot_inits import SLOT_INITS
 
 
@@ -25,7 +26,11 @@ class SlotAutoencoderConfig(PreTrainedConfig):
             convolutions of stride 1.
         token_dim: Channels of the tokens after the position embedding and the MLP.
         num_slots: K, the default number of slots.
-        slot_dim: Channels of a slot.
+        slot_dim: Channels of a slot, including the three channels of its frame.
+        frames: Whether each slot has a frame, its position and size (Biza et al. 2023), see `slot_frames`. Without
+            frames, slot attention and the decoder are those of Locatello et al. 2020.
+        seeds: A key of `SEEDS`: where the frames start. "color" chooses places that differ from the main color of the
+            image; "random" chooses any place, as Biza et al. 2023.
         num_iterations: T, the default number of iterations of slot attention.
         num_draws: Number of random slot initializations that evaluation tries per image; the time grows in
             proportion. Training uses one, and so does `slot_init="learned"`.
@@ -38,16 +43,18 @@ class SlotAutoencoderConfig(PreTrainedConfig):
             parameters of the initial slots keep their initial values.
         epsilon: Added to the attention before it is normalized over the tokens.
         qkv_bias: Whether the projections of slot attention have a bias.
-        decoder: A key of `DECODERS`. "broadcast" uses transposed convolutions of stride 2 from `decoder_size` to
-            `image_size`, then convolutions of stride 1; "pixel_shuffle" uses coarse grids and sub-pixel upsampling.
-        decoder_channels: Hidden channels of the decoder: one entry per layer for "broadcast"; for "pixel_shuffle", one
+        decoder: A key of `DECODERS`. "canvas" paints each slot in its own frame; "broadcast" uses transposed
+            convolutions of stride 2 from `decoder_size` to `image_size`, then convolutions of stride 1;
+            "pixel_shuffle" uses coarse grids and sub-pixel upsampling.
+        decoder_channels: Hidden channels of the decoder: one entry per layer for "broadcast"; for the others, one
             entry per grid, each grid twice as fine as the previous one.
         decoder_size: Height and width of the grid that the slots are broadcast to.
+        canvas_size: Height and width of the canvas of each slot, for `decoder="canvas"`.
         decoder_frequencies: Octaves of Fourier features in the decoder's position embedding; 0 as in the paper.
         pixel_std: Standard deviation of a pixel around the color that its slot paints, in the units of
             `pixel_values`. `SlotAutoencoderModel.posterior` uses it to weigh colors against alphas.
-        prune_error: `SlotAutoencoderModel.posterior` removes a slot if the mean squared error of the image then
-            increases by at most this value.
+        prune_error: Evaluation removes a slot if the mean squared error of the image then increases by at most this
+            fraction of the variance of its pixels, see `find_needed_slots`.
 
     Example:
         ```python
@@ -70,7 +77,9 @@ class SlotAutoencoderConfig(PreTrainedConfig):
     # Slot attention
     num_slots: int = 5
     slot_dim: int = 64
-    num_iterations: int = 3
+    frames: bool = True
+    seeds: str = "color"
+    num_iterations: int = 5
     num_draws: int = 8
     slot_mlp_dim: int = 128
     slot_init: str = "gaussian"
@@ -79,13 +88,14 @@ class SlotAutoencoderConfig(PreTrainedConfig):
     epsilon: float = 1e-8
     qkv_bias: bool = False
     # Decoder
-    decoder: str = "pixel_shuffle"
+    decoder: str = "canvas"
     decoder_channels: list[int] | tuple[int, ...] = (64, 32)
     decoder_size: int = 8
+    canvas_size: int = 32
     decoder_frequencies: int = 4
     # Segmentation
     pixel_std: float = 0.2
-    prune_error: float = 2e-3
+    prune_error: float = 0.0125
 
     def __post_init__(self, **kwargs):
         """Convert tuples to lists as JSON does, so that a saved and loaded config equals the original."""
@@ -93,6 +103,16 @@ class SlotAutoencoderConfig(PreTrainedConfig):
         self.encoder_strides = list(self.encoder_strides)
         self.decoder_channels = list(self.decoder_channels)
         super().__post_init__(**kwargs)
+
+    @property
+    def frame_dim(self) -> int:
+        """Channels of the frame in a slot: 3, or 0 without frames."""
+        return FRAME_DIM if self.frames else 0
+
+    @property
+    def appearance_dim(self) -> int:
+        """Channels of a slot without its frame."""
+        return self.slot_dim - self.frame_dim
 
     def validate_architecture(self):
         """Validate the fields.
@@ -103,6 +123,7 @@ class SlotAutoencoderConfig(PreTrainedConfig):
         for name, known in (
             ("encoder", ENCODERS),
             ("slot_init", SLOT_INITS),
+            ("seeds", SEEDS),
             ("gradient", GRADIENTS),
             ("decoder", DECODERS),
         ):
@@ -118,9 +139,12 @@ class SlotAutoencoderConfig(PreTrainedConfig):
             "num_draws",
             "slot_mlp_dim",
             "decoder_size",
+            "canvas_size",
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        if self.appearance_dim < 1:
+            raise ValueError(f"slot_dim={self.slot_dim} must be above {FRAME_DIM}, the channels of a frame.")
         if len(self.encoder_channels) != len(self.encoder_strides) or not self.encoder_channels:
             raise ValueError(
                 f"encoder_channels={self.encoder_channels} and encoder_strides={self.encoder_strides} must have "
@@ -143,15 +167,21 @@ def _architecture(**fields) -> Callable[..., SlotAutoencoderConfig]:
 ARCHITECTURES: dict[str, Callable[..., SlotAutoencoderConfig]] = {
     # The defaults of the config, for 64x64 images on a CPU.
     "small": SlotAutoencoderConfig,
+    # The small model with one part replaced, to measure what the part does.
+    "random_seeds": _architecture(seeds="random"),
+    "without_canvas": _architecture(decoder="pixel_shuffle"),
+    "without_frames": _architecture(frames=False, decoder="pixel_shuffle"),
     # Locatello et al. 2020, appendix E, for 128x128 images.
     "paper": _architecture(
         image_size=128,
         encoder_channels=[64] * 4,
         encoder_strides=[1] * 4,
         num_slots=7,
+        num_iterations=3,
         num_draws=1,
         slot_init="gaussian",
         slot_std=1.0,
+        frames=False,
         gradient="full",
         decoder_frequencies=0,
         decoder="broadcast",
@@ -164,9 +194,11 @@ ARCHITECTURES: dict[str, Callable[..., SlotAutoencoderConfig]] = {
         encoder="resnet18",
         token_dim=192,
         num_slots=11,
+        num_iterations=3,
         slot_dim=192,
         slot_mlp_dim=384,
         slot_init="learned",
+        frames=False,
         gradient="full",
         decoder_frequencies=0,
         decoder="broadcast",

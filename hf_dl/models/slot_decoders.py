@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from .layers_position import PositionEmbedding
+from .slot_frames import FRAME_DIM
 
 
 class SlotDecoder(nn.Module):
@@ -82,24 +83,29 @@ class BroadcastDecoder(SlotDecoder):
         return self.layers(grid.permute(0, 3, 1, 2))
 
 
-class PixelShuffleDecoder(SlotDecoder):
+class CoarseGrids(nn.Module):
     """Spatial broadcast to a coarse grid, 3x3 convolutions on this and finer grids, then a pixel patch per cell.
 
-    The paper adds the slot to the position embedding. This decoder multiplies them as well (feature-wise modulation,
+    The paper adds the slot to the position embedding. This network multiplies them as well (feature-wise modulation,
     Perez et al. 2018). With the Fourier features p(x, y) and the slot s,
 
         grid(x, y) = A s + C ((B s) * (D p(x, y)))
 
     Products of sines and cosines are sines and cosines of sums and differences. A linear map of the slot can therefore
-    move its shape, and the decoder does not learn each shape again at each position.
+    move its shape, and the network does not learn each shape again at each position.
+
+    Args:
+        slot_dim: Channels of a slot.
+        config: A `SlotAutoencoderConfig`.
+        patch: Side of the pixel patch of each cell of the finest grid.
     """
 
-    def __init__(self, config: PreTrainedConfig):
+    def __init__(self, slot_dim: int, config: PreTrainedConfig, *, patch: int):
         super().__init__()
         self.size = config.decoder_size
         channels, *finer = config.decoder_channels
-        self.from_slot = nn.Linear(config.slot_dim, channels)
-        self.scale = nn.Linear(config.slot_dim, 2 * channels)
+        self.from_slot = nn.Linear(slot_dim, channels)
+        self.scale = nn.Linear(slot_dim, 2 * channels)
         self.position = PositionEmbedding(2 * channels, frequencies=config.decoder_frequencies)
         self.mix = nn.Linear(2 * channels, channels)
         layers = [nn.ReLU(), nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU()]
@@ -107,20 +113,8 @@ class PixelShuffleDecoder(SlotDecoder):
             layers += [nn.Conv2d(channels, 4 * width, 1), nn.PixelShuffle(2), nn.ReLU()]
             layers += [nn.Conv2d(width, width, 3, padding=1), nn.ReLU()]
             channels = width
-        patch = config.image_size // (self.size * 2 ** len(finer))
         layers.append(nn.Conv2d(channels, (config.num_channels + 1) * patch**2, 1))
-        self.layers, self.patch = nn.Sequential(*layers), patch
-
-    @staticmethod
-    def check_config(config: PreTrainedConfig) -> None:
-        """Raise ValueError if `image_size` is not a multiple of the finest grid."""
-        finest = config.decoder_size * 2 ** (len(config.decoder_channels) - 1)
-        if config.image_size % finest:
-            raise ValueError(
-                f"image_size={config.image_size} must be a multiple of {finest}, the finest of the decoder's grids. "
-                f"The grids start at decoder_size={config.decoder_size} and double for each further entry of "
-                f"decoder_channels={config.decoder_channels}."
-            )
+        self.layers = nn.Sequential(*layers)
 
     def forward(self, slots: torch.Tensor) -> torch.Tensor:
         """Paint slots (batch * slots, slot_dim) as (batch * slots, (channels + 1) * patch^2, size, size)."""
@@ -129,7 +123,88 @@ class PixelShuffleDecoder(SlotDecoder):
         return self.layers(grid.permute(0, 3, 1, 2))
 
 
-DECODERS: dict[str, type[SlotDecoder]] = {"broadcast": BroadcastDecoder, "pixel_shuffle": PixelShuffleDecoder}
+def finest_grid(config: PreTrainedConfig) -> int:
+    """Return the side of the finest grid of `CoarseGrids`."""
+    return config.decoder_size * 2 ** (len(config.decoder_channels) - 1)
+
+
+class PixelShuffleDecoder(CoarseGrids, SlotDecoder):
+    """`CoarseGrids` over the image, and a pixel patch per cell."""
+
+    def __init__(self, config: PreTrainedConfig):
+        patch = config.image_size // finest_grid(config)
+        super().__init__(config.slot_dim, config, patch=patch)
+        self.patch = patch
+
+    @staticmethod
+    def check_config(config: PreTrainedConfig) -> None:
+        """Raise ValueError if `image_size` is not a multiple of the finest grid."""
+        finest = finest_grid(config)
+        if config.image_size % finest:
+            raise ValueError(
+                f"image_size={config.image_size} must be a multiple of {finest}, the finest of the decoder's grids. "
+                f"The grids start at decoder_size={config.decoder_size} and double for each further entry of "
+                f"decoder_channels={config.decoder_channels}."
+            )
+
+
+class CanvasDecoder(SlotDecoder):
+    """Paint each slot on a canvas in its own frame, then paste the canvas into the image at the slot's place.
+
+    The canvas covers the square within `EXTENT` sizes of the center of the slot, so small objects are painted with
+    more detail than the image has. Pasting is bilinear interpolation, as in a spatial transformer (Jaderberg et al.
+    2015) without rotation. Outside the canvas, colors are those of its border, and alphas fall quickly.
+    """
+
+    EXTENT = 2.5
+    OUTSIDE = 20.0  # decrease of the alpha logit per half canvas outside the canvas
+
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__()
+        self.image_size, self.canvas_size = config.image_size, config.canvas_size
+        self.cell = config.canvas_size // finest_grid(config)
+        self.canvas = CoarseGrids(config.slot_dim - FRAME_DIM, config, patch=self.cell)
+
+    @staticmethod
+    def check_config(config: PreTrainedConfig) -> None:
+        """Raise ValueError if the slots have no frames, or `canvas_size` is not a multiple of the finest grid."""
+        if not config.frames:
+            raise ValueError("decoder='canvas' needs frames=True; choose another decoder for slots without frames.")
+        if config.canvas_size < 1 or config.canvas_size % finest_grid(config):
+            raise ValueError(
+                f"canvas_size={config.canvas_size} must be a multiple of {finest_grid(config)}, the finest of the "
+                f"decoder's grids for decoder_size={config.decoder_size} and decoder_channels="
+                f"{config.decoder_channels}."
+            )
+
+    def forward(self, slots: torch.Tensor) -> torch.Tensor:
+        """Paint slots (batch * slots, slot_dim) as (batch * slots, channels + 1, image_size, image_size)."""
+        appearance, frames = slots.split([slots.shape[-1] - FRAME_DIM, FRAME_DIM], dim=-1)
+        canvas = F.pixel_shuffle(self.canvas(appearance), self.cell)  # (batch * slots, channels + 1, canvas, canvas)
+        precise = torch.promote_types(slots.dtype, torch.float32)  # half precision cannot tell pixels apart
+        canvas, frames = canvas.to(precise), frames.to(precise)
+        pixels = (torch.arange(self.image_size, device=slots.device, dtype=frames.dtype) + 0.5) / self.image_size
+        # Coordinates of the pixels on the canvas: -1 and 1 are its borders.
+        x, y = ((pixels - frames[:, [axis]]) / (self.EXTENT * frames[:, 2:]) for axis in (0, 1))
+        rows = self._weights(y) @ canvas.transpose(1, 2).flatten(2)  # (batch * slots, image, (channels + 1) * canvas)
+        pasted = rows.unflatten(2, (-1, self.canvas_size)).flatten(1, 2) @ self._weights(x).transpose(1, 2)
+        pasted = pasted.unflatten(1, (self.image_size, -1)).transpose(1, 2)
+        outside = (y.abs() - 1).clamp_min(0)[:, :, None] + (x.abs() - 1).clamp_min(0)[:, None, :]
+        colors, alpha = pasted.split([pasted.shape[1] - 1, 1], dim=1)
+        return torch.cat([colors, alpha - self.OUTSIDE * outside[:, None]], dim=1).to(slots.dtype)
+
+    def _weights(self, places: torch.Tensor) -> torch.Tensor:
+        """Return the weight of each canvas cell at each pixel of an axis, (batch * slots, image_size, canvas_size)."""
+        cells = ((places.clamp(-1, 1) + 1) * self.canvas_size - 1) / 2
+        index = torch.arange(self.canvas_size, device=places.device, dtype=places.dtype)
+        return (1 - (cells.clamp(0, self.canvas_size - 1)[:, :, None] - index).abs()).clamp_min(0)
+
+
+DECODERS: dict[str, type[SlotDecoder]] = {
+    "broadcast": BroadcastDecoder,
+    "pixel_shuffle": PixelShuffleDecoder,
+    "canvas": CanvasDecoder,
+}
 """The decoders by name."""
 
 

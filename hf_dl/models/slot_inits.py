@@ -38,7 +38,7 @@ class SlotInit:
     def draw(
         model: PreTrainedModel, batch: int, num_slots: int, num_draws: int, generator: torch.Generator | None
     ) -> torch.Tensor:
-        """Return initial slots, (batch, num_draws * num_slots, slot_dim), one draw after the other."""
+        """Return slots without frames, (batch, num_draws * num_slots, appearance_dim), one draw after the other."""
         raise NotImplementedError
 
 
@@ -54,13 +54,13 @@ class GaussianSlots(SlotInit):
     @staticmethod
     def add_parameters(model: PreTrainedModel) -> None:
         """Add mean and logarithm of the standard deviation, one value per channel."""
-        model.slot_mean = nn.Parameter(torch.empty(model.config.slot_dim))
-        model.slot_log_std = nn.Parameter(torch.empty(model.config.slot_dim))
+        model.slot_mean = nn.Parameter(torch.empty(model.config.appearance_dim))
+        model.slot_log_std = nn.Parameter(torch.empty(model.config.appearance_dim))
 
     @staticmethod
     def init_weights(model: PreTrainedModel) -> None:
         """Draw the mean from a Glorot uniform distribution times `slot_std`; set all deviations to `slot_std`."""
-        scale, bound = model.config.slot_std, (6 / (1 + model.config.slot_dim)) ** 0.5
+        scale, bound = model.config.slot_std, (6 / (1 + model.config.appearance_dim)) ** 0.5
         init.uniform_(model.slot_mean, -bound * scale, bound * scale)
         # One deviation for all channels: with Glorot draws as in the original code, fewer runs find the objects.
         init.constant_(model.slot_log_std, math.log(scale))
@@ -74,7 +74,7 @@ class GaussianSlots(SlotInit):
         if generator is None and not model.training:
             generator, rows = torch.Generator().manual_seed(0), 1
         device = model.slot_mean.device if generator is None else generator.device
-        shape = (rows, num_slots, model.config.slot_dim)
+        shape = (rows, num_slots, model.config.appearance_dim)
         noise = torch.cat([torch.randn(shape, generator=generator, device=device) for _ in range(num_draws)], dim=1)
         slots = model.slot_mean + model.slot_log_std.exp() * noise.to(model.slot_mean)
         return slots.expand(batch, -1, -1)
@@ -88,7 +88,7 @@ class LearnedSlots(SlotInit):
     @staticmethod
     def add_parameters(model: PreTrainedModel) -> None:
         """Add one vector per slot."""
-        model.slot_vectors = nn.Parameter(torch.empty(model.config.num_slots, model.config.slot_dim))
+        model.slot_vectors = nn.Parameter(torch.empty(model.config.num_slots, model.config.appearance_dim))
 
     @staticmethod
     def init_weights(model: PreTrainedModel) -> None:

@@ -1,6 +1,7 @@
 """Segments from the output of a slot autoencoder: which slots an image needs, and which slot explains each pixel."""
 
 import torch
+import torch.nn.functional as F
 
 
 def mixture_posterior(
@@ -38,42 +39,61 @@ def mixture_posterior(
 
 @torch.no_grad()
 def find_needed_slots(
-    pixel_values: torch.Tensor, contents: torch.Tensor, masks: torch.Tensor, *, max_error: float
+    pixel_values: torch.Tensor, contents: torch.Tensor, masks: torch.Tensor, *, max_error: float, size: int = 16
 ) -> torch.Tensor:
     """Find the slots that an image needs; a spare slot shares the background or an object with another slot.
 
     Slots are removed one at a time. Each time, the slot is removed whose absence increases the mean squared error of
-    the image the least, as long as the increase is at most `max_error`.
+    the image the least, as long as the increase is at most `max_error` times the variance of the image's pixels.
 
     Args:
         pixel_values: (batch, channels, height, width).
         contents: The image that each slot paints, (batch, slots, channels, height, width).
         masks: Alphas, (batch, slots, height, width), which sum to 1 over the slots.
-        max_error: Largest increase of the mean squared error per removed slot.
+        max_error: Largest increase of the mean squared error per removed slot, as a fraction of the variance of the
+            pixels around the mean color of the image.
+        size: Errors are those of averages over a grid of this height and width, or of pixels if the image is smaller.
 
     Returns:
         bool (batch, slots), with at least one slot per image.
     """
-    contents, masks, images = contents.float(), masks.float(), pixel_values.float()
+    size = min(size, pixel_values.shape[-1])
+
+    def reduce(values: torch.Tensor) -> torch.Tensor:  # (..., height, width) to (..., size, size)
+        return F.adaptive_avg_pool2d(values.flatten(0, -3), size).unflatten(0, values.shape[:-2])
+
+    weights = masks.float().unsqueeze(2)
+    painted, weights = reduce(contents.float() * weights), reduce(weights)
+    images = reduce(pixel_values.float())
     keep = torch.ones(masks.shape[:2], dtype=torch.bool, device=masks.device)
-
-    def errors(rows: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
-        weights = masks[rows] * keep[:, :, None, None]
-        painted = (contents[rows] * weights.unsqueeze(2)).sum(dim=1) / weights.sum(dim=1)[:, None].clamp_min(1e-12)
-        return (painted - images[rows]).square().mean(dim=(1, 2, 3))
-
-    rows = torch.arange(len(masks), device=masks.device)  # the images that may have another spare slot
-    error = errors(rows, keep)
+    limit = max_error * pixel_values.float().var(dim=(2, 3), correction=0).mean(dim=1)  # (batch,)
+    error = (painted.sum(1) / weights.sum(1) - images).square().mean((1, 2, 3))
+    rows = torch.arange(len(masks), device=masks.device)
     for _ in range(masks.shape[1] - 1):
-        without = torch.full_like(keep[rows], float("inf"), dtype=torch.float32)
-        for slot in range(masks.shape[1]):
-            fewer = keep[rows]
-            fewer[:, slot] = False
-            without[:, slot] = errors(rows, fewer).where(keep[rows, slot], without[:, slot])
-        least, slot = without.min(dim=1)
-        spare = least <= error + max_error
-        rows, slot, error = rows[spare], slot[spare], least[spare]
-        keep[rows, slot] = False
-        if not len(rows):
+        total, weight = painted.sum(dim=1, keepdim=True), weights.sum(dim=1, keepdim=True)
+        without = (total - painted) / (weight - weights).clamp_min(1e-6)  # (batch, slots, channels, size, size)
+        errors = (without - images[:, None]).square().mean((2, 3, 4)).masked_fill(~keep, float("inf"))
+        least, slot = errors.min(dim=1)
+        spare = least <= error + limit
+        if not spare.any():
             break
+        keep[rows[spare], slot[spare]] = False
+        error = least.where(spare, error)
+        painted, weights = (values * keep[:, :, None, None, None] for values in (painted, weights))
     return keep
+
+
+def keep_slots(contents: torch.Tensor, masks: torch.Tensor, keep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Remove slots: the remaining slots share their pixels according to their alphas.
+
+    Args:
+        contents: The image that each slot paints, (batch, slots, channels, height, width).
+        masks: Alphas, (batch, slots, height, width), which sum to 1 over the slots.
+        keep: The slots to keep, bool (batch, slots), at least one per image.
+
+    Returns:
+        The blended image, (batch, channels, height, width), and the new masks, (batch, slots, height, width).
+    """
+    masks = (masks + 1e-6) * keep[:, :, None, None]  # a pixel may belong to removed slots alone
+    masks = masks / masks.sum(dim=1, keepdim=True)
+    return (contents * masks.unsqueeze(2)).sum(dim=1), masks

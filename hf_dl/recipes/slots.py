@@ -57,7 +57,7 @@ class SlotFlags:
     num_slots: int = field(
         default=5, metadata={"help": "Slots K per image: one for the background, and one per object at most."}
     )
-    num_iterations: int = field(default=3, metadata={"help": "Iterations T of slot attention."})
+    num_iterations: int = field(default=5, metadata={"help": "Iterations T of slot attention."})
 
 
 def make_config(flags: Any, **fields: Any) -> SlotAutoencoderConfig:
@@ -88,7 +88,7 @@ def evaluate(
         model: The slot autoencoder, wrapped for several devices or not.
         batches: Batches with `image` and `mask`, both uint8.
         gather: Concatenates tensors of all processes. Defaults to a single process.
-        **options: `num_slots` and `num_iterations` for the forward pass of the model.
+        **options: `num_slots`, `num_iterations` and `num_draws` for the forward pass of the model.
 
     Returns:
         The scores, and the decoder masks of the first batch for `failure_to_bind`, which start from the same draw of
@@ -102,7 +102,7 @@ def evaluate(
         pixel_values = to_pixel_values(batch["image"], next(model.parameters()).device)
         output = model(pixel_values, **options)
         if first is None:
-            first = gather(model(pixel_values, **{**options, "num_draws": 1}).masks)
+            first = gather(model(pixel_values, **{**options, "num_draws": 1, "prune": False}).masks)
         size = output.masks.shape[-2:]
         attentions = attention_masks(output.attentions[-1], size, image_size=pixel_values.shape[-1])
         error = (output.reconstruction - pixel_values).square().mean(dim=(1, 2, 3))
@@ -178,7 +178,7 @@ def compose(
     slots, masks = [], []
     for start in range(0, min(LIBRARY_IMAGES, len(train)), 64):
         index = range(start, min(start + 64, LIBRARY_IMAGES, len(train)))
-        output = model(to_pixel_values(train.__getitems__(index)["image"], model.device))
+        output = model(to_pixel_values(train.__getitems__(index)["image"], model.device), num_draws=2)
         slots.append(output.slots.cpu())
         masks.append(F.interpolate(output.masks.cpu(), size=16, mode="area"))
     library = SlotLibrary().fit(torch.cat(slots), torch.cat(masks), num_clusters=output.slots.shape[1], seed=seed)

@@ -84,7 +84,7 @@ def test_the_log_holds_both_losses(finished):
     assert [line["step"] for line in lines if "val_loss" in line] == [6, 12]
     training = [line for line in lines if "mse" in line]
     assert [line["step"] for line in training] == [3, 6, 9, 12]
-    assert training[0]["loss"] == training[0]["mse"] and training[-1]["loss"] > training[-1]["mse"]  # the area's price
+    assert all(line["loss"] > line["mse"] for line in training)  # the other terms
     assert any("val_posterior_fg_ari" in line and "val_decoder_fg_ari" in line for line in lines)
 
 
@@ -148,7 +148,7 @@ def test_textured_scenes(tmp_path):
         (["--architecture=large"], "invalid choice: 'large'"),
         (["--optimizer=adagrad"], "invalid choice: 'adagrad'"),
         (["--batch_size=0"], "batch_size=0 must be above 0."),
-        (["--image_size=40"], "image_size=40 must be a multiple of 16"),
+        (["--architecture=without_frames", "--image_size=40"], "image_size=40 must be a multiple of 16"),
         (["--num_slots=0"], "num_slots=0 must be at least 1"),
     ],
 )
@@ -163,7 +163,7 @@ def test_wrong_flags_are_refused_in_a_sentence(flags, sentence, tmp_path, capsys
 @pytest.mark.parametrize(
     "flags, sentence",
     [
-        (["--image_size=40"], "image_size=40 must be a multiple of 16"),
+        (["--architecture=without_frames", "--image_size=40"], "image_size=40 must be a multiple of 16"),
         (["--num_slots=0"], "num_slots=0 must be at least 1"),
         (["--num_iterations=0"], "num_iterations=0 must be at least 1"),
     ],
