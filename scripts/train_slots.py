@@ -50,7 +50,7 @@ class Args(slots.SlotFlags, SceneFlags, TrainingArgs):
     stop_after_binding: bool = field(
         default=False, metadata={"help": "End the run at binding_step, to count how many runs find the objects."}
     )
-    max_steps: int = 3500
+    max_steps: int = 3000
     batch_size: int = 16
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"
     learning_rate: float = 2e-3
