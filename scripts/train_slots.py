@@ -124,7 +124,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     with run.averaged():
         scores, _ = slots.evaluate(run.model, test_batches, gather=run.gather)
         metrics = {f"test_{name}": value for name, value in scores.items()} | bound
-        if run.is_main:
+        if run.is_main and not bound:
             metrics |= slots.draw_and_compose(run.unwrapped, train, test, run.folder)
     metrics = run.finish(metrics)
     if run.is_main:

@@ -141,6 +141,15 @@ def test_textured_scenes(tmp_path):
     assert read_results(tmp_path)["args"]["style"] == "textured"
 
 
+def test_a_run_that_ends_at_the_check_says_whether_it_bound(tmp_path):
+    metrics = train(
+        tmp_path / "run", "--max_steps=9", "--binding_step=4", "--stop_after_binding=true", "--save_every=0"
+    )
+    reset()
+    assert metrics["bound"] in (0.0, 1.0) and "test_decoder_fg_ari" in metrics and "composed_images" not in metrics
+    assert read_results(tmp_path / "run")["steps"] == 4
+
+
 @pytest.mark.parametrize(
     "flags, sentence",
     [
