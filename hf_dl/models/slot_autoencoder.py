@@ -56,6 +56,8 @@ class SlotAutoencoderOutput(ModelOutput):
         masks: Decoder alphas, (batch, slots, height, width), which sum to 1 over the slots.
         attentions: One tensor (batch, slots, tokens) per iteration, which sums to 1 over the slots.
         contents: The image that each slot paints before masking, (batch, slots, channels, height, width).
+        keep: The slots that the image needs, bool (batch, slots). The masks of the others are 0.
+            `model.decode(slots, keep=keep)` paints the reconstruction.
     """
 
     loss: torch.Tensor | None = None
@@ -64,6 +66,7 @@ class SlotAutoencoderOutput(ModelOutput):
     masks: torch.Tensor | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
     contents: torch.Tensor | None = None
+    keep: torch.Tensor | None = None
 
 
 class SlotImageProcessor(TorchvisionBackend):
@@ -282,6 +285,7 @@ class SlotAutoencoderModel(SlotAutoencoderPreTrainedModel):
                 )
             best = found
         reconstruction, contents, masks, slots, *attentions = best
+        keep = torch.ones(slots.shape[:2], dtype=torch.bool, device=slots.device)
         if not self.training if prune is None else prune:
             keep = find_needed_slots(pixel_values, contents, masks, max_error=self.config.prune_error)
             reconstruction, masks = keep_slots(contents, masks, keep)
@@ -292,6 +296,7 @@ class SlotAutoencoderModel(SlotAutoencoderPreTrainedModel):
             masks=masks,
             attentions=tuple(attentions),
             contents=contents,
+            keep=keep,
         )
 
     @torch.no_grad()
@@ -320,10 +325,8 @@ class SlotAutoencoderModel(SlotAutoencoderPreTrainedModel):
         Returns:
             (batch, slots, height, width), which sums to 1 over the slots. Slots without a mask have 0.
         """
-        keep = output.masks.amax(dim=(2, 3)) > 0
-        return mixture_posterior(
-            pixel_values, output.contents, output.masks, pixel_std=self.config.pixel_std, keep=keep
-        )
+        contents, masks, keep = output.contents, output.masks, output.keep
+        return mixture_posterior(pixel_values, contents, masks, pixel_std=self.config.pixel_std, keep=keep)
 
     @torch.no_grad()
     def segment(

@@ -66,7 +66,8 @@ def find_needed_slots(
     painted, weights = reduce(contents.float() * weights), reduce(weights)
     images = reduce(pixel_values.float())
     keep = torch.ones(masks.shape[:2], dtype=torch.bool, device=masks.device)
-    limit = max_error * pixel_values.float().var(dim=(2, 3), correction=0).mean(dim=1)  # (batch,)
+    # The constant is a rounding error: all slots but one are spare in an image of a single color.
+    limit = max_error * pixel_values.float().var(dim=(2, 3), correction=0).mean(dim=1) + 1e-7  # (batch,)
     error = (painted.sum(1) / weights.sum(1) - images).square().mean((1, 2, 3))
     rows = torch.arange(len(masks), device=masks.device)
     for _ in range(masks.shape[1] - 1):
