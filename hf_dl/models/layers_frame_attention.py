@@ -27,7 +27,7 @@ class PlaceWeights(nn.Linear):
 class FrameSlotAttention(SlotAttention):
     """Slot attention in which each slot has a frame, which follows its attention.
 
-    The arguments are those of `SlotAttention`; `slot_dim` does not include the frame. Let d be the position of a token
+    It has the arguments of `SlotAttention`. `slot_dim` does not include the frame. Let d be the position of a token
     relative to the center of a slot, and s the size of the slot. With the weights w = W norm(slot) + b, the logit of
     the token also has the terms
 

@@ -10,18 +10,21 @@ Differences from the paper, each selected by a field of the config:
 - `encoder="resnet18"`: ResNet-18 with group normalization and stride 4, as in SlotDiffusion's CLEVRTex baseline.
 - `slot_init="learned"`: one learned vector per slot instead of draws from one learned Gaussian.
 - `gradient`: implicit or bi-level differentiation of the iterations (see `SlotAttention`).
+- `frames`: each slot has a position and a size, as in invariant slot attention (Biza et al. 2023). `decoder="canvas"`
+  paints each slot in its own frame (see `slot_frames` and `CanvasDecoder`).
 - `decoder="pixel_shuffle"`: 3x3 convolutions on coarse grids and sub-pixel upsampling (Shi et al. 2016). The
   transposed 5x5 convolutions of the paper take most of the training time on a CPU. The slots multiply Fourier features
-  of the position (see `PixelShuffleDecoder`).
+  of the position (see `CoarseGrids`).
 - `num_draws`: evaluation tries several random slot initializations per image and keeps the one with the lowest
   reconstruction error, like the restarts of K-means. From a single draw, slot attention often leaves an object in the
   slot of the background.
 
-Two more differences: `posterior` is a second segmentation, which takes the color of each pixel into account. Positions
-are the centers of the cells instead of aligned corners, so that the weights work at other resolutions.
+Three more differences: evaluation removes the slots that an image does not need. `posterior` is a second segmentation,
+which takes the color of each pixel into account. Positions are the centers of the cells instead of aligned corners, so
+that the weights work at other resolutions.
 
-The parts are in sibling files: `slot_config`, `slot_encoders`, `slot_inits`, `layers_attention`, `slot_decoders` and
-`slot_segmentation`.
+The parts are in sibling files: `slot_config`, `slot_encoders`, `slot_inits`, `slot_frames`, `layers_attention`,
+`layers_frame_attention`, `slot_decoders` and `slot_segmentation`. `slot_losses` has more loss terms.
 """
 
 from dataclasses import dataclass

@@ -28,7 +28,7 @@ class SlotAutoencoderConfig(PreTrainedConfig):
         num_slots: K, the default number of slots.
         slot_dim: Channels of a slot, including the three channels of its frame.
         frames: Whether each slot has a frame, its position and size (Biza et al. 2023), see `slot_frames`. Without
-            frames, slot attention and the decoder are those of Locatello et al. 2020.
+            frames, slot attention is as in Locatello et al. 2020.
         seeds: A key of `SEEDS`: where the frames start. "color" chooses places that differ from the main color of the
             image; "random" chooses any place, as Biza et al. 2023.
         num_iterations: T, the default number of iterations of slot attention.
@@ -43,8 +43,8 @@ class SlotAutoencoderConfig(PreTrainedConfig):
             parameters of the initial slots keep their initial values.
         epsilon: Added to the attention before it is normalized over the tokens.
         qkv_bias: Whether the projections of slot attention have a bias.
-        decoder: A key of `DECODERS`. "canvas" paints each slot in its own frame; "broadcast" uses transposed
-            convolutions of stride 2 from `decoder_size` to `image_size`, then convolutions of stride 1;
+        decoder: A key of `DECODERS`. "canvas" paints each slot in its own frame. "broadcast" uses transposed
+            convolutions of stride 2 from `decoder_size` to `image_size`, then convolutions of stride 1.
             "pixel_shuffle" uses coarse grids and sub-pixel upsampling.
         decoder_channels: Hidden channels of the decoder: one entry per layer for "broadcast"; for the others, one
             entry per grid, each grid twice as fine as the previous one.

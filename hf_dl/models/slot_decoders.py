@@ -153,7 +153,7 @@ class CanvasDecoder(SlotDecoder):
 
     The canvas covers the square within `EXTENT` sizes of the center of the slot, so small objects are painted with
     more detail than the image has. Pasting is bilinear interpolation, as in a spatial transformer (Jaderberg et al.
-    2015) without rotation. Outside the canvas, colors are those of its border, and alphas fall quickly.
+    2015) without rotation. Outside the canvas, the colors of its border continue, and alphas fall quickly.
     """
 
     EXTENT = 2.5

@@ -1,12 +1,12 @@
 """Frames of slots: where a slot is in the image, and how large it is.
 
-A frame is (x, y, size): the center of what the slot attends to and its radius, both as fractions of the image. It is
-the last part of a slot's vector. Attention and decoder then work in the coordinates of the slot, (position - center) /
-size, so the network learns a shape once and not again at each position and size. Biza et al. 2023, "Invariant Slot
+A frame is (x, y, size): center and radius of the attention of the slot, as fractions of the image. It is the last part
+of a slot's vector. Attention and decoder work in the coordinates of the slot, (position - center) / size. The network
+then learns a shape once and not again at each position and size. Biza et al. 2023, "Invariant Slot
 Attention: Object Discovery with Slot-Centric Reference Frames", sections 3.1 and 3.2.
 
-Differences from the paper: one size for both axes; attention reads the distance from the center (see
-`FrameSlotAttention`); one layer after the iterations reads the shape (`FrameReadout`); and `SEEDS` selects where the
+Differences from the paper: both axes have the same size. Attention reads the distance from the center (see
+`FrameSlotAttention`), and one layer after the iterations reads the shape (`FrameReadout`). `SEEDS` selects where the
 slots start.
 """
 
@@ -82,8 +82,8 @@ def color_seeds(pixel_values: torch.Tensor, num_slots: int, noise: torch.Tensor,
 
     Arthur & Vassilvitskii 2007, "k-means++: The Advantages of Careful Seeding". The first seed is the background: the
     median color of the image, without a position. Each further seed is drawn among the cells of a coarse grid, with a
-    probability that grows with the distance to the seeds so far. The distance is that of colors and positions. Of
-    several draws, the best one explains most of the image. Neighboring slots then rarely start on the same object.
+    probability that grows with the distance to the seeds so far. The distance counts colors and positions. Of several
+    draws, the best one explains most of the image. Neighboring slots then rarely start on the same object.
 
     Args:
         pixel_values: (batch, channels, height, width), in [-1, 1].
@@ -154,8 +154,8 @@ def draw_seeds(
 class FrameReadout(nn.Module):
     """Add to each slot what it sees in its own frame, such as its shape.
 
-    The mean over the tokens of ReLU(W x + V p), weighted with the attention of the slot, where x is the token and p
-    are features of its position in the frame of the slot. A linear map of this mean is added to the slot.
+    Let x be a token, and p the features of its position in the frame of the slot. The mean of ReLU(W x + V p) over the
+    tokens is weighted with the attention of the slot. A linear map of this mean is added to the slot.
 
     Args:
         token_dim: Channels of the tokens.

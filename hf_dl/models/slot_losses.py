@@ -1,6 +1,6 @@
 """Loss terms of slot autoencoders besides the reconstruction error. They need no labels.
 
-Each term is a function of the model's output, so that a training script shows what it adds to its loss.
+Each term is a function of the model's output, so that a training script shows all terms of its loss.
 """
 
 import torch
@@ -12,8 +12,8 @@ from .slot_frames import token_side
 def color_error(attention: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
     """Compute how badly the attention alone explains the colors of the image.
 
-    Let t_i be the mean color of the image in the cell of token i, a_ki the attention of slot k, and c_k the mean color
-    of slot k, weighted with its attention. The error is the mean of (t_i - sum_k a_ki c_k)^2.
+    Let t_i be the mean color of the image in the cell of token i, and a_ki the attention of slot k. The mean color c_k
+    of slot k is weighted with its attention. The error is the mean of (t_i - sum_k a_ki c_k)^2.
 
     Slots that divide every image into the same regions cannot lower this error, but slots that follow the objects can.
     Early in training, the term makes slots bind to objects. Later it has to fade: an object may have several colors.
@@ -91,9 +91,9 @@ def mixture_error(
     """Compute the error of a mixture: each pixel comes from one slot, drawn with the probabilities of the masks.
 
     Let e_k be the squared error of slot k at a pixel, m_k its mask, C the number of channels and s the standard
-    deviation. The error of the pixel is -(2 s^2 / C) log sum_k m_k exp(-e_k / 2 s^2), the negative log-likelihood of a
-    mixture of Gaussians (Greff et al. 2019, IODINE, section 2.1) in units of the squared error. For a single slot it
-    is the mean squared error. A blend of two wrong colors does not help, so the masks become sharp.
+    deviation. The error of the pixel is -(2 s^2 / C) log sum_k m_k exp(-e_k / 2 s^2). It is the negative
+    log-likelihood of a mixture of Gaussians (Greff et al. 2019, section 2.1) in units of the squared error. For a
+    single slot it is the mean squared error. A blend of two wrong colors does not help, so the masks become sharp.
 
     Args:
         pixel_values: (batch, channels, height, width).

@@ -43,8 +43,8 @@ def find_needed_slots(
 ) -> torch.Tensor:
     """Find the slots that an image needs; a spare slot shares the background or an object with another slot.
 
-    Slots are removed one at a time. Each time, the slot is removed whose absence increases the mean squared error of
-    the image the least, as long as the increase is at most `max_error` times the variance of the image's pixels.
+    Slots are removed one at a time, first the slot whose absence increases the mean squared error of the image the
+    least. This ends when the increase is above `max_error` times the variance of the image's pixels.
 
     Args:
         pixel_values: (batch, channels, height, width).
@@ -52,7 +52,7 @@ def find_needed_slots(
         masks: Alphas, (batch, slots, height, width), which sum to 1 over the slots.
         max_error: Largest increase of the mean squared error per removed slot, as a fraction of the variance of the
             pixels around the mean color of the image.
-        size: Errors are those of averages over a grid of this height and width, or of pixels if the image is smaller.
+        size: Height and width of the grid on which images are compared; smaller images are compared pixel by pixel.
 
     Returns:
         bool (batch, slots), with at least one slot per image.
