@@ -171,6 +171,17 @@ ARCHITECTURES: dict[str, Callable[..., SlotAutoencoderConfig]] = {
     "random_seeds": _architecture(seeds="random"),
     "without_canvas": _architecture(decoder="pixel_shuffle"),
     "without_frames": _architecture(frames=False, decoder="pixel_shuffle"),
+    # For 128x128 images on a GPU.
+    "large": _architecture(
+        image_size=128,
+        encoder="resnet18",
+        token_dim=192,
+        num_slots=11,
+        slot_dim=192,
+        slot_mlp_dim=384,
+        decoder_channels=[128, 64],
+        canvas_size=64,
+    ),
     # Locatello et al. 2020, appendix E, for 128x128 images.
     "paper": _architecture(
         image_size=128,
