@@ -2,6 +2,8 @@
 
 - `scenes`: generated scenes of several objects, with masks, boxes, relations and captions
 - `edited_scenes`: the same scenes, each with three rendered edits of its objects
+- `editing_tasks`: edits for a model to make, with the rendered result
+- `object_crops`: crops of the objects of generated scenes, labeled with color and shape
 - `object_images`: generated labeled images of one object
 - `labeled_images`: labeled images from any source: generated, folders, parquet, idx files, the Hub
 - `masked_images`: images with instance masks from any source; `clevrtex` and `coco` read those two formats

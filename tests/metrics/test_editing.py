@@ -10,7 +10,7 @@ from hf_dl.metrics.editing import EditingMetric, editing_scores, identity_scores
 
 
 def make_edits(edits=3, size=24, seed=0):
-    """Random images whose truth differs in a square and, by less, in a strip beside it, the shadow."""
+    """Random images whose truth has a bright square, and a less bright strip next to it, as a shadow."""
     generator = torch.Generator().manual_seed(seed)
     images = torch.randint(60, 120, (edits, 3, size, size), generator=generator, dtype=torch.uint8)
     masks = torch.zeros(edits, size, size, dtype=torch.bool)
