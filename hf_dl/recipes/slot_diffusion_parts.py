@@ -128,7 +128,7 @@ def prepare_parts(args: Any, scripts: Path) -> None:
         raise SystemExit(message if is_main else 1)
     for name, command in commands.items():
         if is_main:
-            _run(command)
+            run_training(command)
         else:  # if the main process fails, the launcher ends this one
             while not Path(PARTS[name].folder, "results.json").is_file():
                 time.sleep(1)
@@ -144,8 +144,15 @@ def _short(folder: Path) -> Path:
     return folder.relative_to(here) if folder.is_relative_to(here) else folder
 
 
-def _run(command: Sequence[str]) -> None:
-    """Run `accelerate launch ...` in a process of its own, and end this process if it fails."""
+def run_training(command: Sequence[str]) -> None:
+    """Run `accelerate launch ...` in a process of its own, and end this process if it fails.
+
+    Args:
+        command: The words of the command: accelerate, launch, the script and its flags.
+
+    Raises:
+        SystemExit: If the child process fails. Its exit status is passed on.
+    """
     print(f"$ {shlex.join(command)}", file=sys.stderr, flush=True)
     # The child is a new launch. It must not join the process group of this one.
     distributed = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
