@@ -469,13 +469,14 @@ def read_results(folder: str | Path) -> dict[str, Any]:
     return results
 
 
-def find_run(root: str | Path, flag: str, seed: int) -> Path:
+def find_run(root: str | Path, flag: str, seed: int, *, script: str | None = None) -> Path:
     """Find a finished run by a flag and the seed.
 
     Args:
         root: A folder of runs, such as `runs/norms`.
         flag: The flag and its value, such as "norm=batch".
         seed: The seed.
+        script: Name of the script, such as "train_slots.py", if the folder has runs of several scripts.
 
     Returns:
         The folder of the run; the first by name if several match.
@@ -487,11 +488,16 @@ def find_run(root: str | Path, flag: str, seed: int) -> Path:
     if not name or not equals:
         raise ValueError(f"run={flag!r} is not a flag with a value. Write it like norm=batch.")
     for path in sorted(Path(root).glob("*/results.json")):
-        args = read_results(path.parent)["args"]
+        results = read_results(path.parent)
+        args = results["args"]
+        if script is not None and results["script"] != script:
+            continue
         if name in args and str(args[name]) == value and args.get("seed") == seed:
             return path.parent
+    of = f" of {script}" if script else ""
     raise ValueError(
-        f"model={str(root)!r} contains no finished run with --{name} {value} --seed {seed}. Run its experiment first."
+        f"model={str(root)!r} contains no finished run{of} with --{name} {value} --seed {seed}. Run its experiment "
+        "first."
     )
 
 

@@ -46,7 +46,7 @@ def write_results(
     script: str | Path,
     args: Mapping[str, Any],
     metrics: Mapping[str, float],
-    model: nn.Module,
+    model: nn.Module | None = None,
     *,
     seconds: float,
 ) -> None:
@@ -57,7 +57,7 @@ def write_results(
         script: The file of the script.
         args: The flags of the script, including "seed".
         metrics: The scores.
-        model: The model that was evaluated.
+        model: The model that was evaluated, or None if the script compares several methods.
         seconds: The time that the script took.
     """
     results = {
@@ -66,10 +66,11 @@ def write_results(
         "metrics": dict(metrics),
         "seed": args["seed"],
         "seconds": round(seconds, 2),
-        "num_parameters": sum(p.numel() for p in model.parameters()),
-        "model_class": type(model).__name__,
-        **provenance(script, next(model.parameters()).device),
+        **provenance(script, "cpu" if model is None else next(model.parameters()).device),
     }
+    if model is not None:
+        results["num_parameters"] = sum(p.numel() for p in model.parameters())
+        results["model_class"] = type(model).__name__
     (Path(folder) / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
 

@@ -209,6 +209,10 @@ def test_a_run_is_found_by_its_flags(toml, tmp_path):
     for seed in experiment.seeds[:2]:
         args = read_results(find_run(root, "width=8", seed))["args"]
         assert args["width"] == 8 and args["seed"] == seed
+    script = read_results(find_run(root, "width=8", 0))["script"]
+    assert find_run(root, "width=8", 0, script=script) == find_run(root, "width=8", 0)
+    with pytest.raises(ValueError, match="contains no finished run of other.py with --width 8 --seed 0"):
+        find_run(root, "width=8", 0, script="other.py")
     with pytest.raises(ValueError, match="contains no finished run with --width 5 --seed 0. Run its experiment first"):
         find_run(root, "width=5", 0)
     with pytest.raises(ValueError, match="run='width' is not a flag with a value. Write it like norm=batch"):
