@@ -26,13 +26,14 @@ def measure_by_hand(edited, truth, before, mask):
     edited, truth, before = (image.numpy().astype(float) / 255 for image in (edited, truth, before))
     height, width = mask.shape
     sums = dict.fromkeys(("error", "change", "shadow_error", "shadow_change", "rest", "all"), 0.0)
-    rest, pixels = np.zeros((height, width)), {"target": 0, "rest": 0}
+    errors, rest, pixels = *np.zeros((2, height, width)), {"target": 0, "rest": 0}
     for y in range(height):
         for x in range(width):
             error = sum((edited[c, y, x] - truth[c, y, x]) ** 2 for c in range(3)) / 3
             change = sum((before[c, y, x] - truth[c, y, x]) ** 2 for c in range(3)) / 3
             visible = max(abs(before[c, y, x] - truth[c, y, x]) for c in range(3)) >= 8 / 255 - 1e-9
             sums["all"] += error
+            errors[y, x] = error
             if mask[y, x] or visible:
                 pixels["target"] += 1
                 sums["error"] += error
@@ -47,7 +48,8 @@ def measure_by_hand(edited, truth, before, mask):
     side = height // 8
     corners = [(y, x) for y in range(height - side + 1) for x in range(width - side + 1)]
     found = {name: sums[name] for name in ("error", "change", "shadow_error", "shadow_change")}
-    found["rest_error"] = max(math.sqrt(rest[y : y + side, x : x + side].mean()) for y, x in corners)
+    for name, values in (("window_error", errors), ("rest_error", rest)):
+        found[name] = max(math.sqrt(values[y : y + side, x : x + side].mean()) for y, x in corners)
     found["psnr_target"] = -10 * math.log10(sums["error"] / pixels["target"])
     found["psnr_rest"] = -10 * math.log10(sums["rest"] / pixels["rest"])
     found["psnr"] = -10 * math.log10(sums["all"] / (height * width))
@@ -95,6 +97,16 @@ def test_a_window_of_the_rest_may_change_a_little_only():
         found = measure_edits(predictions, **edits)
         assert found["rest_error"].tolist() == pytest.approx([shift / 255] * 3, rel=1e-5)
         assert found["kept"].tolist() == found["success"].tolist() == [kept] * 3
+
+
+def test_a_window_of_the_target_may_differ_a_little_only():
+    edits, _ = make_edits()
+    for shift, success in ((50, True), (52, False)):
+        predictions = edits["references"].clone()
+        predictions[:, :, 5:8, 5:8] -= shift  # a quarter of the new square
+        found = measure_edits(predictions, **edits)
+        assert found["window_error"].tolist() == pytest.approx([shift / 255] * 3, rel=1e-5)
+        assert found["changed"].all() and found["kept"].all() and found["success"].tolist() == [success] * 3
 
 
 def test_the_shadow_has_its_own_error():
