@@ -227,7 +227,7 @@ def test_an_experiment_file_anywhere_uses_the_shipped_scripts(tmp_path, monkeypa
     Path("mine.toml").write_text((ROOT / "scripts/experiments/slots_default.toml").read_text())
     assert cli.main(["experiment", "mine.toml", "--dry_run"]) == 0
     shown = capsys.readouterr().out
-    assert "mine: 3 cells" in shown and str(ROOT / "scripts/train_slots.py") in shown
+    assert "mine: 5 cells" in shown and str(ROOT / "scripts/train_slots.py") in shown
 
 
 @pytest.mark.slow

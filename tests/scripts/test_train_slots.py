@@ -154,7 +154,7 @@ def test_a_run_that_ends_at_the_check_says_whether_it_bound(tmp_path):
     "flags, sentence",
     [
         (["--num_slot=7"], "--num_slot is an unknown flag. Did you mean --num_slots? --help lists all."),
-        (["--architecture=large"], "invalid choice: 'large'"),
+        (["--architecture=huge"], "invalid choice: 'huge'"),
         (["--optimizer=adagrad"], "invalid choice: 'adagrad'"),
         (["--batch_size=0"], "batch_size=0 must be above 0."),
         (["--architecture=without_frames", "--image_size=40"], "image_size=40 must be a multiple of 16"),
