@@ -4,6 +4,7 @@
 pipeline and draws step by step from noise.
 """
 
+import contextlib
 import math
 import queue
 import threading
@@ -47,6 +48,10 @@ class Frame(NamedTuple):
 
     picture: Image.Image | None
     note: str = ""
+
+    def resize(self, size: tuple[int, int]) -> "Frame":
+        """Return the frame with a picture of `size` (width, height)."""
+        return Frame(self.picture.resize(size, Image.Resampling.BICUBIC), self.note)
 
 
 class Decoder(ABC):
@@ -114,6 +119,19 @@ class Decoder(ABC):
             ValueError: If the decoder needs a slot and none is chosen, or if `seed` or `steps` is out of range.
         """
 
+    @abstractmethod
+    def recall(self, *chosen: tuple[Explanation, list[int]], seed: int, steps: int) -> list[Frame]:
+        """Return all pictures of a painting that `frames` has finished, the final picture last.
+
+        Args:
+            *chosen: As in `frames`.
+            seed: As in `frames`.
+            steps: As in `frames`.
+
+        Returns:
+            The pictures; an empty list if there is no such painting, or if many others have followed it.
+        """
+
 
 def _gather(*chosen: tuple[Explanation, list[int]]) -> tuple[torch.Tensor, tuple[int, int]]:
     """Return the chosen slots, (1, slots, slot_dim), and the size of the picture to make."""
@@ -138,6 +156,7 @@ class Broadcast(Decoder):
         "reconstruction": "Reconstruction",
         "gallery": "Content of each slot inside its mask",
         "painted": "Painted from the selected slots",
+        "moved": "Painted with the moved slot",
         "mixed": "Painted from slots of both images",
     }
     help = KEEP_HELP
@@ -184,6 +203,10 @@ class Broadcast(Decoder):
         """Yield one picture; seed and steps are unused."""
         yield Frame(self.at_once(*chosen))
 
+    def recall(self, *chosen: tuple[Explanation, list[int]], seed: int, steps: int) -> list[Frame]:
+        """Paint again, which takes no longer than remembering; seed and steps are unused."""
+        return [Frame(self.at_once(*chosen))]
+
 
 class Diffusion(Decoder):
     """The U-Net of a slot diffusion pipeline. It removes noise while it attends to the slots.
@@ -199,6 +222,7 @@ class Diffusion(Decoder):
         "reconstruction": "Drawn from all slots",
         "gallery": "Image area that each slot attends to",
         "painted": "Drawn from the selected slots",
+        "moved": "Drawn with the moved slot",
         "mixed": "Drawn from slots of both images",
     }
     help = DIFFUSION_HELP
@@ -207,7 +231,7 @@ class Diffusion(Decoder):
 
     def __init__(self, pipe: SlotDiffusionPipeline):
         self.pipe = pipe
-        self._drawn: dict[tuple, Image.Image] = {}  # the last drawings, by slots, size, seed and steps
+        self._drawn: dict[tuple, list[Frame]] = {}  # frames of the last drawings, in the size of the model's images
 
     @property
     def config(self) -> SlotAutoencoderConfig:
@@ -247,15 +271,26 @@ class Diffusion(Decoder):
         slots, size = _gather(*chosen)
         if not slots.shape[1]:
             raise ValueError("No slot is selected. Select at least one slot to draw from.")
-        key = (slots.numpy().tobytes(), size, check_seed(seed), int(steps))
+        key = (slots.numpy().tobytes(), check_seed(seed), int(steps))
         if key not in self._drawn:
-            self._drawn[key] = yield from self._draw(slots, size, check_seed(seed), int(steps))
+            frames = []
+            with contextlib.closing(self._draw(slots, check_seed(seed), int(steps))) as drawing:
+                for frame in drawing:
+                    frames.append(frame)
+                    if frame.note:
+                        yield frame.resize(size)
+            self._drawn[key] = frames
             for old in list(self._drawn)[:-16]:
                 del self._drawn[old]
-        yield Frame(self._drawn[key])
+        yield self._drawn[key][-1].resize(size)
 
-    def _draw(self, slots: torch.Tensor, size: tuple[int, int], seed: int, steps: int) -> Iterator[Frame]:
-        """Yield the intermediate frames, and return the final picture."""
+    def recall(self, *chosen: tuple[Explanation, list[int]], seed: int, steps: int) -> list[Frame]:
+        """Return the frames of one of the last drawings; see `Decoder.recall`."""
+        slots, size = _gather(*chosen)
+        return [frame.resize(size) for frame in self._drawn.get((slots.numpy().tobytes(), seed, int(steps)), [])]
+
+    def _draw(self, slots: torch.Tensor, seed: int, steps: int) -> Iterator[Frame]:
+        """Yield the intermediate frames and the final frame, in the size of the model's images."""
         pipe = self._with_solver()
         known = "denoised" if pipe.scheduler.config.prediction_type in PREDICTION_TYPES else "latents"
         frames, ended = queue.SimpleQueue(), threading.Event()
@@ -264,7 +299,7 @@ class Diffusion(Decoder):
             if ended.is_set():
                 raise InterruptedError  # the page no longer needs this drawing
             if (step + 1) % math.ceil(steps / MAX_FRAMES) == 0:
-                picture = to_picture(pipe.decode(tensors[known], "pt")[0], size)
+                picture = to_picture(pipe.decode(tensors[known], "pt")[0])
                 frames.put(Frame(picture, f"step {step + 1} of {steps}"))
 
         # The pipeline reports frames by a callback, and the page pulls them from a generator: a thread connects both.
@@ -283,7 +318,7 @@ class Diffusion(Decoder):
                 yield from iter(frames.get, None)
             finally:
                 ended.set()
-            return to_picture(drawing.result().images[0], size)
+            yield Frame(to_picture(drawing.result().images[0]))
 
     def _with_solver(self) -> SlotDiffusionPipeline:
         """Return a pipeline with the same parts and its own DPM-Solver++, so that drawings do not share state."""

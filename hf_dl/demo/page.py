@@ -168,9 +168,10 @@ def plain(name: str) -> str:
     return "".join(f"&#{ord(letter)};" if letter in "&<>*_`[]()#!\\|~$" else letter for letter in name)
 
 
-def view(label: str, elem_id: str, *, height: int = 312) -> gr.Image:
+def view(label: str, elem_id: str, *, height: int = 312, visible: bool = True) -> gr.Image:
     """Return a component that displays a picture."""
     return gr.Image(
+        visible=visible,
         label=label,
         elem_id=elem_id,
         elem_classes="view",

@@ -34,10 +34,15 @@ def draw_examples(seed: int, count: int = 8) -> tuple[Picture, ...]:
     return tuple(Picture(row["image"], names[row["label"]]) for row in data)
 
 
-def to_picture(image: torch.Tensor, size: tuple[int, int]) -> Image.Image:
-    """Convert a tensor (3, height, width) in [0, 1] to a picture of `size` (width, height)."""
-    pixels = (image.clamp(0, 1) * 255).round().byte().movedim(0, -1).cpu().numpy()
-    return Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)
+def to_picture(image: torch.Tensor, size: tuple[int, int] | None = None) -> Image.Image:
+    """Convert a tensor (3, height, width) in [0, 1] to a picture.
+
+    Args:
+        image: The tensor.
+        size: Width and height of the picture. Defaults to those of the tensor.
+    """
+    picture = Image.fromarray((image.clamp(0, 1) * 255).round().byte().movedim(0, -1).cpu().numpy())
+    return picture.resize(size, Image.Resampling.BICUBIC) if size else picture
 
 
 def shown_size(image: Image.Image) -> tuple[int, int]:

@@ -1,8 +1,9 @@
-"""The events of the slot explorer: divide images into slots, remove slots, and mix two images."""
+"""The events of the slot explorer: divide images into slots, remove or move slots, and mix two images."""
 
 import functools
 import html
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,13 @@ from ..models.slot_autoencoder import SlotAutoencoderConfig, SlotAutoencoderMode
 from ..pipelines.slot_diffusion import SlotDiffusionPipeline
 from .checkpoints import find_model, find_pipeline
 from .decoders import Broadcast, Decoder, Diffusion, Frame
-from .slots import Explanation, check_seed, draw_scene, load_model, load_pipeline, new_seed
+from .scene_truth import Truth, render_moved, render_selection, squared_error
+from .slots import Explanation, check_seed, get_frame, load_model, load_pipeline, load_scene, move_slot, new_seed
 from .training import Training, shown_command
 from .uploads import open_image
 
 DEFAULT_STEPS = 20
+PAUSE = 0.3  # seconds between two pictures of a replay
 SOURCES = {  # for each decoder: its training script, and the environment variable for its model
     "broadcast": ("train_slots.py", "HF_DL_MODEL"),
     "diffusion": ("train_slot_diffusion.py", "HF_DL_DIFFUSION_MODEL"),
@@ -152,12 +155,16 @@ class Explorer:
         return replace(found, seed=new_seed())  # the seed of the noise belongs to one visitor
 
     def _explain_scene(self, style: str, seed: int, num_slots: int, num_iterations: int, decoder: str) -> Explanation:
-        image = self.scene(style, seed, decoder)
-        return self.get(decoder).explain(image, num_slots=num_slots, num_iterations=num_iterations)
+        scene = self._load_scene(style, seed, decoder)
+        found = self.get(decoder).explain(scene["image"], num_slots=num_slots, num_iterations=num_iterations)
+        return replace(found, scene=scene)
+
+    def _load_scene(self, style: str, seed: int, decoder: str) -> Mapping[str, Any]:
+        return load_scene(style, seed, max_objects=self.get(decoder).config.num_slots - 1)
 
     def scene(self, style: str, seed: int, decoder: str) -> Image.Image:
         """Return a random scene with at most as many objects as the decoder has slots for objects."""
-        return draw_scene(style, seed, max_objects=self.get(decoder).config.num_slots - 1)
+        return self._load_scene(style, seed, decoder)["image"]
 
     def draw_any(self, style: str, num_slots: int, num_iterations: int, decoder: str = Broadcast.name) -> Explanation:
         """Divide a random scene with a new seed into slots."""
@@ -179,7 +186,7 @@ class Explorer:
         if first is None or second is None or first.made == second.made == (decoder, num_slots, num_iterations):
             return None
         found, numbers = self.get(decoder), {"num_slots": num_slots, "num_iterations": num_iterations}
-        return found.explain(first.image, **numbers), found.explain(second.image, **numbers)
+        return tuple(replace(found.explain(old.image, **numbers), scene=old.scene) for old in (first, second))
 
     # ------------------------------------------------------------------------------------------ painting
 
@@ -210,11 +217,11 @@ class Explorer:
                 yield self._show(found, "painted", frame)
 
     def paint_again(self, found: Explanation | None, keep: list[int], *settings: Any) -> Iterator[tuple]:
-        """Paint the image from all slots, unless the explanation already has that, and from the selected slots."""
+        """Paint the image from all used slots, unless that is already known, and from the selected slots."""
         if not found:
             return
-        alone = set(keep) != set(_all(found))
-        for frame in self._frames((found, _all(found)), **_named(settings)):
+        alone = set(keep) != set(found.used)
+        for frame in self._frames((found, found.used), **_named(settings)):
             whole = gr.skip() if found.reconstruction else self._show(found, "reconstruction", frame)
             yield whole, gr.skip() if alone else self._show(found, "painted", frame)
         if alone:
@@ -222,9 +229,9 @@ class Explorer:
                 yield gr.skip(), shown
 
     def paint_afresh(self, found: Explanation | None, *settings: Any) -> Iterator[tuple]:
-        """Paint a new image from all its slots, and show the seed of its noise."""
+        """Paint a new image from all used slots, and show the seed of its noise."""
         if found:
-            frames = self.paint_again(found, _all(found), *settings)
+            frames = self.paint_again(found, found.used, *settings)
             for number, shown in enumerate(frames):  # show the seed once, because a visitor may be typing another
                 yield gr.skip() if number else found.seed, *shown
 
@@ -244,8 +251,8 @@ class Explorer:
     def mix_afresh(self, first: Explanation | None, second: Explanation | None) -> Any:
         """Select the initial slots of both images, and paint them if the decoder paints at once.
 
-        All slots of the first image are selected. Of the second image, a decoder that paints any number of slots gets
-        everything except the background, and any other decoder gets the largest object.
+        All used slots of the first image are selected. Of the second image, a decoder that paints any number of slots
+        gets everything except the background, and any other decoder gets the largest object.
         """
         if not _can_mix(first, second):
             return gr.skip()
@@ -260,7 +267,7 @@ class Explorer:
 
     def begin(self, first: Explanation | None, second: Explanation | None) -> tuple[list[int], list[int]] | None:
         """Return the slots that `mix_afresh` selects."""
-        return (_all(first), _all(second)[self.get(first.made[0]).added]) if _can_mix(first, second) else None
+        return (first.used, second.used[self.get(first.made[0]).added]) if _can_mix(first, second) else None
 
     def begin_mixing(self, first: Explanation | None, second: Explanation | None) -> tuple:
         """Return the input of `show_mix` for two new images."""
@@ -271,14 +278,14 @@ class Explorer:
     ) -> Iterator[tuple]:
         """Replace one slot of the first image by a slot of the second image, and paint the result."""
         if _can_mix(first, second):
-            yield from self._edit(first, second, [slot for slot in _all(first) if slot != mine], theirs, settings)
+            yield from self._edit(first, second, [slot for slot in first.used if slot != mine], theirs, settings)
 
     def insert(
         self, first: Explanation | None, second: Explanation | None, theirs: int, *settings: Any
     ) -> Iterator[tuple]:
         """Add a slot of the second image to the first image, and paint the result."""
         if _can_mix(first, second):
-            yield from self._edit(first, second, _all(first), theirs, settings)
+            yield from self._edit(first, second, first.used, theirs, settings)
 
     def _edit(
         self, first: Explanation, second: Explanation, keep: list[int], theirs: int, settings: tuple
@@ -286,6 +293,100 @@ class Explorer:
         yield _boxes(first, keep), _boxes(second, [theirs]), keep, [theirs], gr.skip()
         for shown in self.mix(first, second, keep, [theirs], *settings):
             yield *[gr.skip()] * 4, shown
+
+    # ------------------------------------------------------------------------------------------ moving
+
+    def _can_move(self, found: Explanation | None, slot: int | None = 0) -> bool:
+        """Whether the slots of an image have frames, and the slot is one of them."""
+        return bool(found) and self.get(found.made[0]).config.frames and slot is not None and slot < len(found.parts)
+
+    def begin_moving(self, found: Explanation | None) -> Any:
+        """Show the controls for moving the largest object, or hide them if the slots have no frames.
+
+        Returns:
+            The slots to choose from; x, y and scale of `choose_moving`; and whether to show the controls and the
+            sentence about models without frames.
+        """
+        if not found:
+            return gr.skip()
+        slot = found.used[:2][-1]
+        controls = gr.Radio(choices=_choices(found), value=slot)
+        can_move = self._can_move(found)
+        return controls, *self.choose_moving(found, slot), gr.Row(visible=can_move), gr.Markdown(visible=not can_move)
+
+    def choose_moving(self, found: Explanation | None, slot: int | None) -> Any:
+        """Return the position x, y of a slot, and the factor 1 for its size."""
+        if not self._can_move(found, slot):
+            return gr.skip(), gr.skip(), gr.skip()
+        x, y, _ = get_frame(found, slot)
+        return round(x, 3), round(y, 3), 1
+
+    def move(
+        self, found: Explanation | None, slot: int | None, x: float, y: float, scale: float, *settings: Any
+    ) -> Iterator[dict]:
+        """Paint the image with one slot at another position, and in another size."""
+        if self._can_move(found, slot):
+            for frame in self._frames(_moved(found, slot, x, y, scale), **_named(settings)):
+                yield self._show(found, "moved", frame)
+
+    # ------------------------------------------------------------------------------------------ truth
+
+    def check_selection(self, found: Explanation | None, keep: list[int], *settings: Any) -> Any:
+        """Render the true result of `paint`, and measure the error of the painted picture."""
+        return self._check(lambda: render_selection((found, keep)), (found, keep), settings=settings)
+
+    def check_mix(
+        self,
+        first: Explanation | None,
+        second: Explanation | None,
+        keep_first: list[int],
+        keep_second: list[int],
+        *settings: Any,
+    ) -> Any:
+        """Render the true result of `mix`, and measure the error of the painted picture."""
+        if not _can_mix(first, second):
+            return gr.skip()
+        chosen = (first, keep_first), (second, keep_second)
+        return self._check(lambda: render_selection(*chosen), *chosen, settings=settings)
+
+    def check_move(
+        self, found: Explanation | None, slot: int | None, x: float, y: float, scale: float, *settings: Any
+    ) -> Any:
+        """Render the true result of `move`, and measure the error of the painted picture."""
+        if not self._can_move(found, slot):
+            return gr.skip()
+        moved, keep = _moved(found, slot, x, y, scale)
+        picture, text = self._check(lambda: render_moved(found, slot, x, y), (moved, keep), settings=settings)
+        return picture, f"{text} The rendered object keeps its size." if text and scale != 1 else text
+
+    def _check(
+        self,
+        render: Callable[[], Truth],
+        *chosen: tuple[Explanation | None, list[int]],
+        settings: tuple,
+    ) -> Any:
+        """Return an update for the view of the true result, and a sentence about it; nothing for photos."""
+        found = chosen[0][0]
+        if not found or any(slot >= len(of.parts) for of, keep in chosen for slot in keep):
+            return gr.skip()
+        if any(of.scene is None for of, keep in chosen if keep or of is found):
+            return gr.update(value=None, visible=False), ""
+        try:
+            truth = render()
+        except ValueError as error:
+            return gr.update(value=None, visible=False), str(error)
+        decoder, steps = self.get(found.made[0]), _named(settings).get("steps", DEFAULT_STEPS)
+        painted = decoder.recall(*chosen, seed=found.seed, steps=steps)
+        text = truth.text
+        if painted and painted[-1].picture:
+            before, error = (
+                squared_error(image, truth.image, size=decoder.config.image_size)
+                for image in (found.image, painted[-1].picture)
+            )
+            text += f" Squared error: {error:.4f}."
+            text += f" Unedited image: {before:.4f}." if before >= 1e-4 else ""
+        picture = truth.image.resize(found.segments.size, Image.Resampling.BICUBIC)
+        return gr.update(value=picture, visible=True), text
 
     # ------------------------------------------------------------------------------------------ noise
 
@@ -301,6 +402,15 @@ class Explorer:
         found.seed = new_seed()
         return found.seed
 
+    def replay(self, found: Explanation | None, *settings: Any) -> Iterator[dict]:
+        """Show the steps of the drawing from all used slots again, one after the other."""
+        if found:
+            steps = _named(settings).get("steps", DEFAULT_STEPS)
+            frames = self.get(found.made[0]).recall((found, found.used), seed=found.seed, steps=steps)
+            for number, frame in enumerate(frames):
+                time.sleep(PAUSE if number else 0)
+                yield self._show(found, "reconstruction", frame)
+
 
 def _named(settings: tuple) -> dict[str, Any]:
     return dict(zip(("noise", "keep_noise", "steps"), settings, strict=False))
@@ -311,12 +421,16 @@ def _can_mix(first: Explanation | None, second: Explanation | None) -> bool:
     return bool(first and second and first.made[0] == second.made[0])
 
 
-def _all(found: Explanation) -> list[int]:
-    return list(range(len(found.parts)))
+def _moved(found: Explanation, slot: int, x: float, y: float, scale: float) -> tuple[Explanation, list[int]]:
+    """Return the explanation with a moved slot, and the slots to paint."""
+    return move_slot(found, slot, x, y, scale), sorted({*found.used, slot})
 
 
 def _choices(found: Explanation) -> list[tuple[str, int]]:
-    return [(f"Slot {index + 1} · {share:.0%}", index) for index, share in enumerate(found.shares)]
+    return [
+        (f"Slot {index + 1} · {f'{share:.0%}' if index in found.used else 'unused'}", index)
+        for index, share in enumerate(found.shares)
+    ]
 
 
 def _boxes(found: Explanation, keep: list[int]) -> gr.CheckboxGroup:
@@ -327,8 +441,8 @@ def show_first(found: Explanation) -> tuple:
     """Fill the upper part of the page: the pictures, the content of each slot, and the boxes."""
     gallery = [(part, f"Slot {index + 1}") for index, part in enumerate(found.parts)]
     image = found.image.resize(found.segments.size, Image.Resampling.BICUBIC)
-    boxes = _boxes(found, _all(found))
-    return found, image, found.segments, found.reconstruction, gallery, boxes, _all(found)
+    boxes = _boxes(found, found.used)
+    return found, image, found.segments, found.reconstruction, gallery, boxes, found.used
 
 
 def show_second(found: Explanation) -> tuple:

@@ -2,8 +2,10 @@
 
 import functools
 import secrets
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +14,7 @@ from PIL import Image, ImageOps
 
 from ..data import scenes
 from ..models.slot_autoencoder import SlotAutoencoderConfig, SlotAutoencoderModel
+from ..models.slot_frames import FRAME_DIM
 from ..pipelines.slot_diffusion import SlotDiffusionPipeline
 from ..reporting.grids import color_segments
 from .checkpoints import one_line
@@ -91,17 +94,25 @@ def load_pipeline(name: str) -> SlotDiffusionPipeline:
 
 
 @functools.lru_cache(maxsize=64)
-def draw_scene(style: str, seed: int, *, max_objects: int = 4) -> Image.Image:
-    """Draw a random scene.
+def load_scene(style: str, seed: int, *, max_objects: int = 4) -> Mapping[str, Any]:
+    """Generate a random scene.
 
     Args:
         style: "plain" or "textured".
         seed: Seed of the scene.
         max_objects: The scene has between 2 and this number of objects.
+
+    Returns:
+        A row of `hf_dl.data.scenes.load`, with the image and its annotations.
     """
     objects = (2, max(2, max_objects))
     data = scenes.load("test", style=style, size=192, num_objects=objects, num_scenes=1, seed=seed, streaming=True)
-    return next(iter(data))["image"]
+    return next(iter(data))
+
+
+def draw_scene(style: str, seed: int, *, max_objects: int = 4) -> Image.Image:
+    """Return the image of `load_scene`."""
+    return load_scene(style, seed, max_objects=max_objects)["image"]
 
 
 def new_seed() -> int:
@@ -130,8 +141,11 @@ class Explanation:
         reconstruction: The image as painted by all slots, or None if it still has to be drawn.
         parts: For each slot, its content inside its mask, on white, in a frame of its color.
         shares: For each slot, its share of the pixels. The shares sum to 1.
+        labels: For each pixel of the pictures, the slot that covers it, (height, width).
+        used: The slots that the image needs. The model removed the others, which repeat a part of the image.
         slots: The slots, (1, slots, slot_dim), on the CPU.
         made: Name of the decoder that found the slots, and the requested numbers of slots and iterations.
+        scene: The row of `load_scene` if the image is a generated scene.
         seed: Seed of the noise for drawing the image and its edits.
     """
 
@@ -140,8 +154,11 @@ class Explanation:
     reconstruction: Image.Image | None
     parts: list[Image.Image]
     shares: list[float]
+    labels: np.ndarray
+    used: list[int]
     slots: torch.Tensor
     made: tuple[str, int | None, int | None]
+    scene: Mapping[str, Any] | None = None
     seed: int = field(default_factory=new_seed)
 
 
@@ -160,7 +177,8 @@ def make_explanation(
     Args:
         image: The image.
         slots: The slots, (1, slots, slot_dim).
-        masks: Weight of each slot for each pixel, (slots, height, width), summing to 1 over the slots.
+        masks: Weight of each slot for each pixel, (slots, height, width), summing to 1 over the slots. Unused slots
+            have no weight.
         contents: Content of each slot, (slots, 3, height, width), in [0, 1].
         posterior: Scores that assign each pixel to a slot, (slots, height, width).
         reconstruction: The image from all slots, (3, height, width) in [0, 1], or None.
@@ -181,9 +199,43 @@ def make_explanation(
         reconstruction=None if reconstruction is None else to_picture(reconstruction, size),
         parts=parts,
         shares=(np.bincount(labels.ravel(), minlength=len(masks)) / labels.size).tolist(),
+        labels=labels,
+        used=(masks.amax(dim=(1, 2)) > 0).nonzero().flatten().tolist(),
         slots=slots[:, order].cpu(),
         made=made,
     )
+
+
+def get_frame(found: Explanation, slot: int) -> tuple[float, float, float]:
+    """Return the frame of a slot: the center x, y and the size, as fractions of the image; see `slot_frames`."""
+    return tuple(found.slots[0, slot, -FRAME_DIM:].tolist())
+
+
+def is_at(found: Explanation, slot: int, x: float, y: float) -> bool:
+    """Return whether the center of a slot is at a position, which the page rounds to three decimals."""
+    old_x, old_y, _ = get_frame(found, slot)
+    return max(abs(x - old_x), abs(y - old_y)) < 1e-3
+
+
+def move_slot(found: Explanation, slot: int, x: float, y: float, scale: float = 1.0) -> Explanation:
+    """Move and resize one slot.
+
+    Args:
+        found: An explanation whose slots have frames.
+        slot: Index of the slot.
+        x: New center from the left, as a fraction of the image's width.
+        y: New center from the top, as a fraction of the image's height.
+        scale: Factor for the size.
+
+    Returns:
+        The explanation with the changed slot. Its pictures still show the original image. Without a change of the
+        rounded position and the size, the explanation itself.
+    """
+    if is_at(found, slot, x, y) and scale == 1:
+        return found
+    slots = found.slots.clone()
+    slots[0, slot, -FRAME_DIM:] = torch.tensor([x, y, get_frame(found, slot)[2] * scale])
+    return replace(found, slots=slots)
 
 
 def color_slots(image: Image.Image, labels: np.ndarray) -> Image.Image:

@@ -1,4 +1,4 @@
-"""Slot explorer: see how slots divide an image into objects, remove objects, and mix two images.
+"""Slot explorer: see how slots divide an image into objects, remove and move objects, and mix two images.
 
     scripts/run python spaces/slot_explorer/app.py
     scripts/run python spaces/slot_explorer/app.py --record runs/train_slots
@@ -10,7 +10,9 @@ places where the page looks for a model. One decoder is enough. The second comma
 shows without a model.
 """
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
 
@@ -20,19 +22,20 @@ from hf_dl.demo.page import LATEST, PRIVATE, TURN, event, make_room, serve, titl
 from hf_dl.demo.pictures import join_pictures
 from hf_dl.demo.recordings import Example, save_recordings
 from hf_dl.demo.slot_explorer import DEFAULT_STEPS, Explorer, show_both, show_first, show_mix, show_second
-from hf_dl.demo.slots import load_model, new_seed
+from hf_dl.demo.slots import Explanation, load_model, new_seed
 from hf_dl.demo.welcome import offer_training
 from hf_dl.models.slot_autoencoder import SlotAutoencoderConfig
 from hf_dl.reporting.grids import SEGMENT_COLORS
 
 SPACE = Path(__file__).resolve().parent
-PURPOSE = "See how a model finds the objects in an image without labels, remove them, and move them to another image."
+PURPOSE = "See how a model finds the objects in an image without labels. Remove, move and exchange them."
 NUM_SLOTS = 16  # maximum on the page for models that take any number of slots
 NUM_STEPS = 10, 50  # minimum and maximum number of DPM-Solver++ steps on the page
 EXAMPLES = range(4)  # seeds of the example scenes
 COLUMNS = "repeat(auto-fill, minmax(max(96px, 15%), 1fr))"
 SLOTS_CSS = ".slots label {border-left: 10px solid; padding-left: 8px}\n"
 SLOTS_CSS += f"#gallery .grid-container {{grid-template-columns: {COLUMNS} !important}}\n"
+SLOTS_CSS += "#gallery .grid-wrap {min-height: 0 !important}\n"
 SLOTS_CSS += "\n".join(
     f".slots label:nth-of-type({len(SEGMENT_COLORS)}n + {index}) {{border-left-color: rgb({red}, {green}, {blue})}}"
     for index, (red, green, blue) in enumerate(SEGMENT_COLORS, start=1)
@@ -40,6 +43,15 @@ SLOTS_CSS += "\n".join(
 ABOUT = """The model divides an image into **slots**: vectors that compete for the pixels. It learned this from images
 alone, without labels. Each slot covers an area of one color below. A decoder paints the image from the slots.
 """
+MOVE_HELP = """### Move an object
+Each slot has a **frame**: the position and the size of its object. Change it with the sliders, or click a place in the
+picture. The decoder then paints the same slot there, in the same size. A rendered object looks smaller when it is
+farther away.
+"""
+NO_FRAMES = """The slots of this model have no frames, so the model cannot move objects. Models that `train_slots.py`
+trains by default can do it.
+"""
+TRUTH = "Same edit, rendered"
 
 
 def sliders(model: Decoder | None) -> tuple[gr.Slider, gr.Slider]:
@@ -101,27 +113,45 @@ def build_demo(explorer: Explorer | None = None) -> gr.Blocks:
                         elem_id="gallery",
                         elem_classes="view",
                         columns=8,
-                        height=230,
+                        height="auto",
                         object_fit="contain",
                         buttons=[],
                     )
                     with gr.Row(visible=False, elem_classes="bottom") as noise_row:
                         noise = gr.Number(0, label="Noise seed", precision=0, min_width=100, elem_id="noise")
-                        keep_noise = gr.Checkbox(
-                            label="Keep this seed", info="For new images too. Edits always keep it.", min_width=190,
-                            elem_id="keep_noise",
-                        )  # fmt: skip
+                        with gr.Column(min_width=190):
+                            keep_noise = gr.Checkbox(
+                                label="Keep this seed", info="For new images too. Edits always keep it.",
+                                elem_id="keep_noise",
+                            )  # fmt: skip
                         steps = gr.Slider(
                             *NUM_STEPS, DEFAULT_STEPS, step=1, label="Steps", min_width=170, elem_id="steps"
                         )
                         other_noise = gr.Button("New noise", size="md", min_width=110, elem_id="other_noise")
-            with gr.Tab("Remove objects"), gr.Row():
+                        play = gr.Button("Play the steps", size="md", min_width=110, elem_id="play")
+            with gr.Tab("Remove"), gr.Row():
                 with gr.Column(scale=1, min_width=260):
                     keep = gr.CheckboxGroup(label="Slots to paint", elem_classes="slots", elem_id="keep")
-                with gr.Column(scale=3, min_width=300), gr.Row():
-                    painted = view(titles["painted"], "painted")
-                    with gr.Column(min_width=260):
-                        keep_help = gr.Markdown()
+                with gr.Column(scale=3, min_width=300):
+                    with gr.Row():
+                        painted = view(titles["painted"], "painted")
+                        painted_truth = view(TRUTH, "painted_truth", visible=False)
+                    painted_note = gr.Markdown(elem_id="painted_note")
+                    keep_help = gr.Markdown()
+            with gr.Tab("Move"):
+                no_frames = gr.Markdown(NO_FRAMES, visible=False, elem_id="no_frames")
+                with gr.Row() as moving:
+                    with gr.Column(scale=1, min_width=260):
+                        moved_slot = gr.Radio(label="Slot to move", elem_classes="slots", elem_id="moved_slot")
+                        x = gr.Slider(0, 1, 0.5, step=0.001, label="From left to right", elem_id="x")
+                        y = gr.Slider(0, 1, 0.5, step=0.001, label="From top to bottom", elem_id="y")
+                        scale = gr.Slider(0.5, 2, 1, step=0.05, label="Size, 1 is unchanged", elem_id="scale")
+                    with gr.Column(scale=3, min_width=300):
+                        with gr.Row():
+                            moved = view(titles["moved"], "moved")
+                            moved_truth = view(TRUTH, "moved_truth", visible=False)
+                        moved_note = gr.Markdown(elem_id="moved_note")
+                        gr.Markdown(MOVE_HELP)
             with gr.Tab("Mix two images"), gr.Row():
                 with gr.Column(scale=1, min_width=260):
                     file_second = gr.File(label="Second image", height=150, elem_id="file_second")
@@ -133,18 +163,27 @@ def build_demo(explorer: Explorer | None = None) -> gr.Blocks:
                     with gr.Row():
                         insert = gr.Button("Insert", size="md", min_width=100, elem_id="insert")
                         swap = gr.Button("Swap", size="md", min_width=100, elem_id="swap")
-                with gr.Column(scale=3, min_width=300), gr.Row():
-                    segments_second = view("Slots of the second image", "segments_second")
-                    with gr.Column(min_width=160):
-                        mix_first = gr.CheckboxGroup(label="First image", elem_classes="slots", elem_id="mix_first")
-                        mix_second = gr.CheckboxGroup(label="Second image", elem_classes="slots", elem_id="mix_second")
-                    mixed = view(titles["mixed"], "mixed")
+                with gr.Column(scale=3, min_width=300):
+                    with gr.Row():
+                        segments_second = view("Slots of the second image", "segments_second")
+                        mix_first = gr.CheckboxGroup(
+                            label="First image", elem_classes="slots", elem_id="mix_first", min_width=140
+                        )
+                        mix_second = gr.CheckboxGroup(
+                            label="Second image", elem_classes="slots", elem_id="mix_second", min_width=140
+                        )
+                    with gr.Row():
+                        mixed = view(titles["mixed"], "mixed")
+                        mixed_truth = view(TRUTH, "mixed_truth", visible=False)
+                    mixed_note = gr.Markdown(elem_id="mixed_note")
         ready = offer_training(demo, explorer, content, kind="a slot autoencoder", space=SPACE)
 
         numbers, settings = [num_slots, num_iterations, decoder], [noise, keep_noise, steps]
         first = [found_first, image, segments, reconstruction, gallery, keep, ticks]
         second = [found_second, segments_second]
-        views = {"reconstruction": reconstruction, "gallery": gallery, "painted": painted, "mixed": mixed}
+        views = {
+            "reconstruction": reconstruction, "gallery": gallery, "painted": painted, "moved": moved, "mixed": mixed,
+        }  # fmt: skip
 
         def choose(chosen: str) -> dict:
             found = explorer.get(chosen)
@@ -161,6 +200,9 @@ def build_demo(explorer: Explorer | None = None) -> gr.Blocks:
                 **choose(explorer.default), started: True, missing: gr.HTML(text, visible=bool(text)),
                 decoder: gr.Radio(choices=names, value=explorer.default, visible=len(names) > 1),
             }  # fmt: skip
+
+        def place(found: Explanation | None, click: gr.SelectData) -> list[float]:
+            return [round(pixel / side, 3) for pixel, side in zip(click.index, found.segments.size, strict=True)]
 
         def draw_examples(style: str) -> list:
             return [explorer.scene(style, number, explorer.default) for number in EXAMPLES]
@@ -199,26 +241,33 @@ def build_demo(explorer: Explorer | None = None) -> gr.Blocks:
         # New images are painted without reading the boxes, which may still belong to the previous images.
         mixing, both = [found_first, found_second], [ticks_first, ticks_second]
         keeps = [mix_first, mix_second, *both]
-        gr.on(
+        mix_begun = gr.on(
             [found_first.change, found_second.change],
             event(explorer.begin_mixing, show_mix), mixing, [*keeps, mixed, mine, theirs], **LATEST,
         )  # fmt: skip
-        found_first.change(
+        fresh = found_first.change(
             event(explorer.paint_afresh), [found_first, *settings], [noise, reconstruction, painted], **LATEST
         )
-        gr.on(
+        mix_drawn = gr.on(
             [found_first.change, found_second.change],
             event(explorer.mix_in_steps), [*mixing, *settings], mixed, **LATEST,
         )  # fmt: skip
+        place_of_slot = [x, y, scale]
+        move_begun = found_first.change(
+            event(explorer.begin_moving), found_first, [moved_slot, *place_of_slot, moving, no_frames], **LATEST
+        )
+        slot_chosen = moved_slot.input(
+            event(explorer.choose_moving), [found_first, moved_slot], place_of_slot, **LATEST
+        )
+        clicked = moved.select(place, found_first, [x, y], **PRIVATE)
 
         # Edits. A selection is stored at once: before a drawing gets its turn, the boxes may show other slots.
         stored = [
             boxes.input(lambda chosen: chosen, boxes, state, queue=False, trigger_mode="always_last", **PRIVATE)
             for boxes, state in ((keep, ticks), (mix_first, ticks_first), (mix_second, ticks_second))
         ]
-        stored[0].success(event(explorer.paint), [found_first, ticks, *settings], painted, **LATEST)
-        swap.click(event(explorer.swap), [*mixing, mine, theirs, *settings], [*keeps, mixed], **LATEST)
-        insert.click(event(explorer.insert), [*mixing, theirs, *settings], [*keeps, mixed], **LATEST)
+        swapped = swap.click(event(explorer.swap), [*mixing, mine, theirs, *settings], [*keeps, mixed], **LATEST)
+        inserted = insert.click(event(explorer.insert), [*mixing, theirs, *settings], [*keeps, mixed], **LATEST)
 
         # Noise of the diffusion decoder
         typed = noise.input(event(explorer.set_noise), [found_first, noise], None, **LATEST)
@@ -230,10 +279,40 @@ def build_demo(explorer: Explorer | None = None) -> gr.Blocks:
             **PRIVATE,
             trigger_mode="always_last",
         )
+
+        # Painting of edits, next to their true results. The true result comes first, because drawing may take long.
+        def compare(changed: Callable, inputs: list, check: Callable, outputs: list) -> None:
+            changed(event(check), inputs, outputs, **LATEST)
+
+        def paint(changed: Callable, function: Callable, outputs: Any, edit: tuple) -> None:
+            compare(changed, *edit)
+            compare(changed(event(function), edit[0], outputs, **LATEST).success, *edit)
+
+        chosen_slots, chosen_mix = [found_first, ticks, *settings], [*mixing, *both, *settings]
+        chosen_place = [found_first, moved_slot, *place_of_slot, *settings]
+        selection = chosen_slots, explorer.check_selection, [painted_truth, painted_note]
+        move = chosen_place, explorer.check_move, [moved_truth, moved_note]
+        mix = chosen_mix, explorer.check_mix, [mixed_truth, mixed_note]
+
+        for changed in (found_first.change, fresh.success):
+            compare(changed, *selection)
+        for changed in (mix_begun, mix_drawn, swapped, inserted):
+            compare(changed.success, *mix)
+        paint(stored[0].success, explorer.paint, painted, selection)
         for changed in (typed.success, renewed.success, steps.change):
-            changed(event(explorer.paint_again), [found_first, ticks, *settings], [reconstruction, painted], **LATEST)
+            paint(changed, explorer.paint_again, [reconstruction, painted], selection)
+            paint(changed, explorer.move, moved, move)
+        for changed in (move_begun.success, slot_chosen.success, clicked.success, x.input, y.input, scale.input):
+            paint(changed, explorer.move, moved, move)
         for changed in (stored[1].success, stored[2].success, typed.success, renewed.success, steps.change):
-            changed(event(explorer.mix), [*mixing, *both, *settings], mixed, **LATEST)
+            paint(changed, explorer.mix, mixed, mix)
+
+        # Replay of the diffusion decoder
+        drawn = play.click(event(explorer.paint_again), chosen_slots, [reconstruction, painted], **PRIVATE | TURN)
+        played = drawn.success(
+            event(explorer.replay), [found_first, *settings], reconstruction, **PRIVATE, concurrency_limit=None
+        )
+        gr.on([found_first.change, noise.input, other_noise.click, steps.change], None, cancels=played, **PRIVATE)
     return demo
 
 
@@ -247,7 +326,7 @@ def record(run: Path) -> None:
     explorer = Explorer(decoder.model)
     for seed in EXAMPLES[:3]:
         found = explorer.draw("plain", seed, decoder.config.num_slots, decoder.config.num_iterations)
-        keep = [slot for slot in range(len(found.parts)) if slot != 1]
+        keep = [slot for slot in found.used if slot != 1]
         without = decoder.at_once((found, keep))
         pictures = {"Image": found.image, "Area of each slot": found.segments, "Reconstruction": found.reconstruction}
         shares = [(f"Slot {slot + 1}", share) for slot, share in enumerate(found.shares)]

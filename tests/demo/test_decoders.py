@@ -8,6 +8,7 @@ from PIL import Image
 
 from hf_dl.demo.decoders import MAX_FRAMES, Broadcast, Diffusion
 from hf_dl.demo.pictures import SIDE, to_picture
+from hf_dl.demo.slots import move_slot
 from hf_dl.models.slot_decoders import blend_slots
 from hf_dl.pipelines.diffusion_sampling import noise_schedule
 from hf_dl.pipelines.slot_diffusion import SlotDiffusionPipeline
@@ -78,6 +79,26 @@ class TestBroadcast:
         assert len(broadcast.explain(image, num_slots=2).parts) == 2
         once, often = (broadcast.explain(image, num_iterations=n).slots for n in (1, 6))
         assert not torch.allclose(once, often, atol=1e-4)
+
+    def test_unused_slots(self):
+        model = make_slots()
+        found = Broadcast(model).explain(make_image(seed=1))
+        pixel_values = model.prepare_images([found.image])
+        output = model(pixel_values)
+        assert len(found.parts) == 4 and found.used == list(range((output.masks.amax(dim=(2, 3)) > 0).sum()))
+        assert 0 < len(found.used) < 4 and all(share == 0 for share in found.shares[len(found.used) :])
+        painted = np.asarray(Broadcast(model).at_once((found, found.used)), int)
+        assert np.abs(painted - np.asarray(found.reconstruction, int)).max() <= 1
+
+    def test_recall_paints_again(self, broadcast):
+        found = broadcast.explain(make_image())
+        (frame,) = broadcast.recall((found, [0, 2]), seed=0, steps=3)
+        assert frame == (broadcast.at_once((found, [0, 2])), "")
+
+    def test_a_moved_slot_is_painted_elsewhere(self, broadcast):
+        found = broadcast.explain(make_image())
+        moved = move_slot(found, 1, 0.2, 0.9)
+        assert differ(broadcast.at_once((moved, [0, 1])), broadcast.at_once((found, [0, 1])))
 
     def test_more_slots_than_learned(self, model, broadcast):
         with pytest.raises(ValueError, match="num_slots=9 is more than the 4 slots"):
@@ -191,6 +212,14 @@ class TestDiffusion:
         for seed in range(20):
             drawn(diffusion.frames((found, [0]), seed=seed, steps=1))
         assert len(diffusion._drawn) == 16
+
+    @pytest.mark.parametrize("steps", [1, 7, 50])
+    def test_recall_has_all_frames(self, diffusion, steps):
+        found = diffusion.explain(make_image())
+        assert diffusion.recall((found, [0, 1]), seed=1, steps=steps) == []
+        frames = list(diffusion.frames((found, [0, 1]), seed=1, steps=steps))
+        assert diffusion.recall((found, [1, 0]), seed=1, steps=steps) == frames and 1 < len(frames) <= MAX_FRAMES + 1
+        assert diffusion.recall((found, [0, 1]), seed=2, steps=steps) == []
 
     def test_a_drawing_ends_when_nobody_looks(self, diffusion):
         found = diffusion.explain(make_image())

@@ -3,17 +3,22 @@ from pathlib import Path
 
 import gradio as gr
 import pytest
+from PIL import Image
 from transformers import HfArgumentParser
 
-from hf_dl.demo import slots
+from hf_dl.data import scenes
+from hf_dl.demo import slot_explorer, slots
 from hf_dl.demo.decoders import Diffusion
 from hf_dl.demo.page import event
-from hf_dl.demo.slot_explorer import Explorer, make_training, show_mix
+from hf_dl.demo.scene_truth import match_slots, render_moved, render_selection, squared_error
+from hf_dl.demo.slot_explorer import Explorer, make_training, show_first, show_mix
+from hf_dl.demo.slots import get_frame, load_scene, move_slot
 from hf_dl.demo.welcome import welcome_text
 from scripts.train_slots import Args
 
 from ..pipelines.test_slot_diffusion import make_pipe
 from ..spaces.pages import ROOT, make_image, wait_for, write_script
+from .tiny import explain_perfectly, make_slots
 
 # diffusers 0.42 passes a tensor to np.array in set_timesteps of DPM-Solver++.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
@@ -228,6 +233,175 @@ class TestExplorer:
         write_script(tmp_path, "train_slots.py", "")
         explorer = Explorer(None, "The model 'x' was not <found>.", tmp_path)
         assert not explorer.can_train and "was not &lt;found&gt;." in welcome(explorer)
+
+
+class TestUnusedSlots:
+    def test_they_are_not_selected(self, broadcast):
+        found = broadcast.explain(make_image())
+        found.used = [0, 1, 2]
+        *_, boxes, ticks = show_first(found)
+        assert boxes.value == ticks == [0, 1, 2]
+        assert [name for name, _ in boxes.choices][2:] == [f"Slot 3 · {found.shares[2]:.0%}", "Slot 4 · unused"]
+        explorer = Explorer(broadcast.model)
+        (first, second), edits = explorer.begin(found, found), explorer.swap(found, found, 1, 2)
+        assert (first, second) == ([0, 1, 2], [1, 2]) and next(edits)[2:4] == ([0, 2], [2])
+        ((_, whole, alone),) = explorer.paint_afresh(found)
+        assert whole == gr.skip() and alone["value"] == broadcast.at_once((found, [0, 1, 2]))
+
+
+class TestMove:
+    @pytest.fixture
+    def explorer(self, model, pipe):
+        return Explorer(model, pipe=pipe)
+
+    @pytest.mark.parametrize("kind", ["broadcast", "diffusion"])
+    def test_move(self, explorer, kind):
+        found = explorer.get(kind).explain(make_image(), num_slots=3)
+        slot, x, y, scale, controls, sentence = explorer.begin_moving(found)
+        assert (slot.value, scale, controls.visible, sentence.visible) == (1, 1, True, False)
+        assert [value for _, value in slot.choices] == [0, 1, 2]
+        assert (x, y) == pytest.approx(get_frame(found, 1)[:2], abs=5e-4)
+        assert explorer.choose_moving(found, 2)[:2] == pytest.approx(get_frame(found, 2)[:2], abs=5e-4)
+        *_, before = explorer.move(found, 1, x, y, 1, 0, True, 3)
+        *_, whole = explorer.paint(found, [0, 1, 2], 0, True, 3)
+        assert before["value"] == whole["value"]
+        *steps, after = explorer.move(found, 1, 0.9, 0.1, 1.5, 0, True, 3)
+        moved = move_slot(found, 1, 0.9, 0.1, 1.5)
+        *_, expected = explorer.get(kind).frames((moved, [0, 1, 2]), seed=0, steps=3)
+        assert after["value"] == expected.picture != before["value"]
+        assert after["label"].endswith("with the moved slot")
+        assert len(steps) == (0 if kind == "broadcast" else 3)
+
+    def test_without_frames(self):
+        explorer = Explorer(make_slots(frames=False))
+        found = explorer.get("broadcast").explain(make_image())
+        *_, controls, sentence = explorer.begin_moving(found)
+        assert not controls.visible and sentence.visible
+        assert list(explorer.move(found, 0, 0.5, 0.5, 1)) == []
+        assert explorer.choose_moving(found, 0) == (gr.skip(),) * 3
+        assert explorer.check_move(found, 0, 0.5, 0.5, 1) == gr.skip()
+
+    def test_nothing_to_move(self, explorer):
+        found = explorer.get("broadcast").explain(make_image())
+        assert explorer.begin_moving(None) == explorer.check_move(None, None, 0, 0, 1) == gr.skip()
+        for slot in (None, 4):  # the page has no slot yet, or one of the previous image
+            assert list(explorer.move(found, slot, 0.5, 0.5, 1)) == list(explorer.move(None, slot, 0.5, 0.5, 1)) == []
+
+    def test_an_unused_slot_is_painted_too(self, explorer, broadcast):
+        found = broadcast.explain(make_image())
+        found.used = [0, 1]
+        (shown,) = explorer.move(found, 3, 0.1, 0.1, 1)
+        assert shown["value"] == broadcast.at_once((move_slot(found, 3, 0.1, 0.1), [0, 1, 3]))
+
+
+class TestTruth:
+    """The slots are those of a perfect model; what the tiny decoder paints from them is not."""
+
+    @pytest.fixture
+    def explorer(self, model, pipe):
+        return Explorer(model, pipe=pipe)
+
+    @pytest.fixture
+    def two(self):
+        return [explain_perfectly(load_scene("plain", seed)) for seed in (0, 1)]
+
+    def test_the_scene_of_a_drawn_image_is_known(self, explorer):
+        found = explorer.draw("plain", 3, 4, 3)
+        assert found.scene["image"] is found.image and found.scene["objects"]
+        again = explorer.again(found, found, 3, 2, "diffusion")
+        assert [each.scene is found.scene for each in again] == [True, True]
+
+    def test_removal(self, explorer, two):
+        found = two[0]
+        keep = [slot for slot in found.used if slot != 1]
+        picture, text = explorer.check_selection(found, keep)
+        truth = render_selection((found, keep))
+        expected = truth.image.resize(found.segments.size, Image.Resampling.BICUBIC)
+        assert picture["visible"] and picture["value"] == expected
+        painted = explorer.get("broadcast").at_once((found, keep))
+        error, before = (squared_error(image, truth.image, size=16) for image in (painted, found.image))
+        assert text == f"{truth.text} Squared error: {error:.4f}. Unedited image: {before:.4f}."
+        picture, text = explorer.check_selection(found, found.used)
+        assert "The original scene. Squared error: " in text and "Unedited" not in text
+
+    def test_what_has_no_true_result_is_a_sentence(self, explorer, two):
+        picture, text = explorer.check_selection(two[0], two[0].used[1:])
+        assert text == "Slot 1 covers the background, so this edit has no true result."
+        assert not picture["visible"] and picture["value"] is None
+
+    def test_photos_have_none(self, explorer, two):
+        photo = explorer.get("broadcast").explain(make_image())
+        for picture, text in (
+            explorer.check_selection(photo, [0, 1]),
+            explorer.check_move(photo, 1, 0.5, 0.5, 1),
+            explorer.check_mix(photo, two[0], [0], [1]),
+            explorer.check_mix(two[0], photo, two[0].used, [1]),
+        ):
+            assert text == "" and not picture["visible"]
+        assert explorer.check_mix(two[0], photo, two[0].used, [])[1].startswith("The original scene.")
+
+    def test_nothing_yet(self, explorer, two):
+        assert explorer.check_selection(None, []) == explorer.check_mix(None, two[0], [], []) == gr.skip()
+        assert explorer.check_selection(two[0], [9]) == gr.skip()  # the boxes of another image
+        assert explorer.check_selection(two[0], [])[1].startswith("Slot 1 covers the background")
+
+    def test_exchange(self, explorer, two):
+        first, second = two
+        texts, keep = [], [slot for slot in first.used if slot != 1]
+        for theirs in second.used[1:]:
+            picture, text = explorer.check_mix(first, second, keep, [theirs])
+            texts.append(text)
+            if picture["visible"]:
+                truth = render_selection((first, keep), (second, [theirs]))
+                assert text.startswith(f"{truth.text} Squared error: ") and " and with the " in text
+            else:
+                assert "would overlap" in text
+        assert any("Squared error" in text for text in texts)
+
+    def test_move(self, explorer, two):
+        found = two[0]
+        moves = [(x, y) for x in (0.2, 0.5, 0.8) for y in (0.4, 0.7)]
+        checked = [explorer.check_move(found, 1, x, y, 1.5) for x, y in moves]
+        seen = [(place, *each) for place, each in zip(moves, checked, strict=True) if each[0]["visible"]]
+        assert seen and all("would overlap" in text for picture, text in checked if not picture["visible"])
+        for place, picture, text in seen:
+            truth = render_moved(found, 1, *place)
+            assert picture["value"] == truth.image.resize(found.segments.size, Image.Resampling.BICUBIC)
+            assert text.startswith(f"{truth.text} Squared error: ")
+            assert text.endswith(" The rendered object keeps its size.")
+        (x, y, _), index = get_frame(found, 1), match_slots(found)[1] - 1
+        text = explorer.check_move(found, 1, round(x, 3), round(y, 3), 1)[1]
+        assert text.startswith("The original scene. Squared error: ") and "size" not in text
+        assert scenes.counterfactual(found.scene, remove=index)["image"] != found.scene["image"]
+
+    def test_diffusion_is_measured_after_it_has_drawn(self, explorer):
+        found = explorer.draw("plain", 0, 3, 3, "diffusion")
+        found.labels = explain_perfectly(found.scene, [[0], [1], [2]]).labels
+        keep, settings = [0, 1], (found.seed, True, 3)
+        picture, text = explorer.check_selection(found, keep, *settings)
+        assert picture["visible"] and "Squared error" not in text
+        *_, last = explorer.paint(found, keep, *settings)
+        picture, text = explorer.check_selection(found, keep, *settings)
+        truth = render_selection((found, keep))
+        assert f" Squared error: {squared_error(last['value'], truth.image, size=16):.4f}." in text
+
+
+class TestReplay:
+    @pytest.fixture
+    def explorer(self, model, pipe, monkeypatch):
+        monkeypatch.setattr(slot_explorer, "PAUSE", 0)
+        return Explorer(model, pipe=pipe)
+
+    @pytest.mark.parametrize("steps", [1, 4, 50])
+    def test_all_frames_of_a_drawing(self, explorer, steps):
+        found = explorer.get("diffusion").explain(make_image())
+        settings = found.seed, True, steps
+        assert list(explorer.replay(found, *settings)) == list(explorer.replay(None, *settings)) == []
+        drawn = [whole for _, whole, _ in explorer.paint_afresh(found, *settings)]
+        shown = list(explorer.replay(found, *settings))
+        assert shown == drawn and len(shown) > 1
+        assert shown[0]["label"].startswith("Drawn from all slots · step ")
+        assert shown[-1]["label"] == "Drawn from all slots"
 
 
 class TestTraining:

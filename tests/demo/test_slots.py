@@ -4,10 +4,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from hf_dl.data import scenes
 from hf_dl.demo.decoders import Broadcast, Diffusion
-from hf_dl.demo.slots import draw_scene, load_model, load_pipeline
+from hf_dl.demo.slots import draw_scene, get_frame, is_at, load_model, load_pipeline, load_scene, move_slot
 
 from ..spaces.pages import make_image
+from .tiny import explain_perfectly, make_slots
 
 
 @pytest.mark.parametrize("style", ["plain", "textured"])
@@ -15,6 +17,28 @@ def test_scenes_are_functions_of_the_seed(style):
     first, again, other = (draw_scene(style, seed) for seed in (5, 5, 6))
     assert first.tobytes() == again.tobytes() != other.tobytes()
     assert first.mode == "RGB"
+    row = load_scene(style, 5)
+    assert row["image"].tobytes() == first.tobytes() == scenes.counterfactual(row)["image"].tobytes()
+
+
+class TestFrames:
+    @pytest.fixture
+    def found(self):
+        return explain_perfectly(load_scene("plain", 0))
+
+    def test_move(self, found):
+        size, before = get_frame(found, 1)[2], found.slots.clone()
+        moved = move_slot(found, 1, 0.25, 0.75, 1.5)
+        assert get_frame(moved, 1) == pytest.approx((0.25, 0.75, 1.5 * size))
+        moved.slots[0, 1, -3:] = before[0, 1, -3:]
+        assert torch.equal(moved.slots, before) and torch.equal(found.slots, before)
+        assert moved.seed == found.seed and moved.scene is found.scene
+
+    def test_rounded_positions_change_nothing(self, found):
+        x, y, _ = get_frame(found, 1)
+        assert move_slot(found, 1, round(x, 3), round(y, 3)) is found
+        assert move_slot(found, 1, round(x, 3), round(y, 3), 2) is not found
+        assert is_at(found, 1, x, y) and not is_at(found, 1, x + 0.002, y) and not is_at(found, 1, x, y - 0.002)
 
 
 class TestLoadModel:
@@ -23,7 +47,7 @@ class TestLoadModel:
         loaded = load_model(str(tmp_path))
         assert not loaded.training
         image = make_image()
-        assert torch.equal(Broadcast(loaded).explain(image).slots, Broadcast(model).explain(image).slots)
+        assert torch.equal(Broadcast(loaded).explain(image).slots, Broadcast(make_slots()).explain(image).slots)
 
     def test_missing(self, tmp_path):
         with pytest.raises(ValueError, match="was not found.*Set HF_DL_MODEL"):

@@ -1,7 +1,11 @@
 """Tiny models for the tests of the demo pages."""
 
+from dataclasses import replace
+
+import numpy as np
 import torch
 
+from hf_dl.demo.slots import make_explanation
 from hf_dl.models.norm_resnet import NormResNetConfig, NormResNetForImageClassification, image_processor
 from hf_dl.models.slot_autoencoder import SlotAutoencoderConfig, SlotAutoencoderModel
 from hf_dl.models.small_vit import SmallViTConfig, SmallViTForImageClassification, SmallViTImageProcessor
@@ -20,6 +24,27 @@ VIT_NAMES = ["cat", "dog", "bird", "fish", "cow", "hen", "fox"]
 def make_slots(**options):
     torch.manual_seed(0)
     return SlotAutoencoderModel(SlotAutoencoderConfig(**{**TINY_SLOTS, **options})).eval()
+
+
+def explain_perfectly(row, regions=None):
+    """Explain a generated scene as a perfect model would: one slot for each region of its mask.
+
+    Args:
+        row: The scene.
+        regions: For each slot, the values of the mask that it covers. By default, one for each value.
+    """
+    mask = torch.from_numpy(np.array(row["mask"]))
+    regions = regions or [[value] for value in range(len(row["objects"]) + 1)]
+    masks = torch.stack([torch.isin(mask, torch.tensor(values)) for values in regions]).float()
+    slots = torch.randn(1, len(masks), 8, generator=torch.Generator().manual_seed(0))
+    for slot, each in enumerate(masks):
+        rows, columns = each.nonzero(as_tuple=True)
+        slots[0, slot, -3:] = torch.tensor([columns.float().mean() / 192, rows.float().mean() / 192, 0.1])
+    found = make_explanation(
+        row["image"], slots=slots, masks=masks, contents=masks[:, None].expand(-1, 3, -1, -1), posterior=masks,
+        reconstruction=None, made=("broadcast", None, None),
+    )  # fmt: skip
+    return replace(found, scene=row)
 
 
 def make_slot_pipe():

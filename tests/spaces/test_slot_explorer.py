@@ -19,6 +19,7 @@ from .pages import (
     press,
     serve,
     shown,
+    text_of,
     upload,
     wait_for,
     write_hostile,
@@ -141,8 +142,51 @@ class TestBrowser:
 
         self.open(browser, address)
         before = shown(browser, "painted")
-        browser.find_element(By.CSS_SELECTOR, "#keep input[type=checkbox]").click()
+        boxes = browser.find_elements(By.CSS_SELECTOR, "#keep input[type=checkbox]")
+        boxes[-1].click()  # a slot that the untrained model does not use
         wait_for(lambda: shown(browser, "painted") not in (None, before))
+        boxes[-1].click()
+        wait_for(lambda: shown(browser, "painted") == before)
+
+    def test_a_scene_has_a_true_result_and_a_photo_has_none(self, browser, address, tmp_path):
+        from selenium.webdriver.common.by import By
+
+        self.open(browser, address)
+        wait_for(lambda: "The original scene. Squared error: 0." in text_of(browser, "painted_note"))
+        assert shown(browser, "painted_truth")
+        boxes = browser.find_elements(By.CSS_SELECTOR, "#keep input[type=checkbox]")
+        boxes[-1].click()  # so that a slot is left
+        boxes[0].click()
+        wait_for(lambda: "Slot 1 covers the background" in text_of(browser, "painted_note"))
+        wait_for(lambda: not shown(browser, "painted_truth"))
+        boxes[0].click()
+        wait_for(lambda: shown(browser, "painted_truth"))
+        make_image().save(tmp_path / "photo.png")
+        upload(browser, tmp_path / "photo.png", "file_first")
+        wait_for(lambda: not shown(browser, "painted_truth") and not text_of(browser, "painted_note").strip())
+
+    def test_a_slot_is_moved(self, browser, address):
+        from selenium.webdriver.common.action_chains import ActionChains
+        from selenium.webdriver.common.by import By
+        from selenium.webdriver.common.keys import Keys
+
+        def numbers():
+            fields = "[...document.querySelectorAll('#x input[type=number], #y input[type=number]')]"
+            return [float(text) for text in browser.execute_script(f"return {fields}.map(field => field.value)")]
+
+        self.open(browser, address)
+        next(b for b in browser.find_elements(By.CSS_SELECTOR, "button[role=tab]") if b.text == "Move").click()
+        wait_for(lambda: shown(browser, "moved") and shown(browser, "moved_truth"))
+        before, (_, y) = shown(browser, "moved"), numbers()
+        field = browser.find_element(By.CSS_SELECTOR, "#x input[type=number]")
+        field.send_keys(Keys.CONTROL, "a")
+        field.send_keys("0.9", Keys.TAB)
+        wait_for(lambda: shown(browser, "moved") not in (None, before))
+        assert numbers() == [0.9, y]
+        before, picture = shown(browser, "moved"), browser.find_element(By.CSS_SELECTOR, "#moved img")
+        ActionChains(browser).move_to_element_with_offset(picture, -picture.size["width"] // 4, 0).click().perform()
+        wait_for(lambda: shown(browser, "moved") not in (None, before))
+        assert numbers() == pytest.approx([0.25, 0.5], abs=0.02)
 
     def test_fewer_slots(self, browser, address):
         from selenium.webdriver.common.by import By
@@ -162,10 +206,10 @@ class TestBrowser:
         tab = next(b for b in browser.find_elements(By.CSS_SELECTOR, "button[role=tab]") if "Mix" in b.text)
         tab.click()
         wait_for(lambda: shown(browser, "mixed"))
-        before = shown(browser, "mixed")
+        before = shown(browser, "segments_second")
         make_image(seed=3).save(tmp_path / "second.png")
         upload(browser, tmp_path / "second.png", "file_second")
-        wait_for(lambda: shown(browser, "mixed") != before)
+        wait_for(lambda: shown(browser, "segments_second") != before)
         before = shown(browser, "mixed")
         browser.find_element(By.CSS_SELECTOR, "#mix_second input[type=checkbox]").click()
         wait_for(lambda: shown(browser, "mixed") != before)
@@ -249,6 +293,18 @@ class TestBrowserWithDiffusion:
 
         wait_for(seen, seconds=60)
         assert any("· step " in label and label.endswith(" of 20") for label in labels)
+
+    def test_the_steps_are_played_again(self, page):
+        (before,), labels = self.wait(page, "reconstruction"), []
+        page.find_element("id", "play").click()
+
+        def played():
+            label = self.label(page, "reconstruction")
+            labels.extend([label] if label not in labels[-1:] else [])
+            return len(labels) > 3 and label == "Drawn from all slots"
+
+        wait_for(played)
+        assert sum("· step " in label for label in labels) >= 3 and shown(page, "reconstruction") == before
 
     def test_no_slot_is_a_sentence(self, page):
         from selenium.webdriver.common.by import By
