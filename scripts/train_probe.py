@@ -3,7 +3,8 @@
     scripts/run accelerate launch scripts/train_probe.py
 
 scripts/evaluate_editing.py uses it to read the objects of edited images, and trains it if it is missing. The default
-run takes about four minutes on one CPU core. Its accuracy on held-out scenes is in model_cards/object_probe.md.
+run takes about four minutes on one CPU core. The experiment is
+scripts/experiments/object_probe.toml.
 """
 
 from dataclasses import dataclass

@@ -129,7 +129,7 @@ class Decoder(ABC):
             steps: As in `frames`.
 
         Returns:
-            The pictures; an empty list if there is no such painting, or if many others have followed it.
+            The pictures. The list is empty if the painting is unknown, or if many others have followed it.
         """
 
 

@@ -39,7 +39,7 @@ def to_picture(image: torch.Tensor, size: tuple[int, int] | None = None) -> Imag
 
     Args:
         image: The tensor.
-        size: Width and height of the picture. Defaults to those of the tensor.
+        size: Width and height of the picture. Defaults to the size of the tensor.
     """
     picture = Image.fromarray((image.clamp(0, 1) * 255).round().byte().movedim(0, -1).cpu().numpy())
     return picture.resize(size, Image.Resampling.BICUBIC) if size else picture

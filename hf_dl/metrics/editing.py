@@ -15,9 +15,9 @@ An edit succeeds if the target changes to the truth and nothing else changes. Bo
 
 * The change error is at most `MAX_CHANGE_ERROR` = 1/4, so the distance to the truth is at most half of the change. By
   the triangle inequality, the target is then at least as close to the truth as to the image before.
-* The root-mean-square error is at most `MAX_WINDOW_ERROR` = 0.2 (51 of 255 gray levels) in every window of 1/8 of the
-  image's side, in the target and in the rest. The windows make a lost object visible: averaged over the whole image,
-  it has the error of a slight blur.
+* The root-mean-square error is at most `MAX_WINDOW_ERROR` = 0.2 (51 of 255 gray levels) in every window of the image,
+  in the target and in the rest. The side of a window is 1/8 of the side of the image. The windows make a lost object
+  visible: averaged over the whole image, it has the error of a slight blur.
 
 The thresholds were chosen on 1200 rendered edits of 64x64 pixels: removals, replacements and insertions on plain and
 textured ground. The unedited image never passes the first threshold. The truth with a Gaussian blur of one pixel

@@ -21,11 +21,11 @@ FRAME_DIM = 3
 """Channels of a frame: x, y, size."""
 
 MIN_SIZE = 0.03
-"""Added in quadrature to the size, so that an object of a single token has a size; as in the paper, not below 0."""
+"""Smallest size, added in quadrature: the attention to a single token has no spread."""
 
-_SEED_SIZE = 0.03  # a new slot reads the token at its seed; it grows with its attention
-_CANDIDATES = 16  # places that are tried for each seed
-_PLACE_WEIGHT = 24.0  # a distance of 0.2 counts as much as black against white in one of two channels
+_SEED_SIZE = 0.03  # small: the first iteration reads the token at the seed
+_CANDIDATES = 16  # places to try for each seed
+_PLACE_WEIGHT = 24.0  # a distance of 0.2 counts as much as half the range of one color channel
 
 
 def cell_centers(side: int, like: torch.Tensor) -> torch.Tensor:

@@ -295,7 +295,7 @@ class TestMove:
 
 
 class TestTruth:
-    """The slots are those of a perfect model; what the tiny decoder paints from them is not."""
+    """A perfect model made the slots; the tiny decoder that paints them is not perfect."""
 
     @pytest.fixture
     def explorer(self, model, pipe):
