@@ -338,7 +338,7 @@ def _write_pipeline(folder):
             sample_size=8, block_out_channels=(8,), attention_resolutions=(), attention_head_dim=4,
             cross_attention_dim=8, norm_num_groups=4, layers_per_block=1,
         ),
-        make_autoencoder("small", sample_size=32, block_out_channels=(8, 8, 8), norm_num_groups=4),
+        make_autoencoder("small", sample_size=32, block_out_channels=(8, 8), norm_num_groups=4, latent_channels=3),
         noise_schedule(),
     ).save_pretrained(folder)  # fmt: skip
     write_run(folder, {"seed": 0}, {"test_loss": 0.9}, model_class="SlotDenoiser", script="train_slot_diffusion.py")

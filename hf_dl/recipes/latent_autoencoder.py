@@ -17,7 +17,16 @@ from torch import nn
 from hf_dl.data.image_arrays import ImageTensors
 from hf_dl.metrics.images import default_features, fid
 from hf_dl.metrics.perceptual import PerceptualDistance
-from hf_dl.models.latent_autoencoder import ARCHITECTURES, KINDS, decode_latents, encode_latents
+from hf_dl.models.latent_autoencoder import (
+    ARCHITECTURES,
+    KINDS,
+    decode_latents,
+    downsampling_factor,
+    encode_latents,
+    from_patches,
+    make_autoencoder,
+    to_patches,
+)
 from hf_dl.reporting.card import LOCAL_ID, run_card
 from hf_dl.reporting.grids import image_grid
 from hf_dl.reporting.plots import plot_run
@@ -25,18 +34,21 @@ from hf_dl.reporting.plots import plot_run
 from .scene_images import PERCEPTUAL_HELP, quantize, to_pixel_values, to_uint8
 
 SUMMARY = (
-    "The autoencoder for latent diffusion (Rombach et al. 2022), a model of diffusers. It encodes an image as latents "
-    "with a quarter of its height and width, and decodes latents to an image."
+    "The autoencoder for latent diffusion (Rombach et al. 2022), a model of diffusers. It encodes an image as smaller "
+    "latents, and decodes latents to an image. The default network halves height and width, and its latents have 4 "
+    "channels."
 )
 USAGE = """\
 import diffusers
+from hf_dl.models import decode_latents, encode_latents
 
-autoencoder = diffusers.AutoModel.from_pretrained("{local}")
-latents = autoencoder.encode(pixel_values)  # images (batch, 3, height, width) in [-1, 1]"""
+autoencoder = diffusers.AutoModel.from_pretrained("{local}").eval()
+latents = encode_latents(autoencoder, pixel_values)  # images (batch, 3, height, width) in [-1, 1]
+reconstructions = decode_latents(autoencoder, latents)"""
 LIMITS = ("It reconstructs images like its training images. Photographs become blurred.",)
 TAGS = ("autoencoder", "latent-diffusion")
 CURVES = {
-    "absolute error": {"training": "l1", "validation": "val_l1"},
+    "squared error": {"training": "mse", "validation": "val_mse"},
     "perceptual distance": {"training": "perceptual", "validation": "val_perceptual"},
     "standard deviation of the latents": {"validation": "val_latent_std"},
 }
@@ -52,13 +64,19 @@ class AutoencoderFlags:
         default="kl", metadata={"help": "kl: Gaussian latents. vq: latents from a codebook of 4096 entries."}
     )
     kl_weight: float = field(
-        default=1e-4, metadata={"help": "kl: weight of the KL divergence, in nats per number of the latents."}
+        default=1e-6, metadata={"help": "kl: weight of the KL divergence, in nats per number of the latents."}
     )
-    perceptual: str = field(
-        default="random",
-        metadata={"help": f"{PERCEPTUAL_HELP} none: no perceptual term in the loss."},
+    perceptual: str = field(default="random", metadata={"help": PERCEPTUAL_HELP})
+    perceptual_weight: float = field(
+        default=0.0, metadata={"help": "Weight of the perceptual distance in the loss; 0: only for evaluation."}
     )
-    perceptual_weight: float = field(default=0.1, metadata={"help": "Weight of the perceptual distance."})
+    crop_size: int = field(
+        default=32,
+        metadata={
+            "help": "Size of the random crops that training sees, in pixels; 0: whole images. Images that are not "
+            "larger stay whole."
+        },
+    )
 
 
 def check_flags(flags: Any) -> None:
@@ -68,21 +86,51 @@ def check_flags(flags: Any) -> None:
         flags: `AutoencoderFlags` with `image_size`.
 
     Raises:
-        ValueError: If `image_size` does not fit the architecture, or a weight is negative.
+        ValueError: If `image_size` or `crop_size` does not fit the architecture, or a weight is negative.
     """
-    factor = downsampling_factor(ARCHITECTURES[flags.architecture]["block_out_channels"])
+    with torch.device("meta"):  # without weights
+        factor = downsampling_factor(make_autoencoder(flags.architecture))
     if flags.image_size < factor or flags.image_size % factor:
         raise ValueError(
             f"image_size={flags.image_size} must be a multiple of {factor}: the latents are {factor} times smaller."
+        )
+    if flags.crop_size < 0 or flags.crop_size % factor:
+        raise ValueError(
+            f"crop_size={flags.crop_size} must be a multiple of {factor}, like image_size, or 0 for whole images."
         )
     for name in ("kl_weight", "perceptual_weight"):
         if not getattr(flags, name) >= 0:
             raise ValueError(f"{name}={getattr(flags, name)} must be at least 0.")
 
 
-def downsampling_factor(block_out_channels: Any) -> int:
-    """Return the ratio of image size to latent size for an autoencoder with these blocks."""
-    return 2 ** (len(block_out_channels) - 1)
+def random_crops(images: torch.Tensor, size: int, generator: torch.Generator) -> torch.Tensor:
+    """Cut a square from a random place of each image.
+
+    A convolution sees the same textures in a crop as in the image. In the same time, training on crops sees more
+    images.
+
+    Args:
+        images: (batch, channels, height, width).
+        size: Height and width of the crops, in pixels. Images that are not larger, and all images if it is 0, stay
+            whole.
+        generator: Source of the places.
+
+    Returns:
+        (batch, channels, size, size).
+
+    Example:
+        ```python
+        >>> random_crops(torch.zeros(2, 3, 64, 64), 32, torch.Generator()).shape
+        torch.Size([2, 3, 32, 32])
+
+        ```
+    """
+    spare = images.shape[-1] - size  # scene images are square
+    if not size or spare <= 0:
+        return images
+    places = torch.randint(spare + 1, (len(images), 2), generator=generator, device=generator.device).tolist()
+    crops = [image[:, y : y + size, x : x + size] for image, (y, x) in zip(images, places, strict=True)]
+    return torch.stack(crops)
 
 
 class LatentAutoencoder(nn.Module):
@@ -110,12 +158,15 @@ class LatentAutoencoder(nn.Module):
             standard normal distribution, in nats per number of the latents. For `VQModel` it is the squared distance
             between latents and codebook entries.
         """
-        encoded = self.autoencoder.encode(pixel_values)
+        encoded = self.autoencoder.encode(to_patches(self.autoencoder, pixel_values))
         if hasattr(encoded, "latent_dist"):
             latents = encoded.latent_dist.sample(generator)
-            return self.autoencoder.decode(latents).sample, encoded.latent_dist.kl().mean() / latents[0].numel()
-        decoded = self.autoencoder.decode(encoded.latents)
-        return decoded.sample, decoded.commit_loss.mean()
+            decoded = self.autoencoder.decode(latents)
+            regularizer = encoded.latent_dist.kl().mean() / latents[0].numel()
+        else:
+            decoded = self.autoencoder.decode(encoded.latents)
+            regularizer = decoded.commit_loss.mean()
+        return from_patches(self.autoencoder, decoded.sample), regularizer
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Save the autoencoder for `diffusers.AutoModel.from_pretrained`."""

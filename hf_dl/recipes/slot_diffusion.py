@@ -25,7 +25,7 @@ from hf_dl.data.image_arrays import ImageTensors
 from hf_dl.metrics import perceptual
 from hf_dl.metrics.images import default_features, fid
 from hf_dl.metrics.segmentation import segmentation_scores
-from hf_dl.models.latent_autoencoder import encode_latents
+from hf_dl.models.latent_autoencoder import downsampling_factor, encode_latents
 from hf_dl.models.layers_attention import attention_masks
 from hf_dl.models.slot_autoencoder import SlotDecoderModel, SlotEncoderModel
 from hf_dl.models.slot_inits import SLOT_INITS
@@ -39,7 +39,7 @@ from hf_dl.reporting.card import LOCAL_ID, run_card
 from hf_dl.reporting.grids import color_segments, image_grid
 from hf_dl.reporting.plots import plot_run
 
-from .latent_autoencoder import downsampling_factor, load_autoencoder
+from .latent_autoencoder import load_autoencoder
 from .scene_images import PERCEPTUAL_HELP, mean_perceptual_distance, quantize, to_pixel_values, to_uint8
 from .slot_diffusion_parts import find_part
 from .slots import SlotFlags, make_config
@@ -333,11 +333,10 @@ def make_model(args: Any, autoencoder: AutoencoderKL | VQModel | None = None) ->
     """
     if autoencoder is None:
         autoencoder = load_autoencoder(find_part(args, "autoencoder"))
-    factor = downsampling_factor(autoencoder.config.block_out_channels)
-    if autoencoder.config.in_channels != 3 or args.image_size % factor:
+    factor = downsampling_factor(autoencoder)
+    if args.image_size % factor:
         raise ValueError(
-            f"image_size={args.image_size} does not fit the autoencoder, which takes images of "
-            f"{autoencoder.config.in_channels} channels and a multiple of {factor} pixels."
+            f"image_size={args.image_size} does not fit the autoencoder. Its image sizes are multiples of {factor}."
         )
     encoder, decoder = make_slots(args)
     sizes_of = UNETS[args.unet]

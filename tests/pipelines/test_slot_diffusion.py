@@ -51,7 +51,8 @@ UNET = {
     "cross_attention_dim": 12,
     "norm_num_groups": 4,
 }
-SMALL_AUTOENCODER = {"sample_size": 16, "block_out_channels": (8, 8, 8), "norm_num_groups": 4}
+# patches of 2x2 pixels and two levels: 3x16x16 <-> 3x4x4
+SMALL_AUTOENCODER = {"sample_size": 16, "block_out_channels": (8, 8), "norm_num_groups": 4, "latent_channels": 3}
 
 
 class Oracle(ModelMixin, ConfigMixin):

@@ -134,7 +134,8 @@ def make_pipeline(size=SIZE):
         sample_size=size // 4, block_out_channels=(8, 8), layers_per_block=1, attention_resolutions=(),
         attention_head_dim=4, cross_attention_dim=encoder.config.slot_dim, norm_num_groups=4,
     )  # fmt: skip
-    autoencoder = make_autoencoder("small", sample_size=size, block_out_channels=(8, 8, 8), norm_num_groups=4)
+    small = {"block_out_channels": (8, 8), "norm_num_groups": 4, "latent_channels": 3}
+    autoencoder = make_autoencoder("small", sample_size=size, **small)
     return SlotDiffusionPipeline(encoder, unet, autoencoder, noise_schedule())
 
 

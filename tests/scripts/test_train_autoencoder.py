@@ -6,14 +6,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hf_dl.models.latent_autoencoder import decode_latents, encode_latents, make_autoencoder
+from hf_dl.models.latent_autoencoder import decode_latents, encode_latents, make_autoencoder, to_patches
 from hf_dl.recipes import latent_autoencoder
 from hf_dl.recipes.scene_images import load_images
 from hf_dl.reporting.card import read_card
 from scripts import evaluate_autoencoder, train_autoencoder
 from tests.scripts.runs import killed_after, reset
 
-SMALL = "--image_size=32 --num_train=48 --num_test=12 --batch_size=8 --cpu_threads=1 --log_every=2".split()
+SMALL = "--image_size=32 --num_train=48 --num_test=12 --batch_size=8 --crop_size=16 --cpu_threads=1 --log_every=2"
+SMALL = SMALL.split()
 STEPS = "--max_steps=6 --eval_every=3 --save_every=4".split()
 
 
@@ -36,6 +37,7 @@ def test_the_folder_loads_with_diffusers(finished):
     autoencoder = diffusers.AutoModel.from_pretrained(str(folder))
     assert type(autoencoder) is diffusers.AutoencoderKL
     assert autoencoder.config.sample_size == 32
+    assert encode_latents(autoencoder, torch.zeros(1, 3, 32, 32)).shape == (1, 4, 16, 16)
     for name in ("reconstructions.png", "curves.png", "results.json"):
         assert (folder / name).is_file()
     card = read_card(folder / "README.md")
@@ -76,22 +78,59 @@ def test_killed_and_resumed_it_ends_the_same(finished, tmp_path):
 
 
 def test_a_codebook_and_what_it_uses(tmp_path):
-    metrics = train(tmp_path, "--kind=vq", "--max_steps=2", "--save_every=0", "--perceptual=none")
+    metrics = train(tmp_path, "--kind=vq", "--max_steps=2", "--save_every=0")
     assert type(diffusers.AutoModel.from_pretrained(str(tmp_path))) is diffusers.VQModel
     assert 1 <= metrics["test_used_codes"] <= 4096
     assert "shift_factor" not in json.loads((tmp_path / "config.json").read_text())
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     last = [line for line in log if "regularizer" in line][-1]
-    assert last["loss"] == pytest.approx(last["l1"] + last["regularizer"], rel=1e-5)
+    assert last["loss"] == pytest.approx(last["mse"] + last["regularizer"], rel=1e-5)
 
 
-def test_the_loss_is_what_the_flags_say(finished):
-    log = [json.loads(line) for line in (finished[0] / "log.jsonl").read_text().splitlines()]
+@pytest.mark.parametrize("weight", [0.0, 0.1])
+def test_the_loss_is_what_the_flags_say(weight, finished, tmp_path):
+    folder = finished[0]
+    if weight:
+        folder = tmp_path
+        flags = [f"--perceptual_weight={weight}", "--kl_weight=1e-3"]
+        train(folder, "--max_steps=2", "--save_every=0", *flags)
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     lines = [line for line in log if "regularizer" in line]
+    assert lines
     for line in lines:
-        expected = line["l1"] + 1e-4 * line["regularizer"] + 0.1 * line["perceptual"]
+        assert ("perceptual" in line) == (weight > 0)  # without a weight it is not computed
+        expected = line["mse"] + (1e-3 if weight else 1e-6) * line["regularizer"] + weight * line.get("perceptual", 0)
         assert line["loss"] == pytest.approx(expected, rel=1e-5)
-    assert any("val_l1" in line for line in log)
+    assert weight or any("val_mse" in line for line in log)
+
+
+@pytest.mark.parametrize("crop_size, seen_size", [(16, 16), (0, 32), (64, 32)])
+def test_training_sees_crops(crop_size, seen_size, tmp_path, monkeypatch):
+    shapes, forward = [], latent_autoencoder.LatentAutoencoder.forward
+
+    def watched(model, pixel_values, **options):
+        reconstruction, regularizer = forward(model, pixel_values, **options)
+        shapes.extend([tuple(pixel_values.shape), tuple(reconstruction.shape)])
+        return reconstruction, regularizer
+
+    monkeypatch.setattr(latent_autoencoder.LatentAutoencoder, "forward", watched)
+    train(tmp_path, "--max_steps=1", "--save_every=0", f"--crop_size={crop_size}")
+    assert shapes == [(8, 3, seen_size, seen_size)] * 2
+
+
+def test_crops_are_random_parts_of_their_images():
+    rows, columns = torch.meshgrid(torch.arange(10), torch.arange(10), indexing="ij")
+    images = torch.stack([torch.stack([rows, columns, torch.full_like(rows, index)]) for index in range(64)]).byte()
+    crops = latent_autoencoder.random_crops(images, 8, torch.Generator().manual_seed(0))
+    assert crops.shape == (64, 3, 8, 8) and crops.dtype == torch.uint8
+    places = crops[:, :2, 0, 0].long()
+    for index, (crop, (y, x)) in enumerate(zip(crops, places.tolist(), strict=True)):
+        assert torch.equal(crop, images[index, :, y : y + 8, x : x + 8])
+    assert {tuple(place) for place in places.tolist()} == {(y, x) for y in range(3) for x in range(3)}
+    again, other = (latent_autoencoder.random_crops(images, 8, torch.Generator().manual_seed(n)) for n in (0, 1))
+    assert torch.equal(again, crops) and not torch.equal(other, crops)
+    for size in (0, 10, 12):
+        assert latent_autoencoder.random_crops(images, size, torch.Generator()) is images
 
 
 def test_the_divergence_is_that_of_the_formula():
@@ -99,7 +138,7 @@ def test_the_divergence_is_that_of_the_formula():
     model = latent_autoencoder.LatentAutoencoder(make_autoencoder("small", sample_size=32)).eval()
     images = torch.rand(2, 3, 32, 32) * 2 - 1
     _, regularizer = model(images)
-    posterior = model.autoencoder.encode(images).latent_dist
+    posterior = model.autoencoder.encode(to_patches(model.autoencoder, images)).latent_dist
     mean, variance = posterior.mean.double(), posterior.var.double()
     expected = 0.5 * (mean**2 + variance - 1 - variance.log()).mean()
     assert regularizer.item() == pytest.approx(expected.item(), rel=1e-5)
@@ -118,7 +157,10 @@ def test_it_is_evaluated_from_its_folder(finished, tmp_path, capsys):
 @pytest.mark.parametrize(
     "flags, sentence",
     [
-        (["--image_size=18"], "image_size=18 must be a multiple of 4"),
+        (["--image_size=17"], "image_size=17 must be a multiple of 2"),
+        (["--image_size=18", "--architecture=clevrtex"], "image_size=18 must be a multiple of 4"),
+        (["--crop_size=17"], "crop_size=17 must be a multiple of 2, like image_size, or 0 for whole images"),
+        (["--crop_size=-2"], "crop_size=-2 must be a multiple of 2"),
         (["--kl_weight=-1"], "kl_weight=-1.0 must be at least 0"),
         (["--perceptual_weight=-1"], "perceptual_weight=-1.0 must be at least 0"),
         (["--kind=gan"], "invalid choice: 'gan'"),

@@ -37,12 +37,17 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
+def save_autoencoder(folder):
+    """Save a new autoencoder, 3x32x32 <-> 4x8x8."""
+    make_autoencoder("small", sample_size=32, block_out_channels=(16, 16)).save_pretrained(folder)
+
+
 @pytest.fixture(scope="module")
 def autoencoder(tmp_path_factory):
     """The folder of a latent autoencoder; the folder `slots` next to it has a slot autoencoder."""
     folder = tmp_path_factory.mktemp("parts")
     torch.manual_seed(0)
-    make_autoencoder("small", sample_size=32).save_pretrained(folder / "autoencoder")
+    save_autoencoder(folder / "autoencoder")
     SlotAutoencoderModel(SlotAutoencoderConfig(image_size=32, num_slots=3)).save_pretrained(folder / "slots")
     return str(folder / "autoencoder")
 
@@ -190,7 +195,7 @@ def test_the_loss_is_that_of_the_noise_added(autoencoder, prediction_type):
     flags = {"num_slots": 3, "prediction_type": prediction_type}
     parts = {"autoencoder": autoencoder, "slot_encoder": str(Path(autoencoder).with_name("slots"))}
     model = slot_diffusion.make_model(train_slot_diffusion.Args(image_size=32, **parts, **flags))
-    schedule, latents, noise = model.scheduler, torch.randn(3, 3, 8, 8), torch.randn(3, 3, 8, 8)
+    schedule, latents, noise = model.scheduler, torch.randn(3, 4, 8, 8), torch.randn(3, 4, 8, 8)
     times = torch.tensor([0, 500, 999])
     alpha = torch.linspace(0.0015, 0.0195, 1000).double().neg().add(1).cumprod(0)[times].view(-1, 1, 1, 1)
     expected = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
@@ -313,7 +318,7 @@ class TestParts:
     def write_parts():
         slots = SlotAutoencoderModel(SlotAutoencoderConfig(image_size=32, num_slots=3))
         slots.save_pretrained("runs/train_slots")
-        make_autoencoder("small", sample_size=32).save_pretrained("runs/train_autoencoder")
+        save_autoencoder("runs/train_autoencoder")
         for name in ("train_slots", "train_autoencoder"):
             known = {
                 "script": f"{name}.py",
