@@ -2,7 +2,7 @@
 
     scripts/run accelerate launch scripts/train_autoencoder.py
 
-The default run takes about 7 minutes on one CPU core. The networks are `AutoencoderKL` or `VQModel` of diffusers, and
+The default run takes about 6 minutes on one CPU core. The networks are `AutoencoderKL` or `VQModel` of diffusers, and
 `diffusers.AutoModel` loads the folder of the run. The method is from Rombach et al. 2022, "High-Resolution Image
 Synthesis with Latent Diffusion Models", section 3.1. Differences:
 
