@@ -1,6 +1,7 @@
 """Separate the tests from the caches of the user, and limit each worker to its share of the cores."""
 
 import os
+import sys
 import tempfile
 
 _HOME = tempfile.TemporaryDirectory(prefix="hf_dl_tests_")
@@ -10,3 +11,9 @@ os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["MPLCONFIGDIR"] = _HOME.name
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+if sys.dont_write_bytecode:
+    # Without bytecode, each child process compiles the libraries again, which takes half of its time. The workers
+    # inherit this folder from the main process.
+    sys.dont_write_bytecode = False
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    sys.pycache_prefix = os.environ["PYTHONPYCACHEPREFIX"] = os.path.join(_HOME.name, "bytecode")
