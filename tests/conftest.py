@@ -4,6 +4,10 @@ import os
 import sys
 import tempfile
 
+import pytest
+
+from tests.fresh_process import Server
+
 _HOME = tempfile.TemporaryDirectory(prefix="hf_dl_tests_")
 # Before the libraries are imported: they read these once.
 os.environ["HF_HOME"] = _HOME.name
@@ -17,3 +21,10 @@ if sys.dont_write_bytecode:
     sys.dont_write_bytecode = False
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     sys.pycache_prefix = os.environ["PYTHONPYCACHEPREFIX"] = os.path.join(_HOME.name, "bytecode")
+
+
+@pytest.fixture(scope="session")
+def run_fresh():
+    """`run_fresh(code, cwd=folder)` runs code in a process that has not imported hf_dl; returns its output."""
+    with Server() as server:
+        yield server.run

@@ -24,12 +24,17 @@ print(json.dumps(model.slot_vectors[0].tolist()))
 """
 
 
-def run_python(code, *, cwd, flags=()):
-    """Run code in a fresh process, and return what it prints."""
-    code = f"import json, sys\nsys.path.insert(0, {str(ROOT)!r})\n{code}"
-    done = subprocess.run([sys.executable, *flags, "-c", code], cwd=cwd, capture_output=True, text=True)
+def run_python(code, *, cwd):
+    """Run code in a process that has imported nothing, and return what it prints."""
+    done = subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    return done.stdout
+
+
+def call(run, code, *, cwd):
+    """Run code that can import hf_dl, and return the values that it prints."""
+    printed = run(f"import json, sys\nsys.path.insert(0, {str(ROOT)!r})\n{code}", cwd=cwd)
+    return [json.loads(line) for line in printed.splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -54,14 +59,14 @@ import hf_dl
 seconds = time.process_time() - start
 print(json.dumps([seconds, sorted({name.split(".")[0] for name in sys.modules}), hf_dl.__version__]))
 """
-    ((seconds, modules, version),) = run_python(code, cwd=tmp_path)
+    ((seconds, modules, version),) = call(run_python, code, cwd=tmp_path)
     assert not {"torch", "transformers", "numpy", "datasets", "huggingface_hub"} & set(modules)
     assert seconds < 0.5
     assert version == hf_dl.__version__
 
 
 @pytest.mark.parametrize("order", ["hf_dl first", "transformers first"])
-def test_auto_classes_know_the_models(saved, order, tmp_path):
+def test_auto_classes_know_the_models(saved, order, tmp_path, run_fresh):
     folder, model = saved
     imports = ["import hf_dl", "import transformers"]
     if order == "hf_dl first":
@@ -70,14 +75,15 @@ def test_auto_classes_know_the_models(saved, order, tmp_path):
     else:
         imports.reverse()
     code = "\n".join([*imports, LOAD.replace("FOLDER", repr(str(folder)))])
-    classes, vector = run_python(code, cwd=tmp_path)
+    run = run_python if order == "hf_dl first" else run_fresh  # which has imported transformers
+    classes, vector = call(run, code, cwd=tmp_path)
     assert all(name.startswith("hf_dl.models.") for name in classes)  # not transformers_modules: no remote code
     names = ["SlotAutoencoderConfig", "SlotAutoencoderModel", "SlotImageProcessor"]
     assert [name.split(".")[-1] for name in classes] == names
     assert vector == pytest.approx(model.slot_vectors[0].tolist())
 
 
-def test_diffusers_is_imported_when_it_is_asked_for(tmp_path):
+def test_diffusers_is_imported_when_it_is_asked_for(tmp_path, run_fresh):
     code = """
 import hf_dl, transformers, hf_dl.models
 print(json.dumps("diffusers" in sys.modules))
@@ -85,7 +91,7 @@ from hf_dl.models import SlotUNetModel
 print(json.dumps(SlotUNetModel.__module__))
 print(json.dumps(hasattr(hf_dl.models, "NoSuchModel")))
 """
-    assert run_python(code, cwd=tmp_path) == [False, "hf_dl.models.slot_unet", False]
+    assert call(run_fresh, code, cwd=tmp_path) == [False, "hf_dl.models.slot_unet", False]
 
 
 def test_without_transformers_the_import_still_works(tmp_path):
@@ -94,7 +100,7 @@ import hf_dl, importlib.util
 sys.meta_path[:] = [finder for finder in sys.meta_path if "Path" not in getattr(finder, "__name__", "")]
 print(json.dumps(importlib.util.find_spec("transformers")))
 """
-    assert run_python(code, cwd=tmp_path) == [None]
+    assert call(run_python, code, cwd=tmp_path) == [None]
 
 
 def test_version():

@@ -1,8 +1,6 @@
 """Tests that every model of the package must pass. Test classes inherit `ModelContract` and define a tiny config."""
 
 import json
-import subprocess
-import sys
 import warnings
 
 import pytest
@@ -85,7 +83,7 @@ class ModelContract:
             self.processor_class().save_pretrained(tmp_path)
             assert type(AutoImageProcessor.from_pretrained(tmp_path)) is self.processor_class
 
-    def test_loads_in_a_fresh_process_without_the_package(self, model, tmp_path):
+    def test_loads_in_a_fresh_process_without_the_package(self, model, tmp_path, run_fresh):
         from safetensors.torch import load_file, save_file
 
         model.save_pretrained(tmp_path)
@@ -106,10 +104,9 @@ for name in {list(self.auto_classes)!r}:
 if {self.processor_class is not None}:
     print(type(transformers.AutoImageProcessor.from_pretrained(".", trust_remote_code=True)).__name__)
 """
-        done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-2000:]
+        printed = run_fresh(program, cwd=tmp_path)
         if self.processor_class is not None:
-            assert done.stdout.strip() == self.processor_class.__name__
+            assert printed.strip() == self.processor_class.__name__
         for name in self.auto_classes:
             found = load_file(tmp_path / f"{name}.safetensors")["output"]
             torch.testing.assert_close(found, self.answer(model, inputs), rtol=1e-5, atol=1e-6)

@@ -1,6 +1,4 @@
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -232,7 +230,7 @@ def test_pipeline_works_on_the_saved_folder(saved):
         assert found[name] == pytest.approx(expected[index].item(), abs=1e-3)
 
 
-def test_pipeline_and_auto_model_work_without_the_package(saved):
+def test_pipeline_and_auto_model_work_without_the_package(saved, run_fresh):
     folder, model = saved
     picture().save(folder / "picture.png")
     program = """
@@ -244,9 +242,7 @@ base = transformers.AutoModel.from_pretrained(".", trust_remote_code=True)
 features = base(torch.ones(1, 3, 16, 16)).pooler_output
 print(json.dumps([classify("picture.png"), type(base).__name__, features.tolist()]))
 """
-    done = subprocess.run([sys.executable, "-c", program], cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    scores, name, features = json.loads(done.stdout)
+    scores, name, features = json.loads(run_fresh(program, cwd=folder))
     here = transformers.pipeline("image-classification", model=str(folder))(picture())
     assert [entry["label"] for entry in scores] == [entry["label"] for entry in here]
     assert [entry["score"] for entry in scores] == pytest.approx([entry["score"] for entry in here], abs=1e-5)
