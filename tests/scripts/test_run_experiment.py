@@ -172,7 +172,9 @@ def test_runs_the_missing_cells_once_and_reports_a_failure(project, capsys, monk
     assert all(cell["status"] == "finished" for cell in read_report(project / "model_cards" / "fake.json").cells)
 
 
-def test_variants_run_their_own_scripts(project, capsys):
+def test_variants_run_their_own_scripts(project, capsys, monkeypatch):
+    monkeypatch.setattr("scripts.run_experiment.LAUNCH", (sys.executable,))
+    monkeypatch.setenv("PYTHONPATH", str(project / "stub"))
     script = SCRIPT.replace("train_fake", "train_other").replace("0.5 +", "0.25 +")
     script = script.replace("val_accuracy", "val_top_1")
     (project / "scripts" / "train_other.py").write_text(script)
