@@ -206,7 +206,8 @@ class TestLoading:
         for one, other in zip(again(TRAIN).candidates, solver(TRAIN).candidates, strict=True):
             assert one.program == other.program and one.score == pytest.approx(other.score, abs=1e-5)
 
-    def test_what_is_not_there(self, tmp_path):
+    def test_what_is_not_there(self, tmp_path, monkeypatch):
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
         with pytest.raises(ValueError, match="The model '.*nowhere' was not found|cannot be used"):
             MathProgramPipeline.from_pretrained(str(tmp_path / "nowhere"))
         with pytest.raises(ValueError, match="'nobody/nothing' was not found. Expected a folder"):
