@@ -70,12 +70,16 @@ def image_grid(
     head, side = 0.25 if titles else 0.02, 0.25 if labels else 0.0
     width, height = columns * cell + side, len(rows) * cell + head
     figure = Figure(figsize=(width, height), dpi=120)
+    axes = figure.add_axes((0, 0, 1, 1))  # in inches; axes per image take five times as long
+    axes.set_axis_off()
+    axes.set(xlim=(0, width), ylim=(0, height))
     for y, row in enumerate(rows):
         for x, image in enumerate(row):
-            left, bottom = (side + x * cell) / width, 1 - (head + (y + 1) * cell) / height
-            axes = figure.add_axes((left, bottom, 0.97 * cell / width, 0.97 * cell / height))
-            axes.imshow(image, interpolation="nearest")
-            axes.set_axis_off()
+            scale = 0.97 * cell / max(image.shape[:2])
+            high, wide = scale * image.shape[0] / 2, scale * image.shape[1] / 2
+            middle, center = side + (x + 0.485) * cell, height - head - (y + 0.515) * cell
+            place = (middle - wide, middle + wide, center - high, center + high)
+            axes.imshow(image, interpolation="nearest", extent=place, aspect="auto")
     for x, title in enumerate(titles):
         place = (side + (x + 0.485) * cell) / width
         figure.text(place, 1 - 0.6 * head / height, title, ha="center", va="center", fontsize=8)

@@ -36,6 +36,15 @@ class TestImageGrid:
                 assert sheet.getpixel((x * 120 + 58, head + y * 120 + 58)) == color
         assert sheet.getpixel((2 * 120 + 58, head + 120 + 58)) == (255, 255, 255)  # the second row is shorter
 
+    @pytest.mark.parametrize("shape", [(4, 8), (8, 4)])
+    def test_an_image_keeps_its_shape(self, shape, tmp_path):
+        image = np.zeros((*shape, 3), dtype=np.uint8)
+        sheet = np.asarray(Image.open(image_grid([[image]], tmp_path / "a.png", cell=1.0)).convert("L"))
+        inside = sheet[2:, :] < 128
+        rows, columns = inside.any(axis=1).sum(), inside.any(axis=0).sum()
+        assert (rows, columns) == pytest.approx(tuple(0.97 * 120 * side / 8 for side in shape), abs=1)
+        assert np.argwhere(inside).mean(axis=0) == pytest.approx((0.485 * 120 + 2, 0.485 * 120), abs=3)
+
     def test_titles_are_drawn_above_their_column(self, tmp_path):
         rows = [[plain((9, 9, 9)), plain((9, 9, 9))]]
         sheet = np.asarray(Image.open(image_grid(rows, tmp_path / "a.png", titles=["", "two"], cell=1.0)).convert("L"))
