@@ -16,11 +16,11 @@ os.environ["MPLCONFIGDIR"] = _HOME.name
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 if sys.dont_write_bytecode:
-    # Without bytecode, each child process compiles the libraries again, which takes half of its time. The workers
-    # inherit this folder from the main process.
+    # Without bytecode, each process compiles the libraries again, which takes half of its time. Workers and other
+    # child processes read the variable.
     sys.dont_write_bytecode = False
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-    sys.pycache_prefix = os.environ["PYTHONPYCACHEPREFIX"] = os.path.join(_HOME.name, "bytecode")
+    sys.pycache_prefix = os.environ["PYTHONPYCACHEPREFIX"] = os.path.join(os.path.dirname(__file__), "__pycache__")
 
 
 @pytest.fixture(scope="session")
