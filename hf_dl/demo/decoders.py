@@ -19,7 +19,6 @@ import torch
 from diffusers import DPMSolverMultistepScheduler
 from PIL import Image
 
-from ..models.layers_attention import attention_masks
 from ..models.slot_autoencoder import SlotAutoencoderConfig, SlotAutoencoderModel, SlotImageProcessor
 from ..pipelines.diffusion_sampling import PREDICTION_TYPES
 from ..pipelines.slot_diffusion import SlotDiffusionPipeline
@@ -220,7 +219,7 @@ class Diffusion(Decoder):
     name = "diffusion"
     titles = {
         "reconstruction": "Drawn from all slots",
-        "gallery": "Image area that each slot attends to",
+        "gallery": "Image area of each slot",
         "painted": "Drawn from the selected slots",
         "moved": "Drawn with the moved slot",
         "mixed": "Drawn from slots of both images",
@@ -248,10 +247,10 @@ class Diffusion(Decoder):
     def explain(
         self, image: Image.Image, *, num_slots: int | None = None, num_iterations: int | None = None
     ) -> Explanation:
-        """Divide an image by the attention of the encoder's last iteration; see `Decoder.explain`."""
+        """Divide an image as `pipe.segment` does, see `Decoder.explain`."""
         output = self.pipe.encode(image, num_slots=num_slots, num_iterations=num_iterations)
-        size, image_size = shown_size(image), self.config.image_size
-        masks = attention_masks(output.attentions[-1], size[::-1], image_size=image_size)[0].cpu()
+        size = shown_size(image)
+        masks = self.pipe.slot_masks(image, output, size[::-1])[0].cpu()
         pixels = np.array(image.resize(size, Image.Resampling.BICUBIC), dtype=np.float32) / 255
         return make_explanation(
             image,

@@ -302,9 +302,26 @@ class SlotAutoencoderModel(SlotAutoencoderPreTrainedModel):
             keep=keep,
         )
 
+    def paint(self, slots: torch.Tensor, keep: torch.Tensor | None = None) -> "SlotDecoderOutput":
+        """Paint slots: slots of an image, edited slots, or slots from a `SlotLibrary`.
+
+        Args:
+            slots: (batch, slots, slot_dim).
+            keep: The slots to paint, bool (batch, slots). Defaults to all slots.
+
+        Returns:
+            See `SlotDecoderOutput`.
+
+        Raises:
+            ValueError: If `slots` has the wrong shape, or `keep` keeps no slot of an image.
+        """
+        slots = slots.to(self.device, self.dtype)
+        reconstruction, contents, masks = blend_slots(self.decoder, self.config, slots, keep)
+        return SlotDecoderOutput(reconstruction=reconstruction, masks=masks, contents=contents)
+
     @torch.no_grad()
     def decode(self, slots: torch.Tensor, *, keep: torch.Tensor | None = None) -> torch.Tensor:
-        """Paint images from slots: slots of an image, edited slots, or slots from a `SlotLibrary`.
+        """Paint images from slots, see `paint`.
 
         Args:
             slots: (batch, slots, slot_dim).
@@ -313,9 +330,7 @@ class SlotAutoencoderModel(SlotAutoencoderPreTrainedModel):
         Returns:
             Images, (batch, channels, height, width), in [0, 1].
         """
-        slots = slots.to(self.device, self.dtype)
-        reconstruction, _, _ = blend_slots(self.decoder, self.config, slots, keep)
-        return (reconstruction / 2 + 0.5).clamp(0, 1)
+        return (self.paint(slots, keep).reconstruction / 2 + 0.5).clamp(0, 1)
 
     @torch.no_grad()
     def posterior(self, pixel_values: torch.Tensor, output: SlotAutoencoderOutput) -> torch.Tensor:

@@ -11,6 +11,14 @@ Differences from SlotDiffusion:
   (see `ResidualBlock`). SlotDiffusion uses strided convolutions, and a convolution after the interpolation.
 - There is one middle block (residual, transformer, residual). It always attends to the slots.
 - Images must have the size in the config, because the network was never trained on other sizes.
+
+Three options help small networks. They are off by default:
+
+- `patch_size` cuts the latents into patches, as vision transformers cut images. The feature maps are then smaller.
+- `sketch_channels` adds the latents of a sketch to the input. The sketch is the image that the decoder of a slot
+  autoencoder paints from the same slots. Diffusion then only adds what the sketch lacks, as in Pandey et al. 2022,
+  "DiffuseVAE".
+- `layout_channels` adds a projection of the slots to the input. Each slot is painted where its mask is.
 """
 
 from dataclasses import dataclass
@@ -25,9 +33,11 @@ from torch import nn
 from .layers_unet import ResidualBlock, SlotTransformer, TimeEmbedding
 
 ARCHITECTURES = {
-    # For 3x16x16 latents of 64x64 images and slots of 64 channels, on a CPU.
+    # For 4x32x32 latents of 64x64 images and slots of 64 channels, on a CPU.
     "small": {
-        "sample_size": 16,
+        "sample_size": 32,
+        "in_channels": 4,
+        "patch_size": 2,
         "block_out_channels": (32, 64, 128),
         "layers_per_block": 1,
         "attention_resolutions": (8, 4),
@@ -82,13 +92,14 @@ class SlotUNetModel(ModelMixin, ConfigMixin):
     output of the corresponding layer of the down path. A further layer between levels doubles the feature map.
 
     Args:
-        sample_size: Height and width of the latents; divisible by 2 once per level after the first.
+        sample_size: Height and width of the latents. In patches, divisible by 2 once per level after the first.
         in_channels: Channels of the latents.
         block_out_channels: Channels of each level, from the finest to the coarsest. Multiples of `norm_num_groups`,
             and in levels with a transformer also of `attention_head_dim`.
         layers_per_block: Layers per level of the down path.
         attention_resolutions: Heights of the feature maps whose layers have a transformer. The finest level has height
-            `sample_size`, and each further level has half the height. The middle block always has a transformer.
+            `sample_size` / `patch_size`, and each further level has half the height. The middle block always has a
+            transformer.
         transformer_layers_per_block: Transformer blocks per transformer.
         attention_head_dim: Channels of an attention head.
         cross_attention_dim: Channels of a slot.
@@ -97,6 +108,9 @@ class SlotUNetModel(ModelMixin, ConfigMixin):
         num_train_timesteps: Number of timesteps of the noise schedule, which are numbered from 0.
         position_frequencies: Octaves of the position embedding of the transformers. Defaults to no position embedding,
             as in `UNet2DConditionModel`.
+        patch_size: Side of the patches of the latents. The finest feature map has height `sample_size` / `patch_size`.
+        sketch_channels: Channels of the sketch, a second input with the size of the latents. 0: no sketch.
+        layout_channels: Channels of the slots that are painted by their masks. 0: no masks.
 
     Raises:
         ValueError: If the sizes do not fit together.
@@ -104,8 +118,8 @@ class SlotUNetModel(ModelMixin, ConfigMixin):
     Example:
         ```python
         >>> unet = SlotUNetModel(**ARCHITECTURES["small"])
-        >>> unet(torch.randn(2, 3, 16, 16), torch.tensor([0, 999]), torch.randn(2, 5, 64)).sample.shape
-        torch.Size([2, 3, 16, 16])
+        >>> unet(torch.randn(2, 4, 32, 32), torch.tensor([0, 999]), torch.randn(2, 5, 64)).sample.shape
+        torch.Size([2, 4, 32, 32])
 
         ```
     """
@@ -129,12 +143,15 @@ class SlotUNetModel(ModelMixin, ConfigMixin):
         norm_num_groups: int = 32,
         num_train_timesteps: int = 1000,
         position_frequencies: int | None = None,
+        patch_size: int = 1,
+        sketch_channels: int = 0,
+        layout_channels: int = 0,
     ):
         super().__init__()
         self._check_config()
         self.gradient_checkpointing = False
         time_dim = 4 * block_out_channels[0]
-        sizes = [sample_size >> level for level in range(len(block_out_channels))]
+        sizes = [sample_size // patch_size >> level for level in range(len(block_out_channels))]
 
         def layer(width: int, out: int, attend: bool = False, resample: str | None = None) -> SlotUNetLayer:
             residual = ResidualBlock(
@@ -153,7 +170,9 @@ class SlotUNetModel(ModelMixin, ConfigMixin):
             return SlotUNetLayer(residual, transformer)
 
         self.time_embedding = TimeEmbedding(block_out_channels[0], time_dim)
-        self.conv_in = nn.Conv2d(in_channels, block_out_channels[0], 3, padding=1)
+        inputs = (in_channels + sketch_channels) * patch_size**2 + layout_channels
+        self.conv_in = nn.Conv2d(inputs, block_out_channels[0], 3, padding=1)
+        self.layout = nn.Linear(cross_attention_dim, layout_channels) if layout_channels else None
 
         width = block_out_channels[0]
         widths = [width]  # of the feature maps that the up path reads
@@ -178,7 +197,7 @@ class SlotUNetModel(ModelMixin, ConfigMixin):
                 self.up_layers.append(layer(width, width, resample="up"))
 
         self.norm_out = nn.GroupNorm(norm_num_groups, width)
-        self.conv_out = nn.Conv2d(width, in_channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(width, in_channels * patch_size**2, 3, padding=1)
         nn.init.zeros_(self.conv_out.weight)
         nn.init.zeros_(self.conv_out.bias)
 
@@ -193,9 +212,13 @@ class SlotUNetModel(ModelMixin, ConfigMixin):
             "cross_attention_dim",
             "norm_num_groups",
             "num_train_timesteps",
+            "patch_size",
         ):
             if config[name] < 1:
                 raise ValueError(f"{name}={config[name]} must be at least 1.")
+        for name in ("sketch_channels", "layout_channels"):
+            if config[name] < 0:
+                raise ValueError(f"{name}={config[name]} must be 0 or above.")
         if config.position_frequencies is not None and config.position_frequencies < 0:
             raise ValueError(f"position_frequencies={config.position_frequencies} must be None or at least 0.")
         channels, groups, head_dim = config.block_out_channels, config.norm_num_groups, config.attention_head_dim
@@ -203,13 +226,14 @@ class SlotUNetModel(ModelMixin, ConfigMixin):
             raise ValueError("block_out_channels=() must have at least one level.")
         if not 0 <= config.dropout < 1:
             raise ValueError(f"dropout={config.dropout} must be at least 0 and below 1.")
-        coarsest = 2 ** (len(channels) - 1)
+        patch = config.patch_size
+        coarsest = patch * 2 ** (len(channels) - 1)
         if config.sample_size % coarsest:
             raise ValueError(
                 f"sample_size={config.sample_size} must be a multiple of {coarsest}, because it is halved between the "
-                f"{len(channels)} levels of block_out_channels."
+                f"{len(channels)} levels of block_out_channels, with patches of size {patch}."
             )
-        sizes = [config.sample_size >> level for level in range(len(channels))]
+        sizes = [config.sample_size // patch >> level for level in range(len(channels))]
         for size in config.attention_resolutions:
             if size not in sizes:
                 raise ValueError(
@@ -232,7 +256,13 @@ class SlotUNetModel(ModelMixin, ConfigMixin):
                 )
 
     def _check_inputs(
-        self, sample: torch.Tensor, slots: torch.Tensor, keep: torch.Tensor | None, timestep: torch.Tensor
+        self,
+        sample: torch.Tensor,
+        slots: torch.Tensor,
+        keep: torch.Tensor | None,
+        timestep: torch.Tensor,
+        sketch: torch.Tensor | None,
+        masks: torch.Tensor | None,
     ) -> None:
         config = self.config
         expected = (config.in_channels, config.sample_size, config.sample_size)
@@ -253,6 +283,19 @@ class SlotUNetModel(ModelMixin, ConfigMixin):
                 f"encoder_attention_mask is {keep.dtype} of shape {tuple(keep.shape)}, expected torch.bool of shape "
                 f"{tuple(slots.shape[:2])}: the slots to attend to."
             )
+        expected = (len(sample), config.sketch_channels, config.sample_size, config.sample_size)
+        if (sketch is None) != (not config.sketch_channels) or (sketch is not None and sketch.shape != expected):
+            found = "missing" if sketch is None else f"of shape {tuple(sketch.shape)}"
+            wanted = f"a tensor of shape {expected}" if config.sketch_channels else "none, as sketch_channels=0"
+            raise ValueError(f"sketch is {found}, expected {wanted}.")
+        if (masks is None) != (not config.layout_channels) or (
+            masks is not None and (masks.ndim != 4 or masks.shape[:2] != slots.shape[:2])
+        ):
+            found = "missing" if masks is None else f"of shape {tuple(masks.shape)}"
+            wanted = f"(batch, {slots.shape[1]}, height, width), one mask per slot"
+            raise ValueError(
+                f"masks is {found}, expected {wanted if config.layout_channels else 'none, as layout_channels=0'}."
+            )
         if timestep.shape not in ((), (1,), (len(sample),)):
             raise ValueError(
                 f"timestep has shape {tuple(timestep.shape)}, expected one number, or one for each of the "
@@ -272,6 +315,19 @@ class SlotUNetModel(ModelMixin, ConfigMixin):
             return self._gradient_checkpointing_func(layer, *args)
         return layer(*args)
 
+    def _gather_inputs(
+        self, sample: torch.Tensor, slots: torch.Tensor, sketch: torch.Tensor | None, masks: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Return the patches of the latents and of the sketch, and the slots where their masks are."""
+        if sketch is not None:
+            sample = torch.cat([sample, sketch], dim=1)
+        inputs = F.pixel_unshuffle(sample, self.config.patch_size)
+        if masks is None:
+            return inputs
+        areas = F.adaptive_avg_pool2d(masks.to(slots.dtype), inputs.shape[-2:])
+        painted = torch.einsum("bkhw,bkc->bchw", areas, self.layout(slots))
+        return torch.cat([inputs, painted.to(inputs.dtype)], dim=1)
+
     def forward(
         self,
         sample: torch.Tensor,
@@ -279,6 +335,9 @@ class SlotUNetModel(ModelMixin, ConfigMixin):
         encoder_hidden_states: torch.Tensor,
         encoder_attention_mask: torch.Tensor | None = None,
         return_dict: bool = True,
+        *,
+        sketch: torch.Tensor | None = None,
+        masks: torch.Tensor | None = None,
     ) -> SlotUNetOutput | tuple[torch.Tensor]:
         """Predict the noise.
 
@@ -290,6 +349,9 @@ class SlotUNetModel(ModelMixin, ConfigMixin):
             encoder_attention_mask: The slots to attend to, bool (batch, slots), at least one per row. Defaults to all
                 slots.
             return_dict: Whether to return a `SlotUNetOutput` instead of a tuple.
+            sketch: Latents of the sketch, (batch, sketch_channels, sample_size, sample_size).
+            masks: The mask of each slot in the sketch, (batch, slots, height, width), of any size that is a multiple
+                of the finest feature map. For `layout_channels`.
 
         Returns:
             The noise, as `.sample` or the first element.
@@ -299,11 +361,11 @@ class SlotUNetModel(ModelMixin, ConfigMixin):
         """
         # A number stays on the CPU until it is checked.
         timestep = torch.as_tensor(timestep)
-        self._check_inputs(sample, encoder_hidden_states, encoder_attention_mask, timestep)
+        self._check_inputs(sample, encoder_hidden_states, encoder_attention_mask, timestep, sketch, masks)
         slots, keep = encoder_hidden_states, encoder_attention_mask
         time = self.time_embedding(timestep.to(sample.device).reshape(-1).expand(len(sample)))
 
-        hidden = self.conv_in(sample)
+        hidden = self.conv_in(self._gather_inputs(sample, slots, sketch, masks))
         skips = [hidden]
         for layer in self.down_layers:
             hidden = self._run(layer, hidden, time, slots, keep)
@@ -314,5 +376,5 @@ class SlotUNetModel(ModelMixin, ConfigMixin):
             if layer.residual.resample is None:
                 hidden = torch.cat([hidden, skips.pop()], dim=1)
             hidden = self._run(layer, hidden, time, slots, keep)
-        noise = self.conv_out(F.silu(self.norm_out(hidden)))
+        noise = F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(hidden))), self.config.patch_size)
         return SlotUNetOutput(sample=noise) if return_dict else (noise,)

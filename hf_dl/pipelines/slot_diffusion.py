@@ -2,7 +2,8 @@
 
 The slot encoder finds the slots of an image. The U-Net removes noise from latents with cross-attention to the slots,
 and the autoencoder decodes the latents. See Wu et al. 2023, "SlotDiffusion", and Jiang et al. 2023, "Object-Centric
-Slot Diffusion".
+Slot Diffusion". The U-Net may also get a sketch and masks: the image that a slot autoencoder paints from the slots,
+and the places of the slots in it (see `SlotUNetModel`).
 
 ```python
 pipe = SlotDiffusionPipeline.from_pretrained("runs/train_slot_diffusion")
@@ -21,10 +22,11 @@ import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDPMScheduler, ModelMixin, SchedulerMixin, VQModel
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import BaseOutput
@@ -32,7 +34,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from transformers import PreTrainedModel
 
-from ..models.latent_autoencoder import decode_latents
+from ..models.latent_autoencoder import decode_latents, encode_latents
 from ..models.layers_attention import attention_masks
 from .diffusion_sampling import PREDICTION_TYPES, ancestral_step
 from .portable_pipeline import PortablePipeline
@@ -59,11 +61,21 @@ class SlotDiffusionOutput(BaseOutput):
     originals: list[Image.Image] | np.ndarray | torch.Tensor | None = None
 
 
+class _Background(NamedTuple):
+    """Images that stay outside a region, and the same for their latents."""
+
+    pixel_values: torch.Tensor  # (batch, channels, height, width)
+    region: torch.Tensor  # bool (batch, 1, height, width)
+    latents: torch.Tensor  # (batch, latent channels, rows, columns)
+    cells: torch.Tensor  # bool (batch, 1, rows, columns)
+
+
 class SlotDiffusionPipeline(PortablePipeline):
     """Segment, redraw, edit and compose images by their slots.
 
     Args:
-        slot_encoder: A `SlotEncoderModel` or `SlotAutoencoderModel`, which maps images to slots.
+        slot_encoder: A `SlotEncoderModel` or `SlotAutoencoderModel`, which maps images to slots. A U-Net with
+            sketches or masks needs a `SlotAutoencoderModel`, which can paint.
         unet: A `SlotUNetModel`, or diffusers' `UNet2DConditionModel` whose `cross_attention_dim` is the size of a
             slot. It maps noisy latents, time and slots to noise.
         autoencoder: An `AutoencoderKL` or `VQModel`, which maps latents to images.
@@ -97,6 +109,11 @@ class SlotDiffusionPipeline(PortablePipeline):
             raise ValueError(
                 f"autoencoder has latents of {latent_channels} channels and unet expects in_channels={in_channels}; "
                 "use parts that were trained together."
+            )
+        if _takes_painting(unet) and not hasattr(slot_encoder, "paint"):
+            raise ValueError(
+                "unet takes sketches or masks of slots, which slot_encoder cannot paint; use the SlotAutoencoderModel "
+                "that the U-Net was trained with."
             )
         known = unet.config.get("num_train_timesteps", scheduler.config.num_train_timesteps)
         if scheduler.config.num_train_timesteps > known:
@@ -171,10 +188,11 @@ class SlotDiffusionPipeline(PortablePipeline):
         num_slots: int | None = None,
         num_iterations: int | None = None,
     ) -> torch.Tensor | list[torch.Tensor]:
-        """Assign each pixel to the slot with the highest attention in the last iteration.
+        """Assign each pixel to a slot.
 
-        The attention is a softmax over the slots at each token. It is interpolated bilinearly to the size of the image
-        (`attention_masks`).
+        With a `SlotAutoencoderModel`, this is the slot with the highest `posterior`, as in its `segment`. With a
+        `SlotEncoderModel`, it is the slot with the highest attention in the last iteration. The attention is a softmax
+        over the slots at each token. It is interpolated bilinearly to the size of the image (`attention_masks`).
 
         Args:
             image: One or more images; see `encode`.
@@ -188,14 +206,28 @@ class SlotDiffusionPipeline(PortablePipeline):
         with self._evaluating():
             pixel_values, sizes = self._prepare(image)
             output = self.slot_encoder(pixel_values, num_slots=num_slots, num_iterations=num_iterations)
-        image_size = self.slot_encoder.config.image_size
-        masks = [
-            attention_masks(each[None], size, image_size=image_size)[0].argmax(dim=0)
-            for each, size in zip(output.attentions[-1], sizes, strict=True)
-        ]
+        masks = {size: self.slot_masks(pixel_values, output, size) for size in set(sizes)}
+        masks = [masks[size][row].argmax(dim=0) for row, size in enumerate(sizes)]
         self.maybe_free_model_hooks()
         several = isinstance(image, (list, tuple)) or (isinstance(image, torch.Tensor) and image.ndim == 4)
         return masks if several else masks[0]
+
+    @torch.no_grad()
+    def slot_masks(self, image: ImageLike | Sequence[ImageLike], output: Any, size: tuple[int, int]) -> torch.Tensor:
+        """Return the mask of each slot, see `segment`.
+
+        Args:
+            image: The images that were encoded.
+            output: The output of `encode` for them.
+            size: Height and width of the masks.
+
+        Returns:
+            (batch, slots, height, width), which sums to 1 over the slots.
+        """
+        if hasattr(self.slot_encoder, "posterior"):
+            posterior = self.slot_encoder.posterior(self._prepare(image)[0], output)
+            return F.interpolate(posterior, size=size, mode="bilinear", align_corners=False)
+        return attention_masks(output.attentions[-1], size, image_size=self.slot_encoder.config.image_size)
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor, output_type: str = "pil") -> list[Image.Image] | np.ndarray | torch.Tensor:
@@ -211,11 +243,34 @@ class SlotDiffusionPipeline(PortablePipeline):
         """
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type={output_type!r} is unknown; choose one of {', '.join(OUTPUT_TYPES)}.")
+        return self._decode(latents, output_type, None)
+
+    def _decode(
+        self, latents: torch.Tensor, output_type: str, known: "_Background | None"
+    ) -> list[Image.Image] | np.ndarray | torch.Tensor:
+        """Decode latents, and replace the pixels outside the region of a background."""
         if output_type == "latent":
             return latents
         with self._evaluating():
             images = decode_latents(self.autoencoder, latents.to(self.autoencoder.dtype))
+        if known is not None:
+            images = images.where(known.region, known.pixel_values.to(images))
         return self.image_processor.postprocess(images, output_type=output_type)
+
+    def _prepare_background(self, background: Any, region: torch.Tensor | None, batch: int) -> "_Background":
+        """Return the background of each image in the batch."""
+        pixel_values, _ = self._prepare(background)
+        expected = (batch, *pixel_values.shape[-2:])
+        if region is None or region.shape != expected or region.dtype != torch.bool or len(pixel_values) != batch:
+            found = "missing" if region is None else f"{region.dtype} of shape {tuple(region.shape)}"
+            raise ValueError(
+                f"background has {len(pixel_values)} images and region is {found}, expected {batch} images and "
+                f"torch.bool of shape {expected}: the pixels to draw."
+            )
+        region = region.to(pixel_values.device)[:, None]
+        latents = encode_latents(self.autoencoder, pixel_values.to(self.autoencoder.dtype))
+        cells = F.adaptive_max_pool2d(region.float(), latents.shape[-2:]).bool()
+        return _Background(pixel_values, region, latents, cells)
 
     @contextlib.contextmanager
     def _evaluating(self) -> Iterator[None]:
@@ -240,6 +295,8 @@ class SlotDiffusionPipeline(PortablePipeline):
         *,
         keep: torch.Tensor | None = None,
         num_slots: int | None = None,
+        background: ImageLike | Sequence[ImageLike] | None = None,
+        region: torch.Tensor | None = None,
         num_inference_steps: int | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
@@ -256,8 +313,13 @@ class SlotDiffusionPipeline(PortablePipeline):
         Args:
             image: Images whose slots to use; see `encode`.
             slots: Slots to use instead of `image`, (batch, slots, slot_dim).
-            keep: The slots to use, bool (batch, slots), at least one per image. Defaults to all slots.
+            keep: The slots to use, bool (batch, slots), at least one per image. Defaults to the slots that `image`
+                needs if the slot encoder is a `SlotAutoencoderModel`, else to all slots.
             num_slots: K for `image`. Defaults to the encoder's number of slots.
+            background: Images to keep where `region` is False, as for `image` in `encode`. After each step, noisy
+                latents of these images replace the latents outside the region (Avrahami et al. 2023, "Blended Latent
+                Diffusion"). At the end, their pixels replace the pixels outside the region.
+            region: The pixels to draw, bool (batch, image_size, image_size), for `background`.
             num_inference_steps: Number of steps. Defaults to the number of training timesteps for a `DDPMScheduler`,
                 and to 50 for other schedulers.
             generator: Source of the noise, or a list of one generator per image.
@@ -300,9 +362,12 @@ class SlotDiffusionPipeline(PortablePipeline):
             )
         with self._evaluating():
             if slots is None:
-                slots = self.encode(image, num_slots=num_slots).slots
+                found = self.encode(image, num_slots=num_slots)
+                slots, keep = found.slots, getattr(found, "keep", None) if keep is None else keep
             slots, keep = self._check_slots(slots, keep)
             mask = None if keep.all() else keep
+            painting = self.paint(slots, keep)
+            known = None if background is None else self._prepare_background(background, region, len(slots))
             device, scheduler = self._execution_device, self.scheduler
             steps = num_inference_steps
             if steps is None:
@@ -313,7 +378,8 @@ class SlotDiffusionPipeline(PortablePipeline):
                     "of training."
                 )
             scheduler.set_timesteps(steps, device=device)
-            latents = self._begin(len(slots), generator, latents) * scheduler.init_noise_sigma
+            start = self._begin(len(slots), generator, latents)
+            latents = start * scheduler.init_noise_sigma
             times = scheduler.timesteps.tolist()
             ancestral = self._is_ancestral()
             noise_from = PREDICTION_TYPES.get(scheduler.config.get("prediction_type"))
@@ -324,7 +390,11 @@ class SlotDiffusionPipeline(PortablePipeline):
                 for step, timestep in enumerate(scheduler.timesteps):
                     scaled = scheduler.scale_model_input(latents, timestep)
                     predicted = self.unet(
-                        scaled.to(self.unet.dtype), timestep, encoder_hidden_states=slots, encoder_attention_mask=mask
+                        scaled.to(self.unet.dtype),
+                        timestep,
+                        encoder_hidden_states=slots,
+                        encoder_attention_mask=mask,
+                        **painting,
                     ).sample.to(latents.dtype)
                     if ancestral:
                         alpha = alphas[times[step]]
@@ -336,6 +406,11 @@ class SlotDiffusionPipeline(PortablePipeline):
                         latents = ancestral_step(latents, epsilon, alpha, earlier, noise)
                     else:
                         latents = scheduler.step(predicted, timestep, latents, **extra).prev_sample
+                    if known is not None:
+                        outside = known.latents.to(latents)
+                        if step + 1 < len(times):
+                            outside = scheduler.add_noise(outside, start, scheduler.timesteps[step + 1].reshape(1))
+                        latents = latents.where(known.cells, outside)
                     if callback_on_step_end is not None:
                         tensors = {"latents": latents, "slots": slots}
                         if "denoised" in callback_on_step_end_tensor_inputs:
@@ -344,11 +419,36 @@ class SlotDiffusionPipeline(PortablePipeline):
                             tensors["denoised"] = (scaled - (1 - alpha) ** 0.5 * epsilon) / alpha**0.5
                         given = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
                         replaced = callback_on_step_end(self, step, timestep, given) or {}
-                        latents, slots = replaced.get("latents", latents), replaced.get("slots", slots)
+                        latents = replaced.get("latents", latents)
+                        if "slots" in replaced:
+                            slots = replaced["slots"]
+                            painting = self.paint(slots, keep)
                     bar.update()
-            images = self.decode(latents, output_type)
+            images = self._decode(latents, output_type, known)
         self.maybe_free_model_hooks()
         return SlotDiffusionOutput(images=images, slots=slots, keep=keep) if return_dict else (images, slots, keep)
+
+    @torch.no_grad()
+    def paint(self, slots: torch.Tensor, keep: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        """Paint the inputs of the U-Net that depend on the slots only.
+
+        Args:
+            slots: (batch, slots, slot_dim).
+            keep: The slots to paint, bool (batch, slots). Defaults to all slots.
+
+        Returns:
+            If the U-Net has `sketch_channels`, `sketch`: latents of the painted images. If it has `layout_channels`,
+            `masks`: the mask of each slot, (batch, slots, height, width).
+        """
+        painting, config = {}, self.unet.config
+        if _takes_painting(self.unet):
+            painted = self.slot_encoder.paint(slots, keep)
+            if config.get("sketch_channels"):
+                sketch = painted.reconstruction.clamp(-1, 1).to(self._execution_device, self.autoencoder.dtype)
+                painting["sketch"] = encode_latents(self.autoencoder, sketch).to(self.unet.dtype)
+            if config.get("layout_channels"):
+                painting["masks"] = painted.masks.to(self._execution_device, self.unet.dtype)
+        return painting
 
     def _is_ancestral(self) -> bool:
         config = self.scheduler.config
@@ -400,6 +500,7 @@ class SlotDiffusionPipeline(PortablePipeline):
         num_slots: int | None = None,
         generator: torch.Generator | None = None,
         with_original: bool = True,
+        blend: bool = False,
         **kwargs: Any,
     ) -> SlotDiffusionOutput:
         """Draw an image without some of its slots, or with slots of another image.
@@ -415,6 +516,8 @@ class SlotDiffusionPipeline(PortablePipeline):
             num_slots: K for both images. Defaults to the encoder's number of slots.
             generator: Source of the noise.
             with_original: Whether to draw the unedited image as well, which doubles the time.
+            blend: Whether to keep the pixels of the image where the edited slots are not, see `edited_region`. Needs a
+                `SlotAutoencoderModel`.
             **kwargs: Further arguments of a call: num_inference_steps, latents, output_type, callbacks.
 
         Returns:
@@ -428,10 +531,18 @@ class SlotDiffusionPipeline(PortablePipeline):
             >>> pipe.edit(image, other=photo, swap={1: 3}, add=[2])  # doctest: +SKIP
         """
         swap = dict(swap or {})
-        slots = self.encode(image, num_slots=num_slots).slots
+        found = self.encode(image, num_slots=num_slots)
+        slots = found.slots
         if len(slots) != 1:
             raise ValueError(f"image has {len(slots)} images, expected one; edit one image at a time.")
+        if blend and not hasattr(self.slot_encoder, "paint"):
+            raise ValueError(
+                "blend=True needs the masks of a SlotAutoencoderModel, and slot_encoder is a "
+                f"{type(self.slot_encoder).__name__}; leave blend out."
+            )
         count, edited = slots.shape[1], slots[0].clone()
+        keep = getattr(found, "keep", None)
+        keep = torch.ones(count, dtype=torch.bool, device=slots.device) if keep is None else keep[0].clone()
         _check_numbers("remove", remove, count)
         _check_numbers("swap", swap, count)
         both = sorted(set(remove) & set(swap))
@@ -448,21 +559,35 @@ class SlotDiffusionPipeline(PortablePipeline):
             _check_numbers("swap", swap.values(), others.shape[1], of="other")
             _check_numbers("add", add, others.shape[1], of="other")
             for mine, theirs in swap.items():
-                edited[mine] = others[0, theirs]
+                edited[mine], keep[mine] = others[0, theirs], True
             added = others[0, list(add)]
-        edited = torch.cat([edited[[slot for slot in range(count) if slot not in set(remove)]], added])
+        left = [slot for slot in range(count) if slot not in set(remove)]
+        edited, kept = torch.cat([edited[left], added]), torch.cat([keep[left], keep.new_ones(len(added))])
         if not len(edited):
             raise ValueError(f"remove has all {count} slots of the image; leave at least one, or add one.")
         if generator is None:
             generator = torch.Generator()
             generator.seed()
         state = generator.get_state()
-        output = self(slots=edited[None], generator=generator, **kwargs)
+        options = {}
+        if blend:
+            new = [*(left.index(slot) for slot in swap), *range(len(left), len(edited))]
+            region = self._edited_region(slots, found.keep, [*remove, *swap])
+            region |= self._edited_region(edited[None], kept[None], new)
+            options = {"background": image, "region": region}
+        kept = kept if kept.any() else torch.ones_like(kept)  # if only spare slots are left
+        output = self(slots=edited[None], keep=kept[None], generator=generator, **options, **kwargs)
         if not with_original:
             return output
         generator.set_state(state)
-        originals = self(slots=slots, generator=generator, **kwargs).images
+        originals = self(slots=slots, keep=getattr(found, "keep", None), generator=generator, **kwargs).images
         return SlotDiffusionOutput(images=output.images, slots=output.slots, keep=output.keep, originals=originals)
+
+    def _edited_region(self, slots: torch.Tensor, keep: torch.Tensor, chosen: Sequence[int]) -> torch.Tensor:
+        """Return the pixels of the chosen slots of one image, bool (1, image_size, image_size)."""
+        with self._evaluating():
+            masks = self.slot_encoder.paint(slots, keep).masks
+        return edited_region(masks[:, list(chosen)].sum(1))
 
     @torch.no_grad()
     def compose(
@@ -500,6 +625,29 @@ class SlotDiffusionPipeline(PortablePipeline):
             raise ValueError("compose draws slots on the CPU; pass a single generator, torch.Generator().")
         slots, keep = library.sample(n, generator=generator, mode=mode, num_objects=num_objects, max_iou=max_iou)
         return self(slots=slots, keep=keep, generator=generator, **kwargs)
+
+
+def edited_region(masks: torch.Tensor, *, threshold: float = 0.1, margin: int = 2) -> torch.Tensor:
+    """Return the pixels that an edit may change: all pixels near the mask of the edited slots.
+
+    Args:
+        masks: Sum of the masks of the edited slots, (batch, height, width), in [0, 1].
+        threshold: Value of the mask at the border of the region.
+        margin: Number of pixels by which the region is enlarged on each side.
+
+    Returns:
+        bool (batch, height, width).
+
+    Example:
+        >>> edited_region(torch.eye(3)[None], margin=0)[0].sum().item()
+        3
+    """
+    region = (masks > threshold).float()
+    return F.max_pool2d(region[:, None], 2 * margin + 1, stride=1, padding=margin)[:, 0].bool()
+
+
+def _takes_painting(unet: ModelMixin) -> bool:
+    return bool(unet.config.get("sketch_channels") or unet.config.get("layout_channels"))
 
 
 def _check_numbers(name: str, numbers: Any, count: int, *, of: str = "the image") -> None:

@@ -175,6 +175,46 @@ def test_learns_what_the_slots_say():
     assert loss < 0.1 * (target - target.mean(0)).square().mean()
 
 
+def test_patches_are_a_rearrangement():
+    """With patches of size 2, the network is the one for latents that pixel_unshuffle made."""
+    cut, whole = make_unet(patch_size=2, sample_size=16), make_unet(in_channels=12)
+    whole.load_state_dict(cut.state_dict())
+    sample, times, slots = torch.randn(2, 3, 16, 16), torch.tensor([5, 700]), torch.randn(2, 3, 12)
+    expected = F.pixel_shuffle(whole(F.pixel_unshuffle(sample, 2), times, slots).sample, 2)
+    torch.testing.assert_close(cut(sample, times, slots).sample, expected)
+
+
+def test_a_sketch_is_more_channels_of_the_input():
+    sketching, plain = make_unet(sketch_channels=2), make_unet(in_channels=5)
+    weights = sketching.state_dict()
+    wider = {"conv_out.weight": plain.conv_out.weight, "conv_out.bias": plain.conv_out.bias}
+    with torch.no_grad():
+        for name, value in wider.items():
+            value[:3] = weights[name]
+    plain.load_state_dict(weights | wider)
+    sample, times, slots = make_inputs()
+    sketch = torch.randn(2, 2, 8, 8)
+    expected = plain(torch.cat([sample, sketch], 1), times, slots).sample[:, :3]
+    torch.testing.assert_close(sketching(sample, times, slots, sketch=sketch).sample, expected)
+
+
+def test_slots_are_painted_where_their_masks_are():
+    unet = make_unet(layout_channels=5)
+    inputs = []
+    unet.conv_in.register_forward_hook(lambda module, args, output: inputs.append(args[0]))
+    sample, times, slots = make_inputs()
+    masks = torch.randn(2, 3, 16, 16).softmax(1)
+    unet(sample, times, slots, masks=masks)
+    small, vectors = F.avg_pool2d(masks, 2), F.linear(slots, unet.layout.weight, unet.layout.bias)
+    painted = sum(small[:, slot, None] * vectors[:, slot, :, None, None] for slot in range(3))
+    torch.testing.assert_close(inputs[0], torch.cat([sample, painted], 1))
+    order = torch.tensor([2, 0, 1])  # slots with their masks are a set
+    torch.testing.assert_close(
+        unet(sample, times, slots[:, order], masks=masks[:, order]).sample,
+        unet(sample, times, slots, masks=masks).sample,
+    )
+
+
 # ------------------------------------------------------------------------------------------------ saving
 
 
@@ -205,7 +245,7 @@ def test_named_networks_are_what_they_say():
         with torch.device("meta"):
             unet = SlotUNetModel(**fields)
         sizes[name] = sum(parameter.numel() for parameter in unet.parameters())
-        inputs = torch.empty(1, 3, unet.config.sample_size, unet.config.sample_size, device="meta")
+        inputs = torch.empty(1, unet.config.in_channels, *2 * [unet.config.sample_size], device="meta")
         slots = torch.empty(1, 5, unet.config.cross_attention_dim, device="meta")
         assert unet(inputs, torch.empty(1, device="meta"), slots).sample.shape == inputs.shape
     assert sizes["small"] < 5e6 and 1.0e8 < sizes["clevrtex"] < 1.5e8
@@ -226,6 +266,11 @@ def test_named_networks_are_what_they_say():
         ({"attention_head_dim": 5}, "must be multiples of attention_head_dim=5 where"),
         ({"position_frequencies": -1}, "position_frequencies=-1 must be None or at least 0"),
         ({"dropout": 1.0}, "dropout=1.0 must be at least 0 and below 1"),
+        ({"patch_size": 0}, "patch_size=0 must be at least 1"),
+        ({"patch_size": 8}, "sample_size=8 must be a multiple of 16, .* with patches of size 8"),
+        ({"patch_size": 2, "attention_resolutions": (8,)}, r"attention_resolutions=\(8,\) has 8, .* from 4, 2"),
+        ({"sketch_channels": -1}, "sketch_channels=-1 must be 0 or above"),
+        ({"layout_channels": -1}, "layout_channels=-1 must be 0 or above"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(fields, message):
@@ -249,6 +294,11 @@ def test_a_misspelled_field_is_rejected():
         ({"encoder_hidden_states": torch.zeros(2, 0, 12)}, "has no slots"),
         ({"encoder_attention_mask": torch.ones(2, 4, dtype=torch.bool)}, r"expected torch.bool of shape \(2, 3\)"),
         ({"encoder_attention_mask": torch.ones(2, 3)}, "encoder_attention_mask is torch.float32"),
+        (
+            {"sketch": torch.zeros(2, 3, 8, 8)},
+            r"sketch is of shape \(2, 3, 8, 8\), expected none, as sketch_channels=0",
+        ),
+        ({"masks": torch.zeros(2, 3, 8, 8)}, r"masks is of shape \(2, 3, 8, 8\), expected none, as layout_channels=0"),
         ({"timestep": 1000}, "timestep has values from 1000 to 1000, expected 0 to 999"),
         ({"timestep": torch.tensor([3, -1])}, "timestep has values from -1 to 3, expected 0 to 999"),
         ({"timestep": float("nan")}, "timestep has values from nan"),
@@ -260,3 +310,19 @@ def test_inputs_that_do_not_fit_are_refused(unet, change, message):
     inputs = {"sample": sample, "timestep": times, "encoder_hidden_states": slots}
     with pytest.raises(ValueError, match=message):
         unet(**{**inputs, **change})
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"sketch": None}, r"sketch is missing, expected a tensor of shape \(2, 3, 8, 8\)"),
+        ({"sketch": torch.zeros(2, 3, 4, 4)}, r"sketch is of shape \(2, 3, 4, 4\), expected .* \(2, 3, 8, 8\)"),
+        ({"masks": None}, r"masks is missing, expected \(batch, 3, height, width\), one mask per slot"),
+        ({"masks": torch.zeros(2, 4, 8, 8)}, r"masks is of shape \(2, 4, 8, 8\), expected \(batch, 3, height"),
+    ],
+)
+def test_paintings_that_do_not_fit_are_refused(change, message):
+    sample, times, slots = make_inputs()
+    painting = {"sketch": torch.zeros(2, 3, 8, 8), "masks": torch.zeros(2, 3, 8, 8)}
+    with pytest.raises(ValueError, match=message):
+        make_unet(sketch_channels=3, layout_channels=5)(sample, times, slots, **{**painting, **change})

@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import (
     AutoencoderKL,
     ConfigMixin,
@@ -23,11 +24,12 @@ from diffusers.configuration_utils import register_to_config
 from PIL import Image
 
 from hf_dl.models import SlotAutoencoderConfig, SlotAutoencoderModel, SlotEncoderModel, SlotUNetModel, make_autoencoder
+from hf_dl.models.latent_autoencoder import encode_latents
 from hf_dl.models.layers_attention import attention_masks
 from hf_dl.models.slot_library import SlotLibrary
 from hf_dl.models.slot_unet import SlotUNetOutput
 from hf_dl.pipelines.diffusion_sampling import PREDICTION_TYPES, ancestral_step, noise_schedule
-from hf_dl.pipelines.slot_diffusion import SlotDiffusionPipeline
+from hf_dl.pipelines.slot_diffusion import SlotDiffusionPipeline, edited_region
 from tests.loopback_hub import LoopbackHub
 from tests.memory import aligned
 
@@ -124,6 +126,18 @@ def pipe():
 def oracle(request):
     scheduler = noise_schedule(prediction_type=request.param)
     return make_pipe(unet=Oracle(prediction_type=request.param), scheduler=scheduler)
+
+
+def make_painting_pipe(**fields):
+    """A pipeline whose U-Net gets what a slot autoencoder paints."""
+    torch.manual_seed(0)
+    channels = make_autoencoder("small", **SMALL_AUTOENCODER).config.latent_channels
+    options = {"in_channels": channels, "sketch_channels": channels, "layout_channels": 5}
+    unet = SlotUNetModel(**{**UNET, **options, **fields})
+    with torch.no_grad():
+        for parameter in unet.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    return make_pipe(unet=unet, encoder=SlotAutoencoderModel)
 
 
 # ------------------------------------------------------------------------------------------------ sampling
@@ -317,9 +331,11 @@ def test_segment(encoder):
     image, other = make_image(), make_image(1, size=(9, 30))
     mask = pipe.segment(image)
     assert mask.shape == (14, 20) and mask.dtype == torch.int64
-    attention = pipe.encode(image).attentions[-1]
-    larger = attention_masks(attention, (14, 20), image_size=16)
-    assert torch.equal(mask, larger[0].argmax(0)) and len(mask.unique()) > 1
+    if encoder is SlotEncoderModel:
+        larger = attention_masks(pipe.encode(image).attentions[-1], (14, 20), image_size=16)
+        assert torch.equal(mask, larger[0].argmax(0)) and len(mask.unique()) > 1
+    else:
+        assert torch.equal(mask, pipe.slot_encoder.segment(image))
     masks = pipe.segment([image, other], num_slots=2)
     assert [tuple(each.shape) for each in masks] == [(14, 20), (30, 9)] and masks[0].max() <= 1
     pixel_values = pipe.slot_encoder.prepare_images([image, other])
@@ -327,6 +343,18 @@ def test_segment(encoder):
     assert torch.equal(pipe.encode(pixel_values).slots, pipe.encode([image, other]).slots)
     pixels = np.array(image).transpose(2, 0, 1)
     assert torch.equal(pipe.segment(pixels), mask) and torch.equal(pipe.segment(torch.tensor(pixels)), mask)
+
+
+def test_segments_of_a_slot_autoencoder_are_those_of_its_posterior(monkeypatch):
+    pipe = make_pipe(encoder=SlotAutoencoderModel)
+    posterior = torch.randn(2, 3, 16, 16, generator=seeded()).softmax(1)
+    monkeypatch.setattr(SlotAutoencoderModel, "posterior", lambda model, pixel_values, output: posterior)
+    masks = pipe.segment([make_image(), make_image(1, size=(9, 30))])
+    expected = [
+        F.interpolate(posterior[[0]], (14, 20), mode="bilinear"),
+        F.interpolate(posterior[[1]], (30, 9), mode="bilinear"),
+    ]
+    assert all(mask.equal(each[0].argmax(0)) for mask, each in zip(masks, expected, strict=True))
 
 
 def test_an_edit_draws_the_slots_that_it_says(oracle):
@@ -359,6 +387,103 @@ def test_an_edit_keeps_the_noise(pipe):
     unseeded = pipe.edit(image, other=image, swap={1: 1}, **FAST)
     assert torch.equal(unseeded.images, unseeded.originals)
     assert not torch.allclose(unseeded.images, unchanged.images, atol=1e-2)
+
+
+def test_the_unet_gets_the_painting_of_the_kept_slots():
+    pipe = make_painting_pipe()
+    slots, keep = torch.randn(2, 3, 12, generator=seeded()), torch.tensor([[True, False, True], [True, True, True]])
+    given = []
+    pipe.unet.register_forward_pre_hook(lambda module, args, options: given.append(options), with_kwargs=True)
+    pipe(slots=slots, keep=keep, generator=seeded(), **FAST)
+    painted = pipe.slot_encoder.paint(slots, keep)
+    with torch.no_grad():
+        expected = encode_latents(pipe.autoencoder, painted.reconstruction.clamp(-1, 1))
+    assert len(given) == 3
+    torch.testing.assert_close(given[0]["sketch"], expected)
+    torch.testing.assert_close(given[0]["masks"], painted.masks)
+    assert not painted.masks[0, 1].any()
+
+
+def test_an_image_is_drawn_from_the_slots_that_it_needs():
+    pipe, image = make_painting_pipe(), make_image()
+    found = pipe.encode(image)
+    output = pipe(image=image, generator=seeded(), **FAST)
+    assert output.keep.equal(found.keep) and output.slots.equal(found.slots)
+    forced = pipe(image=image, keep=torch.ones_like(found.keep), generator=seeded(), **FAST)
+    assert forced.keep.all()
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning")
+@pytest.mark.parametrize("scheduler", [DDPMScheduler, DDIMScheduler, DPMSolverMultistepScheduler])
+def test_a_background_stays_outside_the_region(scheduler):
+    pipe = make_painting_pipe()
+    pipe.scheduler = scheduler.from_config(noise_schedule().config)
+    image = torch.rand(2, 3, 16, 16, generator=seeded()) * 2 - 1
+    region = torch.zeros(2, 16, 16, dtype=torch.bool)
+    region[0, :8, :8] = True
+    slots = torch.randn(2, 3, 12, generator=seeded())
+    options = {"slots": slots, "num_inference_steps": 3, "output_type": "pt"}
+    seen = []
+    drawn = pipe(
+        **options,
+        background=image,
+        region=region,
+        generator=seeded(),
+        callback_on_step_end=lambda pipe, step, time, tensors: seen.append(tensors["latents"]),
+    ).images
+    outside = ~region[:, None].expand_as(drawn)
+    torch.testing.assert_close(drawn[outside], (image / 2 + 0.5)[outside])
+    free = pipe(**options, generator=seeded()).images
+    assert (drawn - image / 2 - 0.5)[~outside].abs().max() > 0.05  # drawn inside
+    assert (free - image / 2 - 0.5)[outside].abs().max() > 0.05  # without a background, everything is drawn
+    with torch.no_grad():
+        latents = encode_latents(pipe.autoencoder, image)
+    torch.testing.assert_close(seen[-1][1], latents[1])  # nothing is drawn in the second image
+    assert (seen[0][1] - latents[1]).abs().max() > 0.1  # the noise of the step
+
+
+def test_a_blended_edit_keeps_the_rest_of_the_image():
+    pipe, image = make_painting_pipe(), make_image(size=(16, 16))
+    with torch.no_grad():
+        masks = pipe.slot_encoder.paint(pipe.encode(image).slots).masks
+    region = edited_region(masks[:, 0])
+    options = {"num_inference_steps": 3, "output_type": "pt", "generator": seeded()}
+    output = pipe.edit(image, remove=[0], blend=True, **options)
+    pixels = torch.from_numpy(np.array(image)).movedim(-1, 0) / 255
+    outside = ~region[0].expand_as(pixels)
+    torch.testing.assert_close(output.images[0][outside], pixels[outside], atol=1e-5, rtol=0)
+    both = pipe.edit(image, other=make_image(1), swap={1: 2}, add=[0], blend=True, **options)
+    assert both.slots.shape == (1, 4, 12)
+
+
+def test_the_region_of_an_edit():
+    masks = torch.zeros(1, 9, 9)
+    masks[0, 4, 4], masks[0, 0, 0] = 0.5, 0.05
+    expected = torch.zeros(1, 9, 9, dtype=torch.bool)
+    expected[0, 3:6, 3:6] = True
+    assert edited_region(masks, margin=1).equal(expected)
+    assert edited_region(masks, threshold=0.6).sum() == 0
+
+
+@pytest.mark.parametrize(
+    "region, message",
+    [
+        (None, "region is missing, expected 1 images and torch.bool of shape"),
+        (torch.zeros(1, 16, 16), "region is torch.float32 of shape"),
+        (torch.zeros(1, 8, 8, dtype=torch.bool), r"torch.bool of shape \(1, 8, 8\), expected .* \(1, 16, 16\)"),
+    ],
+)
+def test_a_background_without_its_region_is_refused(pipe, region, message):
+    with pytest.raises(ValueError, match=message):
+        pipe(slots=torch.zeros(1, 3, 12), background=make_image(), region=region, **FAST)
+
+
+def test_an_encoder_alone_cannot_paint_or_blend(pipe):
+    with pytest.raises(ValueError, match="blend=True needs the masks of a SlotAutoencoderModel"):
+        pipe.edit(make_image(), remove=[0], blend=True)
+    unet = SlotUNetModel(**{**UNET, "in_channels": pipe.unet.config.in_channels, "layout_channels": 5})
+    with pytest.raises(ValueError, match="unet takes sketches or masks of slots, which slot_encoder cannot paint"):
+        make_pipe(unet=unet)
 
 
 def test_compose(oracle):
@@ -581,7 +706,7 @@ pipe.save_pretrained("again")
 draw(DiffusionPipeline.from_pretrained("again", trust_remote_code=True), "again")
 draw(type(pipe).from_pretrained("me/scenes", trust_remote_code=True), "class")
 del sys.modules["hf_dl"]
-from hf_dl.pipelines.slot_diffusion import SlotDiffusionPipeline
+from hf_dl.pipelines.slot_diffusion import SlotDiffusionPipeline, edited_region
 pipe = SlotDiffusionPipeline.from_pretrained("me/scenes")
 draw(pipe, "with")
 pipe.push_to_hub("me/pushed")

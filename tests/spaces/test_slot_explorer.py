@@ -264,7 +264,7 @@ class TestBrowserWithDiffusion:
     def test_choosing_it_changes_the_whole_page_and_back(self, page):
         from selenium.webdriver.common.by import By
 
-        assert self.label(page, "gallery") == "Image area that each slot attends to"
+        assert self.label(page, "gallery") == "Image area of each slot"
         assert len(page.find_elements(By.CSS_SELECTOR, "#gallery .grid-container img")) == 3
         assert self.seed(page).is_displayed() and "Pipeline" in page.page_source
         press(page, "decoder", "broadcast")
