@@ -16,6 +16,7 @@ from hf_dl.pipelines.slot_diffusion import SlotDiffusionPipeline
 from hf_dl.recipes import slot_diffusion
 from hf_dl.recipes.evaluation import load_model, make_output_folder, write_evaluation
 from hf_dl.recipes.scene_images import SceneFlags, load_images
+from hf_dl.recipes.slot_denoiser import SceneLatents, SlotDenoiser
 from hf_dl.training.args import parse_flags
 
 
@@ -36,8 +37,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     args.image_size = pipe.slot_encoder.config.image_size
     train, test = load_images(args, "train"), load_images(args, "test")
 
-    model = slot_diffusion.SlotDenoiser(pipe.slot_encoder, pipe.unet, pipe.autoencoder, pipe.scheduler)
-    batches = DataLoader(slot_diffusion.SceneLatents(test, pipe.autoencoder), 50, collate_fn=as_is)
+    parts = (pipe.slot_encoder, pipe.unet, pipe.autoencoder, pipe.scheduler)
+    model = SlotDenoiser(*parts, train_slots=not hasattr(pipe.slot_encoder, "paint"))
+    batches = DataLoader(SceneLatents(test, model), 50, collate_fn=as_is)
     scores = slot_diffusion.evaluate(model, batches, pipe.scheduler)
     metrics = {f"test_{name}": value for name, value in scores.items()}
     metrics |= slot_diffusion.draw_and_measure(pipe, train, test, folder, args)

@@ -3,22 +3,27 @@
     scripts/run accelerate launch scripts/train_slot_diffusion.py --prepare
 
 The run starts from the slot autoencoder in runs/train_slots and the latents' autoencoder in runs/train_autoencoder.
---prepare trains them first if they are missing. The default run takes about 8 minutes on one CPU core and reaches an
-ARI of about 0.79 on test scenes: model_cards/slot_diffusion_parts.md. Diffusion on slots is from Wu et al. 2023,
-"SlotDiffusion", and Jiang et al. 2023, "Object-Centric Slot Diffusion". The loss terms of the broadcast decoder are
-ours; they are for small models and short runs.
+--prepare trains them first if they are missing. Both are frozen, so slots and latents are computed once per image. The
+U-Net also gets the image that the slot autoencoder paints, as in Pandey et al. 2022, "DiffuseVAE". Scores to expect:
+model_cards/slot_diffusion.md.
+
+Diffusion on slots is from Wu et al. 2023, "SlotDiffusion", and Jiang et al. 2023, "Object-Centric Slot Diffusion".
+They train the slots together with the U-Net, which --train_slots true does. The loss terms of the broadcast decoder in
+this case are ours; they are for small models and short runs.
 """
 
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
+from diffusers import SchedulerMixin
+from diffusers.training_utils import compute_snr
 
 from hf_dl.data.collate import as_is
-from hf_dl.models.latent_autoencoder import encode_latents
 from hf_dl.models.layers_attention import attention_masks
 from hf_dl.recipes import slot_diffusion
 from hf_dl.recipes.scene_images import SceneFlags, load_images, to_pixel_values
+from hf_dl.recipes.slot_denoiser import SceneLatents, compute_columns, read_conditions
 from hf_dl.recipes.slot_diffusion_parts import prepare_parts
 from hf_dl.training.args import Schedule, TrainingArgs, parse_args, script_path
 from hf_dl.training.run import TrainingRun
@@ -73,43 +78,69 @@ def matching_loss(attention: torch.Tensor, owners: torch.Tensor, *, image_size: 
     return ((weights * cross_entropy).sum(1) / weights.sum(1)).mean()
 
 
+def min_snr_weights(scheduler: SchedulerMixin, times: torch.Tensor, bound: float) -> torch.Tensor:
+    """Compute the weights of timesteps in the loss: min(SNR_t, bound) for the error of the clean latents.
+
+    Hang et al. 2023, "Efficient Diffusion Training via Min-SNR Weighting Strategy". SNR_t = a_t / (1 - a_t). The error
+    of the clean latents is the error of the noise divided by SNR_t, and the error of the velocity divided by
+    SNR_t + 1.
+
+    Args:
+        scheduler: The noise schedule.
+        times: Timesteps, int64 (batch,).
+        bound: The largest weight; 0 gives all timesteps the weight 1.
+
+    Returns:
+        (batch,).
+    """
+    if not bound:
+        return torch.ones_like(times, dtype=torch.float32)
+    snr = compute_snr(scheduler, times)
+    shift = 0 if scheduler.config.prediction_type == "epsilon" else 1
+    return snr.clamp(max=bound) / (snr + shift)
+
+
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Train, evaluate on the test split, and write the pipeline, the report and the pictures into `output_dir`."""
     args = parse_args(Args, argv)
     prepare_parts(args, script_path(Args).parent)
     model = slot_diffusion.make_model(args)
     train, validation, test = (load_images(args, split) for split in ("train", "validation", "test"))
-    data = slot_diffusion.SceneLatents(train) if args.cache_latents else train
-    pretrained = [name for name in ("slot_encoder", "decoder") if getattr(model, name) is not None]
+    data = SceneLatents(train, num_draws=1) if args.cache_latents else train
+    pretrained = [name for name in ("slot_encoder", "decoder") if getattr(model, name, None) is not None]
     rates = {f"{name}.": args.encoder_learning_rate for name in pretrained}  # the U-Net has args.learning_rate
     run = TrainingRun(args, model, data, collate=as_is, learning_rates=rates)
-    autoencoder, scheduler = model.autoencoder.to(run.device), model.scheduler
+    scheduler = model.place(run.device).scheduler
     if args.cache_latents:
-        run.say(f"The latents of {len(train)} images were computed once, in {data.compute(autoencoder):.1f} s.")
-    validation_batches = run.shard(slot_diffusion.SceneLatents(validation, autoencoder), 64)
-    test_batches = run.shard(slot_diffusion.SceneLatents(test, autoencoder), 64)
+        run.say(f"The frozen parts computed their share of {len(train)} images once, in {data.compute(model):.1f} s.")
+    validation_batches = run.shard(SceneLatents(validation, model), 64)
+    test_batches = run.shard(SceneLatents(test, model), 64)
 
     for batch in run:
         pixel_values = to_pixel_values(batch["image"], run.device)  # (batch, 3, height, width), in [-1, 1]
-        if args.cache_latents:
-            latents = batch["latents"]  # z, (batch, channels, height / 4, width / 4)
-        else:
-            with torch.no_grad():
-                latents = encode_latents(autoencoder, pixel_values)
+        known = batch if args.cache_latents else compute_columns(model, pixel_values, num_draws=1)
+        latents = known["latents"].to(run.device)  # z, (batch, channels, rows, columns)
 
         # Noisy latents: z_t = sqrt(a_t) z + sqrt(1 - a_t) noise, with a_t = (1 - beta_1) ... (1 - beta_t).
         noise = torch.randn(latents.shape, generator=run.generator, device=run.device)
         times = torch.randint(args.num_timesteps, (len(latents),), generator=run.generator, device=run.device)
         noisy = scheduler.add_noise(latents, noise, times)
-        output = run.model(pixel_values, noisy, times, generator=run.generator)
+        output = run.model(
+            noisy,
+            times,
+            conditions=read_conditions(known, run.device),  # None if the slots are trained
+            pixel_values=pixel_values,
+            generator=run.generator,
+        )
 
-        # Denoising loss: mean (predicted - target)^2. The target is the noise (Ho et al. 2020) or the velocity
-        # sqrt(a_t) noise - sqrt(1 - a_t) z (Salimans & Ho 2022).
+        # Denoising loss: mean w_t (predicted - target)^2. The target is the noise (Ho et al. 2020) or the velocity
+        # sqrt(a_t) noise - sqrt(1 - a_t) z (Salimans & Ho 2022). The weights w_t are in `min_snr_weights`.
         target = noise if args.prediction_type == "epsilon" else scheduler.get_velocity(latents, noise, times)
-        denoising_loss = F.mse_loss(output.predicted.float(), target)
+        errors = (output.predicted.float() - target).square().mean((1, 2, 3))
+        denoising_loss = (min_snr_weights(scheduler, times, args.min_snr) * errors).mean()
         loss = denoising_loss
 
-        if output.reconstruction is not None:  # the model has a broadcast decoder
+        if output.reconstruction is not None:  # the slots are trained, with a broadcast decoder
             # Decoder error: mean (reconstruction - pixel_values)^2.
             decoder_error = F.mse_loss(output.reconstruction.float(), pixel_values)
             # Area penalty: 1 - max_k mean_xy mask_k, the area of all masks except the largest, as in train_slots.py.

@@ -3,13 +3,13 @@
 The training loop and its loss are in scripts/train_slot_diffusion.py.
 """
 
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from diffusers import (
     AutoencoderKL,
     DPMSolverMultistepScheduler,
@@ -19,18 +19,21 @@ from diffusers import (
     VQModel,
 )
 from torch import nn
-from torch.utils.data import Dataset
 
 from hf_dl.data.image_arrays import ImageTensors
 from hf_dl.metrics import perceptual
 from hf_dl.metrics.images import default_features, fid
 from hf_dl.metrics.segmentation import segmentation_scores
-from hf_dl.models.latent_autoencoder import downsampling_factor, encode_latents
+from hf_dl.models.latent_autoencoder import downsampling_factor
 from hf_dl.models.layers_attention import attention_masks
-from hf_dl.models.slot_autoencoder import SlotDecoderModel, SlotEncoderModel
+from hf_dl.models.slot_autoencoder import (
+    SlotAutoencoderModel,
+    SlotAutoencoderOutput,
+    SlotDecoderModel,
+    SlotEncoderModel,
+)
 from hf_dl.models.slot_inits import SLOT_INITS
 from hf_dl.models.slot_library import SlotLibrary
-from hf_dl.models.slot_segmentation import mixture_posterior
 from hf_dl.models.slot_unet import ARCHITECTURES as UNETS
 from hf_dl.models.slot_unet import SlotUNetModel
 from hf_dl.pipelines.diffusion_sampling import noise_schedule
@@ -41,6 +44,7 @@ from hf_dl.reporting.plots import plot_run
 
 from .latent_autoencoder import load_autoencoder
 from .scene_images import PERCEPTUAL_HELP, mean_perceptual_distance, quantize, to_pixel_values, to_uint8
+from .slot_denoiser import SlotDenoiser, read_conditions
 from .slot_diffusion_parts import find_part
 from .slots import SlotFlags, make_config
 
@@ -104,24 +108,41 @@ class DiffusionFlags(SlotFlags, DrawFlags):
     position_frequencies: int = field(
         default=4, metadata={"help": "Octaves of the position features in slot_unet; -1: no position features."}
     )
+    sketch: bool = field(
+        default=True, metadata={"help": "Give the U-Net the image that the slot autoencoder paints, as latents."}
+    )
+    layout_channels: int = field(
+        default=32, metadata={"help": "Channels of the slots that the U-Net gets where their masks are; 0: none."}
+    )
+    min_snr: float = field(
+        default=5.0,
+        metadata={"help": "Bound of the loss weights, min(SNR, bound) of the clean latents; 0: all timesteps alike."},
+    )
+    train_slots: bool = field(
+        default=False,
+        metadata={"help": "Train slots and U-Net together, as published. Needs --sketch false --layout_channels 0."},
+    )
     encoder_learning_rate: float = field(
-        default=2e-4, metadata={"help": "Peak learning rate of the slot encoder and the broadcast decoder."}
+        default=2e-4,
+        metadata={"help": "train_slots: peak learning rate of the slot encoder and the broadcast decoder."},
     )
     prediction_type: Literal["epsilon", "v_prediction"] = field(
         default="v_prediction", metadata={"help": "Target of the U-Net: the noise (as published), or the velocity."}
     )
     broadcast_weight: float = field(
-        default=10.0, metadata={"help": "Weight of all loss terms of the broadcast decoder; 0: no broadcast decoder."}
+        default=10.0,
+        metadata={"help": "train_slots: weight of all loss terms of the broadcast decoder; 0: no broadcast decoder."},
     )
     area_penalty: float = field(
-        default=6e-3, metadata={"help": "Weight of the area penalty, applied to all masks except the largest."}
+        default=6e-3, metadata={"help": "train_slots: weight of the area penalty on all masks except the largest."}
     )
     matching_weight: float = field(
-        default=0.2, metadata={"help": "Weight of the matching term between attention masks and decoder segments."}
+        default=0.2,
+        metadata={"help": "train_slots: weight of the matching term between attention masks and decoder segments."},
     )
     matching_power: float = field(
         default=0.75,
-        metadata={"help": "Slots of the matching term are weighted by their area to this power; 0: all alike."},
+        metadata={"help": "train_slots: power of the area that weights slots in the matching term; 0: all alike."},
     )
     beta_start: float = field(default=0.0015, metadata={"help": "Variance of the noise in the first step."})
     beta_end: float = field(
@@ -144,7 +165,24 @@ def check_flags(flags: Any) -> None:
         raise ValueError(
             f"beta_start={flags.beta_start} and beta_end={flags.beta_end} must satisfy 0 < beta_start <= beta_end < 1."
         )
-    for name in ("broadcast_weight", "area_penalty", "matching_weight", "matching_power"):
+    if flags.train_slots and (flags.sketch or flags.layout_channels):
+        raise ValueError(
+            "train_slots=True has no fixed painting that the U-Net could get; add --sketch false --layout_channels 0."
+        )
+    if flags.slot_encoder == "none" and not flags.train_slots:
+        raise ValueError("slot_encoder='none' starts with new weights, which need --train_slots true.")
+    if flags.denoiser != "slot_unet" and (flags.sketch or flags.layout_channels):
+        raise ValueError(
+            f"denoiser={flags.denoiser!r} takes no painting; add --sketch false --layout_channels 0, or leave it out."
+        )
+    for name in (
+        "broadcast_weight",
+        "area_penalty",
+        "matching_weight",
+        "matching_power",
+        "layout_channels",
+        "min_snr",
+    ):
         if not getattr(flags, name) >= 0:
             raise ValueError(f"{name}={getattr(flags, name)} must be 0 or above.")
     for name in ("encoder_learning_rate", "num_timesteps", "num_drawn", "num_inference_steps"):
@@ -156,99 +194,6 @@ def check_flags(flags: Any) -> None:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Model
-
-
-class DenoiserOutput(NamedTuple):
-    """Output of `SlotDenoiser`.
-
-    The last three fields are None without a broadcast decoder, and in evaluation mode.
-
-    Attributes:
-        predicted: The noise or the velocity, as set by the scheduler; shape of the latents.
-        attention: Attention of the last iteration, (batch, slots, tokens).
-        reconstruction: Images of the broadcast decoder, (batch, 3, height, width).
-        masks: Masks of the broadcast decoder, (batch, slots, height, width).
-        owners: The slot that explains each pixel best for the broadcast decoder, see `mixture_posterior`; int64
-            (batch, height, width).
-    """
-
-    predicted: torch.Tensor
-    attention: torch.Tensor
-    reconstruction: torch.Tensor | None = None
-    masks: torch.Tensor | None = None
-    owners: torch.Tensor | None = None
-
-
-class SlotDenoiser(nn.Module):
-    """Slot encoder and U-Net, which are trained together.
-
-    Args:
-        slot_encoder: Encodes images as slots.
-        unet: Predicts noise or velocity from noisy latents, time and slots.
-        autoencoder: The frozen autoencoder of the latents. It is part of the saved pipeline, but not of this module or
-            its checkpoints.
-        scheduler: The noise schedule.
-        decoder: A broadcast decoder that is trained on the same slots and dropped after training. It assigns pixels to
-            slots. The U-Net does not, because it can take its information from any slot.
-    """
-
-    def __init__(
-        self,
-        slot_encoder: SlotEncoderModel,
-        unet: ModelMixin,
-        autoencoder: AutoencoderKL | VQModel,
-        scheduler: SchedulerMixin,
-        decoder: SlotDecoderModel | None = None,
-    ):
-        super().__init__()
-        self.slot_encoder, self.unet, self.decoder = slot_encoder, unet, decoder
-        self._others = autoencoder, scheduler  # the tuple hides the autoencoder from torch: it is not a submodule
-        self.pipeline()  # raises ValueError if the parts do not fit together
-
-    def forward(
-        self,
-        pixel_values: torch.Tensor,
-        noisy: torch.Tensor,
-        timesteps: torch.Tensor,
-        generator: torch.Generator | None = None,
-    ) -> DenoiserOutput:
-        """Predict the noise or the velocity of latents, given the slots of their images.
-
-        Args:
-            pixel_values: (batch, 3, height, width), in [-1, 1].
-            noisy: Noisy latents, (batch, channels, height / 4, width / 4).
-            timesteps: (batch,).
-            generator: Source of the initial slots.
-        """
-        output = self.slot_encoder(pixel_values, generator=generator)
-        predicted = self.unet(noisy, timesteps, output.slots).sample
-        if self.decoder is None or not self.training:
-            return DenoiserOutput(predicted, output.attentions[-1])
-        reconstruction, masks, contents = self.decoder(output.slots, return_dict=False)
-        with torch.no_grad():
-            posterior = mixture_posterior(pixel_values, contents, masks, pixel_std=self.decoder.config.pixel_std)
-            owners = posterior.argmax(dim=1)
-        return DenoiserOutput(predicted, output.attentions[-1], reconstruction, masks, owners)
-
-    @property
-    def autoencoder(self) -> AutoencoderKL | VQModel:
-        """The autoencoder of the latents."""
-        return self._others[0]
-
-    @property
-    def scheduler(self) -> SchedulerMixin:
-        """The noise schedule."""
-        return self._others[1]
-
-    def pipeline(self) -> SlotDiffusionPipeline:
-        """Return the pipeline of the parts."""
-        pipe = SlotDiffusionPipeline(self.slot_encoder, self.unet, self.autoencoder, self.scheduler)
-        pipe.set_progress_bar_config(disable=True)
-        return pipe
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Save the pipeline."""
-        self.pipeline().save_pretrained(folder)
 
 
 def make_unet(kind: str, fields: dict[str, Any]) -> ModelMixin:
@@ -266,7 +211,8 @@ def make_unet(kind: str, fields: dict[str, Any]) -> ModelMixin:
     if kind == "slot_unet":
         return unet
     config, levels = unet.config, range(len(unet.config.block_out_channels))
-    attends = [config.sample_size >> level in config.attention_resolutions for level in levels]
+    sizes = [config.sample_size // config.patch_size >> level for level in levels]
+    attends = [size in config.attention_resolutions for size in sizes]  # the network of diffusers has no patches
     down = ["CrossAttnDownBlock2D" if attend else "DownBlock2D" for attend in attends]
     up = ["CrossAttnUpBlock2D" if attend else "UpBlock2D" for attend in reversed(attends)]
     return UNet2DConditionModel(
@@ -286,15 +232,16 @@ def make_unet(kind: str, fields: dict[str, Any]) -> ModelMixin:
     )
 
 
-def make_slots(args: Any) -> tuple[SlotEncoderModel, SlotDecoderModel | None]:
+def make_slots(args: Any) -> tuple[SlotEncoderModel | SlotAutoencoderModel, SlotDecoderModel | None]:
     """Create the slot encoder and the broadcast decoder from a trained slot autoencoder.
 
     Args:
         args: `DiffusionFlags` and `SceneFlags`.
 
     Returns:
-        The encoder and the decoder. If `slot_encoder` is "none", the encoder has new weights and the decoder is None.
-        If `broadcast_weight` is 0, the decoder is None.
+        With frozen slots, the slot autoencoder and None. With `train_slots`, the encoder and the decoder. If
+        `slot_encoder` is "none", the encoder has new weights and the decoder is None. If `broadcast_weight` is 0, the
+        decoder is None.
 
     Raises:
         ValueError: If the slot autoencoder has another image size, number of slots or number of iterations, or no
@@ -303,20 +250,23 @@ def make_slots(args: Any) -> tuple[SlotEncoderModel, SlotDecoderModel | None]:
     if args.slot_encoder == "none":
         return SlotEncoderModel(make_config(args, slot_init=args.slot_init)), None
     folder = find_part(args, "slot_encoder")
-    encoder = SlotEncoderModel.from_pretrained(folder)
+    kind = SlotEncoderModel if args.train_slots else SlotAutoencoderModel
+    encoder, report = kind.from_pretrained(folder, output_loading_info=True)
     for flag in ("image_size", "num_slots", "num_iterations"):
         if getattr(encoder.config, flag) != getattr(args, flag):
             raise ValueError(
                 f"slot_encoder={folder!r} has {flag}={getattr(encoder.config, flag)}, but this run has "
                 f"{flag}={getattr(args, flag)}. Both must be equal."
             )
-    if not args.broadcast_weight:
+    if args.train_slots and not args.broadcast_weight:
         return encoder, None
-    decoder, report = SlotDecoderModel.from_pretrained(folder, output_loading_info=True)
+    decoder = None
+    if args.train_slots:
+        decoder, report = SlotDecoderModel.from_pretrained(folder, output_loading_info=True)
     if report["missing_keys"]:
+        way = "--broadcast_weight 0" if args.train_slots else "--train_slots true --broadcast_weight 0"
         raise ValueError(
-            f"slot_encoder={folder!r} has no broadcast decoder. Give a slot autoencoder, or train without the decoder "
-            "by --broadcast_weight 0."
+            f"slot_encoder={folder!r} has no decoder. Give a slot autoencoder, or train without the decoder by {way}."
         )
     return encoder, decoder
 
@@ -348,6 +298,9 @@ def make_model(args: Any, autoencoder: AutoencoderKL | VQModel | None = None) ->
         "cross_attention_dim": encoder.config.slot_dim,
         "num_train_timesteps": args.num_timesteps,
     }
+    if args.sketch:
+        fields["sketch_channels"] = fields["in_channels"]
+    fields["layout_channels"] = args.layout_channels
     halvings = sizes_of["sample_size"] / fields["sample_size"]
     sizes = sizes_of["attention_resolutions"]
     fields["attention_resolutions"] = tuple(max(1, int(size / halvings)) for size in sizes)
@@ -357,50 +310,8 @@ def make_model(args: Any, autoencoder: AutoencoderKL | VQModel | None = None) ->
         beta_end=args.beta_end,
         prediction_type=args.prediction_type,
     )
-    return SlotDenoiser(encoder, make_unet(args.denoiser, fields), autoencoder, scheduler, decoder)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Data
-
-
-class SceneLatents(Dataset):
-    """Images and masks, with latents that the frozen autoencoder computes once.
-
-    Args:
-        scenes: The images and masks.
-        autoencoder: Computes the latents at once. Defaults to None: call `compute` later.
-
-    Attributes:
-        latents: float32 (images, channels, height / 4, width / 4).
-    """
-
-    def __init__(self, scenes: ImageTensors, autoencoder: AutoencoderKL | VQModel | None = None):
-        self.scenes, self.latents = scenes, torch.empty(0)
-        if autoencoder is not None:
-            self.compute(autoencoder)
-
-    def compute(self, autoencoder: AutoencoderKL | VQModel) -> float:
-        """Compute the latents of all images on the device of the autoencoder, and return the time in seconds."""
-        start, parts = time.monotonic(), []
-        for first in range(0, len(self.scenes), 64):
-            images = self.scenes.__getitems__(range(first, min(first + 64, len(self.scenes))))["image"]
-            with torch.no_grad():
-                latents = encode_latents(autoencoder, to_pixel_values(images, autoencoder.device))
-            parts.append(latents.float().cpu())
-        self.latents = torch.cat(parts)
-        return time.monotonic() - start
-
-    def __len__(self) -> int:
-        return len(self.scenes)
-
-    def __getitems__(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
-        """Return several rows: image and mask, uint8, and latents, float32."""
-        return {**self.scenes.__getitems__(indices), "latents": self.latents[torch.as_tensor(indices)]}
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """Return one row: image, mask and latents."""
-        return {name: tensor[0] for name, tensor in self.__getitems__([index]).items()}
+    unet = make_unet(args.denoiser, fields)
+    return SlotDenoiser(encoder, unet, autoencoder, scheduler, decoder, train_slots=args.train_slots)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -426,7 +337,7 @@ def evaluate(
 
     Args:
         model: The `SlotDenoiser`, wrapped for several devices or not.
-        batches: Batches with `image` and `mask`, both uint8, and `latents`.
+        batches: Batches of `SceneLatents`.
         scheduler: The noise schedule.
         gather: Concatenates tensors of all processes. Defaults to a single process.
 
@@ -444,7 +355,12 @@ def evaluate(
         places = torch.rand(1, generator=generator, device=device) + torch.arange(len(latents), device=device)
         timesteps = (places / len(latents) % 1 * count).long().clamp(max=count - 1)
         pixel_values = to_pixel_values(batch["image"], device)
-        output = model(pixel_values, scheduler.add_noise(latents, noise, timesteps), timesteps)
+        output = model(
+            scheduler.add_noise(latents, noise, timesteps),
+            timesteps,
+            conditions=read_conditions(batch, device),
+            pixel_values=pixel_values,
+        )
         size = batch["mask"].shape[1:]
         segments = attention_masks(output.attention, size, image_size=pixel_values.shape[-1]).argmax(1)
         error = output.predicted.float() - denoising_target(scheduler, latents, noise, timesteps)
@@ -506,7 +422,10 @@ def draw_and_measure(
         rows_of = range(first, min(first + 64, LIBRARY_IMAGES, len(train)))
         output = pipe.encode(to_pixel_values(train.__getitems__(rows_of)["image"], pipe.device))
         slots.append(output.slots.cpu())
-        masks.append(attention_masks(output.attentions[-1], (16, 16), image_size=images.shape[-1]).cpu())
+        if isinstance(output, SlotAutoencoderOutput):
+            masks.append(F.interpolate(output.masks.cpu(), size=16, mode="area"))
+        else:
+            masks.append(attention_masks(output.attentions[-1], (16, 16), image_size=images.shape[-1]).cpu())
     library = SlotLibrary().fit(torch.cat(slots), torch.cat(masks), num_clusters=slots[0].shape[1], seed=0)
     library.save_pretrained(folder / "slot_library")
     for mode in ("per_cluster", "background_aware"):
@@ -533,11 +452,11 @@ def _draw_edits(pipe: SlotDiffusionPipeline, images: torch.Tensor, path: Path, n
     options = {"num_inference_steps": num_inference_steps, "output_type": "pt"}
     for number in range(min(4, len(images))):
         pixel_values = to_pixel_values(images[number : number + 1], pipe.device)
-        slots = pipe.encode(pixel_values).slots
-        count = slots.shape[1]
-        keep = torch.cat([torch.ones(1, count), 1 - torch.eye(count)]).bool()
-        if count == 1:
-            keep = keep[:1]
+        found = pipe.encode(pixel_values)
+        slots, count = found.slots, found.slots.shape[1]
+        keep = torch.cat([torch.ones(1, count), 1 - torch.eye(count)]).bool().to(slots.device)
+        keep = keep & getattr(found, "keep", keep[:1])
+        keep = keep.where(keep.any(1, keepdim=True), keep[:1])  # an image with one slot keeps it
         noise = torch.randn(1, pipe.unet.config.in_channels, size, size, generator=torch.Generator().manual_seed(0))
         drawn = pipe(
             slots=slots.expand(len(keep), -1, -1), keep=keep, latents=noise.expand(len(keep), -1, -1, -1), **options
