@@ -14,6 +14,7 @@ An editor is a function from an `EditRequest` to the edited images. To score ano
 `METHODS` has the editors of this package, and scripts/evaluate_editing.py compares them.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +28,7 @@ from hf_dl.data import editing_tasks
 from hf_dl.metrics.editing import editing_scores, identity_scores, measure_edits
 from hf_dl.metrics.perceptual import PerceptualDistance
 from hf_dl.models.slot_autoencoder import SlotAutoencoderModel
-from hf_dl.pipelines.slot_diffusion import SlotDiffusionPipeline
+from hf_dl.pipelines.slot_diffusion import SlotDiffusionPipeline, edited_region
 from hf_dl.reporting.experiment import find_run
 from hf_dl.reporting.grids import image_grid
 
@@ -237,15 +238,18 @@ class SlotEditor:
         encode: Function from pixel values (batch, 3, height, width) to `Slots`.
         draw: Function from slots and the slots to draw, bool (batch, slots), to images in [0, 1].
         device: Device of the model.
+        masks: Function from slots and the slots to draw to the mask of each slot. If it is given, `draw` also gets the
+            images as `background` and the pixels that it may change as `region`, see `edited_region`.
     """
 
     def __init__(
         self,
         encode: Callable[[torch.Tensor], Slots],
-        draw: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        draw: Callable[..., torch.Tensor],
         device: torch.device | str,
+        masks: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
     ):
-        self.encode, self.draw, self.device = encode, draw, device
+        self.encode, self.draw, self.device, self.masks = encode, draw, device, masks
 
     @torch.no_grad()
     def __call__(self, request: EditRequest) -> torch.Tensor:
@@ -258,8 +262,30 @@ class SlotEditor:
             if request.other_images is not None:
                 others, index = self._find(request.other_images[rows], request.other_masks[rows])
                 new = others.slots[torch.arange(len(index), device=index.device), index]
-            edited.append(self.draw(*edit_slots(request.kind, mine, chosen, new)).cpu())
+            after = edit_slots(request.kind, mine, chosen, new)
+            options = (
+                {} if self.masks is None else self._blend(request.kind, request.images[rows], mine, chosen, after)
+            )
+            edited.append(self.draw(*after, **options).cpu())
         return torch.cat(edited)
+
+    def _blend(
+        self,
+        kind: str,
+        images: torch.Tensor,
+        mine: Slots,
+        chosen: torch.Tensor,
+        after: tuple[torch.Tensor, torch.Tensor],
+    ) -> dict[str, torch.Tensor]:
+        """Return the images as background, and the pixels of the slots before and after the edit as region."""
+        rows, changed = torch.arange(len(chosen), device=chosen.device), []
+        if kind != "insert":
+            changed.append(self.masks(mine.slots, mine.keep)[rows, chosen])
+        if kind != "remove":
+            new = after[0].shape[1] - 1 if kind == "insert" else chosen
+            changed.append(self.masks(*after)[rows, new])
+        region = edited_region(torch.stack(changed).amax(0))
+        return {"background": to_pixel_values(images, self.device), "region": region}
 
     def _find(self, images: torch.Tensor, masks: torch.Tensor) -> tuple[Slots, torch.Tensor]:
         """Return the slots of images, and the slot of the object in the mask."""
@@ -278,30 +304,46 @@ def broadcast_editor(model: SlotAutoencoderModel) -> SlotEditor:
     return SlotEditor(encode, lambda slots, keep: model.decode(slots, keep=keep), model.device)
 
 
-def diffusion_editor(pipe: SlotDiffusionPipeline, *, num_inference_steps: int = 20, seed: int = 0) -> SlotEditor:
+def diffusion_editor(
+    pipe: SlotDiffusionPipeline, *, num_inference_steps: int = 20, seed: int = 0, blend: bool = False
+) -> SlotEditor:
     """Return the editor of slot diffusion with DPM-Solver++.
 
     Args:
         pipe: The pipeline. Its scheduler is replaced.
         num_inference_steps: Steps per image.
         seed: Seed of the noise. Every batch of images starts from the same noise.
+        blend: Whether to keep the pixels of the input where the edited slots are not.
 
     Returns:
         The editor.
+
+    Raises:
+        ValueError: If `blend` needs masks that the slot encoder of the pipeline does not have.
     """
+    if blend and not hasattr(pipe.slot_encoder, "paint"):
+        raise ValueError(
+            "diffusion_blended needs the masks of a slot autoencoder, and this pipeline has only its encoder. Train "
+            "the pipeline without --train_slots, or leave this method out."
+        )
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, solver_order=2)
     pipe.set_progress_bar_config(disable=True)
 
     def encode(pixel_values: torch.Tensor) -> Slots:
-        slots = pipe.encode(pixel_values).slots
-        keep = torch.ones(slots.shape[:2], dtype=torch.bool, device=slots.device)
-        return Slots(slots, keep, torch.stack(pipe.segment(pixel_values)))
+        found = pipe.encode(pixel_values)
+        keep = getattr(found, "keep", None)
+        if keep is None:
+            keep = torch.ones(found.slots.shape[:2], dtype=torch.bool, device=found.slots.device)
+        return Slots(found.slots, keep, torch.stack(pipe.segment(pixel_values)))
 
-    def draw(slots: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    def draw(slots: torch.Tensor, keep: torch.Tensor, **background: torch.Tensor) -> torch.Tensor:
         options = {"generator": torch.Generator().manual_seed(seed), "num_inference_steps": num_inference_steps}
-        return pipe(slots=slots, keep=keep, output_type="pt", **options).images
+        return pipe(slots=slots, keep=keep, output_type="pt", **options, **background).images
 
-    return SlotEditor(encode, draw, pipe.device)
+    def masks(slots: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+        return pipe.slot_encoder.paint(slots, keep).masks
+
+    return SlotEditor(encode, draw, pipe.device, masks if blend else None)
 
 
 def _find_folder(flags: EditorFlags, method: str, script: str) -> str:
@@ -313,9 +355,9 @@ def _load_broadcast(flags: EditorFlags) -> Editor:
     return broadcast_editor(load_model(SlotAutoencoderModel, _find_folder(flags, "broadcast", "train_slots.py")))
 
 
-def _load_diffusion(flags: EditorFlags) -> Editor:
+def _load_diffusion(flags: EditorFlags, *, blend: bool = False) -> Editor:
     folder = _find_folder(flags, "diffusion", "train_slot_diffusion.py")
-    options = {"num_inference_steps": flags.num_inference_steps, "seed": flags.seed}
+    options = {"num_inference_steps": flags.num_inference_steps, "seed": flags.seed, "blend": blend}
     return diffusion_editor(load_model(SlotDiffusionPipeline, folder), **options)
 
 
@@ -325,6 +367,7 @@ METHODS: dict[str, Callable[[EditorFlags], Editor | None]] = {
     "copy": lambda flags: copy_images,
     "broadcast": _load_broadcast,
     "diffusion": _load_diffusion,
+    "diffusion_blended": functools.partial(_load_diffusion, blend=True),
 }
 
 

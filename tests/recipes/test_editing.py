@@ -6,9 +6,9 @@ import torch
 from PIL import Image
 
 from hf_dl.data import editing_tasks
-from hf_dl.models import SlotEncoderModel, SlotUNetModel, make_autoencoder
+from hf_dl.models import SlotAutoencoderModel, SlotEncoderModel, SlotUNetModel, make_autoencoder
 from hf_dl.pipelines.diffusion_sampling import noise_schedule
-from hf_dl.pipelines.slot_diffusion import SlotDiffusionPipeline
+from hf_dl.pipelines.slot_diffusion import SlotDiffusionPipeline, edited_region
 from hf_dl.recipes import editing
 from hf_dl.recipes.editing import EditFlags, EditRequest, Edits, SlotEditor, Slots, edit_slots, match_slots
 from hf_dl.recipes.scene_images import to_pixel_values
@@ -127,9 +127,9 @@ def test_the_broadcast_editor_decodes_the_other_slots():
     torch.testing.assert_close(removed, model.decode(output.slots, keep=keep))
 
 
-def make_pipeline(size=SIZE):
+def make_pipeline(kind=SlotEncoderModel, *, size=SIZE):
     torch.manual_seed(0)
-    encoder = SlotEncoderModel(make_model(size=size).config)
+    encoder = kind(make_model(size=size).config)
     unet = SlotUNetModel(
         sample_size=size // 4, block_out_channels=(8, 8), layers_per_block=1, attention_resolutions=(),
         attention_head_dim=4, cross_attention_dim=encoder.config.slot_dim, norm_num_groups=4,
@@ -153,6 +153,37 @@ def test_the_diffusion_editor_is_the_edit_of_the_pipeline(kind):
     generator = torch.Generator().manual_seed(3)
     output = pipe.edit(pixel_values, **options, generator=generator, num_inference_steps=2, output_type="pt")
     torch.testing.assert_close(edited, output.images, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", editing_tasks.KINDS)
+def test_a_blended_edit_draws_near_the_edited_slots_only(kind):
+    """The region has the masks of the slot before and after the edit; see `edited_region`."""
+    edits, given = make_edits(kind), []
+
+    def draw(slots, keep, background, region):
+        given.append((background, region))
+        return perfect_draw(slots, keep)
+
+    def masks(slots, keep):
+        return (slots.view(*slots.shape[:2], 3, SIZE, SIZE).amax(2) > 0).float() * keep[:, :, None, None]
+
+    edited = SlotEditor(perfect_encode, draw, "cpu", masks)(edits.request)
+    assert edited.shape == edits.truths.shape
+    ((background, region),) = given
+    assert background.equal(to_pixel_values(edits.request.images))
+    expected = edited_region(edits.request.masks.float()) | edited_region(edits.truth_masks.float())
+    assert region.equal(expected) and not region.all()
+
+
+def test_the_blended_diffusion_editor_keeps_the_input_outside():
+    pipe, request = make_pipeline(SlotAutoencoderModel), make_edits("remove").request
+    edited = editing.diffusion_editor(pipe, num_inference_steps=2, seed=3, blend=True)(request)
+    same = (edited - request.images / 255).abs().amax(1) < 1e-5
+    assert same.any()
+    free = editing.diffusion_editor(pipe, num_inference_steps=2, seed=3)(request)
+    assert ((free - request.images / 255).abs().amax(1) > 1e-5).all()
+    with pytest.raises(ValueError, match="diffusion_blended needs the masks of a slot autoencoder"):
+        editing.diffusion_editor(make_pipeline(), blend=True)
 
 
 class TestEvaluate:
