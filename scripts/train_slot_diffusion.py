@@ -111,6 +111,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     rates = {f"{name}.": args.encoder_learning_rate for name in pretrained}  # the U-Net has args.learning_rate
     run = TrainingRun(args, model, data, collate=as_is, learning_rates=rates)
     scheduler = model.place(run.device).scheduler
+    if args.sketch and args.residual:
+        model.measure_residual(train)
     if args.cache_latents:
         run.say(f"The frozen parts computed their share of {len(train)} images once, in {data.compute(model):.1f} s.")
     validation_batches = run.shard(SceneLatents(validation, model), 64)
@@ -119,7 +121,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     for batch in run:
         pixel_values = to_pixel_values(batch["image"], run.device)  # (batch, 3, height, width), in [-1, 1]
         known = batch if args.cache_latents else compute_columns(model, pixel_values, num_draws=1)
-        latents = known["latents"].to(run.device)  # z, (batch, channels, rows, columns)
+        # z, (batch, channels, rows, columns): the latents, or with --residual (latents - sketch) / their spread.
+        latents = known["latents"].to(run.device)
 
         # Noisy latents: z_t = sqrt(a_t) z + sqrt(1 - a_t) noise, with a_t = (1 - beta_1) ... (1 - beta_t).
         noise = torch.randn(latents.shape, generator=run.generator, device=run.device)

@@ -111,6 +111,9 @@ class SlotUNetModel(ModelMixin, ConfigMixin):
         patch_size: Side of the patches of the latents. The finest feature map has height `sample_size` / `patch_size`.
         sketch_channels: Channels of the sketch, a second input with the size of the latents. 0: no sketch.
         layout_channels: Channels of the slots that are painted by their masks. 0: no masks.
+        residual_scale: If above 0, the U-Net works with (latents - sketch) / `residual_scale`. It then only draws the
+            difference from the sketch, and its errors shrink with this difference (Whang et al. 2022, "Deblurring via
+            Stochastic Refinement"). See `to_residual` and `from_residual`.
 
     Raises:
         ValueError: If the sizes do not fit together.
@@ -146,6 +149,7 @@ class SlotUNetModel(ModelMixin, ConfigMixin):
         patch_size: int = 1,
         sketch_channels: int = 0,
         layout_channels: int = 0,
+        residual_scale: float = 0.0,
     ):
         super().__init__()
         self._check_config()
@@ -216,9 +220,14 @@ class SlotUNetModel(ModelMixin, ConfigMixin):
         ):
             if config[name] < 1:
                 raise ValueError(f"{name}={config[name]} must be at least 1.")
-        for name in ("sketch_channels", "layout_channels"):
-            if config[name] < 0:
+        for name in ("sketch_channels", "layout_channels", "residual_scale"):
+            if not config[name] >= 0:
                 raise ValueError(f"{name}={config[name]} must be 0 or above.")
+        if config.residual_scale and config.sketch_channels != config.in_channels:
+            raise ValueError(
+                f"residual_scale={config.residual_scale} needs a sketch with the channels of the latents: "
+                f"sketch_channels={config.sketch_channels} must be in_channels={config.in_channels}."
+            )
         if config.position_frequencies is not None and config.position_frequencies < 0:
             raise ValueError(f"position_frequencies={config.position_frequencies} must be None or at least 0.")
         channels, groups, head_dim = config.block_out_channels, config.norm_num_groups, config.attention_head_dim
@@ -314,6 +323,16 @@ class SlotUNetModel(ModelMixin, ConfigMixin):
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return self._gradient_checkpointing_func(layer, *args)
         return layer(*args)
+
+    def to_residual(self, latents: torch.Tensor, sketch: torch.Tensor | None) -> torch.Tensor:
+        """Return the latents that the U-Net works with, from the latents of images; see `residual_scale`."""
+        scale = self.config.residual_scale
+        return (latents - sketch.to(latents)) / scale if scale else latents
+
+    def from_residual(self, latents: torch.Tensor, sketch: torch.Tensor | None) -> torch.Tensor:
+        """Return the latents of images, the inverse of `to_residual`."""
+        scale = self.config.residual_scale
+        return sketch.to(latents) + scale * latents if scale else latents
 
     def _gather_inputs(
         self, sample: torch.Tensor, slots: torch.Tensor, sketch: torch.Tensor | None, masks: torch.Tensor | None

@@ -234,7 +234,7 @@ class SlotDiffusionPipeline(PortablePipeline):
         """Decode latents to images.
 
         Args:
-            latents: (batch, channels, height, width), as the U-Net uses them; in a callback, the latents of the step.
+            latents: Latents of images, (batch, channels, height, width). In a callback, these are "denoised".
             output_type: "pil"; "np" for an array (batch, height, width, channels) in [0, 1]; "pt" for a tensor (batch,
                 channels, height, width) in [0, 1]; or "latent", which returns the latents.
 
@@ -407,7 +407,7 @@ class SlotDiffusionPipeline(PortablePipeline):
                     else:
                         latents = scheduler.step(predicted, timestep, latents, **extra).prev_sample
                     if known is not None:
-                        outside = known.latents.to(latents)
+                        outside = self._to_residual(known.latents.to(latents), painting)
                         if step + 1 < len(times):
                             outside = scheduler.add_noise(outside, start, scheduler.timesteps[step + 1].reshape(1))
                         latents = latents.where(known.cells, outside)
@@ -416,7 +416,8 @@ class SlotDiffusionPipeline(PortablePipeline):
                         if "denoised" in callback_on_step_end_tensor_inputs:
                             alpha = alphas[round(times[step])]
                             epsilon = noise_from(predicted, scaled, alpha)
-                            tensors["denoised"] = (scaled - (1 - alpha) ** 0.5 * epsilon) / alpha**0.5
+                            denoised = (scaled - (1 - alpha) ** 0.5 * epsilon) / alpha**0.5
+                            tensors["denoised"] = self._from_residual(denoised, painting)
                         given = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
                         replaced = callback_on_step_end(self, step, timestep, given) or {}
                         latents = replaced.get("latents", latents)
@@ -424,7 +425,7 @@ class SlotDiffusionPipeline(PortablePipeline):
                             slots = replaced["slots"]
                             painting = self.paint(slots, keep)
                     bar.update()
-            images = self._decode(latents, output_type, known)
+            images = self._decode(self._from_residual(latents, painting), output_type, known)
         self.maybe_free_model_hooks()
         return SlotDiffusionOutput(images=images, slots=slots, keep=keep) if return_dict else (images, slots, keep)
 
@@ -449,6 +450,14 @@ class SlotDiffusionPipeline(PortablePipeline):
             if config.get("layout_channels"):
                 painting["masks"] = painted.masks.to(self._execution_device, self.unet.dtype)
         return painting
+
+    def _to_residual(self, latents: torch.Tensor, painting: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        residual = self.unet.config.get("residual_scale")
+        return self.unet.to_residual(latents, painting["sketch"]) if residual else latents
+
+    def _from_residual(self, latents: torch.Tensor, painting: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        residual = self.unet.config.get("residual_scale")
+        return self.unet.from_residual(latents, painting["sketch"]) if residual else latents
 
     def _is_ancestral(self) -> bool:
         config = self.scheduler.config

@@ -23,6 +23,7 @@ from hf_dl.pipelines.slot_diffusion import SlotDiffusionPipeline
 
 from .scene_images import to_pixel_values
 
+RESIDUAL_IMAGES = 512  # number of training images that the scale of the residual is measured on
 COLUMNS = {"masks": "slot_masks"}  # names of the conditions that differ from their names in a batch
 
 
@@ -160,6 +161,26 @@ class SlotDenoiser(nn.Module):
             painting["masks"] = F.adaptive_avg_pool2d(painting["masks"], size)
         return Conditions(output.slots, output.keep, output.attentions[-1], **painting)
 
+    def measure_residual(self, scenes: ImageTensors) -> float:
+        """Measure the root mean square of latents - sketch on images, and write it into the config of the U-Net.
+
+        Args:
+            scenes: Training images. The first `RESIDUAL_IMAGES` are used.
+
+        Returns:
+            The `residual_scale` of the U-Net.
+        """
+        squares = []
+        for first in range(0, min(RESIDUAL_IMAGES, len(scenes)), 64):
+            rows = range(first, min(first + 64, RESIDUAL_IMAGES, len(scenes)))
+            pixel_values = to_pixel_values(scenes.__getitems__(rows)["image"], self.autoencoder.device)
+            with torch.no_grad():
+                latents = encode_latents(self.autoencoder, pixel_values).float()
+            squares.append((latents - self.condition(pixel_values, num_draws=1).sketch).square().mean((1, 2, 3)))
+        scale = max(torch.cat(squares).mean().sqrt().item(), 1e-6)
+        self.unet.register_to_config(residual_scale=scale)
+        return scale
+
     @property
     def autoencoder(self) -> AutoencoderKL | VQModel:
         """The autoencoder of the latents."""
@@ -191,8 +212,8 @@ class SceneLatents(Dataset):
         num_draws: Draws of the initial slots per image, for frozen slots. Defaults to the number in the config.
 
     Attributes:
-        columns: `latents`, (images, channels, rows, columns). With frozen slots, also the fields of `Conditions`; the
-            field `masks` has the name `slot_masks` here.
+        columns: `latents`, the clean latents of the U-Net, (images, channels, rows, columns). With frozen slots, also
+            the fields of `Conditions`; the field `masks` has the name `slot_masks` here.
     """
 
     def __init__(self, scenes: ImageTensors, model: SlotDenoiser | None = None, *, num_draws: int | None = None):
@@ -234,6 +255,8 @@ def compute_columns(
     columns = {"latents": encode_latents(model.autoencoder, pixel_values).float()}
     if not model.train_slots:
         conditions = model.condition(pixel_values, num_draws=num_draws)._asdict()
+        if conditions["sketch"] is not None:
+            columns["latents"] = model.unet.to_residual(columns["latents"], conditions["sketch"])
         columns |= {COLUMNS.get(name, name): value for name, value in conditions.items() if value is not None}
     return columns
 

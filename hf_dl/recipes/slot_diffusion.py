@@ -111,6 +111,9 @@ class DiffusionFlags(SlotFlags, DrawFlags):
     sketch: bool = field(
         default=True, metadata={"help": "Give the U-Net the image that the slot autoencoder paints, as latents."}
     )
+    residual: bool = field(
+        default=True, metadata={"help": "With a sketch: draw the difference from the sketch, not the whole image."}
+    )
     layout_channels: int = field(
         default=32, metadata={"help": "Channels of the slots that the U-Net gets where their masks are; 0: none."}
     )

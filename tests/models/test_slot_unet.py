@@ -198,6 +198,16 @@ def test_a_sketch_is_more_channels_of_the_input():
     torch.testing.assert_close(sketching(sample, times, slots, sketch=sketch).sample, expected)
 
 
+def test_the_residual_is_the_scaled_difference_from_the_sketch():
+    unet = make_unet(sketch_channels=3, residual_scale=0.25)
+    latents, sketch = torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 8)
+    residual = unet.to_residual(latents, sketch)
+    torch.testing.assert_close(residual, (latents - sketch) * 4)
+    torch.testing.assert_close(unet.from_residual(residual, sketch), latents)
+    plain = make_unet()
+    assert plain.to_residual(latents, None) is latents and plain.from_residual(latents, None) is latents
+
+
 def test_slots_are_painted_where_their_masks_are():
     unet = make_unet(layout_channels=5)
     inputs = []
@@ -271,6 +281,8 @@ def test_named_networks_are_what_they_say():
         ({"patch_size": 2, "attention_resolutions": (8,)}, r"attention_resolutions=\(8,\) has 8, .* from 4, 2"),
         ({"sketch_channels": -1}, "sketch_channels=-1 must be 0 or above"),
         ({"layout_channels": -1}, "layout_channels=-1 must be 0 or above"),
+        ({"residual_scale": -0.5}, "residual_scale=-0.5 must be 0 or above"),
+        ({"residual_scale": 0.5, "sketch_channels": 2}, "sketch_channels=2 must be in_channels=3"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(fields, message):

@@ -404,6 +404,23 @@ def test_the_unet_gets_the_painting_of_the_kept_slots():
     assert not painted.masks[0, 1].any()
 
 
+def test_a_residual_is_added_to_the_sketch():
+    """With the same weights, the pipeline draws sketch + scale * drawing, also in callbacks."""
+    pipe, slots = make_painting_pipe(), torch.randn(2, 3, 12, generator=seeded())
+    drawn = pipe(slots=slots, generator=seeded(), **FAST).images
+    pipe.unet.register_to_config(residual_scale=0.5)
+    seen = []
+    residual = pipe(
+        slots=slots,
+        generator=seeded(),
+        callback_on_step_end=lambda pipe, step, time, tensors: seen.append(tensors["denoised"]),
+        callback_on_step_end_tensor_inputs=["denoised"],
+        **FAST,
+    ).images
+    torch.testing.assert_close(residual, pipe.paint(slots)["sketch"] + 0.5 * drawn)
+    torch.testing.assert_close(seen[-1], residual)
+
+
 def test_an_image_is_drawn_from_the_slots_that_it_needs():
     pipe, image = make_painting_pipe(), make_image()
     found = pipe.encode(image)
@@ -414,9 +431,10 @@ def test_an_image_is_drawn_from_the_slots_that_it_needs():
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning")
+@pytest.mark.parametrize("residual_scale", [0.0, 0.5])
 @pytest.mark.parametrize("scheduler", [DDPMScheduler, DDIMScheduler, DPMSolverMultistepScheduler])
-def test_a_background_stays_outside_the_region(scheduler):
-    pipe = make_painting_pipe()
+def test_a_background_stays_outside_the_region(scheduler, residual_scale):
+    pipe = make_painting_pipe(residual_scale=residual_scale)
     pipe.scheduler = scheduler.from_config(noise_schedule().config)
     image = torch.rand(2, 3, 16, 16, generator=seeded()) * 2 - 1
     region = torch.zeros(2, 16, 16, dtype=torch.bool)
@@ -438,8 +456,9 @@ def test_a_background_stays_outside_the_region(scheduler):
     assert (free - image / 2 - 0.5)[outside].abs().max() > 0.05  # without a background, everything is drawn
     with torch.no_grad():
         latents = encode_latents(pipe.autoencoder, image)
-    torch.testing.assert_close(seen[-1][1], latents[1])  # nothing is drawn in the second image
-    assert (seen[0][1] - latents[1]).abs().max() > 0.1  # the noise of the step
+    expected = pipe.unet.to_residual(latents, pipe.paint(slots)["sketch"])
+    torch.testing.assert_close(seen[-1][1], expected[1])  # nothing is drawn in the second image
+    assert (seen[0][1] - expected[1]).abs().max() > 0.1  # the noise of the step
 
 
 def test_a_blended_edit_keeps_the_rest_of_the_image():

@@ -109,6 +109,7 @@ def test_frozen_parts_are_in_no_checkpoint_and_not_trained(finished, autoencoder
     assert isinstance(pipe.slot_encoder, SlotAutoencoderModel)
     assert all(torch.equal(before[name], value) for name, value in pipe.slot_encoder.state_dict().items())
     assert pipe.unet.config.sketch_channels == 4 and pipe.unet.config.layout_channels == 32
+    assert pipe.unet.config.residual_scale > 0
 
 
 def test_trained_slots_are_in_the_checkpoint(autoencoder, tmp_path):
@@ -330,6 +331,19 @@ def test_min_snr_weights_bound_the_error_of_the_clean_latents(prediction_type):
         found = train_slot_diffusion.min_snr_weights(schedule, times, bound) * error.square().mean((1, 2, 3))
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
     assert train_slot_diffusion.min_snr_weights(schedule, times, 0.0).tolist() == [1.0] * 4
+
+
+def test_the_residual_of_training_images_has_unit_spread(autoencoder):
+    scenes = load_images(SceneFlags(image_size=32, num_train=70), "train")
+    parts = {"autoencoder": autoencoder, "slot_encoder": str(Path(autoencoder).with_name("slots")), "num_slots": 3}
+    model = slot_diffusion.make_model(train_slot_diffusion.Args(image_size=32, **parts))
+    before = SceneLatents(scenes, model, num_draws=1)
+    scale = model.measure_residual(scenes)
+    assert scale == pytest.approx((before.columns["latents"] - before.columns["sketch"]).square().mean().sqrt().item())
+    after = SceneLatents(scenes, model, num_draws=1)
+    assert after.columns["latents"].square().mean().item() == pytest.approx(1, rel=1e-3)
+    again = model.unet.from_residual(after.columns["latents"], after.columns["sketch"])
+    torch.testing.assert_close(again, before.columns["latents"], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("train_slots", [False, True])
