@@ -2,8 +2,8 @@
 
 The slot encoder finds the slots of an image. The U-Net removes noise from latents with cross-attention to the slots,
 and the autoencoder decodes the latents. See Wu et al. 2023, "SlotDiffusion", and Jiang et al. 2023, "Object-Centric
-Slot Diffusion". The U-Net may also get a sketch and masks: the image that a slot autoencoder paints from the slots,
-and the places of the slots in it (see `SlotUNetModel`).
+Slot Diffusion". The U-Net may also get the image that a slot autoencoder paints from the slots, and the mask of each
+slot in it. See `SlotUNetModel`.
 
 ```python
 pipe = SlotDiffusionPipeline.from_pretrained("runs/train_slot_diffusion")
