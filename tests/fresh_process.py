@@ -43,7 +43,9 @@ class Server:
 
     def __exit__(self, *exception):
         if self.process is not None:
-            self.process.communicate()  # the end of its input ends the server
+            # Without the signal, the server would wait as long as another process holds a copy of its input.
+            self.process.terminate()
+            self.process.communicate()
 
     def run(self, code, *, cwd):
         """Run code in a fork of the server, in the folder `cwd`; returns what it prints."""
