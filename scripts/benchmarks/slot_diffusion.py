@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -48,18 +49,28 @@ NETWORKS = {  # name: kind of the network, memory format
 Steps = dict[str, Callable[[], object]]
 
 
+def read_fields(architecture: str) -> dict[str, Any]:
+    """Return the sizes of an architecture for latents in patches, because the network of diffusers cuts no patches."""
+    fields = {"in_channels": 3, "patch_size": 1} | ARCHITECTURES[architecture]
+    patch = fields["patch_size"]
+    channels, size = fields["in_channels"] * patch**2, fields["sample_size"] // patch
+    return fields | {"in_channels": channels, "sample_size": size, "patch_size": 1}
+
+
 def make_network(name: str, architecture: str) -> torch.nn.Module:
     """Create one of `NETWORKS` with a fixed seed."""
     torch.manual_seed(0)
     kind, memory_format = NETWORKS[name]
-    return slot_diffusion.make_unet(kind, ARCHITECTURES[architecture]).to(memory_format=memory_format)
+    return slot_diffusion.make_unet(kind, read_fields(architecture)).to(memory_format=memory_format)
 
 
 def make_steps(name: str, architecture: str, batch: int) -> Steps:
     """Return a training step and a sampling step of a network, on random inputs."""
-    network, fields = make_network(name, architecture), ARCHITECTURES[architecture]
+    network, fields = make_network(name, architecture), read_fields(architecture)
     size, generator = fields["sample_size"], torch.Generator().manual_seed(1)
-    noisy = torch.randn(batch, 3, size, size, generator=generator).to(memory_format=NETWORKS[name][1])
+    noisy = torch.randn(batch, fields["in_channels"], size, size, generator=generator).to(
+        memory_format=NETWORKS[name][1]
+    )
     slots = torch.randn(batch, SLOTS, fields["cross_attention_dim"], generator=generator)
     times = torch.randint(1000, (batch,), generator=generator)
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-4)
@@ -136,8 +147,10 @@ def memory_of(name: str, what: str, architecture: str, batch: int, processes: in
         queue = context.Queue()
         process = context.Process(target=put_memory, args=(name, what, architecture, batch, queue))
         process.start()
-        found.append(queue.get())
         process.join()
+        if process.exitcode:  # its queue is empty, and waiting for it would take forever
+            raise RuntimeError(f"The process that measures the memory ended with exit status {process.exitcode}.")
+        found.append(queue.get())
     return statistics.median(found)
 
 
