@@ -303,18 +303,7 @@ class SlotAutoencoderModel(SlotAutoencoderPreTrainedModel):
         )
 
     def paint(self, slots: torch.Tensor, keep: torch.Tensor | None = None) -> "SlotDecoderOutput":
-        """Paint slots: slots of an image, edited slots, or slots from a `SlotLibrary`.
-
-        Args:
-            slots: (batch, slots, slot_dim).
-            keep: The slots to paint, bool (batch, slots). Defaults to all slots.
-
-        Returns:
-            See `SlotDecoderOutput`.
-
-        Raises:
-            ValueError: If `slots` has the wrong shape, or `keep` keeps no slot of an image.
-        """
+        """Paint slots of an image, edited slots, or slots from a `SlotLibrary`; see `SlotDecoderModel.forward`."""
         slots = slots.to(self.device, self.dtype)
         reconstruction, contents, masks = blend_slots(self.decoder, self.config, slots, keep)
         return SlotDecoderOutput(reconstruction=reconstruction, masks=masks, contents=contents)

@@ -22,7 +22,7 @@ import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,6 +38,7 @@ from ..models.latent_autoencoder import decode_latents, encode_latents
 from ..models.layers_attention import attention_masks
 from .diffusion_sampling import PREDICTION_TYPES, ancestral_step
 from .portable_pipeline import PortablePipeline
+from .slot_edits import Background, change_slots, edited_region, prepare_background
 
 ImageLike = Image.Image | np.ndarray | torch.Tensor
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -59,15 +60,6 @@ class SlotDiffusionOutput(BaseOutput):
     slots: torch.Tensor
     keep: torch.Tensor
     originals: list[Image.Image] | np.ndarray | torch.Tensor | None = None
-
-
-class _Background(NamedTuple):
-    """Images that stay outside a region, and the same for their latents."""
-
-    pixel_values: torch.Tensor  # (batch, channels, height, width)
-    region: torch.Tensor  # bool (batch, 1, height, width)
-    latents: torch.Tensor  # (batch, latent channels, rows, columns)
-    cells: torch.Tensor  # bool (batch, 1, rows, columns)
 
 
 class SlotDiffusionPipeline(PortablePipeline):
@@ -246,7 +238,7 @@ class SlotDiffusionPipeline(PortablePipeline):
         return self._decode(latents, output_type, None)
 
     def _decode(
-        self, latents: torch.Tensor, output_type: str, known: "_Background | None"
+        self, latents: torch.Tensor, output_type: str, known: Background | None
     ) -> list[Image.Image] | np.ndarray | torch.Tensor:
         """Decode latents, and replace the pixels outside the region of a background."""
         if output_type == "latent":
@@ -256,21 +248,6 @@ class SlotDiffusionPipeline(PortablePipeline):
         if known is not None:
             images = images.where(known.region, known.pixel_values.to(images))
         return self.image_processor.postprocess(images, output_type=output_type)
-
-    def _prepare_background(self, background: Any, region: torch.Tensor | None, batch: int) -> "_Background":
-        """Return the background of each image in the batch."""
-        pixel_values, _ = self._prepare(background)
-        expected = (batch, *pixel_values.shape[-2:])
-        if region is None or region.shape != expected or region.dtype != torch.bool or len(pixel_values) != batch:
-            found = "missing" if region is None else f"{region.dtype} of shape {tuple(region.shape)}"
-            raise ValueError(
-                f"background has {len(pixel_values)} images and region is {found}, expected {batch} images and "
-                f"torch.bool of shape {expected}: the pixels to draw."
-            )
-        region = region.to(pixel_values.device)[:, None]
-        latents = encode_latents(self.autoencoder, pixel_values.to(self.autoencoder.dtype))
-        cells = F.adaptive_max_pool2d(region.float(), latents.shape[-2:]).bool()
-        return _Background(pixel_values, region, latents, cells)
 
     @contextlib.contextmanager
     def _evaluating(self) -> Iterator[None]:
@@ -367,7 +344,11 @@ class SlotDiffusionPipeline(PortablePipeline):
             slots, keep = self._check_slots(slots, keep)
             mask = None if keep.all() else keep
             painting = self.paint(slots, keep)
-            known = None if background is None else self._prepare_background(background, region, len(slots))
+            known = (
+                None
+                if background is None
+                else prepare_background(self.autoencoder, self._prepare(background)[0], region, batch=len(slots))
+            )
             device, scheduler = self._execution_device, self.scheduler
             steps = num_inference_steps
             if steps is None:
@@ -452,12 +433,10 @@ class SlotDiffusionPipeline(PortablePipeline):
         return painting
 
     def _to_residual(self, latents: torch.Tensor, painting: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        residual = self.unet.config.get("residual_scale")
-        return self.unet.to_residual(latents, painting["sketch"]) if residual else latents
+        return self.unet.to_residual(latents, painting["sketch"]) if "sketch" in painting else latents
 
     def _from_residual(self, latents: torch.Tensor, painting: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        residual = self.unet.config.get("residual_scale")
-        return self.unet.from_residual(latents, painting["sketch"]) if residual else latents
+        return self.unet.from_residual(latents, painting["sketch"]) if "sketch" in painting else latents
 
     def _is_ancestral(self) -> bool:
         config = self.scheduler.config
@@ -549,47 +528,28 @@ class SlotDiffusionPipeline(PortablePipeline):
                 "blend=True needs the masks of a SlotAutoencoderModel, and slot_encoder is a "
                 f"{type(self.slot_encoder).__name__}; leave blend out."
             )
-        count, edited = slots.shape[1], slots[0].clone()
-        keep = getattr(found, "keep", None)
-        keep = torch.ones(count, dtype=torch.bool, device=slots.device) if keep is None else keep[0].clone()
-        _check_numbers("remove", remove, count)
-        _check_numbers("swap", swap, count)
-        both = sorted(set(remove) & set(swap))
-        if both:
-            raise ValueError(f"remove and swap both have slot {both[0]}; either remove a slot or replace it.")
-        if other is None:
-            if swap or add:
-                raise ValueError("swap and add need another image; pass it as other.")
-            added = slots.new_empty(0, slots.shape[2])
-        else:
-            others = self.encode(other, num_slots=num_slots).slots
-            if len(others) != 1:
-                raise ValueError(f"other has {len(others)} images, expected one.")
-            _check_numbers("swap", swap.values(), others.shape[1], of="other")
-            _check_numbers("add", add, others.shape[1], of="other")
-            for mine, theirs in swap.items():
-                edited[mine], keep[mine] = others[0, theirs], True
-            added = others[0, list(add)]
-        left = [slot for slot in range(count) if slot not in set(remove)]
-        edited, kept = torch.cat([edited[left], added]), torch.cat([keep[left], keep.new_ones(len(added))])
-        if not len(edited):
-            raise ValueError(f"remove has all {count} slots of the image; leave at least one, or add one.")
+        if other is None and (swap or add):
+            raise ValueError("swap and add need another image; pass it as other.")
+        others = slots[:, :0] if other is None else self.encode(other, num_slots=num_slots).slots
+        if len(others) != 1:
+            raise ValueError(f"other has {len(others)} images, expected one.")
+        needed = getattr(found, "keep", None)
+        keep = torch.ones(slots.shape[:2], dtype=torch.bool, device=slots.device) if needed is None else needed
+        edited = change_slots(slots[0], keep[0], others[0], remove=remove, swap=swap, add=add)
         if generator is None:
             generator = torch.Generator()
             generator.seed()
         state = generator.get_state()
         options = {}
         if blend:
-            new = [*(left.index(slot) for slot in swap), *range(len(left), len(edited))]
-            region = self._edited_region(slots, found.keep, [*remove, *swap])
-            region |= self._edited_region(edited[None], kept[None], new)
+            region = self._edited_region(slots, keep, [*remove, *swap])
+            region |= self._edited_region(edited.slots[None], edited.keep[None], edited.new)
             options = {"background": image, "region": region}
-        kept = kept if kept.any() else torch.ones_like(kept)  # if only spare slots are left
-        output = self(slots=edited[None], keep=kept[None], generator=generator, **options, **kwargs)
+        output = self(slots=edited.slots[None], keep=edited.keep[None], generator=generator, **options, **kwargs)
         if not with_original:
             return output
         generator.set_state(state)
-        originals = self(slots=slots, keep=getattr(found, "keep", None), generator=generator, **kwargs).images
+        originals = self(slots=slots, keep=keep, generator=generator, **kwargs).images
         return SlotDiffusionOutput(images=output.images, slots=output.slots, keep=output.keep, originals=originals)
 
     def _edited_region(self, slots: torch.Tensor, keep: torch.Tensor, chosen: Sequence[int]) -> torch.Tensor:
@@ -636,30 +596,5 @@ class SlotDiffusionPipeline(PortablePipeline):
         return self(slots=slots, keep=keep, generator=generator, **kwargs)
 
 
-def edited_region(masks: torch.Tensor, *, threshold: float = 0.1, margin: int = 2) -> torch.Tensor:
-    """Return the pixels that an edit may change: all pixels near the mask of the edited slots.
-
-    Args:
-        masks: Sum of the masks of the edited slots, (batch, height, width), in [0, 1].
-        threshold: Value of the mask at the border of the region.
-        margin: Number of pixels by which the region is enlarged on each side.
-
-    Returns:
-        bool (batch, height, width).
-
-    Example:
-        >>> edited_region(torch.eye(3)[None], margin=0)[0].sum().item()
-        3
-    """
-    region = (masks > threshold).float()
-    return F.max_pool2d(region[:, None], 2 * margin + 1, stride=1, padding=margin)[:, 0].bool()
-
-
 def _takes_painting(unet: ModelMixin) -> bool:
     return bool(unet.config.get("sketch_channels") or unet.config.get("layout_channels"))
-
-
-def _check_numbers(name: str, numbers: Any, count: int, *, of: str = "the image") -> None:
-    for number in numbers:
-        if not 0 <= number < count:
-            raise ValueError(f"{name} has slot {number}, but {of} has slots 0 to {count - 1}.")

@@ -28,7 +28,8 @@ from hf_dl.data import editing_tasks
 from hf_dl.metrics.editing import editing_scores, identity_scores, measure_edits
 from hf_dl.metrics.perceptual import PerceptualDistance
 from hf_dl.models.slot_autoencoder import SlotAutoencoderModel
-from hf_dl.pipelines.slot_diffusion import SlotDiffusionPipeline, edited_region
+from hf_dl.pipelines.slot_diffusion import SlotDiffusionPipeline
+from hf_dl.pipelines.slot_edits import edited_region
 from hf_dl.reporting.experiment import find_run
 from hf_dl.reporting.grids import image_grid
 

@@ -29,7 +29,8 @@ from hf_dl.models.layers_attention import attention_masks
 from hf_dl.models.slot_library import SlotLibrary
 from hf_dl.models.slot_unet import SlotUNetOutput
 from hf_dl.pipelines.diffusion_sampling import PREDICTION_TYPES, ancestral_step, noise_schedule
-from hf_dl.pipelines.slot_diffusion import SlotDiffusionPipeline, edited_region
+from hf_dl.pipelines.slot_diffusion import SlotDiffusionPipeline
+from hf_dl.pipelines.slot_edits import edited_region
 from tests.loopback_hub import LoopbackHub
 from tests.memory import aligned
 
@@ -725,7 +726,8 @@ pipe.save_pretrained("again")
 draw(DiffusionPipeline.from_pretrained("again", trust_remote_code=True), "again")
 draw(type(pipe).from_pretrained("me/scenes", trust_remote_code=True), "class")
 del sys.modules["hf_dl"]
-from hf_dl.pipelines.slot_diffusion import SlotDiffusionPipeline, edited_region
+from hf_dl.pipelines.slot_diffusion import SlotDiffusionPipeline
+from hf_dl.pipelines.slot_edits import edited_region
 pipe = SlotDiffusionPipeline.from_pretrained("me/scenes")
 draw(pipe, "with")
 pipe.push_to_hub("me/pushed")

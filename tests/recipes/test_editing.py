@@ -8,7 +8,8 @@ from PIL import Image
 from hf_dl.data import editing_tasks
 from hf_dl.models import SlotAutoencoderModel, SlotEncoderModel, SlotUNetModel, make_autoencoder
 from hf_dl.pipelines.diffusion_sampling import noise_schedule
-from hf_dl.pipelines.slot_diffusion import SlotDiffusionPipeline, edited_region
+from hf_dl.pipelines.slot_diffusion import SlotDiffusionPipeline
+from hf_dl.pipelines.slot_edits import edited_region
 from hf_dl.recipes import editing
 from hf_dl.recipes.editing import EditFlags, EditRequest, Edits, SlotEditor, Slots, edit_slots, match_slots
 from hf_dl.recipes.scene_images import to_pixel_values
