@@ -5,8 +5,8 @@
 
 Takes about a minute per method on one core, and five minutes for diffusion. The scores are described in
 hf_dl/metrics/editing.py, and `hf_dl.recipes.editing` shows how to score another model. The first run trains the probe
-that reads the color and shape of objects, which takes four more minutes. The experiment is
-scripts/experiments/slot_editing.toml.
+that reads the color and shape of objects, which takes four more minutes. Scores to expect:
+model_cards/slot_editing.md.
 
 The script writes edits.png and evaluation.json. With `--output_dir`, it also writes results.json, so that it can be
 the script of an experiment. `--run style=plain --seed 0` then selects runs in folders of runs.

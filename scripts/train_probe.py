@@ -3,8 +3,7 @@
     scripts/run accelerate launch scripts/train_probe.py
 
 scripts/evaluate_editing.py uses it to read the objects of edited images, and trains it if it is missing. The default
-run takes about four minutes on one CPU core. The experiment is
-scripts/experiments/object_probe.toml.
+run takes about four minutes on one CPU core. Scores to expect: model_cards/object_probe.md.
 """
 
 from dataclasses import dataclass

@@ -23,9 +23,12 @@ FRAME_DIM = 3
 MIN_SIZE = 0.03
 """Smallest size, added in quadrature: the attention to a single token has no spread."""
 
-_SEED_SIZE = 0.03  # small: the first iteration reads the token at the seed
-_CANDIDATES = 16  # places to try for each seed
-_PLACE_WEIGHT = 24.0  # a distance of 0.2 counts as much as half the range of one color channel
+# Small seeds make the first iteration read the token at the seed.
+_SEED_SIZE = 0.03
+# Each seed is the best of this number of random places.
+_CANDIDATES = 16
+# With this weight, a distance of 0.2 counts as much as half the range of one color channel.
+_PLACE_WEIGHT = 24.0
 
 
 def cell_centers(side: int, like: torch.Tensor) -> torch.Tensor:
