@@ -44,7 +44,7 @@ class ProgramSeq2SeqConfig(PreTrainedConfig):
         program_tokens: The program symbols in the order of their ids. Defaults to `program_vocabulary` for the four
             basic operations and the constants 1, 2, 3, 4, 10, 60 and 100.
         operations: Number of arguments of each operation; only operations among `program_tokens` count.
-        encoder: A key of `ENCODERS`: "bilstm" or "bert".
+        encoder_type: A key of `ENCODERS`: "bilstm" or "bert".
         attention: Whether the decoder attends to the outputs of the encoder. If False, the summary of the encoder is
             its only input.
         number_embeddings: A key of `NUMBER_EMBEDDINGS`: how the decoder represents n_i. "free": by a learned vector
@@ -87,7 +87,7 @@ class ProgramSeq2SeqConfig(PreTrainedConfig):
     vocab_size: int | None = None
     program_tokens: list[str] | None = None
     operations: dict[str, int] | None = None
-    encoder: str = "bilstm"
+    encoder_type: str = "bilstm"
     attention: bool = True
     number_embeddings: str = "free"
     number_token_ids: list[int] | None = None
@@ -115,6 +115,8 @@ class ProgramSeq2SeqConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         """Fill in the default symbols; convert `bert_config` as JSON does, so that a loaded config is equal."""
+        # The name of this field in older checkpoints; transformers expects a config under "encoder".
+        self.encoder_type = kwargs.pop("encoder", self.encoder_type)
         if self.operations is None:
             self.operations = dict(OPERATIONS)
         if self.program_tokens is None:
@@ -131,7 +133,7 @@ class ProgramSeq2SeqConfig(PreTrainedConfig):
         Raises:
             ValueError: If a field is out of range or unknown, or if fields do not fit together.
         """
-        for name, known in (("encoder", ENCODERS), ("number_embeddings", NUMBER_EMBEDDINGS)):
+        for name, known in (("encoder_type", ENCODERS), ("number_embeddings", NUMBER_EMBEDDINGS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose one of {', '.join(known)}.")
         for name in (

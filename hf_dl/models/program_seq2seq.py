@@ -4,8 +4,8 @@ The sequence-to-sequence model of Sutskever et al. 2014 and Bahdanau et al. 2015
 
 1. a bidirectional LSTM; its last states are the only input of the decoder (`attention=False`);
 2. the same encoder, with additive attention over its outputs (the default);
-3. frozen BERT with attention (`encoder="bert", freeze_encoder=True`);
-4. BERT with attention, trained together with the decoder (`encoder="bert"`).
+3. frozen BERT with attention (`encoder_type="bert", freeze_encoder=True`);
+4. BERT with attention, trained together with the decoder (`encoder_type="bert"`).
 
 In each step the decoder attends with its last hidden state h, reads the last symbol y and the attended vector c, and
 predicts the next symbol y' from its new hidden state and c:
@@ -99,7 +99,7 @@ class ProgramSeq2SeqForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: ProgramSeq2SeqConfig):
         super().__init__(config)
-        self.encoder = ENCODERS[config.encoder](config)
+        self.encoder = ENCODERS[config.encoder_type](config)
         self.decoder = ProgramDecoder(config, self.encoder)
         self.post_init()
         self.generation_config.max_length = config.max_program_length + 1  # including the start
@@ -128,7 +128,7 @@ class ProgramSeq2SeqForConditionalGeneration(PreTrainedModel, GenerationMixin):
             )
         bert_fields = bert.config.to_diff_dict()
         config = ProgramSeq2SeqConfig(
-            encoder="bert", encoder_vocab_size=encoder_vocab_size, bert_config=bert_fields, **fields
+            encoder_type="bert", encoder_vocab_size=encoder_vocab_size, bert_config=bert_fields, **fields
         )
         model, weights = cls(config), bert.state_dict()
         name = "embeddings.word_embeddings.weight"

@@ -7,12 +7,12 @@ results, and the loss is the mean squared error.
 
 Differences from the paper, each selected by a field of the config:
 
-- `encoder="resnet18"`: ResNet-18 with group normalization and stride 4, as in SlotDiffusion's CLEVRTex baseline.
+- `encoder_type="resnet18"`: ResNet-18 with group normalization and stride 4, as in SlotDiffusion's CLEVRTex baseline.
 - `slot_init="learned"`: one learned vector per slot instead of draws from one learned Gaussian.
 - `gradient`: implicit or bi-level differentiation of the iterations (see `SlotAttention`).
-- `frames`: each slot has a position and a size, as in invariant slot attention (Biza et al. 2023). `decoder="canvas"`
+- `frames`: each slot has a position and a size, as in invariant slot attention (Biza et al. 2023). `decoder_type="canvas"`
   paints each slot in its own frame (see `slot_frames` and `CanvasDecoder`).
-- `decoder="pixel_shuffle"`: 3x3 convolutions on coarse grids and sub-pixel upsampling (Shi et al. 2016). The
+- `decoder_type="pixel_shuffle"`: 3x3 convolutions on coarse grids and sub-pixel upsampling (Shi et al. 2016). The
   transposed 5x5 convolutions of the paper take most of the training time on a CPU. The slots multiply Fourier features
   of the position (see `CoarseGrids`).
 - `num_draws`: evaluation tries several random slot initializations per image and keeps the one with the lowest
@@ -232,7 +232,7 @@ class SlotAutoencoderModel(SlotAutoencoderPreTrainedModel):
     def __init__(self, config: SlotAutoencoderConfig):
         super().__init__(config)
         self._add_encoder(config)
-        self.decoder = DECODERS[config.decoder](config)
+        self.decoder = DECODERS[config.decoder_type](config)
         self.post_init()
 
     @can_return_tuple
@@ -474,7 +474,7 @@ class SlotDecoderModel(SlotAutoencoderPreTrainedModel):
 
     def __init__(self, config: SlotAutoencoderConfig):
         super().__init__(config)
-        self.decoder = DECODERS[config.decoder](config)
+        self.decoder = DECODERS[config.decoder_type](config)
         self.post_init()
 
     @can_return_tuple

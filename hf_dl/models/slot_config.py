@@ -19,7 +19,7 @@ class SlotAutoencoderConfig(PreTrainedConfig):
     Args:
         image_size: Height and width of the images in pixels. The decoder says which multiples it needs.
         num_channels: Number of image channels.
-        encoder: A key of `ENCODERS`. "cnn" is a stack of 5x5 convolutions; "resnet18" is ResNet-18 with group
+        encoder_type: A key of `ENCODERS`. "cnn" is a stack of 5x5 convolutions; "resnet18" is ResNet-18 with group
             normalization and stride 4.
         encoder_channels: Output channels of each convolution of the "cnn" encoder.
         encoder_strides: Stride of each convolution of the "cnn" encoder. The 128x128 model of the paper has four
@@ -43,13 +43,13 @@ class SlotAutoencoderConfig(PreTrainedConfig):
             parameters of the initial slots keep their initial values.
         epsilon: Added to the attention before it is normalized over the tokens.
         qkv_bias: Whether the projections of slot attention have a bias.
-        decoder: A key of `DECODERS`. "canvas" paints each slot in its own frame. "broadcast" uses transposed
+        decoder_type: A key of `DECODERS`. "canvas" paints each slot in its own frame. "broadcast" uses transposed
             convolutions of stride 2 from `decoder_size` to `image_size`, then convolutions of stride 1.
             "pixel_shuffle" uses coarse grids and sub-pixel upsampling.
         decoder_channels: Hidden channels of the decoder: one entry per layer for "broadcast"; for the others, one
             entry per grid, each grid twice as fine as the previous one.
         decoder_size: Height and width of the grid that the slots are broadcast to.
-        canvas_size: Height and width of the canvas of each slot, for `decoder="canvas"`.
+        canvas_size: Height and width of the canvas of each slot, for `decoder_type="canvas"`.
         decoder_frequencies: Octaves of Fourier features in the decoder's position embedding; 0 as in the paper.
         pixel_std: Standard deviation of a pixel around the color that its slot paints, in the units of
             `pixel_values`. `SlotAutoencoderModel.posterior` uses it to weigh colors against alphas.
@@ -70,7 +70,7 @@ class SlotAutoencoderConfig(PreTrainedConfig):
     image_size: int = 64
     num_channels: int = 3
     # Encoder
-    encoder: str = "cnn"
+    encoder_type: str = "cnn"
     encoder_channels: list[int] | tuple[int, ...] = (32, 32)
     encoder_strides: list[int] | tuple[int, ...] = (2, 2)
     token_dim: int = 64
@@ -88,7 +88,7 @@ class SlotAutoencoderConfig(PreTrainedConfig):
     epsilon: float = 1e-8
     qkv_bias: bool = False
     # Decoder
-    decoder: str = "canvas"
+    decoder_type: str = "canvas"
     decoder_channels: list[int] | tuple[int, ...] = (64, 32)
     decoder_size: int = 8
     canvas_size: int = 32
@@ -99,6 +99,9 @@ class SlotAutoencoderConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         """Convert tuples to lists as JSON does, so that a saved and loaded config equals the original."""
+        # The names of these fields in older checkpoints; transformers expects a config under "decoder".
+        self.encoder_type = kwargs.pop("encoder", self.encoder_type)
+        self.decoder_type = kwargs.pop("decoder", self.decoder_type)
         self.encoder_channels = list(self.encoder_channels)
         self.encoder_strides = list(self.encoder_strides)
         self.decoder_channels = list(self.decoder_channels)
@@ -121,11 +124,11 @@ class SlotAutoencoderConfig(PreTrainedConfig):
             ValueError: If a field is out of range or unknown, or if fields do not fit together.
         """
         for name, known in (
-            ("encoder", ENCODERS),
+            ("encoder_type", ENCODERS),
             ("slot_init", SLOT_INITS),
             ("seeds", SEEDS),
             ("gradient", GRADIENTS),
-            ("decoder", DECODERS),
+            ("decoder_type", DECODERS),
         ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose one of {', '.join(known)}.")
@@ -157,7 +160,7 @@ class SlotAutoencoderConfig(PreTrainedConfig):
             raise ValueError(f"prune_error={self.prune_error} must be 0 or above.")
         if not self.decoder_channels:
             raise ValueError("decoder_channels=[] must have at least one entry.")
-        DECODERS[self.decoder].check_config(self)
+        DECODERS[self.decoder_type].check_config(self)
 
 
 def _architecture(**fields) -> Callable[..., SlotAutoencoderConfig]:
@@ -169,12 +172,12 @@ ARCHITECTURES: dict[str, Callable[..., SlotAutoencoderConfig]] = {
     "small": SlotAutoencoderConfig,
     # The small model with one part replaced, to measure what the part does.
     "random_seeds": _architecture(seeds="random"),
-    "without_canvas": _architecture(decoder="pixel_shuffle"),
-    "without_frames": _architecture(frames=False, decoder="pixel_shuffle"),
+    "without_canvas": _architecture(decoder_type="pixel_shuffle"),
+    "without_frames": _architecture(frames=False, decoder_type="pixel_shuffle"),
     # For 128x128 images on a GPU.
     "large": _architecture(
         image_size=128,
-        encoder="resnet18",
+        encoder_type="resnet18",
         token_dim=192,
         num_slots=11,
         slot_dim=192,
@@ -195,14 +198,14 @@ ARCHITECTURES: dict[str, Callable[..., SlotAutoencoderConfig]] = {
         frames=False,
         gradient="full",
         decoder_frequencies=0,
-        decoder="broadcast",
+        decoder_type="broadcast",
         decoder_size=8,
         decoder_channels=[64] * 5,
     ),
     # The slot attention baseline of SlotDiffusion on CLEVRTex, for 128x128 images.
     "resnet18": _architecture(
         image_size=128,
-        encoder="resnet18",
+        encoder_type="resnet18",
         token_dim=192,
         num_slots=11,
         num_iterations=3,
@@ -212,7 +215,7 @@ ARCHITECTURES: dict[str, Callable[..., SlotAutoencoderConfig]] = {
         frames=False,
         gradient="full",
         decoder_frequencies=0,
-        decoder="broadcast",
+        decoder_type="broadcast",
         decoder_size=8,
         decoder_channels=[128] * 4,
     ),

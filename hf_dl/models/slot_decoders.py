@@ -169,7 +169,7 @@ class CanvasDecoder(SlotDecoder):
     def check_config(config: PreTrainedConfig) -> None:
         """Raise ValueError if the slots have no frames, or `canvas_size` is not a multiple of the finest grid."""
         if not config.frames:
-            raise ValueError("decoder='canvas' needs frames=True; choose another decoder for slots without frames.")
+            raise ValueError("decoder_type='canvas' needs frames=True; choose another decoder for slots without frames.")
         if config.canvas_size < 1 or config.canvas_size % finest_grid(config):
             raise ValueError(
                 f"canvas_size={config.canvas_size} must be a multiple of {finest_grid(config)}, the finest of the "

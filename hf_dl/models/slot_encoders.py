@@ -59,12 +59,12 @@ class SlotEncoder(nn.Module):
     A convolutional network, a position embedding, layer normalization, and an MLP per token.
 
     Args:
-        config: A `SlotAutoencoderConfig`; `encoder` is a key of `ENCODERS`.
+        config: A `SlotAutoencoderConfig`; `encoder_type` is a key of `ENCODERS`.
     """
 
     def __init__(self, config: PreTrainedConfig):
         super().__init__()
-        self.backbone, channels = ENCODERS[config.encoder](config)
+        self.backbone, channels = ENCODERS[config.encoder_type](config)
         self.position = PositionEmbedding(channels)
         self.norm = nn.LayerNorm(channels)
         self.mlp = nn.Sequential(

@@ -276,7 +276,7 @@ class MathProgramPipeline:
         self.model, self.tokenizer, self.config = model, tokenizer, config
         self.max_numbers = sum(token[:1] == "n" and token[1:].isdigit() for token in config.program_tokens)
         bert = config.bert_config or {}
-        self.max_tokens = bert.get("max_position_embeddings", 512) if config.encoder == "bert" else None
+        self.max_tokens = bert.get("max_position_embeddings", 512) if config.encoder_type == "bert" else None
 
     @classmethod
     def from_pretrained(

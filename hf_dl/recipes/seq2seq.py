@@ -149,6 +149,8 @@ class ModelFlags:
             if self.model not in MODELS:
                 raise ValueError(f"model={self.model!r} is unknown. Choose one of: {', '.join(MODELS)}.")
             self.encoder, self.attention, self.freeze_encoder = MODELS[self.model]
+        if self.encoder not in ENCODERS:
+            raise ValueError(f"encoder={self.encoder!r} is unknown. Choose one of: {', '.join(ENCODERS)}.")
         if self.teacher_forcing_end > 1:
             raise ValueError(f"teacher_forcing_end={self.teacher_forcing_end} must be at most 1.")
         if self.encoder_learning_rate < 0:
@@ -175,12 +177,13 @@ def config_fields(args: Any) -> dict[str, Any]:
     """
     symbols = math_programs.program_tokenizer()
     names = (
-        "encoder attention freeze_encoder mask_numbers number_embeddings embedding_size encoder_hidden_size "
+        "attention freeze_encoder mask_numbers number_embeddings embedding_size encoder_hidden_size "
         "encoder_layers program_embedding_size decoder_hidden_size attention_size dropout max_program_length "
         "teacher_forcing_ratio"
     )
     course = args.subset == "course"
     return {name: getattr(args, name) for name in names.split()} | {
+        "encoder_type": args.encoder,
         "program_tokens": symbols.convert_ids_to_tokens(list(range(len(symbols)))),
         "operations": dict(programs.OPERATIONS),
         "number_token_ids": list(range(math_programs.NUM_NUMBERS)),
@@ -338,7 +341,7 @@ def make_model(args: Any, tokenizers: Tokenizers) -> ProgramSeq2SeqForConditiona
     }
     if args.encoder == "bert":
         checked_config(ProgramSeq2SeqConfig, **fields)
-        del fields["encoder"]  # from_encoder_pretrained sets it
+        del fields["encoder_type"]  # from_encoder_pretrained sets it
         return ProgramSeq2SeqForConditionalGeneration.from_encoder_pretrained(args.bert, **fields)
     model = ProgramSeq2SeqForConditionalGeneration(checked_config(ProgramSeq2SeqConfig, **fields))
     if args.glove:

@@ -184,7 +184,7 @@ def show(solution: Solution) -> tuple[str, str, str, str]:
 def describe(name: str, pipeline: MathProgramPipeline) -> str:
     """Describe a model in one line of Markdown."""
     name = Path(name).name if Path(name).is_absolute() else name
-    kind = {"bilstm": "BiLSTM", "bert": "BERT"}[pipeline.config.encoder]
+    kind = {"bilstm": "BiLSTM", "bert": "BERT"}[pipeline.config.encoder_type]
     attention = "with attention" if pipeline.config.attention else "without attention"
     count = pipeline.model.num_parameters()
     return f"Model `{name.replace('`', '')}` · {kind} {attention} · {count:,} parameters"

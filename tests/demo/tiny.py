@@ -14,7 +14,7 @@ from ..pipelines.test_slot_diffusion import make_pipe
 
 TINY_SLOTS = {
     "image_size": 16, "encoder_channels": [8], "encoder_strides": [2], "token_dim": 8, "num_slots": 4, "slot_dim": 8,
-    "slot_mlp_dim": 8, "slot_init": "learned", "gradient": "bilevel", "decoder": "pixel_shuffle",
+    "slot_mlp_dim": 8, "slot_init": "learned", "gradient": "bilevel", "decoder_type": "pixel_shuffle",
     "decoder_channels": [8], "decoder_size": 4,
 }  # fmt: skip
 TINY_VIT = {"image_size": 16, "patch_size": 4, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}

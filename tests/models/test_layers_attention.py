@@ -195,7 +195,7 @@ def test_attention_masks_are_interpolated_between_the_pixels_that_tokens_are_cen
 
 @pytest.mark.parametrize("encoder", ["cnn", "resnet18"])
 def test_tokens_are_centered_where_the_masks_put_them(encoder):
-    backbone = SlotEncoder(SlotAutoencoderConfig(encoder=encoder)).backbone.double()
+    backbone = SlotEncoder(SlotAutoencoderConfig(encoder_type=encoder)).backbone.double()
     for module in [*backbone.modules()]:
         for name, child in module.named_children():
             if isinstance(child, torch.nn.GroupNorm):  # which is no sum over the receptive field

@@ -36,7 +36,7 @@ def tiny(**fields):
         "dropout": 0.0,
         "max_program_length": 12,
     }
-    bert = {"bert_config": BERT} if fields.get("encoder") == "bert" else {}
+    bert = {"bert_config": BERT} if fields.get("encoder_type") == "bert" else {}
     language = {"program_tokens": TOKENS, "operations": OPERATIONS}
     return ProgramSeq2SeqConfig(**{**language, **sizes, **bert, **fields})
 
@@ -97,17 +97,17 @@ class TestWithBert(TestWithoutAttention):
     test_compiles_to_the_same_numbers = ModelContract.test_compiles_to_the_same_numbers
 
     def config(self):
-        return tiny(encoder="bert", teacher_forcing_ratio=1.0, number_embeddings="tied", number_token_ids=NUMBERS)
+        return tiny(encoder_type="bert", teacher_forcing_ratio=1.0, number_embeddings="tied", number_token_ids=NUMBERS)
 
 
 class TestWithFrozenBert(TestWithoutAttention):
     frozen = [
         f"encoder.{name}"
-        for name, _ in ProgramSeq2SeqForConditionalGeneration(tiny(encoder="bert")).encoder.named_parameters()
+        for name, _ in ProgramSeq2SeqForConditionalGeneration(tiny(encoder_type="bert")).encoder.named_parameters()
     ]
 
     def config(self):
-        return tiny(encoder="bert", freeze_encoder=True, teacher_forcing_ratio=1.0)
+        return tiny(encoder_type="bert", freeze_encoder=True, teacher_forcing_ratio=1.0)
 
 
 VARIANTS = pytest.mark.parametrize(
@@ -115,9 +115,9 @@ VARIANTS = pytest.mark.parametrize(
     [
         {},
         {"attention": False},
-        {"encoder": "bert"},
+        {"encoder_type": "bert"},
         {"number_embeddings": "pointer", "number_token_ids": NUMBERS},
-        {"number_embeddings": "tied", "number_token_ids": NUMBERS[:2], "encoder": "bert"},
+        {"number_embeddings": "tied", "number_token_ids": NUMBERS[:2], "encoder_type": "bert"},
     ],
     ids=["attention", "plain", "bert", "pointer", "bert tied"],
 )
@@ -125,7 +125,7 @@ VARIANTS = pytest.mark.parametrize(
 
 @VARIANTS
 def test_the_written_out_lstms_are_the_kernels(fields):
-    fields = {"encoder_layers": 2, **fields} if "encoder" not in fields else fields
+    fields = {"encoder_layers": 2, **fields} if "encoder_type" not in fields else fields
     fused, steps = (make(fused_lstm=way, **fields).train() for way in (True, False))
     assert fused.state_dict().keys() == steps.state_dict().keys()
     outputs = [model(**problems(5), generator=torch.Generator().manual_seed(0)) for model in (fused, steps)]
@@ -279,7 +279,7 @@ def test_no_gradient_passes_through_a_choice_and_all_of_them_through_states():
 @pytest.mark.parametrize("encoder", ["bilstm", "bert"])
 def test_a_frozen_encoder_stays_as_it_is(encoder, tmp_path):
     bert = {**BERT, "hidden_dropout_prob": 0.5}
-    model = make(encoder=encoder, freeze_encoder=True, dropout=0.5, bert_config=bert).train()
+    model = make(encoder_type=encoder, freeze_encoder=True, dropout=0.5, bert_config=bert).train()
     assert not model.encoder.training and model.decoder.training
     assert not any(p.requires_grad for p in model.encoder.parameters())
     batch = problems(4)
@@ -330,7 +330,7 @@ def test_word_embeddings_can_be_given_and_widened(tmp_path):
         model.load_word_embeddings(matrix.masked_fill(matrix > 0, math.nan))
 
     for encoder in ("bilstm", "bert"):
-        model = make(encoder=encoder)
+        model = make(encoder_type=encoder)
         before = model.get_input_embeddings().weight
         assert model.resize_token_embeddings(22) is model.get_input_embeddings()
         assert model.config.encoder_vocab_size == 22
@@ -342,13 +342,13 @@ def test_word_embeddings_can_be_given_and_widened(tmp_path):
 
 
 def test_an_own_learning_rate_for_the_encoder_needs_nothing_but_its_parameters():
-    model = make(encoder="bert")
+    model = make(encoder_type="bert")
     encoder, decoder = set(model.encoder.parameters()), set(model.decoder.parameters())
     assert not encoder & decoder and encoder | decoder == set(model.parameters())
 
 
 def test_the_config_goes_through_the_views_of_it():
-    config = tiny(encoder="bert")
+    config = tiny(encoder_type="bert")
     assert (
         config.vocab_size
         == config.get_text_config().vocab_size
@@ -373,7 +373,7 @@ def test_the_config_goes_through_the_views_of_it():
         ({"pad_token_id": 3}, "pad_token_id=3 must differ from eos_token_id"),
         ({"program_tokens": [*TOKENS, "n1"]}, "program_tokens has n1 more than once"),
         ({"operations": {"log": 1}}, "operations has no key among program_tokens"),
-        ({"encoder": "gpt"}, "encoder='gpt' is unknown; choose one of bilstm, bert"),
+        ({"encoder_type": "gpt"}, "encoder_type='gpt' is unknown; choose one of bilstm, bert"),
         ({"number_embeddings": "bound"}, "number_embeddings='bound' is unknown; choose one of free, tied"),
         ({"operations": {"add": 2, "volume": 3}}, "operations lacks the arity of negate"),
         ({"number_embeddings": "tied"}, "number_embeddings='tied' needs number_token_ids: 1 to 3 ids below"),
@@ -387,7 +387,7 @@ def test_configs_that_contradict_themselves_are_refused(fields, sentence):
 
 @pytest.mark.parametrize("encoder", ["bilstm", "bert"])
 def test_calls_that_do_not_fit_are_refused(encoder):
-    model, words = make(encoder=encoder), torch.ones(2, 3, dtype=torch.long)
+    model, words = make(encoder_type=encoder), torch.ones(2, 3, dtype=torch.long)
     with pytest.raises(ValueError, match="labels and decoder_input_ids are missing"):
         model(words)
     with pytest.raises(ValueError, match="input_ids and encoder_outputs are missing"):

@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import json
 from pathlib import Path
 
 import pytest
@@ -48,3 +49,29 @@ def test_no_config_is_missing_from_the_table():
         }
     assert found == {config for config, _, _ in ROWS.values()}
     assert all(hasattr(hf_dl.models, name) for name in hf_dl.models.__all__)
+
+
+@pytest.mark.parametrize("model_type", ROWS)
+def test_no_field_has_a_name_under_which_transformers_expects_a_config(model_type):
+    config_class = ROWS[model_type][0]
+    config = config_class()
+    assert config.get_text_config() is config
+    assert all(type(config.get_text_config(**{side: True})) is config_class for side in ("encoder", "decoder"))
+    taken = {"encoder", "decoder", "generator", "text_config", "text_encoder", "vision_config", "audio_config"}
+    assert not taken & set(config.to_dict())
+
+
+@pytest.mark.parametrize(
+    ("model_type", "fields"),
+    [
+        ("slot_autoencoder", {"encoder": "resnet18", "decoder": "pixel_shuffle"}),
+        ("program_seq2seq", {"encoder": "bert"}),
+    ],
+)
+def test_a_checkpoint_with_the_former_names_of_fields_loads(model_type, fields, tmp_path):
+    config_class = ROWS[model_type][0]
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type, **fields}))
+    config = AutoConfig.from_pretrained(tmp_path)
+    for name, value in fields.items():
+        assert getattr(config, f"{name}_type") == value and name not in config.to_dict()
+    assert config_class.from_dict(config.to_dict()).to_dict() == config.to_dict()

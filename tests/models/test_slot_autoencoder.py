@@ -62,7 +62,7 @@ class TestKindWithoutFrames(TestDefaultKind):
     overfit_steps = 300
 
     def config(self):
-        return SlotAutoencoderConfig(**TINY, frames=False, decoder="pixel_shuffle", decoder_channels=(24, 16))
+        return SlotAutoencoderConfig(**TINY, frames=False, decoder_type="pixel_shuffle", decoder_channels=(24, 16))
 
 
 class TestPaperKind(TestDefaultKind):
@@ -80,7 +80,7 @@ class TestPaperKind(TestDefaultKind):
             slot_std=1.0,
             frames=False,
             gradient="full",
-            decoder="broadcast",
+            decoder_type="broadcast",
             decoder_channels=(16, 16, 16),
         )
 
@@ -91,14 +91,14 @@ class TestResNetKind(TestDefaultKind):
     overfit_steps = 300  # four seeds ended between 0.05 and 0.08 of where they began
 
     def config(self):
-        small = {"encoder": "resnet18", "image_size": 8, "decoder_size": 4, "canvas_size": 8}
+        small = {"encoder_type": "resnet18", "image_size": 8, "decoder_size": 4, "canvas_size": 8}
         return SlotAutoencoderConfig(**TINY | small, decoder_channels=(24, 16))
 
 
 @pytest.fixture
 def gaussian_model():
     torch.manual_seed(0)
-    fields = {"slot_init": "gaussian", "gradient": "full", "decoder": "pixel_shuffle", "decoder_channels": (16,)}
+    fields = {"slot_init": "gaussian", "gradient": "full", "decoder_type": "pixel_shuffle", "decoder_channels": (16,)}
     config = SlotAutoencoderConfig(**TINY, **fields, frames=False)
     return SlotAutoencoderModel(config).eval()
 
@@ -288,7 +288,7 @@ def test_published_shapes():
         slot_init="gaussian",
         gradient="full",
         num_slots=7,
-        decoder="broadcast",
+        decoder_type="broadcast",
         decoder_size=8,
         decoder_channels=(8,) * 5,
     )
@@ -306,17 +306,17 @@ def test_published_shapes():
         ({"encoder_channels": (8,)}, "must have one entry for each convolution"),
         ({"decoder_channels": ()}, "decoder_channels=\\[\\] must have at least one entry"),
         (
-            {"image_size": 18, "decoder": "pixel_shuffle"},
+            {"image_size": 18, "decoder_type": "pixel_shuffle"},
             "image_size=18 must be a multiple of 16, the finest of the decoder's grids",
         ),
-        ({"frames": False}, "decoder='canvas' needs frames=True"),
+        ({"frames": False}, "decoder_type='canvas' needs frames=True"),
         ({"canvas_size": 24}, "canvas_size=24 must be a multiple of 16, the finest of the decoder's grids"),
         ({"slot_dim": 3}, "slot_dim=3 must be above 3"),
         ({"seeds": "moon"}, "seeds='moon' is unknown; choose one of color, random"),
-        ({"decoder": "broadcast", "image_size": 24}, "must be decoder_size=8 times a power of two"),
-        ({"decoder": "broadcast", "image_size": 64, "decoder_channels": (8,)}, "must have at least 3 entries"),
-        ({"encoder": "vgg"}, "encoder='vgg' is unknown; choose one of cnn, resnet18"),
-        ({"decoder": "vit"}, "decoder='vit' is unknown; choose one of broadcast, pixel_shuffle, canvas"),
+        ({"decoder_type": "broadcast", "image_size": 24}, "must be decoder_size=8 times a power of two"),
+        ({"decoder_type": "broadcast", "image_size": 64, "decoder_channels": (8,)}, "must have at least 3 entries"),
+        ({"encoder_type": "vgg"}, "encoder_type='vgg' is unknown; choose one of cnn, resnet18"),
+        ({"decoder_type": "vit"}, "decoder_type='vit' is unknown; choose one of broadcast, pixel_shuffle, canvas"),
         ({"slot_init": "zero"}, "slot_init='zero' is unknown; choose one of gaussian, learned"),
         ({"gradient": "none"}, "gradient='none' is unknown; choose one of full, implicit, bilevel"),
         ({"pixel_std": 0.0}, "pixel_std=0.0 must be above 0"),
@@ -365,11 +365,11 @@ class LinearDecoder(SlotDecoder):
 def test_a_new_decoder_needs_a_class_and_an_entry(monkeypatch, tmp_path):
     monkeypatch.setitem(DECODERS, "linear", LinearDecoder)
     with pytest.raises(Exception, match="image_size=64 must be at most 32"):
-        SlotAutoencoderConfig(decoder="linear")
+        SlotAutoencoderConfig(decoder_type="linear")
     with pytest.raises(Exception, match="choose one of broadcast, pixel_shuffle, canvas, linear"):
-        SlotAutoencoderConfig(decoder="lineal")
+        SlotAutoencoderConfig(decoder_type="lineal")
     torch.manual_seed(0)
-    model = SlotAutoencoderModel(SlotAutoencoderConfig(**TINY, decoder="linear")).train()
+    model = SlotAutoencoderModel(SlotAutoencoderConfig(**TINY, decoder_type="linear")).train()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     pixel_values, losses = torch.rand(4, 3, 16, 16) * 2 - 1, []
     for _ in range(3):

@@ -49,7 +49,7 @@ def test_it_is_the_encoder_of_the_autoencoder(slot_init, tmp_path):
 @pytest.mark.parametrize("kind", DECODERS)
 def test_the_decoder_is_that_of_the_autoencoder(kind, tmp_path):
     torch.manual_seed(0)
-    autoencoder = SlotAutoencoderModel(SlotAutoencoderConfig(**TINY, decoder=kind)).eval()
+    autoencoder = SlotAutoencoderModel(SlotAutoencoderConfig(**TINY, decoder_type=kind)).eval()
     autoencoder.save_pretrained(tmp_path / "autoencoder")
     decoder, report = SlotDecoderModel.from_pretrained(tmp_path / "autoencoder", output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"] and not decoder.training

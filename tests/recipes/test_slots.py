@@ -40,7 +40,7 @@ def make_batches(sizes=(4, 4, 3), size=16, seed=0):
 
 class TestEvaluate:
     def test_scores_against_loops(self):
-        model, batches = make_model(frames=False, decoder="pixel_shuffle"), make_batches()
+        model, batches = make_model(frames=False, decoder_type="pixel_shuffle"), make_batches()
         scores, masks = slots.evaluate(model, batches, prune=False)  # random masks: one slot alone explains the most
         images = torch.cat([batch["image"] for batch in batches]).numpy() / 127.5 - 1
         truth = torch.cat([batch["mask"] for batch in batches]).numpy()
