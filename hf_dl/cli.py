@@ -5,6 +5,7 @@
     hf-dl train slots --gpu_ids 0,1 -- --seed 1 # or separate them from the script's flags by --
     hf-dl evaluate slots --model runs/train_slots
     hf-dl demo slot_explorer
+    hf-dl launch my_script.py                   # `accelerate launch` without its own traceback below an error
     hf-dl list
 
 Each command runs a script of the repository. A clone runs the files in scripts/ and spaces/, and an installed wheel
@@ -137,10 +138,15 @@ def find_launch_config(options: list[str]) -> list[str]:
     return found
 
 
-def launch(script: Path, words: list[str]) -> int:
-    """Run a training script through `accelerate launch`, and return its exit status.
+def launch(words: list[str], script: Path | None = None) -> int:
+    """Run a program through `accelerate launch`, and return its exit status.
 
-    On a machine without an accelerator, `--num_processes 2` starts two CPU processes.
+    `accelerate launch` itself prints its own traceback, or a table, below the error of the program. This function
+    leaves them out. On a machine without an accelerator, `--num_processes 2` starts two CPU processes.
+
+    Args:
+        words: Launch options and flags of the script. Without `script`, the command line of `accelerate launch`.
+        script: The program, or None if `words` names it.
     """
     import logging
     from subprocess import CalledProcessError
@@ -151,9 +157,12 @@ def launch(script: Path, words: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     logging.getLogger("accelerate.commands.launch").setLevel(logging.ERROR)  # it lists each default that it uses
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)  # failed processes
     parser = launch_command_parser()
-    options, flags = split_launch_options(words, parser)
-    args = parser.parse_args([*find_launch_config(options), str(script), *flags])
+    if script is not None:
+        options, flags = split_launch_options(words, parser)
+        words = [*options, str(script), *flags]
+    args = parser.parse_args(find_launch_config(words))
     if (args.num_processes or 1) > 1 and not args.config_file and not torch.accelerator.is_available():
         # accelerate starts several CPU processes only in this way; `--num_processes 2` alone starts one
         args.multi_gpu, args.num_machines = True, args.num_machines or 1
@@ -203,7 +212,15 @@ def train(words: list[str]) -> int:
     script = scripts[choose("system", words[0], scripts)]
     if {"-h", "--help"} & set(words):
         return run_script(script, ["--help"])
-    return launch(script, words[1:])
+    return launch(words[1:], script)
+
+
+def launch_program(words: list[str]) -> int:
+    """Run any program as `accelerate launch` does, without its traceback below an error.
+
+    hf-dl launch [options of accelerate launch] scripts/train_slots.py [flags of the script]
+    """
+    return launch(words)
 
 
 def evaluate(words: list[str]) -> int:
@@ -292,6 +309,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "explain": explain,
     "publish": publish,
     "demo": demo,
+    "launch": launch_program,
     "list": list_systems,
 }
 # The choices that the help of a command lists.

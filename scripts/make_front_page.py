@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 from hf_dl.systems import RESULTS, read_systems, summarize
+from hf_dl.training.errors import explain_errors
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- systems: made by scripts/make_front_page.py -->", "<!-- end of systems -->"
@@ -63,4 +64,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    explain_errors(Path(__file__).name)
     main()

@@ -25,6 +25,7 @@ from hf_dl.data import object_images, scenes
 from hf_dl.explain import attention_maps, grad_cam, masked_logits, ranked_patches
 from hf_dl.pipelines.math_program import MathProgramPipeline, format_number
 from hf_dl.reporting.grids import color_segments
+from hf_dl.training.errors import explain_errors
 
 SHOWN = 128  # pixels of a shown image; the models read the same images at their own size
 PROBLEM = "A train travels 150 km in 2 hours. At the same speed, how many km does it travel in 5 hours?"
@@ -170,4 +171,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    explain_errors(Path(__file__).name)
     main()

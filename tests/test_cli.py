@@ -188,6 +188,20 @@ def test_training_goes_through_accelerate(shipped):
     assert out.endswith("['fail', '--num_steps', '3'] __main__\n") and "Traceback" not in err
 
 
+def test_any_program_is_launched_without_a_traceback_of_the_launcher(shipped, monkeypatch):
+    launched = []
+
+    def fail(args):
+        launched.append(args)
+        raise subprocess.CalledProcessError(3, "python")
+
+    monkeypatch.setattr("accelerate.commands.launch.launch_command", fail)
+    assert cli.main(["launch", "--mixed_precision", "bf16", "mine.py", "--mixed_precision", "no"]) == 3
+    args = launched[0]
+    assert (args.mixed_precision, args.training_script) == ("bf16", "mine.py")
+    assert args.training_script_args == ["--mixed_precision", "no"]
+
+
 @pytest.mark.skipif(os.name != "posix", reason="needs process groups")
 @pytest.mark.parametrize("command", ["train", "evaluate"])
 def test_ctrl_c_waits_for_the_script(shipped, command):

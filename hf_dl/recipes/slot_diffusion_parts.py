@@ -161,7 +161,7 @@ def run_training(command: Sequence[str]) -> None:
         for name, value in os.environ.items()
         if name not in distributed and not name.startswith(("GROUP_", "ROLE_", "TORCHELASTIC_"))
     }
-    launch = [sys.executable, "-m", "accelerate.commands.launch", *command[2:]]
+    launch = [sys.executable, "-m", "hf_dl", "launch", *command[2:]]  # `accelerate launch` without its traceback
     with subprocess.Popen(launch, env=environment) as child:  # after Ctrl-C, the child can still write a checkpoint
         status = child.wait()
     if status:

@@ -12,7 +12,6 @@ A script adds its own flags in a subclass of `TrainingArgs` and calls `parse_arg
 
 import dataclasses
 import difflib
-import functools
 import inspect
 import json
 import os
@@ -26,6 +25,7 @@ import torch
 from accelerate.utils import set_seed
 from transformers import HfArgumentParser
 
+from .errors import explain_errors
 from .schedules import SCHEDULES
 
 _GROUPS = {
@@ -243,7 +243,7 @@ def parse_flags(cls: type[FlagsT], argv: list[str] | None = None) -> FlagsT:
 
     An unknown flag or an invalid value ends the program with one sentence and exit status 2. Flags cannot be
     abbreviated. In a program that reads `sys.argv`, errors about the input that occur later, such as a missing file,
-    end the program with one sentence and exit status 1.
+    end the program with one sentence and exit status 1, see `explain_errors`.
 
     Args:
         cls: A dataclass of flags. Its `__post_init__` may raise ValueError for invalid values.
@@ -264,7 +264,7 @@ def parse_flags(cls: type[FlagsT], argv: list[str] | None = None) -> FlagsT:
     """
     path = script_path(cls)
     if argv is None:
-        sys.excepthook = functools.partial(_print_input_errors, path.name)
+        explain_errors(path.name)
     doc = getattr(sys.modules.get(cls.__module__), "__doc__", None) if cls is not TrainingArgs else None
     parser = HfArgumentParser(
         _argument_groups(cls),
@@ -283,25 +283,6 @@ def parse_flags(cls: type[FlagsT], argv: list[str] | None = None) -> FlagsT:
         return cls(**values)
     except ValueError as error:
         parser.error(str(error))
-
-
-def _print_input_errors(
-    program: str, kind: type[BaseException], error: BaseException, trace: types.TracebackType | None
-) -> None:
-    """Print an error about the input in one line, and any other error with its traceback.
-
-    Files and the Hub raise OSError. This package raises ValueError for invalid input, and so do `datasets` and
-    `huggingface_hub`. A ValueError from another library is a defect of the program, whose traceback is needed.
-    """
-    last = trace
-    while last and last.tb_next:
-        last = last.tb_next
-    package = last.tb_frame.f_globals.get("__name__", "").split(".")[0] if last else ""
-    explained = package in ("__main__", "hf_dl", "datasets", "huggingface_hub")
-    if isinstance(error, OSError) or (isinstance(error, ValueError) and explained):
-        print(f"{program}: error: {error}", file=sys.stderr)
-    else:
-        sys.__excepthook__(kind, error, trace)
 
 
 def _argument_groups(cls: type) -> list[type]:

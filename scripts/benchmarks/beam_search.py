@@ -27,6 +27,7 @@ import torch
 from hf_dl.models import ProgramSeq2SeqConfig, ProgramSeq2SeqForConditionalGeneration
 from hf_dl.models.beam_search import Constraint
 from hf_dl.models.program_config import program_vocabulary
+from hf_dl.training.errors import explain_errors
 
 EXPECTED = {"one by one": 5.0, "transformers": 1.0}  # smallest expected CPU time relative to our search
 EXPECTED_SAME = 0.9
@@ -152,4 +153,5 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
 
 
 if __name__ == "__main__":
+    explain_errors(Path(__file__).name)
     main()

@@ -25,6 +25,7 @@ from torch import nn
 from transformers import ResNetConfig, ResNetForImageClassification, ViTConfig, ViTForImageClassification
 
 from hf_dl.explain import grad_cam, record_attention
+from hf_dl.training.errors import explain_errors
 
 CLASS = 3
 
@@ -131,4 +132,5 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
 
 
 if __name__ == "__main__":
+    explain_errors(Path(__file__).name)
     main()

@@ -27,6 +27,7 @@ import torch
 from torch import nn
 
 from hf_dl.models.layers_norm import NORMS, make_norm
+from hf_dl.training.errors import explain_errors
 
 SHAPES = ((32, 16, 128, 128), (32, 64, 32, 32))
 GROUPS = 8
@@ -171,4 +172,5 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
 
 
 if __name__ == "__main__":
+    explain_errors(Path(__file__).name)
     main()

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from hf_dl.data import scenes
+from hf_dl.training.errors import explain_errors
 
 OBJECTS = {"plain": (2, 4), "textured": (3, 6)}
 
@@ -105,4 +106,5 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
+    explain_errors(Path(__file__).name)
     main()

@@ -22,6 +22,7 @@ import torch
 from sklearn.metrics import adjusted_rand_score
 
 from hf_dl.metrics.segmentation import adjusted_rand_index
+from hf_dl.training.errors import explain_errors
 
 NUM_MASKS, SIZE, PREDICTED, TRUE = 1000, 128, 11, 7
 
@@ -119,4 +120,5 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
 
 if __name__ == "__main__":
+    explain_errors(Path(__file__).name)
     main()

@@ -38,6 +38,7 @@ from hf_dl.models.slot_config import SlotAutoencoderConfig
 from hf_dl.models.slot_unet import ARCHITECTURES
 from hf_dl.recipes import slot_diffusion
 from hf_dl.recipes.scene_images import SceneFlags
+from hf_dl.training.errors import explain_errors
 
 SLOTS = 5
 NETWORKS = {  # name: kind of the network, memory format
@@ -243,4 +244,5 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
 
 
 if __name__ == "__main__":
+    explain_errors(Path(__file__).name)
     main()

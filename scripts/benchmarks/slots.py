@@ -22,6 +22,7 @@ from slot_attention import SlotAttention as PeerSlotAttention
 
 from hf_dl.data import scenes
 from hf_dl.models.layers_attention import SlotAttention
+from hf_dl.training.errors import explain_errors
 
 BATCH, TOKENS, DIM, SLOTS, ITERATIONS = 16, 1024, 64, 7, 3
 
@@ -153,4 +154,5 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
 
 
 if __name__ == "__main__":
+    explain_errors(Path(__file__).name)
     main()

@@ -36,6 +36,7 @@ from hf_dl.models.layers_adaptive import AdaptiveHead
 from hf_dl.models.layers_heads import HEADS, GumbelHead, SoftmaxHead, make_head
 from hf_dl.models.layers_hierarchical import TreeHead, TwoLevelHead
 from hf_dl.reporting.plots import STYLE
+from hf_dl.training.errors import explain_errors
 
 BATCH, DIM = 256, 128
 CLASSES = (100, 1000, 10_000, 100_000, 1_000_000)
@@ -276,4 +277,5 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
 
 
 if __name__ == "__main__":
+    explain_errors(Path(__file__).name)
     main()

@@ -1,0 +1,100 @@
+"""Errors about the input end a program with one sentence, and defects with a traceback."""
+
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from datasets.exceptions import DatasetGenerationError
+
+from hf_dl.training.errors import explanation
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+FROM_A_WORKER = (
+    "Caught {0} in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n{0}: 'a' is bad."
+)
+
+
+@pytest.fixture
+def end(tmp_path, monkeypatch, capsys):
+    """Run a program that ends with a statement, and return what it prints."""
+
+    def run(statement):
+        program = tmp_path / "program.py"
+        program.write_text(
+            "from dataclasses import dataclass\n\nfrom hf_dl.training.args import parse_flags\n\n\n"
+            f"@dataclass\nclass Args:\n    size: int = 1\n\n\nparse_flags(Args)\n{statement}\n"
+        )
+        monkeypatch.setattr(sys, "argv", [str(program)])
+        monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # parse_flags replaces it
+        with pytest.raises(Exception) as raised:  # noqa: B017, PT011  any kind
+            runpy.run_path(str(program), run_name="__main__")
+        sys.excepthook(raised.type, raised.value, raised.tb)
+        return capsys.readouterr().err
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("statement", "sentence"),
+    [
+        ("raise ValueError('source=1 is wrong.')", "program.py: error: source=1 is wrong.\n"),
+        ("raise ValueError('two\\n  lines')", "program.py: error: two lines\n"),
+        ("open('missing.txt')", "program.py: error: [Errno 2] No such file"),
+        ("import no_such_package", "program.py: error: No module named 'no_such_package'\n"),
+        ("raise FloatingPointError('The loss is nan.')", "program.py: error: The loss is nan.\n"),
+        ("import httpx; raise httpx.ConnectError('The Hub is away.')", "program.py: error: The Hub is away.\n"),
+        (
+            "import datasets; datasets.load_dataset('parquet', data_files='missing.parquet')",
+            "program.py: error: Unable to find",
+        ),
+        (
+            "from accelerate import Accelerator; Accelerator(mixed_precision='fp17')",
+            "program.py: error: Unknown mixed_precision mode: fp17.",
+        ),
+        ("import json; json.loads('{')", "Traceback"),  # raised in a library that does not explain its input
+        ("raise RuntimeError('a defect')", "Traceback"),
+    ],
+)
+def test_a_program_ends_with_one_sentence_after_wrong_input(end, statement, sentence):
+    printed = end(statement)
+    assert printed.startswith(sentence)
+    assert ("Traceback" in printed) == (sentence == "Traceback")
+
+
+def test_the_traceback_can_be_shown(end, monkeypatch):
+    monkeypatch.setenv("HF_DL_DEBUG", "1")
+    assert end("open('missing.txt')").startswith("Traceback")
+
+
+def test_other_processes_leave_the_sentence_to_the_first_one(end, monkeypatch):
+    waited = []
+    monkeypatch.setattr("hf_dl.training.errors.time.sleep", waited.append)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    end("open('missing.txt')")
+    assert waited == []
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert "error" in end("open('missing.txt')") and waited == [5]  # long enough to be ended by the launcher
+
+
+def test_wrapped_errors_are_explained_by_their_cause():
+    error = DatasetGenerationError("An error occurred while generating the dataset")
+    error.__cause__ = FileNotFoundError("a.png does not exist.")
+    assert explanation(error) == "a.png does not exist."
+    error.__cause__ = KeyError("mask")
+    assert explanation(error) is None
+    assert explanation(ValueError(FROM_A_WORKER.format("ValueError"))) == "'a' is bad."
+    assert explanation(KeyError(FROM_A_WORKER.format("KeyError"))) is None
+    assert "Use a smaller batch_size" in explanation(torch.OutOfMemoryError("CUDA out of memory."))
+
+
+@pytest.mark.parametrize("path", sorted(SCRIPTS.rglob("*.py")), ids=lambda path: path.stem)
+def test_each_script_explains_its_errors(path):
+    """Scripts with flags do it by `parse_args` or `parse_flags`, and two commands print each error themselves."""
+    text = path.read_text()
+    explains = (
+        re.search(r"= parse_(args|flags)\(Args, argv\)", text) or "    explain_errors(Path(__file__).name)\n" in text
+    )
+    assert explains or path.name in ("publish.py", "run_experiment.py")
