@@ -170,12 +170,15 @@ class BidirectionalLSTM(nn.Module):
         for layer in range(self.lstm.num_layers):
             if layer:
                 x = nn.functional.dropout(x, self.lstm.dropout, self.training)
-            weight_ih, weight_hh, bias_ih, bias_hh = (
-                torch.stack([getattr(self.lstm, f"{name}_l{layer}{suffix}") for suffix in ("", "_reverse")])
-                for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-            )
+            names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+            weights = [
+                [getattr(self.lstm, f"{name}_l{layer}{suffix}") for suffix in ("", "_reverse")] for name in names
+            ]
+            weight_ih, weight_hh = (torch.stack(pair) for pair in weights[:2])
+            # Added before they are stacked: the gradients of both biases would otherwise be views of one tensor, which
+            # clipping and accumulation would change twice.
+            bias = torch.stack([bias_ih + bias_hh for bias_ih, bias_hh in zip(*weights[2:], strict=True)])[:, None]
             both = torch.stack([x, x.flip(1)])
-            bias = (bias_ih + bias_hh)[:, None]
             inputs = (both.flatten(1, 2) @ weight_ih.transpose(1, 2) + bias).unflatten(1, x.shape[:2])
             h = c = x.new_zeros(2, len(x), self.lstm.hidden_size)
             outputs = []

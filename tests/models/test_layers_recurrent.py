@@ -189,3 +189,15 @@ def test_invalid_states_and_masks_raise_an_error():
         lstm(x, None, torch.ones(3, 4))
     with pytest.raises(ValueError, match=r"attention_mask keeps no token of rows \[1\]"):
         lstm(x, None, torch.tensor([[1] * 5, [0] * 5, [1] * 5]))
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_gradients_of_the_encoder_are_accumulated_once(fused):
+    torch.manual_seed(0)
+    lstm, x = BidirectionalLSTM(3, 4, num_layers=2, fused=fused), torch.randn(2, 5, 3)
+    lstm(x)[0].square().sum().backward()
+    once = [p.grad.clone() for p in lstm.parameters()]
+    lstm(x)[0].square().sum().backward()
+    for (name, p), expected in zip(lstm.named_parameters(), once, strict=True):
+        torch.testing.assert_close(p.grad, 2 * expected, msg=name)
+    assert len({p.grad.data_ptr() for p in lstm.parameters()}) == len(once)
