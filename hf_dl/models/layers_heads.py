@@ -66,6 +66,23 @@ class SoftmaxHead(OutputHead):
         self.bias = nn.Parameter(torch.empty(num_classes)) if bias else None
         self.reset_parameters()
 
+    @torch.no_grad()
+    def resize(self, num_classes: int, *, mean_resizing: bool = True) -> None:
+        """Add or remove classes at the end, see `OutputHead.resize`."""
+        old, kept = dict(self._parameters), min(num_classes, self.num_classes)
+        self.num_classes = num_classes
+        for name, values in old.items():
+            if values is not None:
+                new = values.new_empty(num_classes, *values.shape[1:])
+                self.register_parameter(name, nn.Parameter(new, requires_grad=values.requires_grad))
+        self.reset_parameters()
+        for name, values in old.items():
+            if values is not None:
+                new = self.get_parameter(name)
+                if mean_resizing:
+                    new[kept:] = values.mean(0)
+                new[:kept] = values[:kept]
+
     def scores(self, hidden: torch.Tensor) -> torch.Tensor:
         """Compute the unnormalized scores z = W h + b, from (batch, dim) to (batch, classes)."""
         return at_least_float32(F.linear(hidden, self.weight, self.bias))

@@ -45,9 +45,9 @@ class OutputHead(nn.Module, abc.ABC):
     - `_losses(hidden, labels, temperature, generator)` returns the losses, (batch,);
     - `_log_prob(hidden)` returns log P(class | hidden), (batch, classes).
 
-    Some heads override more. `reset_parameters` sets another initialization, `make_buffers` computes buffers, and
-    `sparse_parameters` lists parameters with sparse gradients. `make` and `option_names` let an option choose between
-    classes.
+    Some heads override more. `resize` changes the number of classes, `reset_parameters` sets another initialization,
+    `make_buffers` computes buffers, and `sparse_parameters` lists parameters with sparse gradients. `make` and
+    `option_names` let an option choose between classes.
 
     Args:
         in_features: d, channels of the hidden states, at least 1.
@@ -127,6 +127,22 @@ class OutputHead(nn.Module, abc.ABC):
         self.reset_parameters(std)
         for name, values in self.make_buffers().items():
             init.copy_(getattr(self, name), values)
+
+    def resize(self, num_classes: int, *, mean_resizing: bool = True) -> None:
+        """Add or remove classes at the end; heads with one row of weights per class override this.
+
+        Args:
+            num_classes: The new number of classes, at least 1. The first classes keep their weights.
+            mean_resizing: Whether new classes start with the mean weight and bias of the existing ones. If not, their
+                weights are drawn like the weights of a new head.
+
+        Raises:
+            ValueError: If the structure of the head depends on all classes.
+        """
+        raise ValueError(
+            f"{type(self).__name__} cannot be resized from {self.num_classes} to {num_classes} classes, because its "
+            "structure depends on all classes. Make a new model with that size, or use head='softmax'."
+        )
 
     def make_buffers(self) -> dict[str, torch.Tensor]:
         """Compute the values of the buffers from the arguments of the constructor.

@@ -21,6 +21,7 @@ from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .layers_heads import HEADS, check_options, make_head
@@ -28,6 +29,9 @@ from .layers_output_head import IGNORED, OutputHead
 from .layers_recurrent import LSTM
 
 State = tuple[torch.Tensor, torch.Tensor]
+
+# `Trainer` shifts the labels of a smoothed loss, and `pipeline` accepts a model, only if its name is in this table.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["recurrent_lm"] = "RecurrentLMForCausalLM"
 
 
 @strict
@@ -60,6 +64,7 @@ class RecurrentLMConfig(PreTrainedConfig):
     """
 
     model_type = "recurrent_lm"
+    keys_to_ignore_at_inference = ["state"]  # `Trainer` returns the other outputs as predictions
 
     vocab_size: int = 10_000
     embedding_size: int = 128
@@ -222,8 +227,11 @@ class RecurrentLMModel(RecurrentLMPreTrainedModel):
             `hidden_states`, if requested.
 
         Raises:
-            ValueError: If both or neither of `input_ids` and `inputs_embeds` are given, or a shape is invalid.
+            ValueError: If both or neither of `input_ids` and `inputs_embeds` are given, a shape is invalid, or
+                `output_attentions` is true.
         """
+        if kwargs.get("output_attentions"):
+            raise ValueError("output_attentions=True is invalid: an LSTM has no attention. Remove it.")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass either input_ids or inputs_embeds, not both or neither.")
         embedded = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -270,6 +278,40 @@ class RecurrentLMForCausalLM(RecurrentLMPreTrainedModel, GenerationMixin):
         """Return the output layer if its weight has one row per token, otherwise `None`."""
         return self.head if self.head.has_class_rows else None
 
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        """Replace the output layer."""
+        self.head = value
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Embedding:
+        """Resize the embedding and the output layer, for example after tokens were added to the tokenizer.
+
+        Args:
+            new_num_tokens: Number of tokens. The first tokens keep their weights. Defaults to no change.
+            pad_to_multiple_of: Round the number of tokens up to a multiple of this number.
+            mean_resizing: Whether new tokens start near the mean of the existing ones. If not, their weights are drawn
+                like the weights of a new model.
+
+        Returns:
+            The embedding.
+
+        Raises:
+            ValueError: If the number of tokens is less than 1, or the output layer cannot be resized.
+        """
+        current = self.get_input_embeddings().num_embeddings
+        size = current if new_num_tokens is None else new_num_tokens
+        if pad_to_multiple_of is not None:
+            size = -(-size // pad_to_multiple_of) * pad_to_multiple_of
+        if size < 1:
+            raise ValueError(f"new_num_tokens={new_num_tokens} must be at least 1.")
+        if size != current:
+            self.head.resize(size, mean_resizing=mean_resizing)  # raises before the embedding changes
+        return super().resize_token_embeddings(size, mean_resizing=mean_resizing)
+
+    def _get_resized_lm_head(self, old_lm_head: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        return old_lm_head  # `resize_token_embeddings` has resized it
+
     @can_return_tuple
     def forward(
         self,
@@ -278,13 +320,13 @@ class RecurrentLMForCausalLM(RecurrentLMPreTrainedModel, GenerationMixin):
         state: State | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
-        shift_labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         logits_to_keep: int = 0,
         skip_logits: bool | None = None,
         temperature: float = 1.0,
         generator: torch.Generator | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Any,
     ) -> RecurrentLMOutput:
         """Predict the next token after each token.
@@ -296,8 +338,6 @@ class RecurrentLMForCausalLM(RecurrentLMPreTrainedModel, GenerationMixin):
             inputs_embeds: Embedded tokens instead of `input_ids`, (batch, length, embedding_size).
             labels: The tokens themselves, (batch, length), with -100 for tokens to ignore. The model predicts each
                 token from the tokens before it. The first token of a row is not predicted.
-            shift_labels: The token after each token, instead of `labels`. If a text is read in pieces, this gives the
-                last token of a piece a label, too.
             use_cache: Whether to return the state. Defaults to the config.
             output_hidden_states: Whether to return the embedded tokens and the last hidden states. Defaults to the
                 config.
@@ -305,15 +345,21 @@ class RecurrentLMForCausalLM(RecurrentLMPreTrainedModel, GenerationMixin):
             skip_logits: Whether to return a loss without logits. Defaults to True in training, otherwise to False.
             temperature: Temperature of the noise that head="gumbel" adds in training, greater than 0.
             generator: Random generator for that noise.
-            **kwargs: `return_dict=False` returns a tuple.
+            num_items_in_batch: Number of labels that the loss is divided by. `Trainer` passes the number over all
+                batches of a step. Defaults to the number of labels in this batch.
+            **kwargs: `shift_labels`, the token after each token, (batch, length), with -100 for tokens to ignore. It
+                replaces `labels`. If a text is read in pieces, it gives the last token of a piece a label, too.
+                `return_dict=False` returns a tuple.
 
         Returns:
             `loss`, if labels are given; `logits` (batch, length, vocab_size), which are log-probabilities; `state`;
             and `hidden_states`, if requested.
 
         Raises:
-            ValueError: If both `labels` and `shift_labels` are given, or another input is invalid.
+            ValueError: If an input is invalid.
         """
+        # Not in the signature, as in transformers: `Trainer` would expect every name with "label" in each batch.
+        shift_labels = kwargs.pop("shift_labels", None)
         outputs = self.recurrent_lm(
             input_ids,
             attention_mask=attention_mask,
@@ -321,15 +367,18 @@ class RecurrentLMForCausalLM(RecurrentLMPreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
-            return_dict=True,
+            **{**kwargs, "return_dict": True},
         )
         hidden, loss, logits = outputs.last_hidden_state, None, None
-        if labels is not None:
-            if shift_labels is not None:
-                raise ValueError("Pass either labels or shift_labels, not both.")
+        if labels is not None and shift_labels is None:
             shift_labels = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
         if shift_labels is not None:
-            loss = self.head(hidden, shift_labels.to(hidden.device), temperature=temperature, generator=generator)
+            options = {"temperature": temperature, "generator": generator}
+            if num_items_in_batch is None:
+                loss = self.head(hidden, shift_labels.to(hidden.device), **options)
+            else:
+                loss = self.head(hidden, shift_labels.to(hidden.device), **options, reduction="sum")
+                loss = loss / torch.as_tensor(num_items_in_batch).to(loss.device)
         if loss is None or not (self.training if skip_logits is None else skip_logits):
             logits = self.head.log_prob(hidden[:, -logits_to_keep:])
         return RecurrentLMOutput(loss=loss, logits=logits, state=outputs.state, hidden_states=outputs.hidden_states)
@@ -346,7 +395,6 @@ class RecurrentLMForCausalLM(RecurrentLMPreTrainedModel, GenerationMixin):
         state: State | None = None,
         attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
-        use_cache: bool | None = None,
         is_first_iteration: bool = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
@@ -357,26 +405,21 @@ class RecurrentLMForCausalLM(RecurrentLMPreTrainedModel, GenerationMixin):
             state: State after all tokens except the last one, or `None`.
             attention_mask: Mask of all tokens so far, or `None`.
             inputs_embeds: Embedded prompt, which the first step reads instead of the tokens.
-            use_cache: Whether to return the state.
             is_first_iteration: Whether this step reads the prompt.
-            **kwargs: Ignored.
+            **kwargs: Further arguments of `forward`, such as `use_cache` and `output_hidden_states`.
 
         Returns:
             The arguments of `forward`.
         """
         inputs: dict[str, Any] = {"input_ids": input_ids}
-        if inputs_embeds is not None and state is None:
+        if inputs_embeds is not None and is_first_iteration:
             inputs = {"inputs_embeds": inputs_embeds}
         elif state is not None and not is_first_iteration:
             inputs = {"input_ids": input_ids[:, -1:]}
             attention_mask = None if attention_mask is None else attention_mask[:, -1:]
-        return {
-            **inputs,
-            "state": state,
-            "attention_mask": attention_mask,
-            "use_cache": use_cache,
-            "logits_to_keep": 1,
-        }
+        # `next_sequence_length` is the number of tokens to read, which depends on the state here.
+        others = {name: value for name, value in kwargs.items() if name not in ("labels", "next_sequence_length")}
+        return {**others, **inputs, "state": state, "attention_mask": attention_mask, "logits_to_keep": 1}
 
     def _update_model_kwargs_for_generation(
         self, outputs: ModelOutput, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any

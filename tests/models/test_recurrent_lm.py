@@ -9,6 +9,7 @@ from hf_dl.data.text import build_tokenizer, load
 from hf_dl.models import RecurrentLMConfig, RecurrentLMForCausalLM, RecurrentLMModel
 from hf_dl.models.layers_heads import make_optimizers
 from tests.models.contract import ModelContract
+from tests.models.trainer import make_trainer, rows_of, smoothed
 
 COUNTS = [0, 40, 20, 9, 5, 3, 1, 1, 1, 1, 1, 1]
 TINY = {"vocab_size": len(COUNTS), "embedding_size": 6, "hidden_size": 8, "num_hidden_layers": 2}
@@ -84,6 +85,9 @@ def test_logits_are_log_probabilities_of_the_next_token(head):
     ahead = torch.cat([ids[:, 1:], torch.full((3, 1), -100)], dim=1)
     torch.testing.assert_close(model(ids, shift_labels=ahead).loss, expected)
     assert model(ids, shift_labels=ahead, skip_logits=True).logits is None
+    torch.testing.assert_close(model(ids, labels=ids.flip(1), shift_labels=ahead).loss, expected)
+    counted = model(ids, labels=ids, num_items_in_batch=torch.tensor(36)).loss
+    torch.testing.assert_close(counted, expected * 18 / 36)
     assert model(ids, logits_to_keep=2).logits.shape == (3, 2, 12)
     model.train()
     assert model(ids, labels=ids).logits is None and model(ids).logits is not None
@@ -237,6 +241,147 @@ def test_the_pipeline_writes_text(tmp_path):
     assert found["generated_text"].startswith("the a ") and len(found["generated_text"].split()) <= 6
 
 
+def test_generate_returns_the_outputs_of_each_step(sharp):
+    prompt = torch.tensor([[1, 5, 2], [1, 3, 3]])
+    outputs = {f"output_{name}": True for name in ("scores", "logits", "hidden_states")}
+    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "return_dict_in_generate": True}
+    for use_cache in (True, False):
+        found = sharp.generate(prompt, use_cache=use_cache, **options, **outputs)
+        whole = sharp(found.sequences[:, :-1], output_hidden_states=True)
+        torch.testing.assert_close(torch.stack(found.logits, dim=1), whole.logits[:, 2:])
+        assert len(found.hidden_states) == len(found.scores) == 4
+        for layer, expected in enumerate(whole.hidden_states):
+            last = torch.stack([states[layer][:, -1] for states in found.hidden_states], dim=1)
+            torch.testing.assert_close(last, expected[:, 2:])
+        assert [states[1].shape[1] for states in found.hidden_states] == [3, *([1] * 3 if use_cache else [4, 5, 6])]
+    beams = sharp.generate(prompt, num_beams=3, **options, **outputs)
+    transitions = sharp.compute_transition_scores(beams.sequences, beams.scores, beams.beam_indices)
+    torch.testing.assert_close(transitions.sum(1) / 4, beams.sequences_scores)
+    assert [states[1].shape[0] for states in beams.hidden_states] == [6] * 4
+    with pytest.raises(ValueError, match="an LSTM has no attention"):
+        sharp.generate(prompt, output_attentions=True, **options)
+
+
+def test_generation_continues_from_its_state(sharp):
+    prompt = torch.tensor([[1, 5, 2], [1, 3, 3]])
+    options = {"do_sample": False, "eos_token_id": None}
+    expected = sharp.generate(prompt, max_new_tokens=6, **options)
+    first = sharp.generate(prompt, max_new_tokens=2, return_dict_in_generate=True, **options)
+    rest = sharp.generate(first.sequences[:, -1:], state=first.cache, max_new_tokens=4, **options)
+    assert torch.equal(rest, expected[:, 4:])
+    embedded = sharp.get_input_embeddings()(first.sequences[:, -1:])
+    rest = sharp.generate(inputs_embeds=embedded, state=first.cache, max_new_tokens=4, **options)
+    assert torch.equal(rest, expected[:, 5:])
+
+
+# --- Trainer ---------------------------------------------------------------------------------------------------------
+
+
+def texts(rows, seed=0):
+    draw = torch.Generator().manual_seed(seed)
+    labels = torch.randint(12, (rows, 6), generator=draw)
+    ids = labels.clone()
+    for row, length in enumerate(torch.randint(2, 7, (rows,), generator=draw).tolist()):
+        labels[row, length:] = -100
+    return {"input_ids": ids, "labels": labels}
+
+
+def test_trainer_finds_the_labels_and_loads_the_best_model(tmp_path):
+    batch = texts(8)
+    ahead = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
+    model = build(dropout=0.0)
+    options = {"eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True}
+    options |= {"metric_for_best_model": "loss", "greater_is_better": True}  # the best is the first, not the last
+    options |= {"num_train_epochs": 2, "learning_rate": 0.5, "lr_scheduler_type": "constant", "logging_steps": 1}
+    trainer = make_trainer(model, rows_of(batch), tmp_path, **options)
+    assert trainer.label_names == ["labels"]
+    trainer.train()
+    losses = [row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row]
+    assert len(losses) == 2 and losses[0] > losses[1]
+    metrics = trainer.evaluate()
+    assert metrics["eval_loss"] == pytest.approx(losses[0], rel=1e-5)
+    predicted = trainer.predict(rows_of(batch))
+    assert predicted.predictions.shape == (8, 6, 12) and predicted.label_ids.shape == (8, 6)
+    model.eval()
+    halves = zip(batch["input_ids"].split(4), batch["labels"].split(4), strict=True)
+    halves = [model(ids, labels=labels).loss.item() for ids, labels in halves]
+    assert metrics["eval_loss"] == pytest.approx(sum(halves) / 2, rel=1e-5)
+    both = make_trainer(model, rows_of({**batch, "shift_labels": ahead}), tmp_path, remove_unused_columns=False)
+    assert both.evaluate()["eval_loss"] == pytest.approx(metrics["eval_loss"], rel=1e-5)
+
+
+def test_trainer_accumulates_to_the_loss_of_the_whole_batch(tmp_path):
+    batch, found = texts(4), []
+    for size in (4, 2):
+        options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 4 // size}
+        trainer = make_trainer(
+            build(dropout=0.0), rows_of(batch), tmp_path, max_steps=1, logging_steps=1, learning_rate=1.0, **options
+        )
+        trainer.train()
+        found.append((trainer.state.log_history[0]["loss"], *trainer.model.parameters()))
+    assert found[0][0] == pytest.approx(build(dropout=0.0)(**batch).loss.item(), abs=1e-3)
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+
+
+def test_trainer_smooths_labels_of_the_next_token(tmp_path):
+    model, batch = build("hierarchical"), texts(4)
+    trainer = make_trainer(model, rows_of(batch), tmp_path, label_smoothing_factor=0.2)
+    expected = smoothed(model(**batch).logits[:, :-1], batch["labels"][:, 1:], 0.2).item()
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+# --- other vocabularies ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("head", ["softmax", "gumbel", "tied"])
+@pytest.mark.parametrize("size", [15, 9])
+def test_the_head_is_resized_with_the_embedding(head, size, tmp_path):
+    tied = {"embedding_size": 8, "tie_word_embeddings": True} if head == "tied" else {}
+    model = build("softmax" if head == "tied" else head, **tied)
+    ids = torch.randint(9, (2, 5), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before, bias = model(ids).logits, model.head.bias.clone()
+    assert model.resize_token_embeddings(size) is model.get_input_embeddings()
+    assert model.config.vocab_size == model.head.num_classes == size
+    assert (model.head.weight is model.recurrent_lm.embed_tokens.weight) == (head == "tied")
+    with torch.no_grad():
+        after, kept = model(ids).logits, min(size, 12)
+    # the scores of the first tokens are the same, up to the normalization
+    difference = after[..., :kept] - before[..., :kept]
+    torch.testing.assert_close(difference, difference[..., :1].expand_as(difference), rtol=1e-4, atol=1e-4)
+    if size > 12:
+        torch.testing.assert_close(model.head.bias[12:], bias.mean().expand(3))
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(RecurrentLMForCausalLM.from_pretrained(tmp_path)(ids).logits, after)
+    model.train()
+    model(torch.arange(size)[None], shift_labels=torch.arange(size).roll(1)[None]).loss.backward()
+    assert model.head.bias.grad.shape == (size,)
+
+
+def test_resizing_rounds_up_and_keeps_sparse_gradients():
+    model = build(sparse_embedding=True)
+    model.resize_token_embeddings(pad_to_multiple_of=8, mean_resizing=False)
+    assert model.config.vocab_size == model.head.num_classes == 16 and model.get_input_embeddings().sparse
+    assert model.head.weight[12:].std() > 0.05
+    weight = model.head.weight
+    assert model.resize_token_embeddings() is model.get_input_embeddings() and model.head.weight is weight
+    with pytest.raises(ValueError, match="new_num_tokens=0 must be at least 1"):
+        model.resize_token_embeddings(0)
+
+
+@pytest.mark.parametrize("head", ["hierarchical", "two_level", "adaptive"])
+def test_heads_over_all_tokens_raise_before_anything_changes(head, tmp_path):
+    model, ids = build(head), torch.randint(12, (2, 5))
+    before = model(ids).logits
+    with pytest.raises(ValueError, match="Head cannot be resized from 12 to 15 classes.*or use head='softmax'"):
+        model.resize_token_embeddings(15)
+    model.resize_token_embeddings(12)  # no change
+    assert model.config.vocab_size == 12 and torch.equal(model(ids).logits, before)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(RecurrentLMForCausalLM.from_pretrained(tmp_path)(ids).logits, before)
+
+
 # --- invalid arguments -----------------------------------------------------------------------------------------------
 
 
@@ -263,8 +408,8 @@ def test_invalid_fields_raise_an_error(fields, sentence):
 
 def test_invalid_inputs_raise_an_error():
     model, ids = build(), torch.zeros(1, 3, dtype=torch.long)
-    with pytest.raises(ValueError, match="Pass either labels or shift_labels"):
-        model(ids, labels=ids, shift_labels=ids)
+    with pytest.raises(ValueError, match="output_attentions=True is invalid: an LSTM has no attention"):
+        model(ids, output_attentions=True)
     with pytest.raises(ValueError, match="Pass either input_ids or inputs_embeds"):
         model(ids, inputs_embeds=torch.zeros(1, 3, 6))
     with pytest.raises(ValueError, match="labels contains 12"):
