@@ -54,13 +54,19 @@ class BeamSearchOutput:
         sequences: Tokens without the start token, (batch, n, length), filled with `pad_token_id` after the end.
         lengths: Number of tokens including the end token, (batch, n); 0 for an empty entry.
         scores: Log-probability / length ** length_penalty, (batch, n); -inf for an empty entry.
+        beams: The hypothesis that each token continues, its index in the call of `step`, (batch, n, length). -1 after
+            the end.
         steps: Number of calls of `step`.
+        step_scores: With `output_scores`, the log-probabilities of each step after the constraint, (batch, hypotheses,
+            vocabulary) each.
     """
 
     sequences: torch.Tensor
     lengths: torch.Tensor
     scores: torch.Tensor
+    beams: torch.Tensor
     steps: int
+    step_scores: tuple[torch.Tensor, ...] | None = None
 
 
 def gather_beams(tensor: torch.Tensor, beams: torch.Tensor) -> torch.Tensor:
@@ -83,6 +89,7 @@ def beam_search(
     early_stopping: bool | Literal["never"] = False,
     num_return_sequences: int = 1,
     constraint: Constraint | None = None,
+    output_scores: bool = False,
 ) -> BeamSearchOutput:
     """Find the most probable sequences.
 
@@ -103,6 +110,7 @@ def beam_search(
             length; with a positive penalty, open hypotheses are assumed to reach `max_length`.
         num_return_sequences: n, at most `num_beams`.
         constraint: Restricts the tokens of hypotheses. Log-probabilities are not renormalized.
+        output_scores: Whether to return the log-probabilities of each step.
 
     Returns:
         The n best sequences per example. Examples do not affect each other.
@@ -146,6 +154,7 @@ def beam_search(
     open_scores = torch.zeros(batch, 1, device=device)
     automaton = None if constraint is None else constraint.start(batch, device)
     history: list[tuple[torch.Tensor, torch.Tensor]] = []  # per step: tokens, and the hypotheses that they continue
+    step_scores: list[torch.Tensor] = []
     # Finished hypotheses: score, step of the last token, the last token, and the hypothesis that it continues.
     scores = torch.full((batch, k), NO_SCORE, device=device)
     ends = torch.zeros(batch, k, dtype=torch.int64, device=device)
@@ -163,6 +172,8 @@ def beam_search(
         if automaton is not None:
             allowed = constraint.allowed(automaton, max_length - position)
             log_probs = log_probs.masked_fill(~allowed, NO_SCORE)
+        if output_scores:
+            step_scores.append(log_probs)
         totals = (log_probs + open_scores[..., None]).flatten(1)  # (batch, hypotheses * vocabulary)
         top_scores, top = totals.topk(min(2 * k, totals.shape[1]))
         top_beams, top_tokens = top // vocabulary, top % vocabulary
@@ -200,13 +211,21 @@ def beam_search(
 
     n = num_return_sequences
     scores, ends = scores[:, :n], ends[:, :n].masked_fill(scores[:, :n] == NO_SCORE, 0)
-    sequences = _read_backwards(history, ends, last_tokens[:, :n], last_beams[:, :n], pad_token_id)
-    return BeamSearchOutput(sequences=sequences, lengths=ends, scores=scores, steps=position + 1)
+    sequences, beams = _read_backwards(history, ends, last_tokens[:, :n], last_beams[:, :n], pad_token_id)
+    return BeamSearchOutput(
+        sequences=sequences,
+        lengths=ends,
+        scores=scores,
+        beams=beams,
+        steps=position + 1,
+        step_scores=tuple(step_scores) if output_scores else None,
+    )
 
 
 def _read_backwards(history, ends, last_tokens, beams, pad_token_id):
-    """Collect the tokens of finished hypotheses (batch, n), from the last to the first."""
+    """Collect the tokens of finished hypotheses (batch, n), from the last to the first, and the beams that they continue."""
     sequences = ends.new_full((*ends.shape, int(ends.max())), pad_token_id)
+    continued_beams = torch.full_like(sequences, -1)
     for position in reversed(range(sequences.shape[-1])):
         here = ends > position  # the hypotheses with a token at this position
         is_last = ends == position + 1
@@ -219,4 +238,5 @@ def _read_backwards(history, ends, last_tokens, beams, pad_token_id):
         else:
             written = last_tokens
         sequences[..., position] = torch.where(here, written, pad_token_id)
-    return sequences
+        continued_beams[..., position] = torch.where(here, beams, -1)
+    return sequences, continued_beams

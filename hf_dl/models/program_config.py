@@ -82,6 +82,7 @@ class ProgramSeq2SeqConfig(PreTrainedConfig):
     """
 
     model_type = "program_seq2seq"
+    keys_to_ignore_at_inference = ["decoder_state", "encoder_last_hidden_state"]  # not predictions for `Trainer`
 
     encoder_vocab_size: int = 10_000
     vocab_size: int | None = None

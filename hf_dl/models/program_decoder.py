@@ -43,6 +43,7 @@ class DecoderState:
     """
 
     is_compileable = False
+    is_linear = (True,)  # for `generate`: the state cannot be cut to fewer symbols
 
     def __init__(self, hidden: torch.Tensor, cell: torch.Tensor, context: DecoderContext, length: int):
         self.hidden, self.cell, self.context, self.length = hidden, cell, context, length
@@ -122,6 +123,14 @@ class ProgramDecoder(nn.Module):
             numbers_said = self.say_number(encoded.number_states)
         return (hidden, cell), DecoderContext(memory, keys, keep, numbers_read, numbers_said)
 
+    def embed(self, tokens: torch.Tensor, context: DecoderContext) -> torch.Tensor:
+        """Embed symbols, int64 (batch, hypotheses); returns (batch, hypotheses, program_embedding_size)."""
+        read = self.embedding(tokens)
+        if self.points:
+            numbers = self.number_of_token[tokens][..., None].expand(*tokens.shape, read.shape[-1])
+            read = read + context.numbers_read.gather(1, numbers)
+        return read
+
     def step(
         self, tokens: torch.Tensor, state: tuple[torch.Tensor, torch.Tensor], context: DecoderContext
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor], torch.Tensor | None]:
@@ -136,11 +145,7 @@ class ProgramDecoder(nn.Module):
             Features for `classify`, (batch, hypotheses, decoder_hidden_size); the next state; and the attention,
             (batch, hypotheses, words), or None without attention.
         """
-        read = self.embedding(tokens)
-        if self.points:
-            numbers = self.number_of_token[tokens][..., None].expand(*tokens.shape, read.shape[-1])
-            read = read + context.numbers_read.gather(1, numbers)
-        inputs, weights, attended = [self.dropout(read)], None, []
+        inputs, weights, attended = [self.dropout(self.embed(tokens, context))], None, []
         if self.attention is not None:
             weights = self.attention(state[0], context.keys, context.keep).softmax(dim=-1)
             attended = [weights @ context.memory]

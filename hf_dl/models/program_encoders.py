@@ -24,11 +24,16 @@ class ProgramEncoderOutput(ModelOutput):
             of its last layer. "bert": the mean of its outputs.
         number_states: One state per number of the problem, (batch, numbers, channels); None with
             `number_embeddings="free"`.
+        hidden_states: If requested, tensors (batch, words, channels). "bilstm": the embedded words and the outputs of
+            the last layer. "bert": the embedded words and the outputs of each layer.
+        attentions: If requested, one tensor (batch, heads, words, words) per layer of "bert". Empty for "bilstm".
     """
 
     last_hidden_state: torch.Tensor | None = None
     summary: torch.Tensor | None = None
     number_states: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
 
 
 class TiedNumbers:
@@ -118,9 +123,16 @@ class ProgramEncoder(nn.Module):
         raise NotImplementedError
 
     def read(
-        self, input_ids: torch.Tensor, mask: torch.Tensor, token_type_ids: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the outputs, (batch, words, memory_size), and the summary, (batch, summary_size)."""
+        self, input_ids: torch.Tensor, mask: torch.Tensor, token_type_ids: torch.Tensor | None, **requested: bool
+    ) -> ProgramEncoderOutput:
+        """Return the output without its number states.
+
+        Args:
+            input_ids: Words, int64 (batch, words).
+            mask: The words to read, (batch, words).
+            token_type_ids: Token types of "bert".
+            **requested: `output_attentions` and `output_hidden_states`.
+        """
         raise NotImplementedError
 
     def make_buffers(self) -> dict[str, torch.Tensor]:
@@ -132,6 +144,8 @@ class ProgramEncoder(nn.Module):
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         token_type_ids: torch.Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
         **kwargs: Any,
     ) -> ProgramEncoderOutput:
         """Read problems.
@@ -140,18 +154,25 @@ class ProgramEncoder(nn.Module):
             input_ids: Words, int64 (batch, words).
             attention_mask: The words to read, 1 or True, (batch, words), at least one per row. Defaults to all words.
             token_type_ids: Token types of "bert"; "bilstm" ignores them.
+            output_attentions: Whether to return the attention of each layer of "bert".
+            output_hidden_states: Whether to return the outputs of the layers.
             **kwargs: Ignored; `generate` passes further arguments to every encoder.
 
         Raises:
             ValueError: If the mask has another shape, or keeps no word of a row.
         """
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        memory, summary = self.read(input_ids, mask, token_type_ids)
-        numbers = None
+        requested = {"output_attentions": bool(output_attentions), "output_hidden_states": bool(output_hidden_states)}
+        output = self.read(input_ids, mask, token_type_ids, **requested)
+        memory, numbers = output.last_hidden_state, None
         if self.number_embedding is not None:
             numbers = self.number_embedding.states(self, input_ids, mask, memory)
         return ProgramEncoderOutput(
-            last_hidden_state=self.dropout(memory), summary=self.dropout(summary), number_states=numbers
+            last_hidden_state=self.dropout(memory),
+            summary=self.dropout(output.summary),
+            number_states=numbers,
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
         )
 
 
@@ -181,20 +202,27 @@ class BiLSTMEncoder(ProgramEncoder):
         self.embedding = value
 
     def read(
-        self, input_ids: torch.Tensor, mask: torch.Tensor, token_type_ids: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the outputs, (batch, words, memory_size), and the summary, (batch, summary_size)."""
-        memory, states = self.lstm(self.dropout(self.embedding(input_ids)), mask)
-        return memory, torch.cat([state[:, -1] for state in states], dim=-1)
+        self, input_ids: torch.Tensor, mask: torch.Tensor, token_type_ids: torch.Tensor | None, **requested: bool
+    ) -> ProgramEncoderOutput:
+        """Return the output without its number states."""
+        embedded = self.embedding(input_ids)
+        memory, states = self.lstm(self.dropout(embedded), mask)
+        return ProgramEncoderOutput(
+            last_hidden_state=memory,
+            summary=torch.cat([state[:, -1] for state in states], dim=-1),
+            hidden_states=(embedded, memory) if requested["output_hidden_states"] else None,
+            attentions=() if requested["output_attentions"] else None,
+        )
 
 
 class BertEncoder(ProgramEncoder):
     """BERT (Devlin et al. 2019) without its pooling layer."""
 
     def add_network(self, config: PreTrainedConfig) -> None:
-        """Build BERT from `bert_config`."""
+        """Build BERT from `bert_config`, with the attention implementation of the model."""
         fields = {**(config.bert_config or {}), "vocab_size": config.encoder_vocab_size}
-        self.bert = BertModel(BertConfig.from_dict(fields), add_pooling_layer=False)
+        bert_config = BertConfig.from_dict(fields, attn_implementation=config._attn_implementation)
+        self.bert = BertModel(bert_config, add_pooling_layer=False)
         self.memory_size = self.summary_size = self.bert.config.hidden_size
 
     @property
@@ -205,19 +233,28 @@ class BertEncoder(ProgramEncoder):
     def set_word_embeddings(self, value: nn.Embedding) -> None:
         """Replace the embedding of words."""
         self.bert.set_input_embeddings(value)
+        self.bert.config.vocab_size = value.num_embeddings
 
     def read(
-        self, input_ids: torch.Tensor, mask: torch.Tensor, token_type_ids: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the outputs, (batch, words, memory_size), and the summary, (batch, summary_size)."""
+        self, input_ids: torch.Tensor, mask: torch.Tensor, token_type_ids: torch.Tensor | None, **requested: bool
+    ) -> ProgramEncoderOutput:
+        """Return the output without its number states."""
         if mask.shape != input_ids.shape:
             raise ValueError(f"attention_mask has shape {tuple(mask.shape)}, expected {tuple(input_ids.shape)}.")
         if not mask.bool().any(dim=1).all():
             rows = (~mask.bool().any(dim=1)).nonzero().flatten().tolist()
             raise ValueError(f"attention_mask keeps no token of rows {rows}; each needs at least one.")
-        memory = self.bert(input_ids, attention_mask=mask, token_type_ids=token_type_ids).last_hidden_state
+        output = self.bert(
+            input_ids, attention_mask=mask, token_type_ids=token_type_ids, **requested, return_dict=True
+        )
+        memory = output.last_hidden_state
         weights = mask.to(memory.dtype)[..., None]
-        return memory, (memory * weights).sum(dim=1) / weights.sum(dim=1)
+        return ProgramEncoderOutput(
+            last_hidden_state=memory,
+            summary=(memory * weights).sum(dim=1) / weights.sum(dim=1),
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+        )
 
 
 ENCODERS: dict[str, type[ProgramEncoder]] = {"bilstm": BiLSTMEncoder, "bert": BertEncoder}

@@ -57,15 +57,25 @@ class ProgramSeq2SeqOutput(ModelOutput):
         loss: Mean cross-entropy over the symbols.
         logits: (batch, symbols, vocab_size).
         decoder_state: State of the decoder after the last symbol, if `use_cache`.
-        cross_attentions: One tensor (batch, 1, symbols, words), with rows that sum to 1; None without attention.
+        decoder_hidden_states: If requested, the embedded symbols, the states h of the LSTM, and the features that the
+            output layer reads, (batch, symbols, channels) each.
+        decoder_attentions: Empty if attention is requested, because the decoder has no self-attention.
+        cross_attentions: If requested, one tensor (batch, 1, symbols, words), with rows that sum to 1. Empty without
+            attention.
         encoder_last_hidden_state: (batch, words, channels).
+        encoder_hidden_states: If requested, see `ProgramEncoderOutput`.
+        encoder_attentions: If requested, see `ProgramEncoderOutput`.
     """
 
     loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
     decoder_state: DecoderState | None = None
+    decoder_hidden_states: tuple[torch.Tensor, ...] | None = None
+    decoder_attentions: tuple[torch.Tensor, ...] | None = None
     cross_attentions: tuple[torch.Tensor, ...] | None = None
     encoder_last_hidden_state: torch.Tensor | None = None
+    encoder_hidden_states: tuple[torch.Tensor, ...] | None = None
+    encoder_attentions: tuple[torch.Tensor, ...] | None = None
 
 
 class ProgramSeq2SeqForConditionalGeneration(PreTrainedModel, GenerationMixin):
@@ -171,22 +181,41 @@ class ProgramSeq2SeqForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.encoder.set_word_embeddings(value)
 
     @torch.no_grad()
-    def resize_token_embeddings(self, new_num_tokens: int | None = None, **kwargs: Any) -> nn.Embedding:
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Embedding:
         """Resize the vocabulary of problems, for example after tokens were added; program symbols do not change.
 
         Args:
-            new_num_tokens: Number of words. Existing words keep their embeddings. New embeddings are drawn with the
-                standard deviation of the existing ones. Defaults to no change.
-            **kwargs: Ignored; further arguments of `PreTrainedModel.resize_token_embeddings`.
+            new_num_tokens: Number of words. Existing words keep their embeddings. Defaults to no change.
+            pad_to_multiple_of: Round the number of words up to a multiple of this number.
+            mean_resizing: Unused. New embeddings are drawn with mean 0 and the standard deviation of the existing
+                ones. Words do not compete in an output layer, so that the mean of the existing words has no advantage.
+
+        Returns:
+            The embedding.
+
+        Raises:
+            ValueError: If the number of words is less than 1, or would remove a word of `number_token_ids`.
         """
         old = self.get_input_embeddings()
-        if new_num_tokens is not None and new_num_tokens != old.num_embeddings:
-            new = nn.Embedding(new_num_tokens, old.embedding_dim, old.padding_idx).to(old.weight)
+        size = old.num_embeddings if new_num_tokens is None else new_num_tokens
+        if pad_to_multiple_of is not None:
+            size = -(-size // pad_to_multiple_of) * pad_to_multiple_of
+        least = max(self.encoder.numbers or [0]) + 1
+        if size < least:
+            raise ValueError(
+                f"new_num_tokens={new_num_tokens} must be at least {least}, to keep the words of number_token_ids."
+                if self.encoder.numbers
+                else f"new_num_tokens={new_num_tokens} must be at least 1."
+            )
+        if size != old.num_embeddings:
+            new = nn.Embedding(size, old.embedding_dim, old.padding_idx).to(old.weight)
             new.weight.normal_(std=old.weight.float().std().item())
-            kept = min(new_num_tokens, old.num_embeddings)
+            kept = min(size, old.num_embeddings)
             new.weight[:kept] = old.weight[:kept]
             self.set_input_embeddings(new.requires_grad_(old.weight.requires_grad))
-            self.config.encoder_vocab_size = new_num_tokens
+            self.config.encoder_vocab_size = size
         return self.get_input_embeddings()
 
     @torch.no_grad()
@@ -220,6 +249,8 @@ class ProgramSeq2SeqForConditionalGeneration(PreTrainedModel, GenerationMixin):
         generator: torch.Generator | None = None,
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Any,
     ) -> ProgramSeq2SeqOutput:
         """Read problems and programs, and predict each next symbol.
@@ -236,11 +267,14 @@ class ProgramSeq2SeqForConditionalGeneration(PreTrainedModel, GenerationMixin):
             token_type_ids: Token types of "bert".
             teacher_forcing_ratio: Probability of reading `decoder_input_ids`, from 0 to 1, drawn per example and step.
                 Otherwise the decoder reads its own prediction. The first symbol is always read. Defaults to the
-                config's value in training with `labels`, and to 1 in all other cases.
+                config's value in training, and to 1 in evaluation.
             generator: Source of these draws, on the CPU.
             use_cache: Whether to return a `decoder_state`. Defaults to the config's value without `labels`, and to
                 False with `labels`.
             output_attentions: Whether to return the attention. Defaults to the config's value.
+            output_hidden_states: Whether to return the hidden states. Defaults to the config's value.
+            num_items_in_batch: Number of symbols that the loss is divided by. `Trainer` passes the number over all
+                batches of a step. Defaults to the number of labels in this batch.
             **kwargs: `return_dict=False` returns a tuple.
 
         Raises:
@@ -249,31 +283,33 @@ class ProgramSeq2SeqForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if decoder_input_ids is None:
             if labels is None:
                 raise ValueError("labels and decoder_input_ids are missing; pass one of them, or call generate.")
-            before = labels[:, :-1].masked_fill(labels[:, :-1] == -100, self.config.pad_token_id)
-            decoder_input_ids = F.pad(before, (1, 0), value=self.config.decoder_start_token_id)
+            decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
         if labels is not None and labels.shape != decoder_input_ids.shape:
             raise ValueError(
                 f"labels has shape {tuple(labels.shape)}, expected the shape of decoder_input_ids, "
                 f"{tuple(decoder_input_ids.shape)}."
             )
         if teacher_forcing_ratio is None:
-            teacher_forcing_ratio = self.config.teacher_forcing_ratio if self.training and labels is not None else 1.0
+            teacher_forcing_ratio = self.config.teacher_forcing_ratio if self.training else 1.0
         if not 0 <= teacher_forcing_ratio <= 1:
             raise ValueError(f"teacher_forcing_ratio={teacher_forcing_ratio} must be from 0 to 1.")
         use_cache = (self.config.use_cache and labels is None) if use_cache is None else use_cache
         output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
 
         if decoder_state is not None:
             state, context = (decoder_state.hidden, decoder_state.cell), decoder_state.context
         else:
-            encoder_outputs = self._encode(input_ids, attention_mask, token_type_ids, encoder_outputs)
+            requested = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
+            encoder_outputs = self._encode(input_ids, attention_mask, token_type_ids, encoder_outputs, **requested)
             state, context = self.decoder.start(encoder_outputs, attention_mask)
         forced = None
         if teacher_forcing_ratio < 1:
             # Steps come first, so that the draws of a step do not depend on the number of later steps.
             draws = torch.rand(decoder_input_ids.shape[::-1], generator=generator)
             forced = (draws < teacher_forcing_ratio).T.to(decoder_input_ids.device)
-        features, attentions = [], []
+        features, attentions, read, hidden = [], [], [], []
         for position in range(decoder_input_ids.shape[1]):
             tokens = decoder_input_ids[:, position, None]
             if forced is not None and position:
@@ -283,31 +319,60 @@ class ProgramSeq2SeqForConditionalGeneration(PreTrainedModel, GenerationMixin):
             feature, state, weights = self.decoder.step(tokens, state, context)
             features.append(feature)
             attentions.append(weights)
-        logits = self.decoder.classify(torch.cat(features, dim=1), context)
+            read.append(tokens)
+            hidden.append(state[0])
+        features = torch.cat(features, dim=1)
+        logits = self.decoder.classify(features, context)
 
         loss = None
         if labels is not None:
-            loss = F.cross_entropy(logits.float().flatten(0, 1), labels.to(logits.device).flatten(), ignore_index=-100)
+            scores, truth = logits.float().flatten(0, 1), labels.to(logits.device).flatten()
+            if num_items_in_batch is None:
+                loss = F.cross_entropy(scores, truth, ignore_index=-100)
+            else:
+                loss = F.cross_entropy(scores, truth, ignore_index=-100, reduction="sum")
+                loss = loss / torch.as_tensor(num_items_in_batch).to(loss.device)
         if use_cache:
             length = decoder_input_ids.shape[1] + (decoder_state.length if decoder_state is not None else 0)
             decoder_state = DecoderState(*state, context, length)
+        encoded = ProgramEncoderOutput() if encoder_outputs is None else encoder_outputs
+        hidden_states = cross_attentions = None
+        if output_hidden_states:
+            embedded = self.decoder.embed(torch.cat(read, dim=1), context)
+            hidden_states = (embedded, torch.cat(hidden, dim=1), features)
+        if output_attentions:
+            cross_attentions = (torch.stack(attentions, dim=2),) if self.config.attention else ()
         return ProgramSeq2SeqOutput(
             loss=loss,
             logits=logits,
             decoder_state=decoder_state if use_cache else None,
-            cross_attentions=(torch.stack(attentions, dim=2),)
-            if output_attentions and self.config.attention
-            else None,
-            encoder_last_hidden_state=None if encoder_outputs is None else encoder_outputs.last_hidden_state,
+            decoder_hidden_states=hidden_states,
+            decoder_attentions=() if output_attentions else None,
+            cross_attentions=cross_attentions,
+            encoder_last_hidden_state=encoded.last_hidden_state,
+            encoder_hidden_states=encoded.hidden_states if output_hidden_states else None,
+            encoder_attentions=encoded.attentions if output_attentions else None,
         )
 
-    def _encode(self, input_ids, attention_mask, token_type_ids, encoder_outputs):
+    def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
+        """Shift labels to the right, as the input of the decoder; `DataCollatorForSeq2Seq` calls this.
+
+        Args:
+            labels: Symbols to predict, (batch, symbols), with -100 for ignored positions.
+
+        Returns:
+            The start token and all symbols but the last, with padding in place of -100, (batch, symbols).
+        """
+        before = labels[:, :-1].masked_fill(labels[:, :-1] == -100, self.config.pad_token_id)
+        return F.pad(before, (1, 0), value=self.config.decoder_start_token_id)
+
+    def _encode(self, input_ids, attention_mask, token_type_ids, encoder_outputs, **requested):
         if encoder_outputs is not None:
             return encoder_outputs
         if input_ids is None:
             raise ValueError("input_ids and encoder_outputs are missing; pass one of them.")
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze_encoder):
-            return self.encoder(input_ids, attention_mask, token_type_ids)
+            return self.encoder(input_ids, attention_mask, token_type_ids, **requested)
 
     @torch.no_grad()
     def beam_search(
@@ -358,10 +423,13 @@ class ProgramSeq2SeqForConditionalGeneration(PreTrainedModel, GenerationMixin):
             constraint=constraint,
         )
 
-    def _search(self, state, context, **options):
+    def _search(self, state, context, record=None, **options):
         def step(tokens, state):
-            features, state, _ = self.decoder.step(tokens, state, context)
-            return self.decoder.classify(features, context).float().log_softmax(dim=-1), state
+            features, state, weights = self.decoder.step(tokens, state, context)
+            logits = self.decoder.classify(features, context).float()
+            if record is not None:
+                record(logits, (self.decoder.embed(tokens, context), state[0], features), weights)
+            return logits.log_softmax(dim=-1), state
 
         return beam_search(step, state, **options)
 
@@ -377,17 +445,22 @@ class ProgramSeq2SeqForConditionalGeneration(PreTrainedModel, GenerationMixin):
         attention_mask: torch.Tensor | None = None,
         encoder_outputs: ProgramEncoderOutput | None = None,
         use_cache: bool | None = None,
+        cache: DecoderState | None = None,
+        decoder_state: DecoderState | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Return the arguments of `forward` for the next symbol."""
-        state = kwargs.get(CACHE)
+        """Return the arguments of `forward` for the next symbol; `kwargs` are further arguments of `forward`."""
+        state = next((each for each in (cache, kwargs.pop(CACHE, None), decoder_state) if each is not None), None)
+        for name in ("labels", "next_sequence_length", "is_first_iteration"):
+            kwargs.pop(name, None)
         return {
+            "teacher_forcing_ratio": 1.0,  # also in training mode, read what was generated
+            **kwargs,
             "decoder_input_ids": input_ids if state is None else input_ids[:, -1:],
             "decoder_state": state,
             "attention_mask": attention_mask,
             "encoder_outputs": encoder_outputs,
             "use_cache": use_cache,
-            "output_attentions": kwargs.get("output_attentions"),
         }
 
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **kwargs):
@@ -395,6 +468,53 @@ class ProgramSeq2SeqForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if outputs.decoder_state is not None:
             model_kwargs[CACHE] = outputs.decoder_state
         return model_kwargs
+
+
+class _SearchSteps:
+    """Collect the fields of `generate` about single steps, with its shapes: num_beams rows per problem."""
+
+    def __init__(self, num_beams: int):
+        self.num_beams = num_beams
+        self.logits: list[torch.Tensor] = []
+        self.hidden_states: list[tuple[torch.Tensor, ...]] = []
+        self.attentions: list[torch.Tensor | None] = []
+
+    def record(
+        self, logits: torch.Tensor | None, hidden_states: tuple[torch.Tensor, ...], weights: torch.Tensor | None
+    ) -> None:
+        """Record a step. `logits` is None for a symbol of the prompt, which belongs to the first step."""
+        if logits is not None:
+            self.logits.append(self.rows(logits))
+        self.hidden_states.append(tuple(self.rows(each)[:, None] for each in hidden_states))
+        self.attentions.append(None if weights is None else self.rows(weights)[:, None, None])
+
+    def rows(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Convert (batch, hypotheses, ...) to (batch * num_beams, ...); missing hypotheses repeat the last one."""
+        index = torch.arange(self.num_beams, device=tensor.device).clamp(max=tensor.shape[1] - 1)
+        return tensor[:, index].flatten(0, 1)
+
+    def fields(self, found: BeamSearchOutput, encoder_outputs: ProgramEncoderOutput, config: Any) -> dict[str, Any]:
+        """Return the fields that the generation config requests."""
+        first_rows = torch.arange(len(found.beams), device=found.beams.device)[:, None, None] * self.num_beams
+        fields: dict[str, Any] = {"beam_indices": (found.beams + first_rows).where(found.beams >= 0, -1).flatten(0, 1)}
+        prompt = 1 + len(self.hidden_states) - len(self.logits)  # symbols that the first step has read
+        if config.output_scores:
+            fields["scores"] = tuple(map(self.rows, found.step_scores))
+        if config.output_logits:
+            fields["logits"] = tuple(self.logits)
+        if config.output_hidden_states:
+            first = tuple(torch.cat(each, dim=1) for each in zip(*self.hidden_states[:prompt], strict=True))
+            fields["decoder_hidden_states"] = (first, *self.hidden_states[prompt:])
+            fields["encoder_hidden_states"] = encoder_outputs.get("hidden_states")
+        if config.output_attentions:
+            cross = [()] * len(self.logits)
+            if self.attentions[0] is not None:
+                first = torch.cat(self.attentions[:prompt], dim=2)
+                cross = [(weights,) for weights in (first, *self.attentions[prompt:])]
+            fields["cross_attentions"] = tuple(cross)
+            fields["decoder_attentions"] = ((),) * len(self.logits)
+            fields["encoder_attentions"] = encoder_outputs.get("attentions")
+        return fields
 
 
 def beam_generate(
@@ -408,15 +528,16 @@ def beam_generate(
     """Run `beam_search` as the `custom_generate` of `generate`.
 
     `generate` repeats its inputs once per hypothesis; this function undoes the repetition. A `GrammarLogitsProcessor`
-    becomes the constraint. With `return_dict_in_generate`, scores are always returned.
+    becomes the constraint. With `return_dict_in_generate`, `sequences_scores` are always returned. `scores`, `logits`,
+    attentions and hidden states are returned on request, with the shapes of `generate`.
 
     Args:
         model: The model.
         input_ids: First symbols of the programs, (batch * num_beams, symbols).
         logits_processor: Empty, or one `GrammarLogitsProcessor`.
         stopping_criteria: Criteria for the maximum length and the end token only.
-        generation_config: Its `num_beams`, `max_length`, `length_penalty`, `early_stopping` and `num_return_sequences`
-            are used.
+        generation_config: Its `num_beams`, `max_length`, `length_penalty`, `early_stopping`, `num_return_sequences`
+            and `output_...` fields are used.
         **model_kwargs: `encoder_outputs` and `attention_mask`, with each problem repeated `num_beams` times.
 
     Returns:
@@ -455,13 +576,18 @@ def beam_generate(
     repeated = max(generation_config.num_beams, generation_config.num_return_sequences)
     input_ids, mask = input_ids[::repeated], model_kwargs.get("attention_mask")
     mask = None if mask is None else mask[::repeated]
-    encoded = {name: each[::repeated] for name, each in model_kwargs["encoder_outputs"].items()}
+    encoder_outputs = model_kwargs["encoder_outputs"]
+    encoded = {name: each[::repeated] for name, each in encoder_outputs.items() if isinstance(each, torch.Tensor)}
     state, context = model.decoder.start(ProgramEncoderOutput(**encoded), mask)
+    steps = _SearchSteps(generation_config.num_beams)
     for position in range(input_ids.shape[1] - 1):
-        _, state, _ = model.decoder.step(input_ids[:, position, None], state, context)
+        tokens = input_ids[:, position, None]
+        features, state, weights = model.decoder.step(tokens, state, context)
+        steps.record(None, (model.decoder.embed(tokens, context), state[0], features), weights)
     found = model._search(
         state,
         context,
+        record=steps.record if generation_config.return_dict_in_generate else None,
         num_beams=generation_config.num_beams,
         max_length=generation_config.max_length - input_ids.shape[1],
         start_token_id=input_ids[:, -1],
@@ -471,9 +597,11 @@ def beam_generate(
         early_stopping=generation_config.early_stopping,
         num_return_sequences=generation_config.num_return_sequences,
         constraint=grammars[0].grammar if grammars else None,
+        output_scores=bool(generation_config.output_scores),
     )
     begun = input_ids[:, None].expand(-1, found.sequences.shape[1], -1)
     sequences = torch.cat([begun, found.sequences], dim=-1).flatten(0, 1)
     if not generation_config.return_dict_in_generate:
         return sequences
-    return GenerateBeamEncoderDecoderOutput(sequences=sequences, sequences_scores=found.scores.flatten())
+    fields = steps.fields(found, encoder_outputs, generation_config)
+    return GenerateBeamEncoderDecoderOutput(sequences=sequences, sequences_scores=found.scores.flatten(), **fields)

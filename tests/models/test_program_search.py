@@ -1,5 +1,6 @@
 """Our beam search, compared with the beam search of transformers on the same model, with and without grammar."""
 
+import copy
 import itertools
 
 import pytest
@@ -8,6 +9,7 @@ from transformers import LogitsProcessorList, MinLengthLogitsProcessor
 
 from hf_dl.models import ProgramSeq2SeqConfig, ProgramSeq2SeqForConditionalGeneration, beam_generate
 from hf_dl.models.program_config import program_vocabulary
+from hf_dl.models.program_seq2seq import CACHE
 from tests.models.test_program_grammar import is_program
 from tests.models.test_program_seq2seq import VARIANTS, make, problems
 
@@ -139,6 +141,71 @@ def test_with_and_without_cache_and_alone_it_is_the_same(fields, k):
         torch.testing.assert_close(alone.scores[0], together.scores[row], rtol=1e-5, atol=1e-5)
         for rank in range(k):
             assert until_end(alone.sequences[0, rank]) == until_end(together.sequences[row, rank])
+
+
+OUTPUTS = {f"output_{name}": True for name in ("scores", "logits", "attentions", "hidden_states")}
+
+
+@VARIANTS
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_generate_returns_the_outputs_of_each_step(fields, use_cache):
+    model, batch = make(scale=2.0, attn_implementation="eager", **fields), problems(5)
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    options = {"max_length": 8, "return_dict_in_generate": True, "use_cache": use_cache, **OUTPUTS}
+    for mode in (model.eval(), model.train()):  # without dropout, training mode changes nothing
+        found = mode.generate(**inputs, **options)
+        read = found.sequences[:, :-1]
+        expected = model.eval()(**inputs, decoder_input_ids=read, output_attentions=True, output_hidden_states=True)
+        last = [torch.stack([step[layer][:, -1] for step in found.decoder_hidden_states], dim=1) for layer in range(3)]
+        for one, other in zip(last, expected.decoder_hidden_states, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(torch.stack(found.logits, dim=1), expected.logits, rtol=1e-5, atol=1e-5)
+        for name in ("encoder_hidden_states", "encoder_attentions"):
+            for one, other in zip(found[name], expected[name], strict=True):
+                torch.testing.assert_close(one, other)
+        steps = read.shape[1]
+        assert found.decoder_attentions == ((),) * steps
+        if fields.get("attention") is False:
+            assert found.cross_attentions == ((),) * steps and expected.cross_attentions == ()
+        else:
+            weights = torch.cat([step[0][:, :, -1:] for step in found.cross_attentions], dim=2)
+            torch.testing.assert_close(weights, expected.cross_attentions[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("begun", [None, [[2, 4, 9], [2, 5, 9], [2, 4, 7], [2, 4, 7]]])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_custom_generate_returns_the_outputs_of_each_step(seed, begun):
+    model, inputs = random_model(seed), random_problems(seed, 4)
+    options = {"num_beams": 3, "num_return_sequences": 2, "max_length": LENGTH, "return_dict_in_generate": True}
+    if begun is not None:
+        options["decoder_input_ids"] = torch.tensor(begun)
+    theirs = model.generate(**inputs, **options, **OUTPUTS)
+    ours = model.generate(**inputs, **options, **OUTPUTS, custom_generate=beam_generate)
+    assert torch.equal(ours.sequences, theirs.sequences) and torch.equal(ours.beam_indices, theirs.beam_indices)
+    transitions = model.compute_transition_scores(ours.sequences, ours.scores, ours.beam_indices)
+    lengths = (ours.beam_indices >= 0).sum(1)
+    torch.testing.assert_close(transitions.sum(1) / lengths, ours.sequences_scores, rtol=1e-5, atol=1e-5)
+    steps = min(len(ours.scores), len(theirs.scores))
+    for name in ("scores", "logits", "cross_attentions", "decoder_hidden_states", "decoder_attentions"):
+        for step, (one, other) in enumerate(zip(ours[name][:steps], theirs[name][:steps], strict=True)):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4, msg=f"{name} of step {step}")
+    for name in ("encoder_hidden_states", "encoder_attentions"):
+        torch.testing.assert_close(ours[name], theirs[name])
+    plain = model.generate(**inputs, **options, custom_generate=beam_generate)
+    assert plain.scores is None and plain.cross_attentions is None and torch.equal(plain.sequences, ours.sequences)
+
+
+def test_generation_continues_from_its_state_and_passes_arguments_on():
+    model, inputs = random_model(1), random_problems(1, 3)
+    expected = model.generate(**inputs, max_length=LENGTH)
+    first = model.generate(**inputs, max_length=5, return_dict_in_generate=True)
+    for name in (CACHE, "decoder_state"):
+        rest = model.generate(
+            **inputs, decoder_input_ids=first.sequences, max_length=LENGTH, **{name: copy.copy(first[CACHE])}
+        )
+        assert torch.equal(rest, expected), name
+    prepared = model.prepare_inputs_for_generation(first.sequences, labels=first.sequences, something=5)
+    assert prepared["something"] == 5 and "labels" not in prepared
 
 
 def test_scores_are_the_log_probabilities_of_forward():

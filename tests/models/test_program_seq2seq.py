@@ -5,10 +5,12 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForSeq2SeqLM, BertConfig, BertModel
 
+from hf_dl.data.math_programs import problem_tokenizer
 from hf_dl.models import ProgramSeq2SeqConfig, ProgramSeq2SeqForConditionalGeneration
 from hf_dl.models.program_config import program_vocabulary
 from tests.memory import aligned
 from tests.models.contract import ModelContract
+from tests.models.trainer import make_trainer, rows_of, smoothed
 
 OPERATIONS = {"add": 2, "negate": 1, "volume": 3}
 TOKENS = program_vocabulary(list(OPERATIONS), ["const_1", "const_pi"], num_numbers=3, num_results=2)  # 14 symbols
@@ -160,7 +162,7 @@ def test_padding_changes_nothing(fields, ratio):
     gradients = [torch.autograd.grad(output.loss, list(model.parameters())) for output in (expected, found)]
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
-    if expected.cross_attentions is not None:
+    if expected.cross_attentions:
         assert (found.cross_attentions[0][..., 9:] == 0).all()
         masked = batch["attention_mask"][:, None, None].expand_as(expected.cross_attentions[0]) == 0
         assert (expected.cross_attentions[0][masked] == 0).all()
@@ -339,6 +341,102 @@ def test_word_embeddings_can_be_given_and_widened(tmp_path):
         loaded, words = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / encoder), torch.tensor([[21, 0]])
         logits = [each(words, decoder_input_ids=torch.tensor([[2]])).logits for each in (model, aligned(loaded))]
         assert torch.equal(*logits) and logits[0].shape == (1, 1, 14)
+
+
+def test_resizing_keeps_the_words_of_numbers_and_rounds_up():
+    model = make(number_embeddings="tied", number_token_ids=NUMBERS)
+    weight = model.get_input_embeddings().weight
+    with pytest.raises(
+        ValueError, match="new_num_tokens=19 must be at least 20, to keep the words of number_token_ids"
+    ):
+        model.resize_token_embeddings(19)
+    with pytest.raises(ValueError, match="new_num_tokens=0 must be at least 1"):
+        make().resize_token_embeddings(0)
+    assert model.get_input_embeddings().weight is weight and model.config.encoder_vocab_size == 20
+    assert model.resize_token_embeddings(pad_to_multiple_of=16).num_embeddings == 32
+
+
+def test_bert_has_the_attention_implementation_of_the_model(tmp_path):
+    model = make(encoder="bert")
+    assert model.encoder.bert.config._attn_implementation == model.config._attn_implementation == "sdpa"
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForSeq2SeqLM.from_pretrained(tmp_path, attn_implementation="eager")
+    assert loaded.encoder.bert.config._attn_implementation == loaded.config._attn_implementation == "eager"
+    batch = problems(3)
+    found = loaded(**batch, output_attentions=True)
+    torch.testing.assert_close(found.logits, model(**batch).logits, rtol=1e-5, atol=1e-5)
+    for weights in found.encoder_attentions:
+        torch.testing.assert_close(weights.sum(-1), torch.ones(3, 2, 9))
+    model.set_attn_implementation("eager")
+    assert model.encoder.bert.config._attn_implementation == "eager"
+
+
+@VARIANTS
+def test_hidden_states_are_the_inputs_of_the_next_layer(fields):
+    model, batch = make(**fields), problems(3)
+    output = model(**batch, output_hidden_states=True)
+    read, hidden, features = output.decoder_hidden_states
+    assert read.shape == (3, 6, 5) and hidden.shape == (3, 6, 10)
+    context = model.decoder.start(model.encoder(batch["input_ids"], batch["attention_mask"]), batch["attention_mask"])[
+        1
+    ]
+    torch.testing.assert_close(model.decoder.classify(features, context), output.logits)
+    assert torch.equal(output["encoder_hidden_states"][-1], output.encoder_last_hidden_state)
+    layers = 3 if fields.get("encoder") == "bert" else 2
+    assert len(output.encoder_hidden_states) == layers and output.encoder_attentions is None
+    assert output.cross_attentions is None and model(**batch).decoder_hidden_states is None
+
+
+# --- Trainer ---------------------------------------------------------------------------------------------------------
+
+
+def test_labels_are_shifted_to_the_right():
+    found = make().prepare_decoder_input_ids_from_labels(torch.tensor([[4, 9, 3, -100], [5, 9, 10, 3]]))
+    assert found.tolist() == [[2, 4, 9, 3], [2, 5, 9, 10]]
+    found = make().prepare_decoder_input_ids_from_labels(torch.tensor([[4, 3, -100, -100]]))
+    assert found.tolist() == [[2, 4, 3, 1]]
+
+
+def test_seq2seq_trainer_smooths_labels_and_generates(tmp_path):
+    batch, tokenizer = problems(8), problem_tokenizer(["a b"])
+    rows = [
+        {
+            "input_ids": row["input_ids"][row["attention_mask"] == 1].tolist(),
+            "labels": row["labels"][row["labels"] != -100].tolist(),
+        }
+        for row in rows_of(batch)
+    ]
+    model = make(teacher_forcing_ratio=1.0)
+    options = {"label_smoothing_factor": 0.2, "predict_with_generate": True, "generation_max_length": 13}
+    trainer = make_trainer(model, rows, tmp_path, tokenizer=tokenizer, max_steps=2, **options)
+    logits = model(**batch).logits
+    expected = smoothed(logits, batch["labels"], 0.2).item()
+    inputs = trainer.data_collator([dict(row) for row in rows])
+    assert trainer.compute_loss(model, inputs).item() == pytest.approx(expected, rel=1e-5)
+    halves = [smoothed(logits[part], batch["labels"][part], 0.2).item() for part in (slice(4), slice(4, 8))]
+    predicted = trainer.predict(rows)
+    assert predicted.metrics["test_loss"] == pytest.approx(sum(halves) / 2, rel=1e-5)
+    said = model.generate(batch["input_ids"], attention_mask=batch["attention_mask"])
+    for row, sequence in zip(predicted.predictions, said, strict=True):
+        assert row.tolist()[: len(sequence)] == sequence.tolist()
+    trainer.train()
+    assert math.isfinite(trainer.state.log_history[-1]["train_loss"])
+
+
+def test_trainer_returns_only_logits_and_accumulates_to_the_loss_of_the_whole_batch(tmp_path):
+    batch, found = problems(4), []
+    for size in (4, 2):
+        model = make(teacher_forcing_ratio=1.0)
+        options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 4 // size}
+        trainer = make_trainer(
+            model, rows_of(batch), tmp_path, max_steps=1, logging_steps=1, learning_rate=1.0, **options
+        )
+        assert trainer.evaluate()["eval_loss"] == pytest.approx(model(**batch).loss.item(), rel=1e-5)
+        assert trainer.predict(rows_of(batch)).predictions.shape == (4, 6, 14)
+        trainer.train()
+        found.append(list(model.parameters()))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
 
 
 def test_an_own_learning_rate_for_the_encoder_needs_nothing_but_its_parameters():
