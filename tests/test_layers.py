@@ -26,6 +26,7 @@ ALLOWED = {
     "systems": set(),
     "publishing": {*BELOW, "recipes", "demo"},
 }
+EVERYWHERE = {"hf_dl.models.image_input"}  # opens images; it is in models because checkpoints carry it
 OUTSIDE = {"scripts", "spaces", "tests"}
 
 
@@ -58,7 +59,7 @@ def find_violations(source, name):
             found.append(f"hf_dl/{name}:{line} imports {module}; the package never imports {parts[0]}.")
         # `from hf_dl import x` is also listed as hf_dl.x, which names the layer
         elif parts[0] == "hf_dl" and len(parts) > 1 and layer != "__init__":
-            if parts[1] not in ALLOWED[layer] | {layer}:
+            if parts[1] not in ALLOWED[layer] | {layer} and ".".join(parts[:3]) not in EVERYWHERE:
                 found.append(f"hf_dl/{name}:{line} imports {module}; {layer} may not import {parts[1]}.")
     if layer in ("models", "programs"):
         found += find_unportable(source, name)
@@ -158,6 +159,7 @@ def test_a_wrong_import_is_found(name, source):
         ("recipes/x.py", "from hf_dl.models.x import X\nfrom hf_dl.training.run import R\nfrom . import slots"),
         ("demo/x.py", "from ..recipes.slots import load_images\nfrom ..data import scenes"),
         ("cli.py", "from .recipes import slots\nfrom .publishing import publish\nfrom . import demo"),
+        ("data/x.py", "from ..models.image_input import open_image"),
     ],
 )
 def test_a_right_import_is_not(name, source):

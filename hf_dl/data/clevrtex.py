@@ -114,7 +114,7 @@ def _generate(
     for first, last in shards:
         for index in range(first, last):
             stem = Path(root, str(index // _FOLDER), f"CLEVRTEX_{variant}_{index:06d}")
-            image = open_image(stem.with_suffix(".png"), f"scene {index} of CLEVRTex")
+            image = open_image(stem.with_suffix(".png"), f"scene {index} of CLEVRTex").convert("RGB")  # without alpha
             mask_path = stem.with_name(f"{stem.name}_flat.png")
             mask = open_image(mask_path, f"the mask of scene {index} of CLEVRTex")
             example, kept = make_example(image, mask, str(mask_path), crop, size)

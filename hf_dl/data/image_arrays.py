@@ -11,6 +11,8 @@ import datasets
 import numpy as np
 import torch
 
+from ..models.image_input import to_rgb
+
 _SHARD = 512  # images that are decoded together
 
 
@@ -65,7 +67,7 @@ class ImageTensors(torch.utils.data.Dataset):
 
     def _decode(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
         rows = self.dataset[indices]
-        images = [np.asarray(image.convert("RGB")) for image in rows["image"]]
+        images = [np.asarray(to_rgb(image)) for image in rows["image"]]
         if len({image.shape for image in images}) > 1:
             sizes = sorted({image.shape[1::-1] for image in images})
             raise ValueError(f"The images have several sizes: {sizes[:3]}. Load them with one size.")
@@ -152,7 +154,7 @@ def _write_pixels(dataset: datasets.Dataset, path: Path, *, channels: int = 3) -
                         raise ValueError(
                             f"The images have several sizes: {size}, {image.size}. Load them with one size."
                         )
-                    pixels = np.atleast_3d(np.asarray(image.convert(mode))).transpose(2, 0, 1)
+                    pixels = np.atleast_3d(np.asarray(to_rgb(image).convert(mode))).transpose(2, 0, 1)
                     file.write(np.ascontiguousarray(pixels).data)
             file.close()
             os.replace(file.name, path)

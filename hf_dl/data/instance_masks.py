@@ -9,9 +9,11 @@ import datasets
 import numpy as np
 from PIL import Image
 
+from ..models.image_input import to_rgb
+
 SPLITS = ("train", "validation", "test")
 
-_VERSION = 1  # increase it when columns change: `datasets` caches by arguments, not by code
+_VERSION = 2  # increase it when pixels or columns change: `datasets` caches by arguments, not by code
 _SHARD = 1000  # images per shard; DataLoader workers share the shards
 
 
@@ -80,7 +82,7 @@ def make_example(
     mask = _indices(mask, name)
     if image.size != mask.size:
         raise ValueError(f"{name} is {mask.width}x{mask.height} but its image is {image.width}x{image.height}.")
-    picture = _square(image.convert("RGB"), crop, size, Image.Resampling.BILINEAR)
+    picture = _square(to_rgb(image), crop, size, Image.Resampling.BILINEAR)
     labels, kept = _relabel(np.asarray(_square(mask, crop, size, Image.Resampling.NEAREST)))
     objects = []
     for label in range(1, len(kept) + 1):
@@ -91,13 +93,17 @@ def make_example(
 
 
 def open_image(path: Path, expected: str) -> Image.Image:
-    """Read an image file.
+    """Read an image or a mask with its stored values.
 
     Raises:
         FileNotFoundError: If the file does not exist. `expected` describes it in the message.
+        ValueError: If the file is not an image.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist. Expected {expected}.")
-    image = Image.open(path)
-    image.load()
-    return image
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return image
+    except Exception as error:  # decoders raise many types of errors for damaged files
+        raise ValueError(f"{path} is damaged. Expected {expected}. ({error})") from error

@@ -6,7 +6,6 @@ Examples of Hub ids: `uoft-cs/cifar10`, `uoft-cs/cifar100`, `zalando-datasets/fa
 from __future__ import annotations
 
 import io
-import os
 import warnings
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -17,15 +16,15 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from ..models.image_input import open_image
 from . import object_images
+from .class_folders import count_classes, read_class_folders, real_path
 from .idx_files import read_idx_folder
 from .object_images import SPLITS
 from .png import encode_png
-from .split_names import SPLIT_OF, find_split
+from .split_names import Rows, Source, find_split, given_splits, name_source, streamed_split
 
-_VERSION = 1  # increase it when pixels or columns change: `datasets` caches by arguments, not by code
-
-_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+_VERSION = 2  # increase it when pixels or columns change: `datasets` caches by arguments, not by code
 
 _SHARD = 512  # rows that are decoded together
 _NAMED = 10  # corrupt files that an error message lists
@@ -33,7 +32,7 @@ _NAMED = 10  # corrupt files that an error message lists
 
 def load(
     split: str = "train",
-    source: str | os.PathLike = "synthetic",
+    source: Source = "synthetic",
     *,
     size: int = 64,
     num_classes: int = 25,
@@ -50,9 +49,11 @@ def load(
     The kind of `source` is detected from its content:
 
     * "synthetic": generated images, see `hf_dl.data.object_images`;
-    * a folder with one folder of images per class, or with one folder per split that has such class folders;
+    * a folder with one folder of images per class, or with one folder per split that has such class folders. Outer
+      folders, as archives have them, are skipped, and so are empty, hidden and `__MACOSX` folders;
     * a parquet file, a folder of parquet files, or a dataset saved by `save_to_disk`;
     * a folder with the idx files of MNIST or Fashion-MNIST;
+    * a `Dataset` that you already have, or a dictionary of splits;
     * anything else is a Hub id.
 
     Images of any size are cropped to a centered square and resized. If the source has no validation or test split,
@@ -60,7 +61,8 @@ def load(
 
     Args:
         split: "train", "validation" or "test". Usual aliases in the source, such as "val" or "dev", are recognized.
-        source: "synthetic", a path or a Hub id.
+        source: "synthetic", a path, a Hub id, or a dataset that you already have. A single `Dataset` without a split
+            is the training split. An `IterableDataset` is streamed.
         size: Width and height of the results in pixels. Synthetic images support 32 to 256.
         num_classes: Number of classes of synthetic images, 25 or 100.
         num_images: Number of images. Defaults to all, and to the count in `SPLITS` for synthetic images. The class
@@ -76,7 +78,8 @@ def load(
 
     Returns:
         A dataset with the columns `image` (RGB, size x size) and `label` (`ClassLabel` with names). Synthetic images
-        also have a `mask` (8-bit, 1 on the object).
+        also have a `mask` (8-bit, 1 on the object). `dataset.info.description` lists the classes, their numbers of
+        images, and the skipped files with the reason.
 
     Raises:
         FileNotFoundError: If the folder or file does not exist.
@@ -95,24 +98,28 @@ def load(
         raise ValueError(f"num_images={num_images} must be at least 1.")
     if not 0 < holdout < 0.5:
         raise ValueError(f"holdout={holdout} must be above 0 and below 0.5: the share of images to hold out.")
-    if str(source) == "synthetic":
+    if isinstance(source, str) and source == "synthetic":
         options = {"size": size, "num_classes": num_classes, "num_images": num_images, "seed": seed}
         return object_images.load(split, streaming=streaming, **options)
     if size < 1:
         raise ValueError(f"size={size} must be at least 1 pixel.")
     options = {"size": size, "corrupt": corrupt}
-    root = Path(source).expanduser()
-    if root.exists():
-        found = _read_folder(root.resolve(), image_column, label_column)
-    elif root.is_absolute() or str(source).startswith((".", "~")) or len(root.parts) > 2:
-        raise FileNotFoundError(
-            f"source={str(source)!r} does not exist. Expected a folder of images or parquet files."
-        )
+    given, name, skipped = given_splits(source), name_source(source), ""
+    root = Path(name).expanduser()
+    if given is not None and any(isinstance(rows, datasets.IterableDataset) for rows in given.values()):
+        return _stream(split, given, source, image_column, label_column, num_images, options)
+    if given is not None:
+        found = _labeled(given, name, image_column, label_column)
+    elif root.exists():
+        found, skipped = _read_folder(root.resolve(), image_column, label_column)
+    elif root.is_absolute() or name.startswith((".", "~")) or len(root.parts) > 2:
+        raise FileNotFoundError(f"source={name!r} does not exist. Expected a folder of images or parquet files.")
     elif streaming:
-        return _stream_hub(split, str(source), image_column, label_column, num_images, options)
+        found = datasets.load_dataset(name, streaming=True)
+        return _stream(split, found, source, image_column, label_column, num_images, options)
     else:
-        found = _labeled(datasets.load_dataset(str(source)), str(source), image_column, label_column)
-    rows, indices = _choose(found, split, str(source), holdout, seed, num_images)
+        found = _labeled(datasets.load_dataset(name), name, image_column, label_column)
+    rows, indices = _choose(found, split, name, holdout, seed, num_images)
     arguments = {
         "shards": [(start, min(start + _SHARD, len(indices))) for start in range(0, len(indices), _SHARD)],
         "rows": rows,
@@ -123,24 +130,31 @@ def load(
     label = rows.features["label"]
     if streaming:
         features = datasets.Features(image=datasets.Image(), label=label)
-        arguments |= {"corrupt": corrupt, "source": str(source)}
-        return datasets.IterableDataset.from_generator(
+        arguments |= {"corrupt": corrupt, "source": name}
+        stream = datasets.IterableDataset.from_generator(
             _decode_strictly, features=features, gen_kwargs=arguments, split=datasets.NamedSplit(split)
         )
+        stream.info.description = skipped
+        return stream
     text = datasets.Value("string")
     features = datasets.Features(image=datasets.Image(), label=label, problem=text)
     dataset = datasets.Dataset.from_generator(
         _decode, features=features, gen_kwargs=arguments, split=datasets.NamedSplit(split)
     )
-    return _settle(dataset, corrupt, str(source))
+    dataset, unreadable = _settle(dataset, corrupt, name)
+    notes = [count_classes(dataset.with_format("numpy")["label"][:].tolist(), label.names), skipped, unreadable]
+    dataset.info.description = " ".join(filter(None, notes))
+    return dataset
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Finding images and labels
 
 
-def _read_folder(root: Path, image_column: str | None, label_column: str | None) -> dict[str, datasets.Dataset]:
-    """Return the splits of a local source, with undecoded images and labels."""
+def _read_folder(
+    root: Path, image_column: str | None, label_column: str | None
+) -> tuple[dict[str, datasets.Dataset], str]:
+    """Return the splits of a local source, with undecoded images and labels; and a report of skipped files."""
     if root.is_file():
         if root.suffix != ".parquet":
             raise ValueError(f"source={str(root)!r} is not a parquet file. Expected a parquet file or a folder.")
@@ -151,47 +165,9 @@ def _read_folder(root: Path, image_column: str | None, label_column: str | None)
     elif any(root.rglob("*.parquet")):
         found = datasets.load_dataset(str(root))
     else:
-        return read_idx_folder(root) or _read_image_folder(root)
-    return _labeled(found, str(root), image_column, label_column)
-
-
-def _read_image_folder(root: Path) -> dict[str, datasets.Dataset]:
-    """Return the splits of `root/class/file` or `root/split/class/file`."""
-    folders = _subfolders(root)
-    parts = {folder.name: folder for folder in folders if folder.name.lower() in SPLIT_OF and _subfolders(folder)}
-    parts = parts or {"train": root}
-    names = sorted({folder.name for part in parts.values() for folder in _subfolders(part)})
-    found = {}
-    for part, folder in parts.items():
-        files = [
-            (path, names.index(each.name))
-            for each in _subfolders(folder)
-            for path in sorted(each.rglob("*"))
-            if path.suffix.lower() in _SUFFIXES and not path.name.startswith(".")
-        ]
-        if files:
-            stats = [path.stat() for path, _ in files]
-            columns = {
-                "image": [str(path) for path, _ in files],
-                "label": [label for _, label in files],
-                "stamp": [f"{stat.st_size} {stat.st_mtime_ns}" for stat in stats],  # reload changed files
-            }
-            features = datasets.Features(
-                image=datasets.Image(decode=False),
-                label=datasets.ClassLabel(names=names),
-                stamp=datasets.Value("string"),
-            )
-            found[part.lower()] = datasets.Dataset.from_dict(columns, features)
-    if not found:
-        raise ValueError(
-            f"source={str(root)!r} has no images in class folders and no parquet files. Expected <class>/<image> or "
-            "<split>/<class>/<image>."
-        )
-    return found
-
-
-def _subfolders(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+        found = read_idx_folder(root)
+        return (found, "") if found else read_class_folders(root)
+    return _labeled(found, str(root), image_column, label_column), ""
 
 
 def _columns(
@@ -224,7 +200,9 @@ def _labeled(
     chosen = {}
     for name, dataset in found.items():
         image, label = _columns(dataset.features, source, image_column, label_column)
-        dataset = dataset.select_columns([image, label]).rename_columns({image: "image", label: "label"})
+        dataset = (
+            dataset.with_format(None).select_columns([image, label]).rename_columns({image: "image", label: "label"})
+        )
         chosen[name] = dataset.cast_column("image", datasets.Image(decode=False))
     kinds = [dataset.features["label"] for dataset in chosen.values()]
     if not all(isinstance(kind, datasets.ClassLabel) for kind in kinds):
@@ -290,16 +268,12 @@ def _square(record: dict | None, size: int) -> tuple[dict | None, str | None]:
     try:
         if record is None or (record["bytes"] is None and record["path"] is None):
             return None, "the image is missing"
-        with Image.open(io.BytesIO(record["bytes"]) if record["bytes"] is not None else record["path"]) as image:
-            image.draft("RGB", (2 * size, 2 * size))  # decode large JPEG files at a lower resolution
-            image = ImageOps.exif_transpose(image)
-            if "transparency" in image.info:
-                image = image.convert("RGBA")
-            image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BILINEAR)
-    # decoders raise many types of errors for damaged files: OSError, SyntaxError, struct.error, ...
-    except Exception as error:
-        reason = f"{error}".split(" <_io")[0].split(" '/")[0]
-        return None, reason or type(error).__name__
+        file = io.BytesIO(record["bytes"]) if record["bytes"] is not None else real_path(record["path"])
+        image = open_image(file, min_side=2 * size)
+    except (OSError, ValueError) as error:
+        text = str(error).rstrip(".")
+        return None, text[0].lower() + text[1:]
+    image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
     return encode_png(np.asarray(image)), None
 
 
@@ -331,8 +305,9 @@ def _decode_strictly(corrupt: str, source: str, **arguments) -> Iterator[dict]:
             raise ValueError(f"An image of {source!r} cannot be read: {problem}. Skip it with corrupt='skip'.")
 
 
-def _settle(dataset: datasets.Dataset, corrupt: str, source: str) -> datasets.Dataset:
+def _settle(dataset: datasets.Dataset, corrupt: str, source: str) -> tuple[datasets.Dataset, str]:
     """Keep the rows with an image. List the others, also when the dataset comes from the cache."""
+    text = ""
     problems = dataset["problem"][:]
     bad = [problem for problem in problems if problem is not None]
     if bad:
@@ -342,23 +317,24 @@ def _settle(dataset: datasets.Dataset, corrupt: str, source: str) -> datasets.Da
             raise ValueError(
                 f"{count} cannot be read: {names}. Repair or remove them, or skip them with corrupt='skip'."
             )
-        warnings.warn(f"{count} cannot be read and are skipped: {names}.", stacklevel=3)
+        text = f"{count} cannot be read and are skipped: {names}."
+        warnings.warn(text, stacklevel=3)
         dataset = dataset.select([index for index, problem in enumerate(problems) if problem is None])
-    return dataset.remove_columns("problem")
+    return dataset.remove_columns("problem"), text
 
 
-def _stream_hub(
-    split: str, source: str, image_column: str | None, label_column: str | None, num_images: int | None, options: dict
+def _stream(
+    split: str,
+    found: Mapping[str, Rows],
+    source: Source,
+    image_column: str | None,
+    label_column: str | None,
+    num_images: int | None,
+    options: dict,
 ) -> datasets.IterableDataset:
-    found = datasets.load_dataset(source, streaming=True)
-    needed = SPLITS if split == "train" else [split]  # else the training split might contain held-out images
-    missing = [name for name in needed if find_split(found, name) is None]
-    if missing:
-        raise ValueError(
-            f"{source!r} has no {missing[0]} split to stream, only {', '.join(found)}. Use streaming=False to hold it "
-            "out from the training images."
-        )
-    stream = find_split(found, split)
+    stream, source = streamed_split(found, split, source), name_source(source)
+    if stream.features is None:
+        raise ValueError(f"source={source!r} has no features. Give its columns with `cast` of datasets.")
     image, label = _columns(stream.features, source, image_column, label_column)
     kind = stream.features[label]
     if not isinstance(kind, datasets.ClassLabel):

@@ -11,7 +11,7 @@ from PIL import Image
 from . import clevrtex, coco
 from .instance_masks import check_arguments, make_example
 
-_VERSION = 1  # increase it when columns change: `datasets` caches by arguments, not by code
+_VERSION = 2  # increase it when pixels or columns change: `datasets` caches by arguments, not by code
 
 
 def load(

@@ -35,7 +35,7 @@ from transformers import AddedToken, PreTrainedTokenizerBase, PreTrainedTokenize
 
 from .. import programs
 from . import word_problems
-from .split_names import SPLIT_NAMES
+from .split_names import SPLIT_NAMES, Source, given_splits, name_source
 
 COLUMNS = datasets.Features(
     problem=datasets.Value("string"),
@@ -57,7 +57,7 @@ _WORD = r"<n\d+>|\d+(?:[.,]\d+)*|\.\d+|\w+|[^\w\s]"
 
 def load(
     split: str = "train",
-    source: str | os.PathLike = "synthetic",
+    source: Source = "synthetic",
     *,
     mask_numbers: bool = True,
     subset: str = "all",
@@ -72,7 +72,7 @@ def load(
         split: "train", "validation" or "test". Synthetic problems also have "test_seen" and "test_situations", see
             `hf_dl.data.word_problems`.
         source: "synthetic"; a folder with files such as `train.json`, `dev.json` and `test.json.gz`; one such file; or
-            a Hub id. Files are lists of rows in the schema of MathQA or of the course.
+            a Hub id; or a `Dataset` or a dictionary of splits. Rows have the schema of MathQA or of the course.
         mask_numbers: Whether to replace the numbers in `text` by `<n0>`, `<n1>`, ...
         subset: "all" rows, or "course" for the rows of the course: the files `course_<split>*.json` of a folder if
             they exist, and the result of `filter_course` otherwise. Numbers and answers then follow the course, and
@@ -106,7 +106,7 @@ def load(
         >>> round(programs.execute(row["program"], row["numbers"]), 6) == round(row["answer"], 6)
         True
     """
-    synthetic = str(source) == "synthetic"
+    synthetic = isinstance(source, str) and source == "synthetic"
     splits = tuple(word_problems.SPLITS) if synthetic else tuple(SPLIT_NAMES)
     for name, value, known in (
         ("split", split, splits),
@@ -132,7 +132,7 @@ def load(
         rows = [_convert(row, where, mask_numbers) for where, row in _read(source, None, subset)]
         rows = [row for row in rows if _part(row["template"], seed) == split]
     if not rows:
-        raise ValueError(f"split={split!r} of {str(source)!r} has no problems. Check subset and resplit.")
+        raise ValueError(f"split={split!r} of {name_source(source)!r} has no problems. Check subset and resplit.")
     dataset = datasets.Dataset.from_list(rows[:num_problems], COLUMNS, split=datasets.NamedSplit(split))
     return dataset.to_iterable_dataset() if streaming else dataset
 
@@ -186,13 +186,14 @@ def template(problem: str, *, convention: str = "mathqa") -> str:
 # Reading MathQA
 
 
-def _read(source: str | os.PathLike, split: str | None, subset: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _read(source: Source, split: str | None, subset: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Yield the rows of a split, or of all splits, each with a description of its origin."""
-    root = Path(source).expanduser()
+    given = given_splits(source)
+    root = Path(name_source(source)).expanduser()
     wanted = list(SPLIT_NAMES) if split is None else [split]
-    if root.is_file():
+    if given is None and root.is_file():
         parts = {str(root): _read_json(root)}
-    elif root.is_dir():
+    elif given is None and root.is_dir():
         files = [path for name in wanted if (path := _find(root, name, subset)) is not None]
         if not files:
             names = "|".join(SPLIT_NAMES[wanted[0]])
@@ -200,14 +201,14 @@ def _read(source: str | os.PathLike, split: str | None, subset: str) -> Iterator
         parts = {path.name: _read_json(path) for path in files}
         if subset == "course":
             parts = {name: _with_options(rows, root) for name, rows in parts.items()}
-    elif root.is_absolute() or str(source).startswith((".", "~")) or len(root.parts) > 2:
+    elif given is None and (root.is_absolute() or str(source).startswith((".", "~")) or len(root.parts) > 2):
         raise FileNotFoundError(f"source={str(source)!r} does not exist. Expected a folder or a file of MathQA.")
     else:
-        found = datasets.load_dataset(str(source))
+        found = datasets.load_dataset(str(source)) if given is None else given
         names = [alias for name in wanted for alias in SPLIT_NAMES[name] if alias in found]
         if not names:
-            raise ValueError(f"split={split!r} is not in {str(source)!r}. Its splits: {', '.join(found)}.")
-        parts = {f"{source} ({name})": found[name] for name in names}
+            raise ValueError(f"split={split!r} is not in {name_source(source)!r}. Its splits: {', '.join(found)}.")
+        parts = {f"{name_source(source)} ({name})": found[name] for name in names}
     for where, rows in parts.items():
         rows = [row for row in rows if isinstance(row, Mapping)]
         if subset == "course" and rows and "answer" not in rows[0]:

@@ -1,11 +1,17 @@
-"""The names of splits in folders, in files and on the Hub, such as "val" or "dev" for the validation split."""
+"""The splits of a source and their names, such as "val" or "dev" for the validation split."""
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Mapping
 from typing import TypeVar
 
+import datasets
+
 T = TypeVar("T")
+Rows = datasets.Dataset | datasets.IterableDataset
+Source = str | os.PathLike | Rows | Mapping[str, Rows]
 
 SPLIT_NAMES = {
     "train": ("train", "training"),
@@ -27,3 +33,51 @@ def find_split(found: Mapping[str, T], split: str) -> T | None:
         100
     """
     return next((found[name] for name in SPLIT_NAMES[split] if name in found), None)
+
+
+def given_splits(source: Source) -> dict[str, Rows] | None:
+    """Return the splits of a dataset that the user already has, or None if `source` is a path or a name.
+
+    Args:
+        source: A `Dataset`, an `IterableDataset`, or a dictionary of them. A single dataset without a split is the
+            training split. A slice such as "train[:80%]" counts as its split.
+
+    Example:
+        >>> given_splits(datasets.Dataset.from_dict({"text": ["a"]}))["train"].num_rows
+        1
+        >>> given_splits("a/folder") is None
+        True
+    """
+    if isinstance(source, (datasets.Dataset, datasets.IterableDataset)):
+        name = re.match(r"\w*", str(source.split or ""))[0]
+        return {name or "train": source}
+    if isinstance(source, Mapping):
+        return dict(source)
+    return None
+
+
+def name_source(source: Source) -> str:
+    """Return a source as text for messages: its path or name, or the kind of the dataset."""
+    return str(source) if isinstance(source, (str, os.PathLike)) else type(source).__name__
+
+
+def streamed_split(found: Mapping[str, Rows], split: str, source: Source) -> Rows:
+    """Return a split to stream. Nothing can be held out of a stream.
+
+    Args:
+        found: The splits of the source.
+        split: A key of `SPLIT_NAMES`.
+        source: The source. The training split of a path or a Hub id is only streamed if the other splits exist,
+            because it might contain held-out rows otherwise.
+
+    Raises:
+        ValueError: If the split, or a split that would be held out, is missing.
+    """
+    needed = list(SPLIT_NAMES) if split == "train" and given_splits(source) is None else [split]
+    missing = [name for name in needed if find_split(found, name) is None]
+    if missing:
+        raise ValueError(
+            f"{name_source(source)!r} has no {missing[0]} split to stream, only {', '.join(found)}. Use "
+            "streaming=False to hold it out from the training rows."
+        )
+    return find_split(found, split)

@@ -30,7 +30,6 @@ import collections
 import functools
 import gzip
 import math
-import os
 import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -41,7 +40,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from .split_names import SPLIT_OF, find_split
+from .split_names import SPLIT_OF, Rows, Source, find_split, given_splits, name_source, streamed_split
 
 SPLITS = {"train": 24_000, "validation": 1500, "test": 1500}  # default numbers of synthetic documents
 LEVELS = ("word", "char")
@@ -73,7 +72,7 @@ _SHARD = 1000
 
 def load(
     split: str = "train",
-    source: str | os.PathLike = "synthetic",
+    source: Source = "synthetic",
     *,
     level: str = "word",
     config: str | None = None,
@@ -92,6 +91,7 @@ def load(
     * a folder of text files. Names with a split, such as `wiki.valid.tokens`, select the split. Files without a split
       in their names are joined;
     * a parquet file, a folder of parquet files, or a dataset saved by `save_to_disk`;
+    * a `Dataset` that you already have, or a dictionary of splits;
     * anything else is a Hub id.
 
     If the source has no validation or test split, the last training rows become that split, `holdout` of all rows
@@ -99,7 +99,8 @@ def load(
 
     Args:
         split: "train", "validation" or "test". Usual aliases in the source, such as "valid" or "dev", are recognized.
-        source: "synthetic", a path or a Hub id.
+        source: "synthetic", a path, a Hub id, or a dataset that you already have. A single `Dataset` without a split
+            is the training split. An `IterableDataset` is streamed.
         level: "word" separates words by single spaces and removes empty rows. "char" keeps all rows unchanged.
         config: Configuration of the Hub dataset, if it has several.
         text_column: Column of the text. Defaults to "text", or to the first column of strings.
@@ -128,6 +129,11 @@ def load(
         raise ValueError(f"num_rows={num_rows} must be at least 1.")
     if not 0 < holdout < 0.5:
         raise ValueError(f"holdout={holdout} must be above 0 and below 0.5: the share of rows to hold out.")
+    given = given_splits(source)
+    if given is not None:
+        if streaming or any(isinstance(dataset, datasets.IterableDataset) for dataset in given.values()):
+            return _stream(split, given, source, level, text_column, num_rows)
+        return _select(_texts(given, name_source(source), text_column), split, source, level, holdout, num_rows)
     if str(source) == "synthetic":
         return _load_synthetic(split, num_rows, seed, streaming)
     root = Path(source).expanduser()
@@ -136,15 +142,22 @@ def load(
     elif root.is_absolute() or str(source).startswith((".", "~")) or len(root.parts) > 2 or root.suffix in _SUFFIXES:
         raise FileNotFoundError(f"source={str(source)!r} does not exist. Expected a text file or a folder.")
     elif streaming:
-        return _stream_hub(split, str(source), config, level, text_column, num_rows)
+        found = datasets.load_dataset(str(source), config, streaming=True)
+        return _stream(split, found, source, level, text_column, num_rows)
     else:
         found = _texts(datasets.load_dataset(str(source), config), str(source), text_column)
-    found = {name: _rows(lines, level) for name, lines in found.items()}
-    rows = _choose(found, split, str(source), holdout)[:num_rows]
-    if not rows:
-        raise ValueError(f"split={split!r} of {str(source)!r} has no text.")
-    data = datasets.Dataset.from_dict({"text": rows}, split=datasets.NamedSplit(split))
+    data = _select(found, split, source, level, holdout, num_rows)
     return data.to_iterable_dataset() if streaming else data
+
+
+def _select(
+    found: Mapping[str, Sequence[str]], split: str, source: Source, level: str, holdout: float, num_rows: int | None
+) -> datasets.Dataset:
+    found = {name: _rows(lines, level) for name, lines in found.items()}
+    rows = _choose(found, split, name_source(source), holdout)[:num_rows]
+    if not rows:
+        raise ValueError(f"split={split!r} of {name_source(source)!r} has no text.")
+    return datasets.Dataset.from_dict({"text": rows}, split=datasets.NamedSplit(split))
 
 
 def _rows(lines: Sequence[str], level: str) -> list[str]:
@@ -409,19 +422,16 @@ def _choose(found: Mapping[str, list[str]], split: str, source: str, holdout: fl
     return rows[:end]
 
 
-def _stream_hub(
-    split: str, source: str, config: str | None, level: str, text_column: str | None, num_rows: int | None
+def _stream(
+    split: str,
+    found: Mapping[str, Rows],
+    source: Source,
+    level: str,
+    text_column: str | None,
+    num_rows: int | None,
 ) -> datasets.IterableDataset:
-    found = datasets.load_dataset(source, config, streaming=True)
-    # otherwise the training split might contain held-out rows
-    missing = [name for name in (SPLITS if split == "train" else [split]) if find_split(found, name) is None]
-    if missing:
-        raise ValueError(
-            f"{source!r} has no {missing[0]} split to stream, only {', '.join(found)}. Use streaming=False to hold it "
-            "out from the training rows."
-        )
-    stream = find_split(found, split)
-    column = _text_column(stream.features, source, text_column)
+    stream = streamed_split(found, split, source)
+    column = _text_column(stream.features, name_source(source), text_column)
 
     def rows() -> Iterator[dict]:
         count = 0

@@ -30,11 +30,13 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub.dataclasses import strict
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel, TorchvisionBackend
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.image_utils import ImageInput, PILImageResampling
 from transformers.processing_utils import ImagesKwargs
 from transformers.utils import ModelOutput, can_return_tuple
+
+from .image_input import RgbImageProcessor
 
 
 @strict
@@ -145,7 +147,7 @@ class ImageVaeProcessorKwargs(ImagesKwargs, total=False):
     do_grayscale: bool
 
 
-class ImageVaeProcessor(TorchvisionBackend):
+class ImageVaeProcessor(RgbImageProcessor):
     """Resize images to a square and scale them to [0, 1]; convert them to gray if `do_grayscale` is set."""
 
     valid_kwargs = ImageVaeProcessorKwargs

@@ -33,11 +33,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
-from transformers import PreTrainedModel, TorchvisionBackend
+from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.image_utils import ImageInput, PILImageResampling
 from transformers.utils import ModelOutput, can_return_tuple
 
+from .image_input import RgbImageProcessor
 from .layers_attention import SlotAttention
 from .layers_frame_attention import FrameSlotAttention, PlaceWeights
 from .slot_config import SlotAutoencoderConfig
@@ -72,7 +73,7 @@ class SlotAutoencoderOutput(ModelOutput):
     keep: torch.Tensor | None = None
 
 
-class SlotImageProcessor(TorchvisionBackend):
+class SlotImageProcessor(RgbImageProcessor):
     """Resize images to a square and map them to [-1, 1]."""
 
     resample = PILImageResampling.BILINEAR

@@ -22,12 +22,13 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub.dataclasses import strict
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel, TorchvisionBackend
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.image_utils import PILImageResampling
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.utils import can_return_tuple
 
+from .image_input import RgbImageProcessor
 from .layers_heads import check_options, make_head
 from .layers_output_head import OutputHead
 
@@ -120,7 +121,7 @@ class SmallViTConfig(PreTrainedConfig):
         return self.image_size // self.patch_size
 
 
-class SmallViTImageProcessor(TorchvisionBackend):
+class SmallViTImageProcessor(RgbImageProcessor):
     """Image processor that resizes images to a square and maps them to [-1, 1]."""
 
     resample = PILImageResampling.BILINEAR

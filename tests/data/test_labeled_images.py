@@ -287,6 +287,27 @@ def test_splits_with_different_classes_are_refused(tmp_path):
     assert "have different classes" in failure(lambda: load("train", tmp_path / "saved"))
 
 
+def test_datasets_that_the_user_already_has():
+    data = make_rows(20, fine_label=CLASS_LABEL)
+    parts = {split: load(split, data.with_format("torch"), size=16) for split in SPLITS}
+    assert {split: len(part) for split, part in parts.items()} == {"train": 48, "validation": 6, "test": 6}
+    for part in parts.values():
+        check_colors(part)
+    both = {"train": data, "val": make_rows(2, fine_label=CLASS_LABEL)}
+    for source in (both, datasets.DatasetDict(both)):
+        assert [len(load(split, source, size=16)) for split in ("train", "validation")] == [54, 6]
+    part = datasets.Dataset(data.data, split=datasets.NamedSplit("test"))
+    assert len(load("test", part, size=16)) == 60
+    assert "'Dataset' has no train split. Its splits: test" in failure(lambda: load("train", part))
+    stream = load("train", data.to_iterable_dataset(), size=16, num_images=7)
+    assert isinstance(stream, datasets.IterableDataset) and len(list(stream)) == 7
+    check_colors(stream)
+    message = failure(lambda: load("test", data.to_iterable_dataset(), size=16))
+    assert "'IterableDataset' has no test split to stream, only train" in message
+    unknown = datasets.IterableDataset.from_generator(lambda: iter(()))
+    assert "has no features. Give its columns with `cast`" in failure(lambda: load("train", unknown))
+
+
 def test_a_hub_id(monkeypatch):
     parts = {"train": make_rows(fine_label=CLASS_LABEL), "test": make_rows(2, fine_label=CLASS_LABEL)}
     streams = {name: part.to_iterable_dataset() for name, part in parts.items()}

@@ -159,6 +159,14 @@ def test_wrong_rows_are_named(tmp_path, change, message):
         load("train", path)
 
 
+def test_datasets_that_the_user_already_has():
+    data = datasets.Dataset.from_list(MATHQA)
+    for source in (data, datasets.DatasetDict(train=data), data.to_iterable_dataset()):
+        assert load("train", source)["answer"][:] == [300, 27, None]
+    with pytest.raises(ValueError, match="split='test' is not in 'Dataset'. Its splits: train"):
+        load("test", data)
+
+
 def test_wrong_sources_are_refused(tmp_path):
     (tmp_path / "broken.json").write_text("[{")
     (tmp_path / "broken.json.gz").write_text("[{")

@@ -271,6 +271,18 @@ def rows_of(*lines):
     return datasets.Dataset.from_dict({"text": list(lines)})
 
 
+def test_datasets_that_the_user_already_has():
+    data = rows_of(*(f"row {number}" for number in range(10)))
+    parts = [load(split, data)["text"][:] for split in ("train", "validation", "test")]
+    assert [row for part in parts for row in part] == data["text"][:] and list(map(len, parts)) == [8, 1, 1]
+    assert len(load("train", datasets.DatasetDict(train=data, dev=data))) == 9
+    stream = load("train", data.to_iterable_dataset(), num_rows=3)
+    assert [row["text"] for row in stream] == ["row 0", "row 1", "row 2"]
+    assert len(list(load("train", data, streaming=True))) == 10
+    with pytest.raises(ValueError, match="'IterableDataset' has no test split to stream"):
+        load("test", data.to_iterable_dataset())
+
+
 def test_words_are_numbered_by_frequency(tmp_path):
     data = rows_of("b a b", "b <unk> a c", "d")
     tokenizer = build_tokenizer(data)
