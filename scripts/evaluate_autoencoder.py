@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from hf_dl.data.collate import as_is
 from hf_dl.metrics import perceptual
 from hf_dl.recipes import latent_autoencoder
-from hf_dl.recipes.evaluation import make_output_folder, write_evaluation
+from hf_dl.recipes.evaluation import make_output_folder, use_training_data, write_evaluation
 from hf_dl.recipes.scene_images import SceneFlags, load_images
 from hf_dl.training.args import parse_flags
 
@@ -29,6 +29,7 @@ class Args(SceneFlags):
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Score the reconstructions of the test images, and write the results."""
     args = parse_flags(Args, argv)
+    use_training_data(args, args.model, SceneFlags, argv)
     autoencoder = latent_autoencoder.load_autoencoder(args.model)
     folder = make_output_folder(args)
     args.image_size = autoencoder.config.sample_size

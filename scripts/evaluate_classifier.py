@@ -4,7 +4,8 @@
 
 Evaluation takes a few seconds on two CPU cores. The script writes evaluation.json, classes.csv and confusion.png into
 the folder of the model, and the scores should match the test scores in its model card. `--model` is the folder or Hub
-id of any `AutoModelForImageClassification` with the classes of the data. In `classes.csv`, "mistaken for" is the class
+id of any `AutoModelForImageClassification` with the classes of the data. By default, the data is the data of
+the training run. In `classes.csv`, "mistaken for" is the class
 that was predicted most often for the wrong images of a class.
 """
 
@@ -16,7 +17,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from hf_dl.data.collate import as_is
 from hf_dl.recipes import classifier
-from hf_dl.recipes.evaluation import load_model, make_output_folder, write_evaluation
+from hf_dl.recipes.evaluation import load_model, make_output_folder, use_training_data, write_evaluation
 from hf_dl.training.args import parse_flags
 
 
@@ -44,6 +45,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         ValueError: If the classes of the data are not the classes of the model.
     """
     args = parse_flags(Args, argv)
+    use_training_data(args, args.model, classifier.ImageFlags, argv)
     model = load_model(AutoModelForImageClassification, args.model)
     processor = load_model(AutoImageProcessor, args.model)
     folder = make_output_folder(args)

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_dl.data.text import TokenStream, encode
 from hf_dl.recipes import language_model
-from hf_dl.recipes.evaluation import load_model, make_output_folder, write_evaluation
+from hf_dl.recipes.evaluation import load_model, make_output_folder, use_training_data, write_evaluation
 from hf_dl.training.args import parse_flags
 
 
@@ -41,6 +41,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         The scores, with keys such as `test_perplexity`.
     """
     args = parse_flags(Args, argv)
+    use_training_data(args, args.model, language_model.TextFlags, argv)
     model = load_model(AutoModelForCausalLM, args.model).eval()
     tokenizer = load_model(AutoTokenizer, args.model)
     folder = make_output_folder(args)

@@ -23,7 +23,7 @@ from hf_dl.data import math_programs
 from hf_dl.data.collate import as_is
 from hf_dl.pipelines.math_program import MathProgramPipeline
 from hf_dl.recipes import seq2seq, seq2seq_evaluation
-from hf_dl.recipes.evaluation import load_model, write_evaluation
+from hf_dl.recipes.evaluation import load_model, use_training_data, write_evaluation
 from hf_dl.reporting.experiment import find_run, portable
 from hf_dl.training.args import parse_flags
 from hf_dl.training.provenance import write_results
@@ -69,6 +69,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     torch.set_num_threads(args.cpu_threads)
     started = time.monotonic()
     name = str(find_run(args.model, args.run, args.seed)) if args.run else args.model
+    use_training_data(args, name, seq2seq.ProblemFlags, argv)
     pipeline = load_model(MathProgramPipeline, name)
     folder = Path(args.output_dir or name)
     folder.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from hf_dl.data.collate import as_is
 from hf_dl.pipelines.slot_diffusion import SlotDiffusionPipeline
 from hf_dl.recipes import slot_diffusion
-from hf_dl.recipes.evaluation import load_model, make_output_folder, write_evaluation
+from hf_dl.recipes.evaluation import load_model, make_output_folder, use_training_data, write_evaluation
 from hf_dl.recipes.scene_images import SceneFlags, load_images
 from hf_dl.recipes.slot_denoiser import SceneLatents, SlotDenoiser
 from hf_dl.training.args import parse_flags
@@ -31,6 +31,7 @@ class Args(slot_diffusion.DrawFlags, SceneFlags):
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Score the attention masks, draw images, and write the results."""
     args = parse_flags(Args, argv)
+    use_training_data(args, args.model, SceneFlags, argv)
     pipe = load_model(SlotDiffusionPipeline, args.model)
     pipe.set_progress_bar_config(disable=True)
     folder = make_output_folder(args)

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from hf_dl.data.collate import as_is
 from hf_dl.models.slot_autoencoder import SlotAutoencoderModel
 from hf_dl.recipes import slots
-from hf_dl.recipes.evaluation import load_model, make_output_folder, write_evaluation
+from hf_dl.recipes.evaluation import load_model, make_output_folder, use_training_data, write_evaluation
 from hf_dl.recipes.scene_images import PERCEPTUAL_HELP, SceneFlags, load_images
 from hf_dl.training.args import parse_flags
 
@@ -36,6 +36,7 @@ class Args(SceneFlags):
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Score the model for each number of slots and iterations, compose images, and write the results."""
     args = parse_flags(Args, argv)
+    use_training_data(args, args.model, SceneFlags, argv)
     model = load_model(SlotAutoencoderModel, args.model).eval()
     folder = make_output_folder(args)
     args.image_size = model.config.image_size

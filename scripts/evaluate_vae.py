@@ -15,7 +15,7 @@ from hf_dl.data.collate import as_is
 from hf_dl.metrics.latents import posterior_collapse
 from hf_dl.models.image_vae import ImageVaeModel
 from hf_dl.recipes import vae
-from hf_dl.recipes.evaluation import load_model, make_output_folder, write_evaluation
+from hf_dl.recipes.evaluation import load_model, make_output_folder, use_training_data, write_evaluation
 from hf_dl.training.args import parse_flags
 
 
@@ -33,6 +33,7 @@ class Args(vae.ImageFlags):
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Score training and test images, draw figures, and write the results."""
     args = parse_flags(Args, argv)
+    use_training_data(args, args.model, vae.ImageFlags, argv)
     model = load_model(ImageVaeModel, args.model)
     folder = make_output_folder(args)
     args.image_size, args.num_channels = model.config.image_size, model.config.num_channels

@@ -4,7 +4,8 @@
     scripts/run python scripts/explain_image.py --model google/vit-base-patch16-224 --images cat.jpg --mask_counts 16
 
 With `--images`, the script draws one figure per image: the original, the map, the overlay and the most probable
-classes. With `--mask_counts`, it masks patches and reports the change of the predictions.
+classes. Files that cannot be read are listed and skipped. With `--mask_counts`, it masks patches and reports the
+change of the predictions.
 
 Without `--images`, the script studies validation images. It draws five correct and five wrong images for several
 classes. The generated images have masks of the objects. For them it also measures the fraction of each map that is on
@@ -22,6 +23,9 @@ from pathlib import Path
 
 import torch
 
+from hf_dl.data.class_folders import is_flat
+from hf_dl.recipes.classifier import ImageFlags
+from hf_dl.recipes.evaluation import use_training_data
 from hf_dl.recipes.explanation import Explainer, ExplanationFlags, explain_files, explain_study
 from hf_dl.reporting.experiment import find_run, portable
 from hf_dl.training.args import parse_flags
@@ -40,7 +44,7 @@ class Args(ExplanationFlags):
     seed: int = field(default=0, metadata={"help": "Seed of the run that --run selects."})
     cpu_threads: int = field(default=0, metadata={"help": "Number of CPU threads. 0 uses the default of torch."})
     output_dir: str = field(
-        default="", metadata={"help": "Folder for the results. Defaults to explanations/<name of the model>."}
+        default="", metadata={"help": "Folder for the results. Defaults to runs/explain_image/<name of the model>."}
     )
 
 
@@ -57,11 +61,14 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     started = time.monotonic()
     if args.cpu_threads:
         torch.set_num_threads(args.cpu_threads)
-    explainer = Explainer(args, find_run(args.model, args.run, args.seed) if args.run else args.model)
-    folder = Path(args.output_dir or Path("explanations") / Path(args.model).name)
+    model = find_run(args.model, args.run, args.seed) if args.run else args.model
+    explainer = Explainer(args, model)
+    use_training_data(args, model, ImageFlags, argv)
+    folder = Path(args.output_dir or Path("runs/explain_image") / Path(args.model).name)
     folder.mkdir(parents=True, exist_ok=True)
 
-    if args.images:
+    named = bool(args.images) or is_flat(args.source)
+    if named:
         metrics, entries = explain_files(explainer, folder)
     else:
         metrics, entries = explain_study(explainer, folder)
@@ -69,7 +76,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     flags = portable(asdict(args))
     found = {"args": flags, "layers": explainer.layers, "metrics": metrics, "images": entries}
     (folder / "explanations.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    if args.output_dir and not args.images:
+    if args.output_dir and not named:
         write_results(folder, __file__, flags, metrics, explainer.model, seconds=time.monotonic() - started)
     for name, value in metrics.items():
         print(f"{name:40s} {value:.4f}")

@@ -28,7 +28,7 @@ from hf_dl.models.small_vit import SmallViTConfig, SmallViTForImageClassificatio
 from hf_dl.reporting.card import run_card
 from hf_dl.reporting.plots import plot_run
 
-from .evaluation import checked_config, hide_progress_bars
+from .evaluation import checked_config, hide_progress_bars, report_data
 from .output_heads import HEADS, HeadFlags, accepted_options, split_head
 
 
@@ -276,7 +276,9 @@ def load_images(args: ImageFlags, split: str) -> LabeledImages:
     options = {"size": args.image_size, "num_classes": args.num_classes, "holdout": args.holdout}
     count = (args.num_train if split == "train" else args.num_test) or None
     columns = {"label_column": args.label_column or None, "corrupt": args.corrupt}
-    return LabeledImages(labeled_images.load(split, args.source, num_images=count, **options, **columns))
+    data = labeled_images.load(split, args.source, num_images=count, **options, **columns)
+    report_data(data, split)
+    return LabeledImages(data)
 
 
 def make_model(args: Any, train: LabeledImages) -> PreTrainedModel:

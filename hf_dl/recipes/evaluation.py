@@ -10,9 +10,10 @@ An evaluation script parses its flags, loads a model, calls the recipe of its fa
 """
 
 import json
+import os
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,7 +21,8 @@ import datasets
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
-from hf_dl.reporting.experiment import portable
+from hf_dl.reporting.experiment import portable, read_results
+from hf_dl.training.args import given_flags
 
 ConfigT = TypeVar("ConfigT")
 
@@ -77,10 +79,45 @@ def load_model(kind: type[Any], name: str | Path) -> Any:
         raise ValueError(f"model={str(name)!r}{place} cannot be loaded. {reason}") from error
 
 
+def use_training_data(args: Any, folder: str | Path, kind: type, argv: list[str] | None) -> None:
+    """Set flags that select data to the values of the training run, unless the user gave them or another source.
+
+    Args:
+        args: The flags, which are changed in place.
+        folder: Folder of the model. Nothing changes if it has no results.json, as for a Hub id.
+        kind: The dataclass of the flags that select the data of a training run.
+        argv: The command line. Defaults to `sys.argv`.
+
+    Raises:
+        ValueError: If results.json is damaged.
+    """
+    given = given_flags(argv)
+    if "source" in given or not Path(folder, "results.json").is_file():
+        return
+    known, changed = read_results(folder)["args"], []
+    for name in [each.name for each in fields(kind) if hasattr(args, each.name) and each.name not in given]:
+        if name in known and known[name] != getattr(args, name):
+            setattr(args, name, known[name])
+            changed.append(f"{name}={known[name]!r}")
+    if changed:
+        print(f"Using the data of the training run: {', '.join(changed)}.", file=sys.stderr)
+
+
 def hide_progress_bars() -> None:
     """Disable the progress bars of `datasets` if stderr is not a terminal, so that log files stay readable."""
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
+
+
+def report_data(data: datasets.Dataset, split: str) -> None:
+    """Print the classes, their numbers of images, and the skipped files. Generated data has no report.
+
+    Args:
+        data: A dataset of `hf_dl.data`. In a run of several processes, the first one prints.
+        split: Name of the split.
+    """
+    if data.info.description and int(os.environ.get("RANK", 0)) == 0:
+        print(f"{split}: {data.info.description}", file=sys.stderr)
 
 
 def make_output_folder(args: Any) -> Path:

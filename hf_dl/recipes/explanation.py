@@ -6,6 +6,7 @@ correct and some wrong predictions per class, and scores the maps by the masks o
 
 import json
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,18 +15,18 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from hf_dl import explain
-from hf_dl.data import labeled_images
+from hf_dl.data import class_folders, labeled_images
 from hf_dl.explain.attention import METHODS
 from hf_dl.explain.grad_cam import ENGINES
+from hf_dl.models.image_input import open_image
 from hf_dl.reporting.grids import color_heat
 
-from .evaluation import load_model
+from .evaluation import load_model, report_data
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 TOP_K = 5
 
 
@@ -64,7 +65,13 @@ class ExplanationFlags:
     )
     mask_seeds: int = field(default=20, metadata={"help": "Number of random choices of patches."})
     mask_images: int = field(default=20, metadata={"help": "Maximum number of images whose patches are masked."})
-    source: str = field(default="synthetic", metadata={"help": "Study: dataset, see hf_dl.data.labeled_images."})
+    source: str = field(
+        default="synthetic",
+        metadata={
+            "help": "Study: dataset, see hf_dl.data.labeled_images; or a flat folder of images. Defaults to the data "
+            "of the training run."
+        },
+    )
     num_images: int = field(
         default=500, metadata={"help": "Study: maximum number of validation images. 0 uses all images."}
     )
@@ -295,48 +302,46 @@ def find_images(paths: Sequence[str]) -> list[Path]:
     for path in map(Path, paths):
         if not path.exists():
             raise ValueError(f"images={str(path)!r} does not exist; expected an image or a folder of images.")
-        files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
+        files = [path] if path.is_file() else class_folders.find_images(path)
         if not files:
             raise ValueError(f"images={str(path)!r} contains no image; expected files such as .jpg or .png.")
         found += files
     return found
 
 
-def open_image(path: Path) -> Image.Image:
-    """Read an image file as RGB, with the rotation in its EXIF data applied.
-
-    Raises:
-        ValueError: If the file is not a valid image.
-    """
-    try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-        raise ValueError(f"images={str(path)!r} cannot be read as an image: {error}.") from error
-
-
 def explain_files(explainer: Explainer, folder: Path) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """Explain the images in `args.images` and draw one figure per image.
+    """Explain the images in `args.images`, or in a flat folder `args.source`, and draw one figure per image.
 
-    The images are processed one at a time because their sizes may differ.
+    The images are processed one at a time because their sizes may differ. Files that cannot be read are reported and
+    skipped.
 
     Args:
         explainer: The classifier and the kind of map.
         folder: The folder for the figures.
 
     Returns:
-        The metrics, and one entry per image with its most probable classes.
+        The metrics, and one entry per file: the most probable classes, or the `error` of a file that was skipped.
+
+    Raises:
+        ValueError: If a path does not exist, or no file can be read.
     """
     args, entries, used, kept = explainer.args, [], set(), []
-    for path in find_images(args.images):
-        pixel_values = explainer.prepare([open_image(path)])
+    for path in find_images(args.images or [args.source]):
+        name = class_folders.shown_path(path.name)
+        try:
+            image = open_image(path)
+        except (OSError, ValueError) as error:
+            entries.append({"file": name, "error": str(error)})
+            print(f"{name:30s} skipped: {error}", file=sys.stderr)
+            continue
+        pixel_values = explainer.prepare([image])
         maps, probabilities = explainer.explain(pixel_values)
         values, order = probabilities[0].topk(min(TOP_K, len(explainer.names)))
         top = [(explainer.names[i], value) for i, value in zip(order.tolist(), values.tolist(), strict=True)]
-        stem, number = path.stem, 1
+        stem, number = Path(name).stem, 1
         while stem in used:  # images in different folders may have the same name
             number += 1
-            stem = f"{path.stem}_{number}"
+            stem = f"{Path(name).stem}_{number}"
         used.add(stem)
         target = int(order[0]) if explainer.target is None else explainer.target
         draw_image(
@@ -346,13 +351,17 @@ def explain_files(explainer: Explainer, folder: Path) -> tuple[dict[str, float],
             top,
             explainer.names[target],
         )
-        entry = {"file": path.name, "figure": f"{stem}.png", "explained": explainer.names[target], "top": dict(top)}
+        entry = {"file": name, "figure": f"{stem}.png", "explained": explainer.names[target], "top": dict(top)}
         if args.curves:
             entry |= {name: values[0] for name, values in measure_curves(explainer, pixel_values, maps).items()}
         entries.append(entry)
         kept.append(pixel_values)
-        print(f"{path.name:30s} {top[0][0]:24s} {top[0][1]:.3f}")
-    metrics = {"images": float(len(entries))}
+        print(f"{name:30s} {top[0][0]:24s} {top[0][1]:.3f}")
+    skipped = [entry for entry in entries if "error" in entry]
+    if not kept:
+        first = skipped[0]
+        raise ValueError(f"None of {len(skipped)} files can be read. {first['file']!r}: {first['error']}")
+    metrics = {"images": float(len(kept))} | ({"skipped": float(len(skipped))} if skipped else {})
     if args.mask_counts:
         same = [values for values in kept if values.shape == kept[0].shape]
         metrics |= mask_patches(explainer, torch.cat(same[: args.mask_images]), folder)
@@ -379,6 +388,7 @@ def load_study(explainer: Explainer) -> Iterator[dict[str, list]]:
     side = size.get("height") or size.get("shortest_edge") or getattr(explainer.model.config, "image_size", 64)
     options = {"num_classes": len(explainer.names)} if args.source == "synthetic" else {}
     data = labeled_images.load("validation", args.source, size=side, num_images=args.num_images or None, **options)
+    report_data(data, "validation")
     names = data.features["label"].names
     if list(names) != explainer.names:
         raise ValueError(

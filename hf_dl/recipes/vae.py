@@ -37,7 +37,7 @@ from hf_dl.reporting.experiment import read_curves, read_results
 from hf_dl.reporting.grids import image_grid
 from hf_dl.reporting.plots import plot_run
 
-from .evaluation import checked_config, hide_progress_bars
+from .evaluation import checked_config, hide_progress_bars, report_data
 
 SUMMARY = (
     "A variational autoencoder of images (Kingma & Welling 2014) encodes an image as a short code, decodes a code to "
@@ -174,6 +174,7 @@ def load_images(flags: ImageFlags, split: str) -> LabeledImages:
     hide_progress_bars()
     count = (flags.num_train if split == "train" else flags.num_test) or None
     data = labeled_images.load(split, flags.source, size=flags.image_size, num_images=count, holdout=flags.holdout)
+    report_data(data, split)
     if not flags.num_channels:
         samples = [np.asarray(image.convert("RGB")) for image in data[:100]["image"]]
         flags.num_channels = 1 if all((image == image[..., :1]).all() for image in samples) else 3

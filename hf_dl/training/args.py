@@ -285,6 +285,20 @@ def parse_flags(cls: type[FlagsT], argv: list[str] | None = None) -> FlagsT:
         parser.error(str(error))
 
 
+def given_flags(argv: list[str] | None = None) -> set[str]:
+    """Return the names of the flags on a command line.
+
+    Args:
+        argv: The command line without the program's name. Defaults to `sys.argv[1:]`.
+
+    Example:
+        >>> sorted(given_flags(["--source", "photos", "--num-test=5"]))
+        ['num_test', 'source']
+    """
+    words = sys.argv[1:] if argv is None else argv
+    return {word[2:].split("=")[0].replace("-", "_") for word in words if word.startswith("--")}
+
+
 def _argument_groups(cls: type) -> list[type]:
     """Split the dataclass into one per group, because HfArgumentParser shows one group of flags per dataclass."""
     fields, hints = {f.name: f for f in dataclasses.fields(cls) if f.init}, get_type_hints(cls)

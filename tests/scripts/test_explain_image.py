@@ -87,6 +87,37 @@ def test_a_folder_of_images(resnet, pictures, tmp_path, capsys):
     assert "one.png" in capsys.readouterr().out
 
 
+def test_files_that_cannot_be_read_are_skipped(resnet, pictures, tmp_path, monkeypatch, capsys):
+    (pictures / "cut.png").write_bytes((pictures / "one.png").read_bytes()[:200])
+    (pictures / "link.jpg").symlink_to("nowhere.jpg")
+    (pictures / "__MACOSX").mkdir()
+    (pictures / "__MACOSX" / "._one.png").write_bytes(b"")
+    monkeypatch.chdir(tmp_path)
+    metrics = explain_image.main(["--model", str(resnet[0]), "--source", str(pictures)])  # a flat folder
+    assert metrics == {"images": 3.0, "skipped": 2.0}
+    folder = Path("runs", "explain_image", resnet[0].name)
+    assert {path.name for path in tmp_path.iterdir()} == {"pictures", "runs"}
+    found = json.loads((folder / "explanations.json").read_text())
+    errors = {entry["file"]: entry["error"] for entry in found["images"] if "error" in entry}
+    assert errors["link.jpg"] == "The file is a link to a missing file."
+    assert errors["cut.png"].startswith("The file is not an image that can be read: ")
+    assert len(found["images"]) == 5 and len(list(folder.glob("*.png"))) == 3
+    assert "link.jpg                       skipped: The file is a link" in capsys.readouterr().err
+
+
+def test_the_study_takes_the_data_of_the_run(resnet, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    shutil.copytree(resnet[0], folder)
+    results = {"script": "train_classifier.py", "args": {"source": str(tmp_path / "photos")}, "metrics": {}}
+    (folder / "results.json").write_text(json.dumps(results))
+    for name in ("LABEL_0", "LABEL_1", "LABEL_2"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for number in range(3):
+            Image.new("RGB", (20, 20), (number, 0, 0)).save(tmp_path / "photos" / name / f"{number}.png")
+    metrics, _ = run(folder, tmp_path)
+    assert metrics["images"] == 3 and metrics.keys() >= {"accuracy"}
+
+
 def test_patches_are_taken_away(vit, pictures, tmp_path, capsys):
     flags = ["--method", "gradient_rollout", "--mask_counts", "2", "5", "--mask_seeds", "3"]
     metrics, _ = run(vit[0], tmp_path, "--images", str(pictures / "one.png"), *flags)
@@ -145,7 +176,7 @@ def test_the_package_as_engine(resnet, pictures, tmp_path):
 def test_what_cannot_be_is_said(vit, resnet, pictures, tmp_path):
     with pytest.raises(ValueError, match="does not exist; expected an image or a folder of images"):
         run(vit[0], tmp_path, "--images", str(tmp_path / "nothing.png"))
-    with pytest.raises(ValueError, match="notes.txt' cannot be read as an image"):
+    with pytest.raises(ValueError, match="None of 1 files can be read. 'notes.txt': The file is not an image"):
         run(vit[0], tmp_path, "--images", str(pictures / "notes.txt"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="empty' contains no image"):

@@ -152,7 +152,7 @@ def test_it_stops_when_the_validation_does_not_improve(tmp_path):
     assert any(line.get("event") == "early_stop" for line in read_log(tmp_path))
 
 
-def test_a_folder_of_images_of_two_classes(tmp_path):
+def test_a_folder_of_images_of_two_classes(tmp_path, capsys):
     for name, color in (("cat", (200, 40, 40)), ("dog", (40, 40, 200))):
         (tmp_path / "pictures" / name).mkdir(parents=True)
         for i in range(20):
@@ -168,6 +168,11 @@ def test_a_folder_of_images_of_two_classes(tmp_path):
     metrics = train(tmp_path / "run", f"--source={tmp_path / 'pictures'}", *NARROW, "--norm=group", *flags)
     assert metrics["test_accuracy"] == 1 and metrics["test_images"] == 8 and metrics["train_images"] == 24
     assert "test_top_5_accuracy" not in metrics
+    printed = capsys.readouterr().err
+    assert "train: 24 images of 2 classes: cat 12, dog 12." in printed
+    scores = evaluate_classifier.main([f"--model={tmp_path / 'run'}"])  # with the data of the run
+    assert scores == {name: pytest.approx(metrics[name], rel=1e-4) for name in scores} and len(scores) > 5
+    assert "Using the data of the training run: source='" in capsys.readouterr().err
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["id2label"] == {"0": "cat", "1": "dog"} and config["norm"] == "group"
 
