@@ -25,9 +25,10 @@ from transformers.modeling_outputs import (
 )
 from transformers.utils import can_return_tuple
 
-from .layers_heads import check_options, make_head
+from .layers_heads import HEADS, check_options, make_head
 from .layers_norm import NORMS, NormLayer, check_norm, make_norm
 from .layers_output_head import OutputHead
+from .layers_problem_type import check_problem_type, classify
 
 
 @strict
@@ -87,6 +88,7 @@ class ConvClassifierConfig(PreTrainedConfig):
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout} must be at least 0 and below 1.")
         check_options(self.head, self.head_options)
+        check_problem_type(self.problem_type, HEADS[self.head].problem_types)
 
     @property
     def flat_size(self) -> int:
@@ -101,6 +103,7 @@ class ConvClassifierPreTrainedModel(PreTrainedModel):
     base_model_prefix = "conv_classifier"
     main_input_name = "pixel_values"
     input_modalities = ("image",)
+    accepts_loss_kwargs = False  # the loss is a mean over the batch, which Trainer divides by the accumulation steps
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -200,6 +203,7 @@ class ConvClassifierForImageClassification(ConvClassifierPreTrainedModel):
         # `save_pretrained` enters the class that it saves. This entry makes AutoModel load the network inside it.
         here = {"AutoModel": "conv_classifier.ConvClassifierModel"}
         config.auto_map = {**here, **(getattr(config, "auto_map", None) or {})}
+        self.num_labels = config.num_labels
         self.conv_classifier = ConvClassifierModel(config)
         self.head = make_head(config.head, config.hidden_size, config.num_labels, **(config.head_options or {}))
         self.post_init()
@@ -218,22 +222,22 @@ class ConvClassifierForImageClassification(ConvClassifierPreTrainedModel):
 
         Args:
             pixel_values: (batch, channels, image_size, image_size), as in `ConvClassifierModel`.
-            labels: Classes in [0, num_labels), int (batch,).
+            labels: Classes in [0, num_labels), int (batch,). Floating-point labels make a regression or a multi-label
+                model, see `classify`; this needs head="softmax".
             output_hidden_states: Whether to return the feature maps after each stage. Defaults to the config.
             temperature: Temperature of the noise that head="gumbel" adds in training, greater than 0.
             generator: Random generator for that noise.
             **kwargs: `return_dict=False` returns a tuple.
 
         Returns:
-            `loss`, the loss of the head, if `labels` are given; `logits` (batch, num_labels), which are
-            log-probabilities; and `hidden_states`, if requested.
+            `loss`, if `labels` are given; `logits` (batch, num_labels), which are log-probabilities, or scores before
+            the sigmoid or the mean for other problem types; and `hidden_states`, if requested.
         """
         outputs = self.conv_classifier(pixel_values, output_hidden_states=output_hidden_states, return_dict=True)
-        hidden, loss = outputs.pooler_output, None
-        if labels is not None:
-            loss = self.head(hidden, labels.to(hidden.device), temperature=temperature, generator=generator)
+        options = {"temperature": temperature, "generator": generator}
+        loss, logits = classify(self.head, outputs.pooler_output, labels, self.config, **options)
         return ImageClassifierOutputWithNoAttention(
             loss=loss,
-            logits=self.head.log_prob(hidden),
+            logits=logits,
             hidden_states=outputs.hidden_states,
         )

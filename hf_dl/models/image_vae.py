@@ -37,6 +37,7 @@ from transformers.processing_utils import ImagesKwargs
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .image_input import RgbImageProcessor
+from .layers_precision import reference_parameter
 
 
 @strict
@@ -320,6 +321,7 @@ class ImageVaePreTrainedModel(PreTrainedModel):
     base_model_prefix = "image_vae"
     main_input_name = "pixel_values"
     input_modalities = ("image",)
+    accepts_loss_kwargs = False  # the loss is a mean over the batch, which Trainer divides by the accumulation steps
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -354,13 +356,18 @@ class ImageVaeModel(ImageVaePreTrainedModel):
 
     @can_return_tuple
     def forward(
-        self, pixel_values: torch.Tensor, generator: torch.Generator | None = None, **kwargs: Any
+        self,
+        pixel_values: torch.Tensor,
+        generator: torch.Generator | None = None,
+        return_loss: bool = True,
+        **kwargs: Any,
     ) -> ImageVaeOutput:
         """Encode images, draw their codes, and decode them.
 
         Args:
             pixel_values: (batch, channels, image_size, image_size), in [0, 1].
             generator: Source of the noise of the codes, on the model's device.
+            return_loss: Whether to compute the loss. It needs no labels, so that `Trainer` also evaluates it.
             **kwargs: `return_dict=False` returns a tuple.
 
         Returns:
@@ -373,11 +380,11 @@ class ImageVaeModel(ImageVaePreTrainedModel):
         latents = mean
         if self.training or generator is not None:
             latents = self.draw(mean, log_variance, generator=generator)
-        logits = self.decoder(latents)
+        logits = self._decode(latents)
         reconstruction_loss = self._reconstruction_loss(pixel_values, logits)
         kl = gaussian_kl(mean, log_variance).sum(dim=1)
         return ImageVaeOutput(
-            loss=(reconstruction_loss + self.config.beta * kl).mean(),
+            loss=(reconstruction_loss + self.config.beta * kl).mean() if return_loss else None,
             reconstruction_loss=reconstruction_loss,
             kl=kl,
             reconstruction=logits.sigmoid(),
@@ -451,7 +458,11 @@ class ImageVaeModel(ImageVaePreTrainedModel):
                 f"latents has shape {tuple(latents.shape)}, expected (batch, {self.config.latent_size}); "
                 "`encode` returns such codes."
             )
-        return self.decoder(latents).sigmoid()
+        return self._decode(latents).sigmoid()
+
+    def _decode(self, latents: torch.Tensor) -> torch.Tensor:
+        # Codes are float32, also with weights in half precision.
+        return self.decoder(latents.to(reference_parameter(self.decoder).dtype))
 
     @torch.no_grad()
     def sample(self, n: int, *, generator: torch.Generator | None = None) -> torch.Tensor:
@@ -551,5 +562,5 @@ class ImageVaeModel(ImageVaePreTrainedModel):
             # log p(z) - log q(z|x); the constants of the two Gaussians cancel
             noise = (latents - mean).square() / log_variance.exp()
             ratio = 0.5 * (noise + log_variance - latents.square()).sum(dim=1)
-            weights.append(self.log_likelihood(pixel_values, self.decoder(latents)) + ratio)
+            weights.append(self.log_likelihood(pixel_values, self._decode(latents)) + ratio)
         return torch.stack(weights).logsumexp(dim=0) - math.log(num_samples)

@@ -6,7 +6,8 @@ tokens, GRU, residual MLP. Two details of the implementation differ without chan
 - If it is cheaper, the key and value projections are applied to the slots instead of the tokens. With k = x W_k and
   v = x W_v, the logits q k^T equal (q W_k^T) x^T, and the weighted mean A v equals (A x) W_v. No projection of all
   tokens is then needed.
-- The iterations run in float32 under autocast. In float16, epsilon = 1e-8 is zero, and an empty slot would be 0 / 0.
+- The iterations run in the precision of the weights, also under autocast. The softmax and the weighted mean use
+  float32 at least. In float16, epsilon = 1e-8 is zero, and an empty slot would be 0 / 0.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
+
+from .layers_precision import reference_parameter
 
 GRADIENTS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "full": lambda slots, initial: slots,
@@ -148,8 +151,10 @@ class SlotAttention(nn.Module):
 
     def __init__(self, input_dim: int, slot_dim: int, *, mlp_dim: int, epsilon: float = 1e-8, qkv_bias: bool = False):
         super().__init__()
+        self.input_dim, self.slot_dim = input_dim, slot_dim
         self.epsilon = epsilon
         self.scale = slot_dim**-0.5
+        self.gradient_checkpointing = False  # whether each iteration is computed again in the backward pass
         self.norm_inputs = nn.LayerNorm(input_dim)
         self.norm_slots = nn.LayerNorm(slot_dim)
         self.norm_mlp = nn.LayerNorm(slot_dim)
@@ -182,10 +187,8 @@ class SlotAttention(nn.Module):
         if gradient not in GRADIENTS:
             raise ValueError(f"gradient={gradient!r} is unknown; choose one of {', '.join(GRADIENTS)}.")
         with torch.autocast(inputs.device.type, enabled=False):
-            # Convert half precision to float32. Keep float64, so that tests can compare all digits.
-            if inputs.dtype in (torch.float16, torch.bfloat16):
-                inputs = inputs.float()
-            inputs, initial = self.norm_inputs(inputs), slots.to(inputs.dtype)
+            dtype = reference_parameter(self).dtype
+            inputs, initial = self.norm_inputs(inputs.to(dtype)), slots.to(dtype)
             absorb = self._absorbing_is_cheaper(inputs.shape[1], slots.shape[1], num_iterations)
             keys, values = (inputs, inputs) if absorb else (self.to_k(inputs), self.to_v(inputs))
             slots, attentions = initial, []
@@ -194,12 +197,21 @@ class SlotAttention(nn.Module):
                 if last:
                     slots = GRADIENTS[gradient](slots, initial)
                 with torch.set_grad_enabled(torch.is_grad_enabled() and (last or gradient == "full")):
-                    slots, attention = self._iterate(keys, values, slots, absorb)
+                    slots, attention = self._run_iteration(keys, values, slots, absorb)
                 attentions.append(attention)
         return slots, tuple(attentions)
 
+    def _run_iteration(self, *args: torch.Tensor | bool) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            return self._gradient_checkpointing_func(self._iterate, *args)
+        return self._iterate(*args)
+
     def _absorbing_is_cheaper(self, tokens: int, slots: int, iterations: int) -> bool:
-        slot_dim, input_dim = self.to_k.weight.shape
+        # Adapters, quantization, hooks and offloading replace or extend the layer, which must then be called.
+        layer = self.to_k
+        if type(layer) is not nn.Linear or layer.weight.is_meta or layer._forward_hooks or layer._forward_pre_hooks:
+            return False
+        slot_dim, input_dim = self.slot_dim, self.input_dim
         project_once = tokens * input_dim * slot_dim + iterations * slots * tokens * slot_dim
         absorb = iterations * slots * (tokens * input_dim + input_dim * slot_dim)
         return absorb <= project_once
@@ -219,9 +231,11 @@ class SlotAttention(nn.Module):
                 bias = bias + (queries @ self.to_k.bias)[:, :, None]
             queries = queries @ self.to_k.weight  # (batch, slots, input_dim)
         logits = bias + queries @ keys.transpose(1, 2)
-        attention = torch.softmax(logits, dim=1)  # (batch, slots, tokens)
+        precise = torch.promote_types(slots.dtype, torch.float32)
+        attention = torch.softmax(logits, dim=1, dtype=precise)  # (batch, slots, tokens)
         weights = attention + self.epsilon
-        updates = weights @ values / weights.sum(dim=-1, keepdim=True)  # weighted mean over the tokens
+        updates = weights @ values.to(precise) / weights.sum(dim=-1, keepdim=True)  # weighted mean over the tokens
+        updates = updates.to(slots.dtype)
         if absorb:
             updates = self.to_v(updates)  # (batch, slots, slot_dim)
         slots = self.gru(updates.reshape(-1, slot_dim), slots.reshape(-1, slot_dim)).view(batch, num_slots, slot_dim)

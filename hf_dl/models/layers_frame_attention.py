@@ -60,10 +60,12 @@ class FrameSlotAttention(SlotAttention):
         slots, frames = slots.split([slots.shape[-1] - FRAME_DIM, FRAME_DIM], dim=-1)
         bias = bias + self._place_logits(slots, frames, keys.shape[1])
         slots, attention = super()._iterate(keys, values, slots, absorb, bias)
-        return torch.cat([slots, attention_frames(attention, epsilon=self.epsilon)], dim=-1), attention
+        frames = attention_frames(attention, epsilon=self.epsilon).to(slots.dtype)
+        return torch.cat([slots, frames], dim=-1), attention
 
     def _place_logits(self, slots: torch.Tensor, frames: torch.Tensor, tokens: int) -> torch.Tensor:
         """Return the part of the logits that depends on positions, (batch, slots, tokens)."""
+        frames = frames.to(torch.promote_types(frames.dtype, torch.float32))
         center, size = frames[:, :, None, :2], frames[:, :, None, 2:]
         offset = cell_centers(token_side(tokens), frames) - center  # d, (batch, slots, tokens, 2)
         scaled = offset / size
@@ -75,5 +77,5 @@ class FrameSlotAttention(SlotAttention):
             ],
             dim=-1,
         )  # (batch, slots, tokens, 4)
-        weights = self.place_weights(self.norm_slots(slots))
+        weights = self.place_weights(self.norm_slots(slots)).to(kernels.dtype)
         return (kernels @ weights[..., None]).squeeze(-1)

@@ -36,6 +36,7 @@ from torch import nn
 from .layers_adaptive import AdaptiveHead
 from .layers_hierarchical import HierarchicalHead
 from .layers_output_head import OutputHead, at_least_float32, largest
+from .layers_problem_type import PROBLEM_TYPES
 
 
 class SoftmaxHead(OutputHead):
@@ -58,6 +59,7 @@ class SoftmaxHead(OutputHead):
         ```
     """
 
+    problem_types = PROBLEM_TYPES
     has_class_rows = True
 
     def __init__(self, in_features: int, num_classes: int, *, bias: bool = True):
@@ -86,6 +88,12 @@ class SoftmaxHead(OutputHead):
     def scores(self, hidden: torch.Tensor) -> torch.Tensor:
         """Compute the unnormalized scores z = W h + b, from (batch, dim) to (batch, classes)."""
         return at_least_float32(F.linear(hidden, self.weight, self.bias))
+
+    def raw_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Compute the scores for problem types without a softmax, from (..., dim) to (..., classes)."""
+        flat = self._flat(hidden)
+        with torch.autocast(flat.device.type, enabled=False):
+            return self.scores(flat).view(*hidden.shape[:-1], self.num_classes)
 
     def _losses(
         self, hidden: torch.Tensor, labels: torch.Tensor, temperature: float, generator: torch.Generator | None
@@ -150,6 +158,8 @@ class GumbelHead(SoftmaxHead):
 
         ```
     """
+
+    problem_types = OutputHead.problem_types  # noise selects one class
 
     def __init__(self, in_features: int, num_classes: int, *, bias: bool = True, straight_through: bool = False):
         super().__init__(in_features, num_classes, bias=bias)

@@ -187,7 +187,7 @@ class TreeHead(HierarchicalHead):
         nodes, signs = self.path.index_select(0, place).long(), self.sign.index_select(0, place)
         if len(self.weight) <= _ALL_NODES and not self.sparse:
             z = at_least_float32(F.linear(hidden, self.weight, self.bias)[rows, nodes])
-            return z.new_zeros(len(hidden)).index_add(0, rows, F.softplus(-signs * z))
+            return z.new_zeros(hidden.shape[0]).index_add(0, rows, F.softplus(-signs * z))
         return PathLosses.apply(hidden, self.weight, self.bias, signs, nodes, rows, starts, self.sparse)
 
     def _log_prob(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -195,7 +195,7 @@ class TreeHead(HierarchicalHead):
             return at_least_float32(hidden.sum(1, keepdim=True) * 0.0)
         z = at_least_float32(F.linear(hidden, self.weight, self.bias))
         steps = torch.stack([F.logsigmoid(z), F.logsigmoid(-z)], dim=2)  # (batch, nodes, left and right)
-        node = z.new_zeros(len(z), 1)  # the root has probability 1
+        node = z.new_zeros(z.shape[0], 1)  # the root has probability 1
         leaves, first = [], 0
         for size, below in zip(self._levels, [*self._levels[1:], 0], strict=True):
             children = (node[:, :, None] + steps[:, first : first + size]).flatten(1)
@@ -391,7 +391,7 @@ class TwoLevelHead(HierarchicalHead):
     def _log_prob(self, hidden: torch.Tensor) -> torch.Tensor:
         of_groups = at_least_float32(F.linear(hidden, self.group_weight, self.group_bias)).log_softmax(1)
         scores = at_least_float32(F.linear(hidden, self.weight, self.bias))
-        padded = scores.index_select(1, self.members.flatten().clamp(min=0)).view(len(hidden), *self.members.shape)
+        padded = scores.index_select(1, self.members.flatten().clamp(min=0)).view(-1, *self.members.shape)
         inside = padded.masked_fill(self.members < 0, -math.inf).log_softmax(2)
         # `slot` picks no padding, so the -inf of the padding is not returned.
         return (of_groups[:, :, None] + inside).flatten(1).index_select(1, self.slot)

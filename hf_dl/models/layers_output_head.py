@@ -21,6 +21,8 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
+from .layers_precision import reference_parameter
+
 IGNORED = -100  # labels with this value are ignored, as in transformers
 _CHECKS = 3  # number of calls that check whether hidden states look like probabilities
 
@@ -57,6 +59,7 @@ class OutputHead(nn.Module, abc.ABC):
         ValueError: If `in_features` or `num_classes` is less than 1.
     """
 
+    problem_types: tuple[str, ...] = ("single_label_classification",)  # see layers_problem_type.py
     has_class_rows = False  # whether `weight` has one row per class, so that a language model can tie its embedding
 
     def __init__(self, in_features: int, num_classes: int):
@@ -252,7 +255,7 @@ class OutputHead(nn.Module, abc.ABC):
         if self._checks_left and not torch.compiler.is_compiling():
             self._checks_left -= 1
             self._warn_of_probabilities(flat.detach())
-        return flat.to(next(self.parameters()).dtype)
+        return flat.to(reference_parameter(self).dtype)
 
     def _warn_of_probabilities(self, hidden: torch.Tensor) -> None:
         if not len(hidden) or hidden.shape[1] < 2:

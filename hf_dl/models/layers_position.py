@@ -8,6 +8,8 @@ import math
 import torch
 from torch import nn
 
+from .layers_precision import reference_parameter
+
 
 class PositionEmbedding(nn.Module):
     """A linear map of the positions of cell centers in [0, 1].
@@ -34,13 +36,14 @@ class PositionEmbedding(nn.Module):
 
     def grid(self, height: int, width: int) -> torch.Tensor:
         """Return the embedding of a grid, (height, width, channels)."""
-        weight = self.projection.weight
-        y = (torch.arange(height, device=weight.device, dtype=weight.dtype) + 0.5) / height
-        x = (torch.arange(width, device=weight.device, dtype=weight.dtype) + 0.5) / width
+        like = reference_parameter(self)
+        precise = torch.promote_types(like.dtype, torch.float32)  # half precision cannot tell distant cells apart
+        y = (torch.arange(height, device=like.device, dtype=precise) + 0.5) / height
+        x = (torch.arange(width, device=like.device, dtype=precise) + 0.5) / width
         x, y = x.expand(height, width), y[:, None].expand(height, width)
         features = [x, y, 1 - x, 1 - y]
         for index in range(self.frequencies):
             for position in (x, y):
                 angle = 2**index * math.pi * position
                 features += [angle.sin(), angle.cos()]
-        return self.projection(torch.stack(features, dim=-1))
+        return self.projection(torch.stack(features, dim=-1).to(like.dtype))

@@ -152,7 +152,7 @@ class BidirectionalLSTM(nn.Module):
             ValueError: If the mask has the wrong shape or masks all tokens of a row.
         """
         keep, lengths = _kept(x, attention_mask)
-        if self.fused and not (x.device.type == "cpu" and torch.is_grad_enabled()):
+        if self.fused and lengths is not None and not (x.device.type == "cpu" and torch.is_grad_enabled()):
             return self._run_kernel(x, keep, lengths)
         return self._run_steps(x, keep)
 
@@ -180,7 +180,7 @@ class BidirectionalLSTM(nn.Module):
             bias = torch.stack([bias_ih + bias_hh for bias_ih, bias_hh in zip(*weights[2:], strict=True)])[:, None]
             both = torch.stack([x, x.flip(1)])
             inputs = (both.flatten(1, 2) @ weight_ih.transpose(1, 2) + bias).unflatten(1, x.shape[:2])
-            h = c = x.new_zeros(2, len(x), self.lstm.hidden_size)
+            h = c = x.new_zeros(2, x.shape[0], self.lstm.hidden_size)
             outputs = []
             for step, here in zip(inputs.unbind(2), kept.unbind(2), strict=True):
                 new_h, new_c = lstm_update(torch.baddbmm(step, h, weight_hh.transpose(1, 2)), c)
@@ -245,7 +245,7 @@ class LSTM(nn.Module):
         Raises:
             ValueError: If the mask or the state has the wrong shape, or the mask masks all tokens of a row.
         """
-        shape = (len(x), self.lstm.num_layers, self.lstm.hidden_size)
+        shape = (x.shape[0], self.lstm.num_layers, self.lstm.hidden_size)
         if state is None:
             state = (x.new_zeros(shape), x.new_zeros(shape))
         for values in state:
@@ -254,11 +254,24 @@ class LSTM(nn.Module):
                     f"state has shape {tuple(values.shape)}, expected {shape}: (batch, num_layers, hidden_size)."
                 )
         keep, lengths = (None, None) if attention_mask is None else _kept(x, attention_mask)
-        if not self.fused:
+        if not self.fused or (keep is not None and lengths is None):
             return self._run_steps(x, state, keep)
         h, c = (values.transpose(0, 1).contiguous() for values in state)
-        outputs, (h, c) = self.lstm(x, (h, c)) if keep is None else _read_packed(self.lstm, x, keep, lengths, (h, c))
+        if keep is not None:
+            outputs, (h, c) = _read_packed(self.lstm, x, keep, lengths, (h, c))
+        elif torch.compiler.is_exporting():
+            outputs, h, c = self._export_kernel(x, h, c)
+        else:
+            outputs, (h, c) = self.lstm(x, (h, c))
         return outputs, (h.transpose(0, 1), c.transpose(0, 1))
+
+    def _export_kernel(self, x, h, c):
+        # The module would replace its list of weights, which torch.export warns about.
+        names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+        weights = [getattr(self.lstm, f"{name}_l{layer}") for layer in range(self.lstm.num_layers) for name in names]
+        return torch.lstm(
+            x, (h, c), weights, True, self.lstm.num_layers, self.lstm.dropout, self.training, False, True
+        )
 
     def _run_steps(self, x, state, keep):
         keep = x.new_ones(x.shape[:2], dtype=torch.bool) if keep is None else keep
@@ -274,7 +287,10 @@ class LSTM(nn.Module):
 
 
 def _kept(x, attention_mask):
-    """Return the mask of the tokens to read, bool (batch, length), and their number per row, on the CPU."""
+    """Return the mask of the tokens to read, bool (batch, length), and their number per row, on the CPU.
+
+    Under `torch.export` the number is None. The LSTM then runs step by step, because the kernel needs the lengths.
+    """
     batch, length = x.shape[:2]
     if attention_mask is None:
         keep = torch.ones(batch, length, dtype=torch.bool, device=x.device)
@@ -282,6 +298,8 @@ def _kept(x, attention_mask):
         raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}, expected {(batch, length)}.")
     else:
         keep = attention_mask.to(x.device).bool()
+    if torch.compiler.is_exporting():
+        return keep, None  # the values are unknown
     lengths = keep.sum(dim=1).cpu()
     if length == 0 or bool((lengths == 0).any()):
         rows = (lengths == 0).nonzero().flatten().tolist()
@@ -304,7 +322,7 @@ def _read_steps(lstm, x, keep, suffix, state=None):
     """Run one direction of a layer step by step; return the outputs and the last h and c."""
     names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
     weights = [getattr(lstm, name + suffix) for name in names]
-    h = c = x.new_zeros(len(x), lstm.hidden_size)
+    h = c = x.new_zeros(x.shape[0], lstm.hidden_size)
     if state is not None:
         h, c = state
     outputs: list[torch.Tensor] = [h] * x.shape[1]

@@ -28,6 +28,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from .layers_position import PositionEmbedding
+from .layers_precision import reference_parameter
 
 
 def sinusoids(timesteps: torch.Tensor, channels: int) -> torch.Tensor:
@@ -69,7 +70,7 @@ class TimeEmbedding(nn.Module):
 
     def forward(self, timesteps: torch.Tensor) -> torch.Tensor:
         """Embed timesteps (batch,) to (batch, time_dim)."""
-        embedding = sinusoids(timesteps, self.channels).to(self.linear_1.weight.dtype)
+        embedding = sinusoids(timesteps, self.channels).to(reference_parameter(self).dtype)
         return F.silu(self.linear_2(F.silu(self.linear_1(embedding))))
 
 

@@ -35,6 +35,7 @@ from transformers.modeling_outputs import (
 from transformers.utils import can_return_tuple
 
 from .layers_norm import NORMS, NormLayer, check_norm, make_norm
+from .layers_problem_type import classification_loss
 
 
 @strict
@@ -174,6 +175,7 @@ class NormResNetPreTrainedModel(PreTrainedModel):
     base_model_prefix = "norm_resnet"
     main_input_name = "pixel_values"
     input_modalities = ("image",)
+    accepts_loss_kwargs = False  # the loss is a mean over the batch, which Trainer divides by the accumulation steps
     _no_split_modules = ["ResidualBlock"]
 
     @torch.no_grad()
@@ -270,6 +272,7 @@ class NormResNetForImageClassification(NormResNetPreTrainedModel):
         super().__init__(config)
         # `save_pretrained` enters the class that it saves. This entry makes AutoModel load the network inside it.
         config.auto_map = {"AutoModel": "norm_resnet.NormResNetModel", **(getattr(config, "auto_map", None) or {})}
+        self.num_labels = config.num_labels
         self.norm_resnet = NormResNetModel(config)
         self.classifier = nn.Linear(config.widths[-1], config.num_labels)
         self.post_init()
@@ -286,19 +289,20 @@ class NormResNetForImageClassification(NormResNetPreTrainedModel):
 
         Args:
             pixel_values: (batch, channels, height, width), in [-1, 1].
-            labels: Classes in [0, num_labels), (batch,).
+            labels: Classes in [0, num_labels), int (batch,). For `problem_type="regression"`, numbers, (batch,) or
+                (batch, num_labels). For "multi_label_classification", 0 or 1 per class, (batch, num_labels).
             output_hidden_states: Whether to return the feature maps after the first convolution and after each stage.
                 Defaults to the config.
             **kwargs: `return_dict=False` returns a tuple.
 
         Returns:
-            `loss`, the mean cross-entropy, if `labels` are given; `logits` (batch, num_labels); and `hidden_states`,
-            if requested.
+            `loss`, if `labels` are given, see `classification_loss`; `logits` (batch, num_labels); and
+            `hidden_states`, if requested.
         """
-        outputs = self.norm_resnet(pixel_values, output_hidden_states=output_hidden_states)
+        outputs = self.norm_resnet(pixel_values, output_hidden_states=output_hidden_states, return_dict=True)
         logits = self.classifier(outputs.pooler_output)
         return ImageClassifierOutputWithNoAttention(
-            loss=None if labels is None else F.cross_entropy(logits.float(), labels),
+            loss=None if labels is None else classification_loss(logits, labels, self.config),
             logits=logits,
             hidden_states=outputs.hidden_states,
         )

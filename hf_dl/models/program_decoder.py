@@ -1,5 +1,6 @@
 """The decoder of programs: an LSTM with additive attention, and the state that `generate` passes between its steps."""
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -32,6 +33,7 @@ class DecoderContext(NamedTuple):
     numbers_said: torch.Tensor | None
 
 
+@dataclass
 class DecoderState:
     """The state of the decoder between two symbols, with the interface of a key-value cache for `generate`.
 
@@ -45,8 +47,10 @@ class DecoderState:
     is_compileable = False
     is_linear = (True,)  # for `generate`: the state cannot be cut to fewer symbols
 
-    def __init__(self, hidden: torch.Tensor, cell: torch.Tensor, context: DecoderContext, length: int):
-        self.hidden, self.cell, self.context, self.length = hidden, cell, context, length
+    hidden: torch.Tensor
+    cell: torch.Tensor
+    context: DecoderContext
+    length: int
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Replace row i by row beam_idx[i]."""
@@ -55,6 +59,9 @@ class DecoderState:
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return the number of symbols read so far."""
         return self.length
+
+
+torch.export.register_dataclass(DecoderState)  # so that an exported model can return a state
 
 
 class ProgramDecoder(nn.Module):

@@ -49,7 +49,7 @@ class TiedNumbers:
         encoder: "ProgramEncoder", input_ids: torch.Tensor, mask: torch.Tensor, memory: torch.Tensor
     ) -> torch.Tensor:
         """Return one state per number, (batch, numbers, channels)."""
-        return encoder.word_embeddings(encoder.number_token_ids).expand(len(input_ids), -1, -1)
+        return encoder.word_embeddings(encoder.number_token_ids).expand(input_ids.shape[0], -1, -1)
 
 
 class PointerNumbers:
@@ -241,7 +241,7 @@ class BertEncoder(ProgramEncoder):
         """Return the output without its number states."""
         if mask.shape != input_ids.shape:
             raise ValueError(f"attention_mask has shape {tuple(mask.shape)}, expected {tuple(input_ids.shape)}.")
-        if not mask.bool().any(dim=1).all():
+        if not torch.compiler.is_compiling() and not mask.bool().any(dim=1).all():
             rows = (~mask.bool().any(dim=1)).nonzero().flatten().tolist()
             raise ValueError(f"attention_mask keeps no token of rows {rows}; each needs at least one.")
         output = self.bert(

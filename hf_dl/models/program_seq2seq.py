@@ -109,6 +109,7 @@ class ProgramSeq2SeqForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: ProgramSeq2SeqConfig):
         super().__init__(config)
+        self.supports_gradient_checkpointing = config.encoder_type == "bert" and not config.freeze_encoder
         self.encoder = ENCODERS[config.encoder_type](config)
         self.decoder = ProgramDecoder(config, self.encoder)
         self.post_init()

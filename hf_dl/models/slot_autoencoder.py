@@ -10,8 +10,8 @@ Differences from the paper, each selected by a field of the config:
 - `encoder_type="resnet18"`: ResNet-18 with group normalization and stride 4, as in SlotDiffusion's CLEVRTex baseline.
 - `slot_init="learned"`: one learned vector per slot instead of draws from one learned Gaussian.
 - `gradient`: implicit or bi-level differentiation of the iterations (see `SlotAttention`).
-- `frames`: each slot has a position and a size, as in invariant slot attention (Biza et al. 2023). `decoder_type="canvas"`
-  paints each slot in its own frame (see `slot_frames` and `CanvasDecoder`).
+- `frames`: each slot has a position and a size, as in invariant slot attention (Biza et al. 2023).
+  `decoder_type="canvas"` paints each slot in its own frame (see `slot_frames` and `CanvasDecoder`).
 - `decoder_type="pixel_shuffle"`: 3x3 convolutions on coarse grids and sub-pixel upsampling (Shi et al. 2016). The
   transposed 5x5 convolutions of the paper take most of the training time on a CPU. The slots multiply Fourier features
   of the position (see `CoarseGrids`).
@@ -44,8 +44,8 @@ from .layers_frame_attention import FrameSlotAttention, PlaceWeights
 from .slot_config import SlotAutoencoderConfig
 from .slot_decoders import DECODERS, blend_slots
 from .slot_encoders import SlotEncoder
-from .slot_frames import FrameReadout, draw_seeds
-from .slot_inits import SLOT_INITS
+from .slot_frames import CANDIDATES, FrameReadout, draw_seeds
+from .slot_inits import SLOT_INITS, FixedNoise
 from .slot_segmentation import find_needed_slots, keep_slots, mixture_posterior
 
 
@@ -93,6 +93,9 @@ class SlotAutoencoderPreTrainedModel(PreTrainedModel):
     base_model_prefix = "slot_autoencoder"
     main_input_name = "pixel_values"
     input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False  # the loss is a mean over the batch, which Trainer divides by the accumulation steps
+    _keep_in_fp32_modules_strict = ["slot_attention", "frame_readout"]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -137,6 +140,7 @@ class SlotAutoencoderPreTrainedModel(PreTrainedModel):
         )
         if config.frames:
             self.frame_readout = FrameReadout(config.token_dim, config.appearance_dim)
+            self.seed_noise = FixedNoise(torch.rand, (config.num_slots, CANDIDATES), config.num_draws)
 
     def _bind(
         self, tokens: torch.Tensor, initial: torch.Tensor, num_iterations: int | None
@@ -200,15 +204,15 @@ class SlotAutoencoderPreTrainedModel(PreTrainedModel):
             raise ValueError(f"num_slots={num_slots} must be at least 1.")
         if num_draws < 1:
             raise ValueError(f"num_draws={num_draws} must be at least 1.")
-        batch, same = len(pixel_values), generator is None and not self.training
+        batch = pixel_values.shape[0]
         slots = SLOT_INITS[self.config.slot_init].draw(self, batch, num_slots, num_draws, generator)
         if not self.config.frames:
             return slots
-        if same:
-            generator = torch.Generator().manual_seed(0)
+        noise = [None] * num_draws
+        if generator is None and not self.training:
+            noise = self.seed_noise((num_slots, CANDIDATES), num_draws)
         frames = [
-            draw_seeds(self.config.seeds, pixel_values, num_slots, generator=generator, same=same)
-            for _ in range(num_draws)
+            draw_seeds(self.config.seeds, pixel_values, num_slots, generator=generator, noise=each) for each in noise
         ]
         return torch.cat([slots, torch.cat(frames, dim=1).to(slots)], dim=-1)
 
@@ -245,6 +249,7 @@ class SlotAutoencoderModel(SlotAutoencoderPreTrainedModel):
         num_draws: int | None = None,
         prune: bool | None = None,
         generator: torch.Generator | None = None,
+        return_loss: bool = True,
         **kwargs,
     ) -> SlotAutoencoderOutput:
         """Encode images into slots and decode them.
@@ -258,6 +263,7 @@ class SlotAutoencoderModel(SlotAutoencoderPreTrainedModel):
             prune: Whether to remove the slots that an image does not need, see `find_needed_slots`. Their masks are 0.
                 Defaults to False in training and to True in evaluation.
             generator: Source of randomness for the initial slots.
+            return_loss: Whether to compute the loss. It needs no labels, so that `Trainer` also evaluates it.
             **kwargs: `return_dict=False` returns a tuple.
 
         Returns:
@@ -294,7 +300,7 @@ class SlotAutoencoderModel(SlotAutoencoderPreTrainedModel):
             keep = find_needed_slots(pixel_values, contents, masks, max_error=self.config.prune_error)
             reconstruction, masks = keep_slots(contents, masks, keep)
         return SlotAutoencoderOutput(
-            loss=F.mse_loss(reconstruction.float(), pixel_values.float()),
+            loss=F.mse_loss(reconstruction.float(), pixel_values.float()) if return_loss else None,
             reconstruction=reconstruction,
             slots=slots,
             masks=masks,
@@ -363,7 +369,8 @@ class SlotAutoencoderModel(SlotAutoencoderPreTrainedModel):
         if not isinstance(images, (list, tuple)):
             return self.segment([images], num_slots=num_slots, num_iterations=num_iterations)[0]
         pixel_values = self.prepare_images(images)
-        masks = self.posterior(pixel_values, self(pixel_values, num_slots=num_slots, num_iterations=num_iterations))
+        output = self(pixel_values, num_slots=num_slots, num_iterations=num_iterations, return_dict=True)
+        masks = self.posterior(pixel_values, output)
         sizes = [image.size[::-1] if isinstance(image, Image.Image) else tuple(image.shape[-2:]) for image in images]
         return [
             F.interpolate(mask[None], size=size, mode="bilinear", align_corners=False)[0].argmax(dim=0)

@@ -7,12 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .layers_position import PositionEmbedding
+from .layers_precision import reference_parameter
 from .slot_frames import FRAME_DIM
 
 
-class SlotDecoder(nn.Module):
+class SlotDecoder(GradientCheckpointingLayer):
     """Base class of the decoders.
 
     Args:
@@ -79,6 +81,7 @@ class BroadcastDecoder(SlotDecoder):
 
     def forward(self, slots: torch.Tensor) -> torch.Tensor:
         """Paint slots (batch * slots, slot_dim) as (batch * slots, channels + 1, image_size, image_size)."""
+        slots = slots.to(reference_parameter(self).dtype)
         grid = slots[:, None, None, :] + self.position.grid(self.size, self.size)  # (batch * slots, size, size, dim)
         return self.layers(grid.permute(0, 3, 1, 2))
 
@@ -118,6 +121,7 @@ class CoarseGrids(nn.Module):
 
     def forward(self, slots: torch.Tensor) -> torch.Tensor:
         """Paint slots (batch * slots, slot_dim) as (batch * slots, (channels + 1) * patch^2, size, size)."""
+        slots = slots.to(reference_parameter(self).dtype)
         moved = self.scale(slots)[:, None, None, :] * self.position.grid(self.size, self.size)
         grid = self.from_slot(slots)[:, None, None, :] + self.mix(moved)  # (batch * slots, size, size, channels)
         return self.layers(grid.permute(0, 3, 1, 2))
@@ -169,7 +173,9 @@ class CanvasDecoder(SlotDecoder):
     def check_config(config: PreTrainedConfig) -> None:
         """Raise ValueError if the slots have no frames, or `canvas_size` is not a multiple of the finest grid."""
         if not config.frames:
-            raise ValueError("decoder_type='canvas' needs frames=True; choose another decoder for slots without frames.")
+            raise ValueError(
+                "decoder_type='canvas' needs frames=True; choose another decoder for slots without frames."
+            )
         if config.canvas_size < 1 or config.canvas_size % finest_grid(config):
             raise ValueError(
                 f"canvas_size={config.canvas_size} must be a multiple of {finest_grid(config)}, the finest of the "
@@ -191,7 +197,7 @@ class CanvasDecoder(SlotDecoder):
         pasted = pasted.unflatten(1, (self.image_size, -1)).transpose(1, 2)
         outside = (y.abs() - 1).clamp_min(0)[:, :, None] + (x.abs() - 1).clamp_min(0)[:, None, :]
         colors, alpha = pasted.split([pasted.shape[1] - 1, 1], dim=1)
-        return torch.cat([colors, alpha - self.OUTSIDE * outside[:, None]], dim=1).to(slots.dtype)
+        return torch.cat([colors, alpha - self.OUTSIDE * outside[:, None]], dim=1).to(reference_parameter(self).dtype)
 
     def _weights(self, places: torch.Tensor) -> torch.Tensor:
         """Return the weight of each canvas cell at each pixel of an axis, (batch * slots, image_size, canvas_size)."""

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .layers_precision import reference_parameter
+
 FRAME_DIM = 3
 """Channels of a frame: x, y, size."""
 
@@ -25,8 +27,9 @@ MIN_SIZE = 0.03
 
 # Small seeds make the first iteration read the token at the seed.
 _SEED_SIZE = 0.03
-# Each seed is the best of this number of random places.
-_CANDIDATES = 16
+CANDIDATES = 16
+"""Number of random places per seed; the seed is the best of them."""
+
 # With this weight, a distance of 0.2 counts as much as half the range of one color channel.
 _PLACE_WEIGHT = 24.0
 
@@ -100,9 +103,9 @@ def color_seeds(pixel_values: torch.Tensor, num_slots: int, noise: torch.Tensor,
     grid = F.adaptive_avg_pool2d(pixel_values.float(), side)
     colors = grid.flatten(2).transpose(1, 2)  # (batch, cells, channels)
     places = cell_centers(side, colors)
-    rows = torch.arange(len(colors), device=colors.device)
+    rows = torch.arange(colors.shape[0], device=colors.device)
     distance = (colors - colors.median(dim=1, keepdim=True).values).square().sum(-1) ** 1.5  # (batch, cells)
-    centers = [colors.new_full((len(colors), 2), 0.5)]
+    centers = [colors.new_full((colors.shape[0], 2), 0.5)]
     for slot in range(1, num_slots):
         # Inverse transform sampling: the result for an image does not depend on its batch.
         cumulative = (distance + 1e-9).cumsum(dim=1)
@@ -134,7 +137,12 @@ SEEDS: dict[str, Callable[[torch.Tensor, int, torch.Tensor], torch.Tensor]] = {
 
 
 def draw_seeds(
-    kind: str, pixel_values: torch.Tensor, num_slots: int, *, generator: torch.Generator | None, same: bool
+    kind: str,
+    pixel_values: torch.Tensor,
+    num_slots: int,
+    *,
+    generator: torch.Generator | None = None,
+    noise: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Draw the starting frames of the slots of each image.
 
@@ -143,15 +151,16 @@ def draw_seeds(
         pixel_values: (batch, channels, height, width), in [-1, 1].
         num_slots: K.
         generator: Source of randomness.
-        same: Whether all images use the same random numbers.
+        noise: Uniform numbers in [0, 1) for all images, (slots, `CANDIDATES`). Defaults to new numbers for each image.
 
     Returns:
         (batch, slots, 3).
     """
-    device = pixel_values.device if generator is None else generator.device
-    shape = (1 if same else len(pixel_values), num_slots, _CANDIDATES)
-    noise = torch.rand(shape, generator=generator, device=device).to(pixel_values.device)
-    return SEEDS[kind](pixel_values, num_slots, noise.expand(len(pixel_values), -1, -1))
+    shape = (pixel_values.shape[0], num_slots, CANDIDATES)
+    if noise is None:
+        device = pixel_values.device if generator is None else generator.device
+        noise = torch.rand(shape, generator=generator, device=device)
+    return SEEDS[kind](pixel_values, num_slots, noise.to(pixel_values.device).expand(shape))
 
 
 class FrameReadout(nn.Module):
@@ -186,11 +195,13 @@ class FrameReadout(nn.Module):
         Returns:
             Slots of the same shape, with unchanged frames.
         """
+        tokens = tokens.to(reference_parameter(self).dtype)
         appearance, frames = slots.split([slots.shape[-1] - FRAME_DIM, FRAME_DIM], dim=-1)
-        positions = cell_centers(token_side(tokens.shape[1]), frames)
-        places = (positions - frames[:, :, None, :2]) / (self.extent * frames[:, :, None, 2:])
+        precise = frames.to(torch.promote_types(frames.dtype, torch.float32))
+        positions = cell_centers(token_side(tokens.shape[1]), precise)
+        places = (positions - precise[:, :, None, :2]) / (self.extent * precise[:, :, None, 2:])
         waves = [wave(octave * math.pi * places) for octave in (0.5, 1.0) for wave in (torch.sin, torch.cos)]
-        features = torch.cat([places, *waves], dim=-1)  # (batch, slots, tokens, 10)
+        features = torch.cat([places, *waves], dim=-1).to(tokens.dtype)  # (batch, slots, tokens, 10)
         hidden = F.relu(self.from_token(self.norm(tokens))[:, None] + self.from_place(features))
         weights = attention / attention.sum(dim=-1, keepdim=True).clamp_min(1e-8)
         seen = (weights[:, :, None].to(hidden) @ hidden).squeeze(2)  # (batch, slots, hidden)

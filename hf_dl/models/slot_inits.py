@@ -5,11 +5,46 @@ subclass `SlotInit` and add the class to `SLOT_INITS`.
 """
 
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
+
+
+class FixedNoise:
+    """Random numbers that are the same in every call, for evaluation.
+
+    The usual numbers are drawn at once. `torch.export` then finds a constant, where it could not trace a generator.
+
+    Args:
+        draw: `torch.randn` or `torch.rand`.
+        shape: The usual shape of a draw.
+        num_draws: The usual maximum number of draws.
+
+    Example:
+        ```python
+        >>> noise = FixedNoise(torch.randn, (5, 64), 8)
+        >>> noise((5, 64), 2).shape, torch.equal(noise((5, 64), 2), noise((5, 64), 2))
+        (torch.Size([2, 5, 64]), True)
+
+        ```
+    """
+
+    def __init__(self, draw: Callable[..., torch.Tensor], shape: Sequence[int], num_draws: int):
+        self._draw = draw
+        self._usual = self._make(tuple(shape), num_draws)
+
+    def __call__(self, shape: Sequence[int], num_draws: int) -> torch.Tensor:
+        """Return the first draws of a shape, (num_draws, *shape), on the CPU."""
+        if self._usual.shape[1:] == tuple(shape) and num_draws <= self._usual.shape[0]:
+            return self._usual[:num_draws]
+        return self._make(tuple(shape), num_draws)
+
+    def _make(self, shape: tuple[int, ...], num_draws: int) -> torch.Tensor:
+        options = {"generator": torch.Generator().manual_seed(0), "device": "cpu", "dtype": torch.float32}
+        return torch.stack([self._draw(shape, **options) for _ in range(num_draws)])
 
 
 class SlotInit:
@@ -56,6 +91,9 @@ class GaussianSlots(SlotInit):
         """Add mean and logarithm of the standard deviation, one value per channel."""
         model.slot_mean = nn.Parameter(torch.empty(model.config.appearance_dim))
         model.slot_log_std = nn.Parameter(torch.empty(model.config.appearance_dim))
+        model.slot_noise = FixedNoise(
+            torch.randn, (model.config.num_slots, model.config.appearance_dim), model.config.num_draws
+        )
 
     @staticmethod
     def init_weights(model: PreTrainedModel) -> None:
@@ -70,12 +108,13 @@ class GaussianSlots(SlotInit):
         model: PreTrainedModel, batch: int, num_slots: int, num_draws: int, generator: torch.Generator | None
     ) -> torch.Tensor:
         """Draw slots; see `SlotInit.draw`."""
-        rows = batch
+        shape = (num_slots, model.config.appearance_dim)
         if generator is None and not model.training:
-            generator, rows = torch.Generator().manual_seed(0), 1
-        device = model.slot_mean.device if generator is None else generator.device
-        shape = (rows, num_slots, model.config.appearance_dim)
-        noise = torch.cat([torch.randn(shape, generator=generator, device=device) for _ in range(num_draws)], dim=1)
+            noise = model.slot_noise(shape, num_draws).flatten(0, 1)[None]
+        else:
+            device = model.slot_mean.device if generator is None else generator.device
+            draws = [torch.randn((batch, *shape), generator=generator, device=device) for _ in range(num_draws)]
+            noise = torch.cat(draws, dim=1)
         slots = model.slot_mean + model.slot_log_std.exp() * noise.to(model.slot_mean)
         return slots.expand(batch, -1, -1)
 

@@ -69,16 +69,15 @@ def find_needed_slots(
     # The constant is a rounding error: all slots but one are spare in an image of a single color.
     limit = max_error * pixel_values.float().var(dim=(2, 3), correction=0).mean(dim=1) + 1e-7  # (batch,)
     error = (painted.sum(1) / weights.sum(1) - images).square().mean((1, 2, 3))
-    rows = torch.arange(len(masks), device=masks.device)
     for _ in range(masks.shape[1] - 1):
         total, weight = painted.sum(dim=1, keepdim=True), weights.sum(dim=1, keepdim=True)
         without = (total - painted) / (weight - weights).clamp_min(1e-6)  # (batch, slots, channels, size, size)
         errors = (without - images[:, None]).square().mean((2, 3, 4)).masked_fill(~keep, float("inf"))
         least, slot = errors.min(dim=1)
         spare = least <= error + limit
-        if not spare.any():
+        if not torch.compiler.is_compiling() and not spare.any():
             break
-        keep[rows[spare], slot[spare]] = False
+        keep = keep & ~(spare[:, None] & (torch.arange(masks.shape[1], device=masks.device) == slot[:, None]))
         error = least.where(spare, error)
         painted, weights = (values * keep[:, :, None, None, None] for values in (painted, weights))
     return keep

@@ -282,7 +282,7 @@ class SlotUNetModel(ModelMixin, ConfigMixin):
             )
         if slots.ndim != 3 or slots.shape[0] != sample.shape[0] or slots.shape[2] != config.cross_attention_dim:
             raise ValueError(
-                f"encoder_hidden_states has shape {tuple(slots.shape)}, expected ({len(sample)}, slots, "
+                f"encoder_hidden_states has shape {tuple(slots.shape)}, expected ({sample.shape[0]}, slots, "
                 f"{config.cross_attention_dim}): the slots of each image in the batch."
             )
         if not slots.shape[1]:
@@ -292,7 +292,7 @@ class SlotUNetModel(ModelMixin, ConfigMixin):
                 f"encoder_attention_mask is {keep.dtype} of shape {tuple(keep.shape)}, expected torch.bool of shape "
                 f"{tuple(slots.shape[:2])}: the slots to attend to."
             )
-        expected = (len(sample), config.sketch_channels, config.sample_size, config.sample_size)
+        expected = (sample.shape[0], config.sketch_channels, config.sample_size, config.sample_size)
         if (sketch is None) != (not config.sketch_channels) or (sketch is not None and sketch.shape != expected):
             found = "missing" if sketch is None else f"of shape {tuple(sketch.shape)}"
             wanted = f"a tensor of shape {expected}" if config.sketch_channels else "none, as sketch_channels=0"
@@ -305,10 +305,10 @@ class SlotUNetModel(ModelMixin, ConfigMixin):
             raise ValueError(
                 f"masks is {found}, expected {wanted if config.layout_channels else 'none, as layout_channels=0'}."
             )
-        if timestep.shape not in ((), (1,), (len(sample),)):
+        if timestep.ndim > 1 or (timestep.ndim and timestep.shape[0] not in (sample.shape[0], 1)):
             raise ValueError(
                 f"timestep has shape {tuple(timestep.shape)}, expected one number, or one for each of the "
-                f"{len(sample)} images in the batch."
+                f"{sample.shape[0]} images in the batch."
             )
         # On an accelerator, reading the values would wait for all pending computations.
         if timestep.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -382,7 +382,7 @@ class SlotUNetModel(ModelMixin, ConfigMixin):
         timestep = torch.as_tensor(timestep)
         self._check_inputs(sample, encoder_hidden_states, encoder_attention_mask, timestep, sketch, masks)
         slots, keep = encoder_hidden_states, encoder_attention_mask
-        time = self.time_embedding(timestep.to(sample.device).reshape(-1).expand(len(sample)))
+        time = self.time_embedding(timestep.to(sample.device).reshape(-1).expand(sample.shape[0]))
 
         hidden = self.conv_in(self._gather_inputs(sample, slots, sketch, masks))
         skips = [hidden]

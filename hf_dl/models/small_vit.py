@@ -25,12 +25,14 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.image_utils import PILImageResampling
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.utils import can_return_tuple
 
 from .image_input import RgbImageProcessor
-from .layers_heads import check_options, make_head
+from .layers_heads import HEADS, check_options, make_head
 from .layers_output_head import OutputHead
+from .layers_problem_type import check_problem_type, classify
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
 
@@ -114,6 +116,7 @@ class SmallViTConfig(PreTrainedConfig):
         if self.hidden_act not in ACTIVATIONS:
             raise ValueError(f"hidden_act={self.hidden_act!r} is unknown. Choose one of: {', '.join(ACTIVATIONS)}.")
         check_options(self.head, self.head_options)
+        check_problem_type(self.problem_type, HEADS[self.head].problem_types)
 
     @property
     def grid_size(self) -> int:
@@ -163,7 +166,9 @@ class SmallViTEmbeddings(nn.Module):
         """Embed images, (batch, channels, height, width)."""
         patches = self.patch_projection(pixel_values)  # (batch, hidden_size, rows, columns)
         positions = self.positions_of(*patches.shape[-2:])
-        tokens = torch.cat([self.cls_token.expand(len(patches), -1, -1), patches.flatten(2).transpose(1, 2)], dim=1)
+        tokens = torch.cat(
+            [self.cls_token.expand(patches.shape[0], -1, -1), patches.flatten(2).transpose(1, 2)], dim=1
+        )
         return self.dropout(tokens + positions)
 
 
@@ -206,7 +211,7 @@ class SmallViTAttention(nn.Module):
         return self.output(mixed.transpose(1, 2).flatten(2)), attention
 
 
-class SmallViTBlock(nn.Module):
+class SmallViTBlock(GradientCheckpointingLayer):
     """Pre-norm transformer block: x = x + attention(norm(x)), then x = x + MLP(norm(x))."""
 
     def __init__(self, config: SmallViTConfig):
@@ -236,6 +241,8 @@ class SmallViTPreTrainedModel(PreTrainedModel):
     base_model_prefix = "small_vit"
     main_input_name = "pixel_values"
     input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False  # the loss is a mean over the batch, which Trainer divides by the accumulation steps
     _supports_sdpa = True
     _no_split_modules = ["SmallViTEmbeddings", "SmallViTBlock"]
 
@@ -357,6 +364,7 @@ class SmallViTForImageClassification(SmallViTPreTrainedModel):
         super().__init__(config)
         # `save_pretrained` enters the class that it saves. This entry makes AutoModel load the model inside it.
         config.auto_map = {"AutoModel": "small_vit.SmallViTModel", **(getattr(config, "auto_map", None) or {})}
+        self.num_labels = config.num_labels
         self.small_vit = SmallViTModel(config)
         options = config.head_options or {}
         self.classifier = make_head(config.head, config.hidden_size, config.num_labels, **options)
@@ -378,7 +386,8 @@ class SmallViTForImageClassification(SmallViTPreTrainedModel):
 
         Args:
             pixel_values: (batch, channels, height, width), in [-1, 1]. Height and width are multiples of `patch_size`.
-            labels: Classes in [0, num_labels), int (batch,).
+            labels: Classes in [0, num_labels), int (batch,). Floating-point labels make a regression or a multi-label
+                model, see `classify`; this needs head="softmax".
             attention_mask: See `SmallViTModel`.
             output_attentions: See `SmallViTModel`.
             output_hidden_states: See `SmallViTModel`.
@@ -387,8 +396,8 @@ class SmallViTForImageClassification(SmallViTPreTrainedModel):
             **kwargs: `return_dict=False` returns a tuple.
 
         Returns:
-            `loss`, the loss of the head, if `labels` are given; `logits` (batch, num_labels), which are
-            log-probabilities; and, if requested, `hidden_states` and `attentions`.
+            `loss`, if `labels` are given; `logits` (batch, num_labels), which are log-probabilities, or scores before
+            the sigmoid or the mean for other problem types; and, if requested, `hidden_states` and `attentions`.
         """
         output = self.small_vit(
             pixel_values,
@@ -397,12 +406,11 @@ class SmallViTForImageClassification(SmallViTPreTrainedModel):
             output_hidden_states=output_hidden_states,
             return_dict=True,
         )
-        hidden, loss = output.pooler_output, None
-        if labels is not None:
-            loss = self.classifier(hidden, labels.to(hidden.device), temperature=temperature, generator=generator)
+        options = {"temperature": temperature, "generator": generator}
+        loss, logits = classify(self.classifier, output.pooler_output, labels, self.config, **options)
         return ImageClassifierOutput(
             loss=loss,
-            logits=self.classifier.log_prob(hidden),
+            logits=logits,
             hidden_states=output.hidden_states,
             attentions=output.attentions,
         )

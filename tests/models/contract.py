@@ -1,20 +1,48 @@
 """Tests that every model of the package must pass. Test classes inherit `ModelContract` and define a tiny config."""
 
+import copy
 import json
+import math
+import pickle
 import warnings
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoImageProcessor
+import torch.nn.functional as F
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, AutoImageProcessor, Trainer, TrainingArguments
 
+from hf_dl.models.layers_problem_type import PROBLEM_TYPES
 from tests.memory import aligned
+
+HALVES = (torch.bfloat16, torch.float16)
+_SAME = "another class tests the same code"
+SAME_CODE = dict.fromkeys(
+    (
+        "exports_with_any_batch_size",
+        "trainer_trains_and_evaluates",
+        "copies_are_equal_and_independent",
+        "gradient_checkpointing_keeps_the_gradients",
+        "problem_type",
+    ),
+    _SAME,
+)
+"""For `skipped` of classes that differ from another one in an option of a layer."""
+
+
+def cast(inputs, dtype):
+    """Return the inputs with floating-point tensors in another precision."""
+    return {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}
 
 
 class ModelContract:
     """Tests of a `PreTrainedModel`.
 
-    A subclass sets `model_class`, `auto_classes` and `output_key`, and defines `config()` and `inputs(batch)`.
+    A subclass sets `model_class`, `auto_classes` and `output_key`, and defines `config()` and `inputs(batch)`. Tests
+    that do not apply stand in `skipped`, with the reason. `pytest -rs` shows these reasons.
     """
+
+    skipped = {}  # name of a test without "test_": why it does not apply
 
     model_class = None
     processor_class = None
@@ -25,6 +53,15 @@ class ModelContract:
     overfit_learning_rate = 3e-3
     row_tolerance = 1e-5  # largest difference between a row of a batch and the row alone
     overfit_ratio = 0.1  # largest final loss on eight examples, as a fraction of the first
+    half_tolerance = 0.05  # largest difference of a forward pass in half precision, as a fraction of the output
+    problem_types = ()  # of a classifier, which must refuse the others; empty for other models
+    checkpoints = ()  # parts that gradient checkpointing computes again; empty if it must be refused
+
+    @pytest.fixture(autouse=True)
+    def supported(self, request):
+        reason = self.skipped.get(request.function.__name__.removeprefix("test_"))
+        if reason:
+            pytest.skip(f"{type(self).__name__}: {reason}")
 
     def config(self):
         raise NotImplementedError
@@ -42,6 +79,18 @@ class ModelContract:
         torch.manual_seed(0)
         return getattr(model(**inputs), self.output_key)
 
+    def half_answer(self, model, inputs):
+        """Return an output that depends continuously on the weights."""
+        return self.answer(model, inputs)
+
+    def loss(self, model, inputs):
+        """Return a scalar that depends on all parameters which are trained."""
+        return model(**inputs).loss
+
+    def exported_inputs(self, batch):
+        """Return the inputs of inference, which an exported model takes."""
+        return {name: value for name, value in self.inputs(batch).items() if name != "labels"}
+
     def test_forward_takes_main_input_first_and_puts_the_loss_first(self, model):
         inputs = self.inputs(2)
         assert model.main_input_name == next(iter(inputs))
@@ -58,6 +107,7 @@ class ModelContract:
         model.save_pretrained(tmp_path)
         assert not [path for path in tmp_path.iterdir() if path.suffix in (".bin", ".pt", ".pkl")]
         loaded = self.model_class.from_pretrained(tmp_path)
+        before, after = self.config().to_dict(), loaded.config.to_dict()
         expected = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         found = {**dict(loaded.named_parameters()), **dict(loaded.named_buffers())}
         assert expected.keys() == found.keys()
@@ -66,7 +116,6 @@ class ModelContract:
         assert not loaded.training
         inputs = self.inputs(3)
         assert torch.equal(self.answer(model, inputs), self.answer(aligned(loaded), inputs))
-        before, after = self.config().to_dict(), loaded.config.to_dict()
         written_by_saving = {"dtype", "architectures", "auto_map", "_name_or_path"}
         assert {k: after[k] for k in before if k not in written_by_saving} == {
             k: v for k, v in before.items() if k not in written_by_saving
@@ -117,7 +166,7 @@ if {self.processor_class is not None}:
 
     def test_every_parameter_gets_a_gradient(self, model):
         model.train()
-        model(**self.inputs(4)).loss.backward()
+        self.loss(model, self.inputs(4)).backward()
         for name, p in model.named_parameters():
             if p.requires_grad:
                 assert p.grad is not None and p.grad.abs().sum() > 0, name
@@ -134,7 +183,7 @@ if {self.processor_class is not None}:
     def test_is_finite_under_bfloat16_autocast(self, model):
         model.train()
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss = model(**self.inputs(4)).loss
+            loss = self.loss(model, self.inputs(4))
         loss.backward()
         assert torch.isfinite(loss)
         assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.requires_grad)
@@ -157,9 +206,140 @@ if {self.processor_class is not None}:
         optimizer = torch.optim.Adam(model.parameters(), lr=self.overfit_learning_rate)
         first = None
         for _ in range(self.overfit_steps):
-            loss = model(**inputs).loss
+            loss = self.loss(model, inputs)
             first = first or loss.item()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
         assert loss.item() < self.overfit_ratio * first
+
+    def test_runs_in_half_precision(self, model, tmp_path):
+        """Loaded in half precision, and with all weights converted, the output is close to that of float32."""
+        with torch.no_grad():
+            expected = self.half_answer(model, self.inputs(2))
+            model.save_pretrained(tmp_path)
+            for dtype in HALVES:
+                loaded = self.model_class.from_pretrained(tmp_path, dtype=dtype)
+                converted = copy.deepcopy(model).to(dtype)
+                assert loaded.dtype == dtype and not loaded.training
+                for each in (loaded, converted):
+                    found = self.half_answer(each, cast(self.inputs(2), dtype))
+                    error = (found.float() - expected).norm() / expected.norm()
+                    assert error < self.half_tolerance, (dtype, error)
+
+    def test_the_config_can_ask_for_tuples(self, model):
+        inputs = self.inputs(2)
+        torch.manual_seed(0)
+        expected = model(**inputs).to_tuple()
+        model.config.return_dict = False
+        torch.manual_seed(0)
+        found = model(**inputs)
+        assert isinstance(found, tuple) and len(found) == len(expected)
+        assert all(
+            torch.equal(*pair) for pair in zip(found, expected, strict=True) if isinstance(pair[0], torch.Tensor)
+        )
+
+    def test_copies_are_equal_and_independent(self, model):
+        inputs = self.inputs(2)
+        expected = self.answer(model, inputs)
+        for each in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert torch.equal(self.answer(each, inputs), expected)
+            with torch.no_grad():
+                for parameter in each.parameters():
+                    parameter.zero_()
+        assert torch.equal(self.answer(model, inputs), expected)
+
+    def test_exports_with_any_batch_size(self, model):
+        with torch.no_grad():
+            batch = torch.export.Dim("batch", min=2, max=64)
+            inputs = self.exported_inputs(2)
+            program = torch.export.export(model, (), inputs, dynamic_shapes={name: {0: batch} for name in inputs})
+            for size in (2, 5):
+                inputs = self.exported_inputs(size)
+                expected = self.answer(model, inputs)
+                torch.testing.assert_close(self.answer(program.module(), inputs), expected, rtol=1e-4, atol=1e-5)
+
+    def test_gradient_checkpointing_keeps_the_gradients(self, model):
+        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+        if not self.checkpoints:
+            with pytest.raises(ValueError, match="does not support (activation|gradient) checkpointing"):
+                enable()
+            return
+        model.train()
+        gradients, runs = [], []
+        parts = [module for name, module in model.named_modules() if any(part in name for part in self.checkpoints)]
+        hooks = [part.register_forward_hook(lambda *args: runs.append(1)) for part in parts]
+        for way in (lambda: None, enable):
+            way()
+            runs.clear()
+            model.zero_grad()
+            torch.manual_seed(0)
+            self.loss(model, self.inputs(4)).backward()
+            gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+            gradients[-1]["runs"] = len(runs)
+        for hook in hooks:
+            hook.remove()
+        before, after = gradients
+        assert before.pop("runs") < after.pop("runs")
+        assert before.keys() == after.keys()
+        for name, gradient in before.items():
+            torch.testing.assert_close(after[name], gradient, rtol=1e-5, atol=1e-7)
+
+    @pytest.mark.parametrize("kind", PROBLEM_TYPES)
+    def test_problem_type(self, kind, model):
+        if not self.problem_types:
+            pytest.skip(f"{type(self).__name__}: not a classifier")
+        assert model.num_labels == model.config.num_labels
+        inputs = self.inputs(4)
+        numbers = torch.randn(4, model.num_labels, generator=torch.Generator().manual_seed(0))
+        single, multiple, regression = PROBLEM_TYPES
+        labels = {single: inputs["labels"], multiple: (numbers > 0).float(), regression: numbers}[kind]
+        if kind not in self.problem_types:
+            with pytest.raises(ValueError, match=f"problem_type='{multiple}' does not work with this head"):
+                model(**inputs | {"labels": (numbers > 0).float()})
+            config = self.config().to_dict() | {"problem_type": kind}
+            with pytest.raises(StrictDataclassError, match=f"problem_type='{kind}' does not work with this head"):
+                self.model_class.config_class.from_dict(config)
+            return
+        if kind == regression:  # the others are found from the labels
+            model.config.problem_type = kind
+        output = model(**inputs | {"labels": labels})
+        assert model.config.problem_type == kind
+        expected = {single: F.cross_entropy, multiple: F.binary_cross_entropy_with_logits, regression: F.mse_loss}
+        torch.testing.assert_close(output.loss, expected[kind](output.logits, labels))
+        assert torch.equal(model(**self.exported_inputs(4)).logits, output.logits)
+        if kind == single:
+            model.config.problem_type = None
+        with pytest.raises(ValueError, match=r"labels has shape \(4, 2\).*, expected"):
+            model(**inputs | {"labels": torch.zeros(4, 2, dtype=torch.long)})
+
+    def test_trainer_trains_and_evaluates(self, tmp_path):
+        torch.manual_seed(0)
+        model, inputs = self.model_class(self.config()), self.inputs(10)
+        rows = [{name: value[row] for name, value in inputs.items()} for row in range(10)]
+        args = TrainingArguments(
+            output_dir=tmp_path,
+            max_steps=5,
+            per_device_train_batch_size=2,
+            per_device_eval_batch_size=5,
+            gradient_accumulation_steps=2,
+            learning_rate=1e-3,
+            eval_strategy="steps",
+            eval_steps=5,
+            save_strategy="steps",
+            save_steps=5,
+            load_best_model_at_end=True,
+            logging_steps=1,
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+        )
+        trainer = Trainer(model, args, train_dataset=rows, eval_dataset=rows)
+        trainer.train()
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        assert len(losses) == 5 and all(math.isfinite(loss) for loss in losses)
+        found = trainer.evaluate()["eval_loss"]
+        with torch.no_grad():
+            assert found == pytest.approx(self.loss(model.eval(), inputs).item(), rel=1e-3)
+        # The sum over the accumulated batches would be twice as large.
+        assert losses[0] < 1.6 * found + 0.1, "the loss of accumulated batches is not divided by their number"

@@ -10,7 +10,7 @@ from transformers import AutoModel, ViTImageProcessor, pipeline
 from hf_dl.models import ConvClassifierConfig, ConvClassifierForImageClassification, ConvClassifierModel
 from hf_dl.models.layers_norm import NORMS
 from tests.memory import aligned
-from tests.models.contract import ModelContract
+from tests.models.contract import PROBLEM_TYPES, SAME_CODE, ModelContract
 
 TINY = {"widths": (4, 6, 8), "hidden_size": 16, "image_size": 16, "num_labels": 5}
 COUNTS = [4, 1, 9, 2, 5]
@@ -35,6 +35,7 @@ class TestSoftmax(ModelContract):
     test_loads_in_a_fresh_process_without_the_package = None  # tested below with the same code
     head = "softmax"
     overfit_steps = 60
+    problem_types = PROBLEM_TYPES
     overfit_learning_rate = 1e-2
 
     def config(self):
@@ -47,20 +48,25 @@ class TestSoftmax(ModelContract):
 
 
 class TestGumbel(TestSoftmax):
+    skipped = {name: reason for name, reason in SAME_CODE.items() if name != "problem_type"}
+    problem_types = PROBLEM_TYPES[:1]
     head = "gumbel"
     overfit_ratio = 0.3  # the noise keeps the loss up
 
 
 class TestHierarchical(TestSoftmax):
     test_loads_in_a_fresh_process_without_the_package = ModelContract.test_loads_in_a_fresh_process_without_the_package
+    problem_types = PROBLEM_TYPES[:1]
     head = "hierarchical"
 
 
 class TestTwoLevel(TestSoftmax):
+    problem_types = PROBLEM_TYPES[:1]
     head = "two_level"
 
 
 class TestAdaptiveWithBatchNorm(TestSoftmax):
+    problem_types = PROBLEM_TYPES[:1]
     head = "adaptive"
 
     def config(self):

@@ -8,7 +8,7 @@ from transformers import AutoModel, pipeline
 from hf_dl.data.text import build_tokenizer, load
 from hf_dl.models import RecurrentLMConfig, RecurrentLMForCausalLM, RecurrentLMModel
 from hf_dl.models.layers_heads import make_optimizers
-from tests.models.contract import ModelContract
+from tests.models.contract import SAME_CODE, ModelContract
 from tests.models.trainer import make_trainer, rows_of, smoothed
 
 COUNTS = [0, 40, 20, 9, 5, 3, 1, 1, 1, 1, 1, 1]
@@ -57,6 +57,7 @@ class TestSoftmaxLM(ModelContract):
 
 
 class TestGumbelLM(TestSoftmaxLM):
+    skipped = SAME_CODE
     head = "gumbel"
     overfit_ratio = 0.4  # the noise keeps the loss up
 
@@ -71,6 +72,8 @@ class TestAdaptiveLM(TestSoftmaxLM):
 
 
 class TestTiedLM(TestSoftmaxLM):
+    skipped = SAME_CODE
+
     def config(self):
         return config_of("softmax", dropout=0.0, embedding_size=8, tie_word_embeddings=True)
 

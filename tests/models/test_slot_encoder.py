@@ -6,6 +6,7 @@ import torch
 from hf_dl.models import SlotAutoencoderConfig, SlotAutoencoderModel, SlotDecoderModel, SlotEncoderModel
 from hf_dl.models.slot_decoders import DECODERS, blend_slots
 from hf_dl.models.slot_inits import SLOT_INITS
+from tests.models.contract import ModelContract
 
 TINY = {
     "image_size": 16,
@@ -19,6 +20,41 @@ TINY = {
     "canvas_size": 16,
     "num_iterations": 3,
 }
+
+
+class TestSlotEncoder(ModelContract):
+    model_class = SlotEncoderModel
+    output_key = "slots"
+    row_tolerance = 2e-3
+    half_tolerance = 0.1
+    checkpoints = ("slot_attention.mlp.0",)
+    skipped = {
+        "forward_takes_main_input_first_and_puts_the_loss_first": "has no loss; its slots train with a decoder",
+        "trainer_trains_and_evaluates": "has no loss; its slots train with a decoder",
+        "overfits_eight_examples": "has no loss; its slots train with a decoder",
+        "loads_in_a_fresh_process_without_the_package": "a part of SlotAutoencoderModel, without an Auto class",
+        "compiles_to_the_same_numbers": "SlotAutoencoderModel compiles the same code",
+    }
+
+    def config(self):
+        return SlotAutoencoderConfig(**TINY, gradient="full", seeds="random")
+
+    def inputs(self, batch):
+        return {"pixel_values": torch.rand(batch, 3, 16, 16, generator=torch.Generator().manual_seed(batch)) * 2 - 1}
+
+    def loss(self, model, inputs):
+        return getattr(model(**inputs), self.output_key).square().mean()
+
+
+class TestSlotDecoder(TestSlotEncoder):
+    model_class = SlotDecoderModel
+    output_key = "reconstruction"
+    checkpoints = ("canvas.mix",)
+
+    def inputs(self, batch):
+        slots = torch.randn(batch, 3, 12, generator=torch.Generator().manual_seed(batch))
+        slots[..., 9:] = slots[..., 9:].sigmoid()  # the frames
+        return {"slots": slots}
 
 
 def make_encoder(**fields):

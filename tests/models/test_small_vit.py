@@ -13,7 +13,7 @@ from hf_dl.models import (
     SmallViTImageProcessor,
     SmallViTModel,
 )
-from tests.models.contract import ModelContract
+from tests.models.contract import PROBLEM_TYPES, SAME_CODE, ModelContract
 
 TINY = {
     "image_size": 16,
@@ -29,6 +29,8 @@ class TestForImageClassification(ModelContract):
     model_class = SmallViTForImageClassification
     processor_class = SmallViTImageProcessor
     auto_classes = ("AutoModelForImageClassification",)
+    problem_types = PROBLEM_TYPES
+    checkpoints = ("mlp_in",)
 
     def config(self):
         return SmallViTConfig(**TINY, num_labels=3)
@@ -42,6 +44,8 @@ class TestForImageClassification(ModelContract):
 
 
 class TestWithGumbelSoftmax(TestForImageClassification):
+    skipped = {name: reason for name, reason in SAME_CODE.items() if name != "problem_type"}
+    problem_types = PROBLEM_TYPES[:1]
     test_loads_in_a_fresh_process_without_the_package = None  # tested above with the same code
     overfit_learning_rate = 1e-2
     overfit_steps = 80
