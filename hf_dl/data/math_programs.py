@@ -155,7 +155,7 @@ def filter_course(rows: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]
     for index, row in enumerate(rows):
         _require(row, f"Row {index}", ("Problem", "options", "correct", "linear_formula"))
         answer = programs.option_values(row["options"], convention="course").get(row["correct"])
-        numbers = programs.extract_numbers(row["Problem"], convention="course")
+        numbers = programs.extract_numbers(row["Problem"], convention="course", annotated=True)
         try:
             value = programs.execute(row["linear_formula"], numbers, semantics="course")
         except programs.ProgramError:
@@ -178,7 +178,7 @@ def template(problem: str, *, convention: str = "mathqa") -> str:
         >>> template("A train runs 120 km in 2 hours .")
         'a train runs <n> km in <n> hours .'
     """
-    masked, _ = programs.mask_numbers(re.sub(r"<n\d*>", "0", problem), convention=convention)
+    masked, _ = programs.mask_numbers(re.sub(r"<n\d*>", "0", problem), convention=convention, annotated=True)
     return " ".join(re.sub(r"<n\d+>", "<n>", masked).lower().replace(",", " ").split())
 
 
@@ -287,7 +287,7 @@ def _convert(row: Mapping[str, Any], where: str, mask_numbers: bool) -> dict[str
 
 
 def _masked(problem: str, mask_numbers: bool, convention: str = "mathqa") -> tuple[str, list[float]]:
-    masked, numbers = programs.mask_numbers(problem, convention=convention)
+    masked, numbers = programs.mask_numbers(problem, convention=convention, annotated=True)
     return masked if mask_numbers else " ".join(problem.split()), [float(number) for number in numbers]
 
 

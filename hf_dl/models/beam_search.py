@@ -223,7 +223,7 @@ def beam_search(
 
 
 def _read_backwards(history, ends, last_tokens, beams, pad_token_id):
-    """Collect the tokens of finished hypotheses (batch, n), from the last to the first, and the beams that they continue."""
+    """Collect the tokens of finished hypotheses (batch, n), and the beams that they continue, from last to first."""
     sequences = ends.new_full((*ends.shape, int(ends.max())), pad_token_id)
     continued_beams = torch.full_like(sequences, -1)
     for position in reversed(range(sequences.shape[-1])):

@@ -36,6 +36,7 @@ from ..programs import (
     mask_numbers,
     option_values,
     parse,
+    plain_numbers,
     run_steps,
 )
 
@@ -436,7 +437,8 @@ class MathProgramPipeline:
             raise ValueError(
                 f"The problem has {len(numbers)} numbers; the limit is {self.max_numbers}. Enter a single problem."
             )
-        text = mask_numbers(problem, convention=convention)[0] if self.config.mask_numbers else problem
+        masked = self.config.mask_numbers
+        text = mask_numbers(problem, convention=convention)[0] if masked else plain_numbers(problem)
         read = self.tokenizer(text, return_offsets_mapping=True)
         ids = read["input_ids"]
         if self.max_tokens is not None and len(ids) > self.max_tokens:

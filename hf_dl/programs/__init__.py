@@ -23,6 +23,7 @@ from .numbers import (
     number_spans,
     option_values,
     parse_quantity,
+    plain_numbers,
     split_options,
 )
 from .operations import CONSTANTS, MAX_BITS, OPERATIONS, SEMANTICS, VOCABULARY, Number, Operation, Semantics
@@ -56,6 +57,7 @@ __all__ = [
     "option_values",
     "parse",
     "parse_quantity",
+    "plain_numbers",
     "run_steps",
     "split_options",
     "to_python",

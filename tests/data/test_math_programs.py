@@ -103,6 +103,15 @@ def test_the_schema_of_the_course(tmp_path):
     assert (row["answer"], row["options"], row["correct"], row["program"]) == (5, [], None, "add(n0,n1)")
 
 
+def test_numbers_of_annotated_problems_are_those_of_their_programs(tmp_path):
+    problem = "a man walks 4 ½ km and 24 000 cm in 3 h ."
+    row = MATHQA[0] | {"Problem": problem, "linear_formula": "divide(n0,n3)", "options": "a ) 1 ½ , b ) 1 hr 30 min"}
+    (found,) = load("train", write(tmp_path / "train.json", [row]))
+    assert found["numbers"] == [4, 24, 0, 3] and found["options"] == [1.5, 1.5]
+    assert found["text"] == "a man walks <n0> ½ km and <n1> <n2> cm in <n3> h ."
+    assert found["template"] == "a man walks <n> ½ km and <n> <n> cm in <n> h ."
+
+
 def test_the_subset_of_the_course(folder):
     # 27 is not what its checker computes for a cube, and "none of these" no number
     dataset = load("train", folder, subset="course")

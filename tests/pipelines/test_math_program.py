@@ -39,6 +39,13 @@ class TestSolve:
         assert solver(TRAIN.replace("120", "1,500")).answer == 1500 / 2 * 5
         assert solver(TRAIN.replace("2 hours", "2.5 hours")).answer == 240
 
+    def test_numbers_as_people_write_them(self, solver):
+        solution = solver(
+            TRAIN.replace("120", "1 000 000").replace("2 hours", "2½ hours"), options=["½", "２ ０００ ０００"]
+        )
+        assert solution.numbers == [1000000, 2.5, 5] and solution.answer == 2000000 and solution.option == "b"
+        assert solution.words[:6] == ["a", "train", "runs", "<n0>", "km", "in"]
+
     def test_steps_in_words(self, solver):
         first, second = solver(TRAIN).steps
         assert (first.text, first.arguments, first.value) == ("divide(n0,n1)", (("n0", 120), ("n1", 2)), 60)
@@ -94,6 +101,7 @@ class TestSolve:
     def test_raw_numbers(self):
         raw = make_solver(steps=1, mask_numbers=False)
         assert raw.read(TRAIN) == (TRAIN, [120, 2, 5])
+        assert raw.read(TRAIN.replace("2 hours", "２½ hours"))[0] == TRAIN.replace("2 hours", "2.5 hours")
 
     def test_the_numbers_of_the_course(self):
         course = make_solver(steps=1, number_convention="course", semantics="course")
