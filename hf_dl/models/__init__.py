@@ -14,6 +14,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoModelForSeq2SeqLM,
+    AutoVideoProcessor,
     ViTImageProcessor,
 )
 
@@ -66,6 +67,9 @@ for _config, _models, _processor in REGISTERED:
         AutoImageProcessor.register(_config, image_processor_classes={"torchvision": _processor})
         if _processor is not ViTImageProcessor:
             _processor.register_for_auto_class("AutoImageProcessor")
+            # Every pipeline looks for a video processor, too. Without this entry, transformers expects one in the code
+            # of the image processor, and asks at the terminal whether to run this code.
+            AutoVideoProcessor.register(_config, None)
 
 _WITH_DIFFUSERS = {
     "SlotUNetModel": "slot_unet",

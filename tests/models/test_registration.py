@@ -38,6 +38,22 @@ def test_each_class_of_ours_saves_its_code(model_type):
         assert processor._auto_class == "AutoImageProcessor"
 
 
+@pytest.mark.parametrize("model_type", [name for name, row in ROWS.items() if row[2]])
+def test_a_pipeline_runs_no_remote_code_and_does_not_ask_for_it(model_type, tmp_path, monkeypatch):
+    questions = []
+    monkeypatch.setattr("builtins.input", questions.append)
+    config_class, models, processor_class = ROWS[model_type]
+    config = config_class()
+    for model_class in models.values():  # a classifier comes last
+        model = model_class(config)
+    model.save_pretrained(tmp_path)
+    processor_class().save_pretrained(tmp_path)
+    task = "image-classification" if len(models) > 1 else "image-feature-extraction"
+    found = transformers.pipeline(task, str(tmp_path))
+    assert type(found.model) is model_class and type(found.image_processor) is processor_class
+    assert not questions
+
+
 def test_no_config_is_missing_from_the_table():
     found = set()
     for path in Path(hf_dl.models.__file__).parent.glob("*.py"):
