@@ -4,9 +4,9 @@
 
 Evaluation takes a few seconds on two CPU cores. The script writes evaluation.json, classes.csv and confusion.png into
 the folder of the model, and the scores should match the test scores in its model card. `--model` is the folder or Hub
-id of any `AutoModelForImageClassification` with the classes of the data. By default, the data is the data of
-the training run. In `classes.csv`, "mistaken for" is the class
-that was predicted most often for the wrong images of a class.
+id of any `AutoModelForImageClassification` with the classes of the data. By default, the data is the data of the
+training run. In `classes.csv`, "mistaken for" is the class that was predicted most often for the wrong images of a
+class.
 """
 
 from dataclasses import dataclass, field

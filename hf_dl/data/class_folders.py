@@ -170,7 +170,7 @@ def _make_dataset(classes: dict[str, list[Path]], names: list[str]) -> datasets.
     columns = {
         "image": [shown_path(path) for path, _ in files],
         "label": [label for _, label in files],
-        "stamp": [_stamp(path) for path, _ in files],  # reload changed files
+        "stamp": [file_stamp(path) for path, _ in files],  # reload changed files
     }
     features = datasets.Features(
         image=datasets.Image(decode=False), label=datasets.ClassLabel(names=names), stamp=datasets.Value("string")
@@ -178,7 +178,8 @@ def _make_dataset(classes: dict[str, list[Path]], names: list[str]) -> datasets.
     return datasets.Dataset.from_dict(columns, features)
 
 
-def _stamp(path: Path) -> str:
+def file_stamp(path: Path) -> str:
+    """Return a text that changes when the content of a file changes."""
     try:
         stat = path.stat()
     except OSError:  # a link to a missing file, which is reported when it is opened

@@ -23,7 +23,8 @@ class ImageTensors(torch.utils.data.Dataset):
     decoded at each access.
 
     Args:
-        dataset: Rows with an `image`, all of the same size, and a `mask` whose pixel values are object indices.
+        dataset: Rows with an `image`, all of the same size, and optionally a `mask` whose pixel values are object
+            indices. Without masks, batches have the image only.
         keep: Whether to keep the decoded tensors in memory.
 
     Raises:
@@ -39,30 +40,30 @@ class ImageTensors(torch.utils.data.Dataset):
     """
 
     def __init__(self, dataset: datasets.Dataset, *, keep: bool = True):
-        missing = {"image", "mask"} - set(dataset.column_names)
-        if missing:
+        if "image" not in dataset.column_names:
             raise ValueError(
-                f"The dataset has the columns {dataset.column_names}; {sorted(missing)} is missing. Expected an RGB "
-                "image and a mask of object indices."
+                f"The dataset has the columns {dataset.column_names}; 'image' is missing. Expected RGB images, and "
+                "optionally a mask of object indices."
             )
-        self.dataset = dataset.select_columns(["image", "mask"])
+        self.names = [name for name in ("image", "mask") if name in dataset.column_names]
+        self.dataset = dataset.select_columns(self.names)
         self.kept = None
         if keep:
             chunks = [self._decode(range(i, min(i + 1000, len(dataset)))) for i in range(0, len(dataset), 1000)]
-            self.kept = {name: torch.cat([chunk[name] for chunk in chunks]) for name in ("image", "mask")}
+            self.kept = {name: torch.cat([chunk[name] for chunk in chunks]) for name in self.names}
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitems__(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
-        """Return several rows: image (rows, 3, height, width) and mask (rows, height, width), both uint8."""
+        """Return several rows: image (rows, 3, height, width) and any mask (rows, height, width), both uint8."""
         if self.kept is not None:
             index = torch.as_tensor(indices)
             return {name: tensor[index] for name, tensor in self.kept.items()}
         return self._decode(indices)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """Return one row: image (3, height, width) and mask (height, width)."""
+        """Return one row: image (3, height, width) and any mask (height, width)."""
         return {name: tensor[0] for name, tensor in self.__getitems__([index]).items()}
 
     def _decode(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
@@ -71,8 +72,10 @@ class ImageTensors(torch.utils.data.Dataset):
         if len({image.shape for image in images}) > 1:
             sizes = sorted({image.shape[1::-1] for image in images})
             raise ValueError(f"The images have several sizes: {sizes[:3]}. Load them with one size.")
-        masks = np.stack([np.asarray(mask) for mask in rows["mask"]])
-        return {"image": torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), "mask": torch.from_numpy(masks)}
+        batch = {"image": torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)}
+        if "mask" in self.names:
+            batch["mask"] = torch.from_numpy(np.stack([np.asarray(mask) for mask in rows["mask"]]))
+        return batch
 
 
 class LabeledImages(torch.utils.data.Dataset):

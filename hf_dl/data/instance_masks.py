@@ -49,7 +49,8 @@ def build_dataset(
     return kind.from_generator(generator, features=features, gen_kwargs=arguments, split=datasets.NamedSplit(split))
 
 
-def _square(image: Image.Image, crop: int | None, size: int, resample: Image.Resampling) -> Image.Image:
+def crop_square(image: Image.Image, crop: int | None, size: int, resample: Image.Resampling) -> Image.Image:
+    """Crop the centered square with a side of `crop` pixels, or the largest one, and resize it to `size` pixels."""
     side = min(image.size) if crop is None else crop
     if side > min(image.size):
         raise ValueError(f"crop={crop} is larger than an image of {image.width}x{image.height}. Use a smaller crop.")
@@ -82,8 +83,8 @@ def make_example(
     mask = _indices(mask, name)
     if image.size != mask.size:
         raise ValueError(f"{name} is {mask.width}x{mask.height} but its image is {image.width}x{image.height}.")
-    picture = _square(to_rgb(image), crop, size, Image.Resampling.BILINEAR)
-    labels, kept = _relabel(np.asarray(_square(mask, crop, size, Image.Resampling.NEAREST)))
+    picture = crop_square(to_rgb(image), crop, size, Image.Resampling.BILINEAR)
+    labels, kept = _relabel(np.asarray(crop_square(mask, crop, size, Image.Resampling.NEAREST)))
     objects = []
     for label in range(1, len(kept) + 1):
         rows, columns = np.nonzero(labels == label)

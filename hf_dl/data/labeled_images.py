@@ -22,7 +22,7 @@ from .class_folders import count_classes, read_class_folders, real_path
 from .idx_files import read_idx_folder
 from .object_images import SPLITS
 from .png import encode_png
-from .split_names import Rows, Source, find_split, given_splits, name_source, streamed_split
+from .split_names import Rows, Source, find_split, given_splits, hold_out, name_source, streamed_split
 
 _VERSION = 2  # increase it when pixels or columns change: `datasets` caches by arguments, not by code
 
@@ -241,17 +241,14 @@ def _choose(
     if len(bad):
         raise ValueError(f"Row {bad[0]} of {source!r} has the label {labels[bad[0]]}. Expected 0 to {count - 1}.")
     rng = np.random.default_rng([seed, 20_151_210])
-    parts: dict[str, list[np.ndarray]] = {name: [] for name in SPLITS}
+    parts: list[np.ndarray] = []
     for label in range(count):
         members = rng.permutation(np.flatnonzero(labels == label))
         if split in missing or split == "train":
             # a class with too few images for all splits goes to the training split only
-            size = max(1, round(holdout * len(members))) if len(members) > len(missing) else 0
-            for name in missing:
-                parts[name].append(members[:size])
-                members = members[size:]
-        parts[split if split not in missing else "train"].append(members)
-    chosen = [members for members in parts[split] if len(members)]
+            members = hold_out(members, missing, holdout)[split]
+        parts.append(members)
+    chosen = [members for members in parts if len(members)]
     if not chosen:
         raise ValueError(f"split={split!r} of {source!r} would be empty. The source has {len(labels)} images.")
     place = np.concatenate([(np.arange(len(members)) + rng.random()) / len(members) for members in chosen])

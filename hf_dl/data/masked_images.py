@@ -1,27 +1,38 @@
-"""Images with instance masks from any source: CLEVRTex, COCO, or a dataset with an image and a mask column."""
+"""Images with instance masks from any source: CLEVRTex, COCO, or a folder or dataset of images and masks."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import datasets
+import numpy as np
 from PIL import Image
 
+from ..models.image_input import open_image, to_rgb
 from . import clevrtex, coco
-from .instance_masks import check_arguments, make_example
+from .class_folders import real_path
+from .instance_masks import check_arguments, crop_square, make_example
+from .instance_masks import open_image as open_mask
+from .mask_folders import read_mask_folder
+from .split_names import Rows, Source, find_split, given_splits, hold_out, name_source, streamed_split
 
-_VERSION = 2  # increase it when pixels or columns change: `datasets` caches by arguments, not by code
+_VERSION = 3  # increase it when pixels or columns change: `datasets` caches by arguments, not by code
 
 
 def load(
     split: str = "train",
-    source: str | os.PathLike = "clevrtex_full",
+    source: Source = "clevrtex_full",
     *,
     size: int = 128,
-    crop: int | None = 192,
-    image_column: str = "image",
-    mask_column: str = "mask",
+    crop: int | None = None,
+    num_images: int | None = None,
+    holdout: float = 0.1,
+    seed: int = 0,
+    image_column: str | None = None,
+    mask_column: str | None = None,
     annotations: str | os.PathLike | None = None,
     streaming: bool = False,
 ) -> datasets.Dataset | datasets.IterableDataset:
@@ -31,17 +42,28 @@ def load(
 
     * a folder of CLEVRTex;
     * a folder of images, if `annotations` names a COCO file;
-    * a dataset saved by `save_to_disk`;
-    * anything that `datasets.load_dataset` reads: a Hub id, or a folder of images with a `metadata.jsonl` that has a
-      `mask_file_name`.
+    * a dataset saved by `save_to_disk`, or a folder with parquet files;
+    * a folder with `images/` and `masks/`, with a metadata.jsonl, or with images without masks, see
+      `hf_dl.data.mask_folders`;
+    * a `Dataset` that you already have, or a dictionary of splits;
+    * anything else is a Hub id.
+
+    If the source has no validation or test split, `holdout` of the training images are held out for it. The choice
+    depends on `seed` only. CLEVRTex has its own splits.
 
     Args:
         split: "train", "validation" or "test". A COCO file has one split, so the name makes no difference there.
-        source: Path or Hub id.
+        source: Path, Hub id, or a dataset that you already have. A single `Dataset` without a split is the training
+            split. An `IterableDataset` is streamed.
         size: Width and height of the results in pixels.
-        crop: Side of the centered square in pixels of the original image. None crops to the shorter side.
-        image_column: Column of the images.
-        mask_column: Column of the masks: images of mode L, P, I or 1 whose pixel values are object indices.
+        crop: Side of the centered square in pixels of the original image. Defaults to 192 for CLEVRTex, as in its
+            paper, and to the shorter side for other images. 0 always selects the shorter side.
+        num_images: Maximum number of images. Defaults to all.
+        holdout: Share of the training images to hold out for a missing split, above 0 and below 0.5.
+        seed: Seed of the choice of held-out images.
+        image_column: Column of the images. Defaults to "image", or to the first column with images.
+        mask_column: Column of the masks: images of mode L, P, I or 1 whose pixel values are object indices. Defaults
+            to "mask" if it exists; otherwise, the images have no masks.
         annotations: COCO file with polygons or uncompressed run lengths.
         streaming: Read while iterating, instead of once into the cache of `datasets`.
 
@@ -49,7 +71,7 @@ def load(
         A dataset with the columns `image` (RGB), `mask` (8-bit, 0 = background, i = objects[i - 1]) and `objects`.
         Objects outside of the crop are removed, and the others are renumbered without gaps, in the same order. Each
         object has a `box` (x0, y0, x1, y1 in pixels, half-open) and `visible_pixels`. CLEVRTex adds shape, material,
-        size, rotation and 3-D position, and COCO adds a label.
+        size, rotation and 3-D position, and COCO adds a label. Without masks, the only column is `image`.
 
     Raises:
         FileNotFoundError: If a folder or file does not exist.
@@ -59,47 +81,112 @@ def load(
         >>> from hf_dl.data import masked_images
         >>> dataset = masked_images.load("validation", "/data/clevrtex_full")  # doctest: +SKIP
     """
-    check_arguments(split, size, crop)
-    root, options = Path(source).expanduser(), {"size": size, "crop": crop}
-    local = root.is_absolute() or str(source).startswith((".", "~")) or len(root.parts) > 2
-    if local and not root.is_dir():
-        raise FileNotFoundError(
-            f"source={str(source)!r} is not a folder. Expected a folder of CLEVRTex or of images with masks."
-        )
+    check_arguments(split, size, crop or None)
+    if num_images is not None and num_images < 1:
+        raise ValueError(f"num_images={num_images} must be at least 1.")
+    if not 0 < holdout < 0.5:
+        raise ValueError(f"holdout={holdout} must be above 0 and below 0.5: the share of images to hold out.")
+    given, name = given_splits(source), name_source(source)
+    root = Path(name).expanduser()
+    local = root.is_absolute() or name.startswith((".", "~")) or len(root.parts) > 2
+    if given is None and local and not root.is_dir():
+        raise FileNotFoundError(f"source={name!r} is not a folder. Expected a folder of CLEVRTex or of images.")
     if annotations is not None:
-        return coco.load(split, source, annotations=annotations, streaming=streaming, **options)
-    if clevrtex.find_variant(root) is not None:
-        return clevrtex.load(split, source, streaming=streaming, **options)
-    source = root.resolve() if root.is_dir() else str(source)
-    return _load_columns(split, source, (image_column, mask_column), options, streaming)
-
-
-def _load_columns(split: str, source: Path | str, columns: tuple[str, str], options: dict, streaming: bool):
-    if isinstance(source, Path) and any(
-        (source / f"{kind}.json").is_file() for kind in ("dataset_info", "dataset_dict")
-    ):
-        dataset = datasets.load_from_disk(source)
-        dataset = dataset[split] if isinstance(dataset, datasets.DatasetDict) else dataset
-        dataset = dataset.to_iterable_dataset() if streaming else dataset
+        data = coco.load(split, name, annotations=annotations, size=size, crop=crop or None, streaming=streaming)
+        return _first(data, num_images)
+    if given is None and clevrtex.find_variant(root) is not None:
+        options = {} if crop is None else {"crop": crop or None}
+        return _first(clevrtex.load(split, name, size=size, streaming=streaming, **options), num_images)
+    skipped = ""
+    if given is not None:
+        found = given
+    elif not root.is_dir():
+        found = datasets.load_dataset(name, streaming=streaming)
+    elif any((root / f"{kind}.json").is_file() for kind in ("dataset_info", "dataset_dict")):
+        found = given_splits(datasets.load_from_disk(root.resolve()))
+    elif any(root.rglob("*.parquet")):
+        found = datasets.load_dataset(str(root.resolve()), streaming=streaming)
     else:
-        dataset = datasets.load_dataset(str(source), split=split, streaming=streaming)
-    names = dataset.column_names or list(next(iter(dataset)))
-    for option, column in zip(("image_column", "mask_column"), columns, strict=True):
-        if column not in names:
-            raise ValueError(
-                f"{option}={column!r} is not in {str(source)!r}. Its columns: {', '.join(names)}. A folder of images "
-                "needs a metadata.jsonl with the keys file_name and mask_file_name."
-            )
-    arguments = {"columns": columns, "version": _VERSION, **options}
-    return dataset.map(_from_columns, fn_kwargs=arguments, remove_columns=names, features=coco.FEATURES)
+        found, skipped = read_mask_folder(root.resolve(), mask_column or "mask")
+    if any(isinstance(rows, datasets.IterableDataset) for rows in found.values()):
+        rows = _first(streamed_split(found, split, source), num_images)
+    else:
+        rows = _select(found, split, name, holdout, seed, num_images)
+        rows = rows.to_iterable_dataset() if streaming else rows
+    data = _crop_rows(rows, name, image_column, mask_column, size=size, crop=crop or None)
+    count = f"{len(data)} images" if isinstance(data, datasets.Dataset) else "Images"
+    masks = "with masks" if "mask" in data.features else "without masks"
+    data.info.description = " ".join(filter(None, (f"{count} {masks}.", skipped)))
+    return data
 
 
-def _from_columns(row: dict, columns: tuple[str, str], crop: int | None, size: int, version: int) -> dict:
-    image, mask = (row[column] for column in columns)
-    for column, value in zip(columns, (image, mask), strict=True):
-        if not isinstance(value, Image.Image):
-            raise ValueError(f"Column {column!r} has values of type {type(value).__name__}. Expected datasets.Image.")
-    example, _ = make_example(image, mask, f"the mask in column {columns[1]!r}", crop, size)
+def _first(rows: Rows, count: int | None) -> Rows:
+    if count is None:
+        return rows
+    if isinstance(rows, datasets.IterableDataset):
+        return rows.take(count)
+    return rows.select(range(min(count, len(rows))))
+
+
+def _select(
+    found: Mapping[str, datasets.Dataset], split: str, source: str, holdout: float, seed: int, num_images: int | None
+) -> datasets.Dataset:
+    """Return the rows of a split. Missing splits are held out from the training rows."""
+    rows, missing = find_split(found, split), [n for n in ("validation", "test") if find_split(found, n) is None]
+    if rows is not None and (split != "train" or not missing):
+        return _first(rows, num_images)
+    rows = find_split(found, "train")
+    if rows is None:
+        wanted = " or ".join(dict.fromkeys([split, "train"]))
+        raise ValueError(f"{source!r} has no {wanted} split. Its splits: {', '.join(found)}.")
+    order = np.random.default_rng([seed, 20_200_615]).permutation(len(rows))
+    chosen = hold_out(order, missing, holdout)[split]
+    if not len(chosen):
+        raise ValueError(f"split={split!r} of {source!r} would be empty. The source has {len(rows)} images.")
+    return rows.select(chosen[:num_images])
+
+
+def _crop_rows(
+    rows: Rows, source: str, image_column: str | None, mask_column: str | None, *, size: int, crop: int | None
+) -> Rows:
+    """Crop and resize all images and masks of a split."""
+    if rows.features is None:  # a stream whose columns are known after its first row
+        kinds = {name: isinstance(value, Image.Image) for name, value in next(iter(rows)).items()}
+    else:
+        kinds = {name: isinstance(kind, datasets.Image) for name, kind in rows.features.items()}
+    if "stamp" in kinds and not any(kinds.values()):  # paths from `read_mask_folder`
+        image, mask = "image", "mask" if "mask" in kinds else None
+    else:
+        pictures = [name for name, is_picture in kinds.items() if is_picture]
+        image = image_column or ("image" if "image" in kinds else next(iter(pictures), "image"))
+        mask = mask_column or ("mask" if "mask" in kinds else None)
+        for option, column in (("image_column", image), ("mask_column", mask)):
+            if column is not None and column not in pictures:
+                problem = "has no images" if column in kinds else "does not exist"
+                raise ValueError(
+                    f"{option}={column!r} of {source!r} {problem}. Its columns with images: {', '.join(pictures)}."
+                )
+        rows = rows.with_format(None) if isinstance(rows, datasets.Dataset) else rows
+    features = datasets.Features(image=datasets.Image()) if mask is None else coco.FEATURES
+    function = partial(_crop_row, image=image, mask=mask, size=size, crop=crop, version=_VERSION)
+    return rows.map(function, remove_columns=list(kinds), features=features)
+
+
+def _crop_row(row: dict, image: str, mask: str | None, size: int, crop: int | None, version: int) -> dict:
+    picture, labels = row[image], None if mask is None else row[mask]
+    if isinstance(picture, str):
+        try:
+            picture = open_image(real_path(picture))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{row[image]} cannot be read as an image. {error}") from error
+    if picture is None or (mask is not None and labels is None):
+        raise ValueError("A row has no image or no mask. Expected both in each row.")
+    if mask is None:
+        return {"image": crop_square(to_rgb(picture), crop, size, Image.Resampling.BILINEAR)}
+    name = f"the mask in column {mask!r}"
+    if isinstance(labels, str):
+        name, labels = f"the mask {labels}", open_mask(Path(os.fsdecode(real_path(labels))), "a mask")
+    example, _ = make_example(picture, labels, name, crop, size)
     for item in example["objects"]:
         item["label"] = None
     return example

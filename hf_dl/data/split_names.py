@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 import datasets
+import numpy as np
 
 T = TypeVar("T")
 Rows = datasets.Dataset | datasets.IterableDataset
@@ -59,6 +60,28 @@ def given_splits(source: Source) -> dict[str, Rows] | None:
 def name_source(source: Source) -> str:
     """Return a source as text for messages: its path or name, or the kind of the dataset."""
     return str(source) if isinstance(source, (str, os.PathLike)) else type(source).__name__
+
+
+def hold_out(members: np.ndarray, missing: Sequence[str], holdout: float) -> dict[str, np.ndarray]:
+    """Divide shuffled training rows into a training split and missing splits.
+
+    Args:
+        members: Row numbers in random order.
+        missing: Names of the splits to hold out.
+        holdout: Share of the rows for each of them. At least one row, but none if there are too few rows for all.
+
+    Returns:
+        The row numbers per split, "train" included.
+
+    Example:
+        >>> {name: len(rows) for name, rows in hold_out(np.arange(10), ["test"], 0.2).items()}
+        {'test': 2, 'train': 8}
+    """
+    size = max(1, round(holdout * len(members))) if len(members) > len(missing) else 0
+    parts = {}
+    for name in missing:
+        parts[name], members = members[:size], members[size:]
+    return parts | {"train": members}
 
 
 def streamed_split(found: Mapping[str, Rows], split: str, source: Source) -> Rows:

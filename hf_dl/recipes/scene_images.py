@@ -10,7 +10,7 @@ from hf_dl.data import masked_images, scenes
 from hf_dl.data.image_arrays import ImageTensors
 from hf_dl.metrics.perceptual import PerceptualDistance
 
-from .evaluation import hide_progress_bars
+from .evaluation import hide_progress_bars, report_data
 
 PERCEPTUAL_HELP = (
     "Network of the perceptual distance: random; lpips (needs the package lpips); lpips:FOLDER, a folder or Hub id "
@@ -24,12 +24,19 @@ class SceneFlags:
 
     source: str = field(
         default="synthetic",
-        metadata={"help": "synthetic, a CLEVRTex folder, or the folder or Hub id of a dataset of images and masks."},
+        metadata={
+            "help": "synthetic, a CLEVRTex folder, a folder with images/ and masks/ or a metadata.jsonl, a folder of "
+            "images without masks, or a Hub dataset id."
+        },
     )
     style: Literal["plain", "textured"] = field(default="plain", metadata={"help": "Look of the synthetic scenes."})
     image_size: int = field(default=64, metadata={"help": "Height and width of the images, in pixels."})
-    crop: int = field(
-        default=192, metadata={"help": "Size of the center crop of real images before resizing, in pixels; 0: none."}
+    crop: int | None = field(
+        default=None,
+        metadata={
+            "help": "Size of the center crop of real images before resizing, in pixels; 0: the largest square. "
+            "Defaults to 192 for CLEVRTex and 0 for others."
+        },
     )
     num_objects: list[int] = field(
         default_factory=lambda: [2, 4],
@@ -51,19 +58,22 @@ def load_images(flags: SceneFlags, split: str) -> ImageTensors:
         split: "train", "validation" or "test".
 
     Returns:
-        Rows with `image` (3, height, width) and `mask` (height, width), both uint8.
+        Rows with `image` (3, height, width) and, if the source has masks, `mask` (height, width), both uint8.
 
     Raises:
         FileNotFoundError: If the source is not a folder and is not on the Hub.
-        ValueError: If a flag is out of range, or the source has no masks.
+        ValueError: If a flag is out of range, or the split has fewer than two images.
     """
     hide_progress_bars()
     count = (flags.num_train if split == "train" else flags.num_test) or None
     if flags.source == "synthetic":
         options = {"style": flags.style, "size": flags.image_size, "num_objects": tuple(flags.num_objects)}
         return ImageTensors(scenes.load(split, num_scenes=count, **options))
-    data = masked_images.load(split, flags.source, size=flags.image_size, crop=flags.crop or None)
-    return ImageTensors(data if count is None else data.select(range(min(count, len(data)))))
+    data = masked_images.load(split, flags.source, size=flags.image_size, crop=flags.crop, num_images=count)
+    if len(data) < 2:
+        raise ValueError(f"The {split} split of source={flags.source!r} has 1 image. At least 2 are needed.")
+    report_data(data, split)
+    return ImageTensors(data)
 
 
 def to_pixel_values(images: torch.Tensor, device: torch.device | str = "cpu") -> torch.Tensor:

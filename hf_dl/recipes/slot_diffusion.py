@@ -3,6 +3,7 @@
 The training loop and its loss are in scripts/train_slot_diffusion.py.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -345,8 +346,9 @@ def evaluate(
         gather: Concatenates tensors of all processes. Defaults to a single process.
 
     Returns:
-        `loss`, the mean squared error of the prediction at times that are spread evenly over the schedule;
-        `attention_ari`, `attention_fg_ari`, `attention_miou` and `attention_mbo`; and the number of images.
+        `loss`, the mean squared error of the prediction at times that are spread evenly over the schedule, and the
+        number of images. With true masks, also `attention_ari`, `attention_fg_ari`, `attention_miou` and
+        `attention_mbo`.
     """
     model.eval()
     device = next(model.parameters()).device
@@ -364,13 +366,20 @@ def evaluate(
             conditions=read_conditions(batch, device),
             pixel_values=pixel_values,
         )
-        size = batch["mask"].shape[1:]
-        segments = attention_masks(output.attention, size, image_size=pixel_values.shape[-1]).argmax(1)
         error = output.predicted.float() - denoising_target(scheduler, latents, noise, timesteps)
         error = error.square().mean((1, 2, 3))
-        columns.append(gather((error, segments, batch["mask"].to(device))))
-    error, segments, truth = map(torch.cat, zip(*columns, strict=True))
-    return {"loss": error.mean().item(), **segmentation_scores(segments, truth.long(), mask="attention")}
+        segments = ()
+        if "mask" in batch:
+            size = batch["mask"].shape[1:]
+            masks = attention_masks(output.attention, size, image_size=pixel_values.shape[-1])
+            segments = masks.argmax(1), batch["mask"].to(device)
+        columns.append(gather((error, *segments)))
+    error, *segments = map(torch.cat, zip(*columns, strict=True))
+    scores = {"loss": error.mean().item(), "images": float(len(error))}
+    if segments:
+        found = segmentation_scores(segments[0], segments[1].long(), mask="attention")
+        scores |= {name: value for name, value in found.items() if not math.isnan(value)}
+    return scores
 
 
 @torch.no_grad()

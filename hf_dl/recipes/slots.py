@@ -3,6 +3,7 @@
 The training loop is in scripts/train_slots.py.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,7 +43,7 @@ CURVES = {
     "foreground ARI": {name: f"val_{name}_fg_ari" for name in MASKS},
     "ARI of all pixels": {name: f"val_{name}_ari" for name in MASKS},
 }
-# Scores that are logged during training.
+# Scores that are logged during training, as far as the data has masks.
 WATCHED = ("loss", *(f"{mask}_{score}" for mask in MASKS for score in ("fg_ari", "ari")))
 LIBRARY_IMAGES = 2000  # number of training images whose slots fill the slot library
 
@@ -86,15 +87,16 @@ def evaluate(
 
     Args:
         model: The slot autoencoder, wrapped for several devices or not.
-        batches: Batches with `image` and `mask`, both uint8.
+        batches: Batches with `image` and, if the data has masks, `mask`, both uint8.
         gather: Concatenates tensors of all processes. Defaults to a single process.
         **options: `num_slots`, `num_iterations` and `num_draws` for the forward pass of the model.
 
     Returns:
         The scores, and the decoder masks of the first batch for `failure_to_bind`, which start from the same draw of
         the initial slots. `loss` is the mean squared error. `explained_variance` is 1 - loss / variance of the pixels
-        around their mean color. Each mask has ARI, foreground ARI, mIoU and mBO (`posterior_ari`, ...,
-        `attention_mbo`). The scores also have the number of images.
+        around their mean color. With true masks, there are ARI, foreground ARI, mIoU and mBO per mask
+        (`posterior_ari`, ..., `attention_mbo`). Scores that are undefined for all images are left out: the foreground
+        ARI needs images with two objects. The scores also have the number of images.
     """
     model.eval()
     columns, first = [], None
@@ -109,12 +111,15 @@ def evaluate(
         colors, squares = pixel_values.mean(dim=(2, 3)), pixel_values.square().mean(dim=(1, 2, 3))
         module = getattr(model, "module", model)  # inside a data-parallel wrapper
         masks = module.posterior(pixel_values, output), output.masks, attentions
-        segments = *(mask.argmax(1) for mask in masks), batch["mask"].to(error.device)
+        segments = ()
+        if "mask" in batch:
+            segments = *(mask.argmax(1) for mask in masks), batch["mask"].to(error.device)
         columns.append(gather((error, colors, squares, *segments)))
-    error, colors, squares, *segments, truth = map(torch.cat, zip(*columns, strict=True))
-    scores = {}
-    for mask, segment in zip(MASKS, segments, strict=True):
-        scores |= segmentation_scores(segment, truth.long(), mask=mask)
+    error, colors, squares, *segments = map(torch.cat, zip(*columns, strict=True))
+    scores = {"images": float(len(error))}
+    for mask, segment in zip(MASKS, segments[:-1], strict=False):
+        found = segmentation_scores(segment, segments[-1].long(), mask=mask)
+        scores |= {name: value for name, value in found.items() if not math.isnan(value)}
     variance = squares.mean() - colors.mean(dim=0).square().mean()
     loss = error.mean()
     return {"loss": loss.item(), "explained_variance": (1 - loss / variance).item(), **scores}, first

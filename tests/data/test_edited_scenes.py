@@ -117,7 +117,7 @@ def test_rows_come_in_pairs(rows):
 
 def test_the_rows_train_models_with_masks(tmp_path):
     data = datasets.Dataset.from_list(make_rows("plain", range(4)), features=edited_scenes.FEATURES)
-    data.save_to_disk(tmp_path / "saved")
+    datasets.DatasetDict(dict.fromkeys(("train", "validation", "test"), data)).save_to_disk(tmp_path / "saved")
     loaded = masked_images.load("train", tmp_path / "saved", size=64, crop=None)
     for row, source in zip(loaded, data, strict=True):
         assert same_pixels(row["image"], source["image"]) and same_pixels(row["mask"], source["mask"])

@@ -75,13 +75,13 @@ def test_a_loader_asks_for_whole_batches():
     assert torch.equal(torch.cat([batch["mask"] for batch in batches]), data.kept["mask"])
 
 
-@pytest.mark.parametrize("column", ["image", "mask"])
-def test_a_missing_column_is_named(column):
-    dataset = make_dataset(*make_rows()).rename_column(column, "label")
-    with pytest.raises(
-        ValueError, match=rf"'label'.*\['{column}'\] is missing. Expected an RGB image and a mask of object"
-    ):
-        ImageTensors(dataset)
+def test_images_are_needed_and_masks_are_not():
+    dataset = make_dataset(*make_rows())
+    with pytest.raises(ValueError, match=r"'label'.*; 'image' is missing. Expected RGB images, and optionally a mask"):
+        ImageTensors(dataset.rename_column("image", "label"))
+    for keep in (True, False):
+        data = ImageTensors(dataset.remove_columns("mask"), keep=keep)
+        assert data.__getitems__([0, 1]).keys() == data[0].keys() == {"image"}
 
 
 @pytest.mark.parametrize("keep", [True, False])

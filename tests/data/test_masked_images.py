@@ -55,13 +55,124 @@ def test_saved_datasets_and_column_names(tmp_path, streaming):
         image.putpalette([255, 0, 0] * 256)
     columns = {"photo": [Image.fromarray(image) for image, _ in pairs], "parts": palette, "note": ["x"] * 4}
     features = datasets.Features(photo=datasets.Image(), parts=datasets.Image(), note=datasets.Value("string"))
-    datasets.Dataset.from_dict(columns, features).save_to_disk(tmp_path / "saved")
+    data = datasets.Dataset.from_dict(columns, features, split=datasets.NamedSplit("test"))
+    data.save_to_disk(tmp_path / "saved")
     options = {"size": 50, "crop": 50, "streaming": streaming, "image_column": "photo"}
     check_pairs(masked_images.load("test", tmp_path / "saved", mask_column="parts", **options), pairs)
-    with pytest.raises(ValueError, match="mask_column='mask' is not in .*. Its columns: photo, parts, note"):
-        masked_images.load("test", tmp_path / "saved", **options)
-    with pytest.raises(ValueError, match="Column 'note' has values of type str. Expected datasets.Image"):
-        list(masked_images.load("test", tmp_path / "saved", mask_column="note", **options))
+    for given in (data, {"test": data}, {"test": data.to_iterable_dataset()}):
+        check_pairs(masked_images.load("test", given, mask_column="parts", **options), pairs)
+    with pytest.raises(ValueError, match="mask_column='mask' of .* does not exist. .* with images: photo, parts"):
+        masked_images.load("test", tmp_path / "saved", mask_column="mask", **options)
+    with pytest.raises(ValueError, match="mask_column='note' of .* has no images"):
+        masked_images.load("test", tmp_path / "saved", mask_column="note", **options)
+    images = masked_images.load("test", tmp_path / "saved", **options)  # no column "mask": no masks
+    rows = [np.asarray(row["image"]) for row in images]
+    assert all(np.array_equal(row, image[5:55, 15:65]) for row, (image, _) in zip(rows, pairs, strict=True))
+    assert list(images.features) == ["image"]
+
+
+# --- folders as people have them -------------------------------------------------------------------------------------
+
+
+def write_image(path, number, *, mode="RGB", size=(40, 30)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = Image.new(mode, size, (number, 0, 0) if mode == "RGB" else 0)
+    if mode == "L":
+        image.paste(number, (10, 5, 20, 15))
+    image.save(path)
+
+
+def read(split, root, **options):
+    return masked_images.load(split, root, size=16, **options)
+
+
+def numbers(rows):
+    return [int(np.asarray(row["image"])[0, 0, 0]) for row in rows]
+
+
+def test_images_and_masks_side_by_side_are_split_with_a_fixed_seed(tmp_path):
+    root = tmp_path / "data-main" / "shapes"
+    for number in range(1, 21):
+        write_image(root / "images" / f"{number}.{'bmp' if number % 2 else 'png'}", number)
+        write_image(root / "masks" / (f"{number}.png" if number % 3 else f"{number}_mask.png"), number, mode="L")
+    write_image(root / "masks" / "99.png", 1, mode="L")
+    (root / "images" / "about.txt").write_text("notes")
+    parts = {split: read(split, tmp_path / "data-main") for split in ("train", "validation", "test")}
+    assert [len(part) for part in parts.values()] == [16, 2, 2]
+    assert sorted(number for part in parts.values() for number in numbers(part)) == [*range(1, 21)]
+    for part in parts.values():  # 10x10 of 30x30 pixels are 5x5 or 6x6 of 16x16
+        assert all(len(row["objects"]) == 1 and 25 <= row["objects"][0]["visible_pixels"] <= 36 for row in part)
+    assert parts["test"].info.description == (
+        "2 images with masks. Skipped files that are not images: 1 (about.txt); masks without an image: 1 (99.png)."
+    )
+    assert numbers(read("test", tmp_path / "data-main", seed=1)) != numbers(parts["test"])
+    assert numbers(read("train", root, num_images=3)) == numbers(parts["train"])[:3]
+    assert numbers(read("train", root, streaming=True)) == numbers(parts["train"])
+
+
+def test_splits_of_images_and_masks(tmp_path):
+    for split, count in (("train", 4), ("val", 2), ("test", 1)):
+        for number in range(count):
+            write_image(tmp_path / split / "images" / f"{number}.png", number)
+            write_image(tmp_path / split / "masks" / f"{number}.png", number + 1, mode="L")
+    counts = {split: len(read(split, tmp_path)) for split in ("train", "validation", "test")}
+    assert counts == {"train": 4, "validation": 2, "test": 1}
+
+
+@pytest.mark.parametrize("key", ["mask", "mask_file_name"])
+def test_metadata_with_a_column_of_masks(tmp_path, key):
+    for number in range(8):
+        write_image(tmp_path / "in" / f"{number}.png", number)
+        write_image(tmp_path / "out" / f"m{number}.png", number + 1, mode="L")
+    lines = [{"file_name": f"in/{number}.png", key: f"out/m{number}.png", "note": 1} for number in range(8)]
+    path = tmp_path / "metadata.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)) + "\n")
+    rows = read("train", tmp_path)
+    assert len(rows) == 6 and all(len(row["objects"]) == 1 for row in rows)
+    for change, problem in (
+        ({"file_name": None}, "Line 2 of .* has no text in 'file_name'"),
+        ({key: "out/none.png"}, "Line 2 of .* names 'out/none.png', but .* does not exist"),
+        ({key: 3}, "Line 2 of .* has the mask 3. Expected the path of an image"),
+        ({key: None}, "1 of 2 images of .* have no mask, such as .*in/1.png"),
+    ):
+        path.write_text("\n".join(json.dumps(line) for line in (lines[0], lines[1] | change)))
+        with pytest.raises((ValueError, FileNotFoundError), match=problem):
+            read("train", tmp_path)
+    path.write_text("{")
+    with pytest.raises(ValueError, match="Line 1 of .* is not JSON"):
+        read("train", tmp_path)
+
+
+def test_images_without_masks(tmp_path):
+    for number in range(10):
+        write_image(tmp_path / "photos" / str(number % 2) / f"{number}.png", number, size=(20 + number, 30))
+    rows = read("validation", tmp_path)
+    assert list(rows.features) == ["image"] and len(rows) == 1
+    assert rows.info.description == "1 images without masks."
+    assert list(read("train", tmp_path, streaming=True).features) == ["image"]
+    assert "crop=25 is larger than an image of 2" in failure(lambda: read("train", tmp_path, crop=25))
+    for number in range(10):
+        (tmp_path / "photos" / str(number % 2) / f"{number}.png").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match=r"photos/./.\.png cannot be read as an image. The file is not an image"):
+        read("train", tmp_path)
+
+
+def test_folders_that_do_not_fit_are_explained(tmp_path):
+    assert "has no images. Expected images/ and masks/" in failure(lambda: read("train", tmp_path))
+    write_image(tmp_path / "images" / "1.png", 1)
+    write_image(tmp_path / "masks" / "one.png", 1, mode="L")
+    assert "has the name of an image, such as 1.png. Expected" in failure(lambda: read("train", tmp_path))
+    write_image(tmp_path / "images" / "2.png", 1)
+    write_image(tmp_path / "masks" / "1.png", 1, mode="L")
+    assert "1 of 2 images of " in failure(lambda: read("train", tmp_path))
+    write_image(tmp_path / "masks" / "2.jpg", 1, mode="L")
+    assert "2.jpg is a JPEG file, which changes its values" in failure(lambda: read("train", tmp_path))
+    for path in (tmp_path / "masks" / "2.jpg", tmp_path / "images" / "2.png"):
+        path.unlink()
+    message = failure(lambda: read("test", tmp_path))
+    assert "split='test' of " in message and "would be empty. The source has 1 images" in message
+    assert "holdout=0.5 must be" in failure(lambda: read("test", tmp_path, holdout=0.5))
+    assert "num_images=0 must be" in failure(lambda: read("test", tmp_path, num_images=0))
 
 
 # --- the choice of a reader ------------------------------------------------------------------------------------------

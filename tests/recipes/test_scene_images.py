@@ -18,15 +18,27 @@ class TestLoadImages:
         masks = [Image.fromarray((np.indices((200, 200))[0] // 70).astype(np.uint8)) for _ in range(3)]
         features = datasets.Features(image=datasets.Image(), mask=datasets.Image())
         data = datasets.Dataset.from_dict({"image": images, "mask": masks}, features)
-        datasets.DatasetDict({"train": data, "test": data.select([2])}).save_to_disk(tmp_path / "saved")
+        parts = {"train": data, "validation": data.select([0]), "test": data.select([1, 2])}
+        datasets.DatasetDict(parts).save_to_disk(tmp_path / "saved")
         return str(tmp_path / "saved")
 
     def test_a_folder_with_masks(self, source):
         args = scene_images.SceneFlags(source=source, image_size=32, num_train=2, num_test=5)
         train, test = (scene_images.load_images(args, split) for split in ("train", "test"))
-        assert (len(train), len(test)) == (2, 1)  # at most so many, or as many as there are
+        assert (len(train), len(test)) == (2, 2)  # at most so many, or as many as there are
+        with pytest.raises(ValueError, match="The validation split of .* has 1 image. At least 2 are needed"):
+            scene_images.load_images(args, "validation")
         assert train[0]["image"].shape == (3, 32, 32)
         assert train[0]["mask"].unique().tolist() == [0, 1, 2]
+
+    def test_images_without_masks(self, tmp_path, capsys):
+        for number in range(30):
+            Image.new("RGB", (20, 20 + number), (number, 0, 0)).save(tmp_path / f"{number}.png")
+        args = scene_images.SceneFlags(source=str(tmp_path), image_size=16)
+        parts = {split: scene_images.load_images(args, split) for split in ("train", "validation", "test")}
+        assert [len(part) for part in parts.values()] == [24, 3, 3]
+        assert parts["test"].__getitems__([0, 1]).keys() == {"image"} and parts["test"][0].keys() == {"image"}
+        assert "train: 24 images without masks." in capsys.readouterr().err
 
     def test_zero_is_all_images_and_no_crop(self, source):
         args = scene_images.SceneFlags(source=source, image_size=32, num_train=0, crop=0)

@@ -4,7 +4,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pytest
 import torch
@@ -15,7 +14,7 @@ from transformers import AutoImageProcessor, AutoModel
 from hf_dl.data import scenes
 from hf_dl.models.slot_library import SlotLibrary
 from hf_dl.reporting.card import read_card
-from scripts import train_slots
+from scripts import evaluate_slots, train_slots
 from tests.scripts.runs import reset
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -205,12 +204,32 @@ def test_a_source_that_is_not_there_is_a_sentence(tmp_path):
         train(tmp_path / "run", f"--source={tmp_path / 'nothing'}")
 
 
-def test_a_source_without_masks_is_a_sentence(tmp_path):
-    columns = {"image": [Image.new("RGB", (200, 200))], "label": [0]}
-    features = datasets.Features(image=datasets.Image(), label=datasets.Value("int64"))
-    datasets.Dataset.from_dict(columns, features).save_to_disk(tmp_path / "saved")
-    with pytest.raises(ValueError, match="mask_column='mask' is not in .*Its columns: image, label"):
-        train(tmp_path / "run", f"--source={tmp_path / 'saved'}")
+@pytest.mark.parametrize("masks", [True, False])
+def test_a_folder_of_small_images(tmp_path, masks, monkeypatch, capsys):
+    """Without masks, there are no scores; with one object per mask, the foreground ARI is undefined."""
+    monkeypatch.setattr(train_slots.slots, "draw_and_compose", lambda *given, **options: {})  # takes seconds
+    for folder in ("images", "masks"):
+        (tmp_path / "shapes" / folder).mkdir(parents=True)
+    for number in range(20):
+        pixels = np.full((40, 48, 3), 5 * number, np.uint8)
+        pixels[10:20, number : number + 10] = (200, 40, 40)
+        name = f"{number}.png"
+        Image.fromarray(pixels).save(tmp_path / "shapes" / "images" / name)
+        if masks:
+            Image.fromarray(np.where(pixels[..., 0] == 200, 255, 0).astype(np.uint8)).save(
+                tmp_path / "shapes" / "masks" / name
+            )
+    source = f"--source={tmp_path / 'shapes'}"
+    metrics = train(
+        tmp_path / "run", source, "--max_steps=2", "--eval_every=1", "--binding_step=1", "--max_restarts=0"
+    )
+    assert metrics["test_images"] == 2 and ("test_posterior_ari" in metrics) == masks
+    assert "test_posterior_fg_ari" not in metrics and all(np.isfinite(value) for value in metrics.values())
+    printed = capsys.readouterr().err
+    assert f"train: 16 images with{'' if masks else 'out'} masks." in printed
+    assert (tmp_path / "run" / "README.md").is_file() and (tmp_path / "run" / "curves.png").is_file()
+    scores = evaluate_slots.main([f"--model={tmp_path / 'run'}", f"--output_dir={tmp_path}"])
+    assert scores["test_loss"] == pytest.approx(metrics["test_loss"], rel=1e-4)
 
 
 @pytest.mark.slow
