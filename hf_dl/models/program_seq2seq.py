@@ -283,7 +283,10 @@ class ProgramSeq2SeqForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """
         if decoder_input_ids is None:
             if labels is None:
-                raise ValueError("labels and decoder_input_ids are missing; pass one of them, or call generate.")
+                raise ValueError(
+                    "labels and decoder_input_ids are missing; pass one of them, or call generate. With label "
+                    "smoothing, Seq2SeqTrainer needs DataCollatorForSeq2Seq(tokenizer, model=model)."
+                )
             decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
         if labels is not None and labels.shape != decoder_input_ids.shape:
             raise ValueError(
@@ -369,6 +372,11 @@ class ProgramSeq2SeqForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def _encode(self, input_ids, attention_mask, token_type_ids, encoder_outputs, **requested):
         if encoder_outputs is not None:
+            if getattr(encoder_outputs, "summary", None) is None:
+                raise ValueError(
+                    f"encoder_outputs is a {type(encoder_outputs).__name__} without summary; expected the output of "
+                    "model.get_encoder()."
+                )
             return encoder_outputs
         if input_ids is None:
             raise ValueError("input_ids and encoder_outputs are missing; pass one of them.")

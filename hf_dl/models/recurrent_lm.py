@@ -53,6 +53,7 @@ class RecurrentLMConfig(PreTrainedConfig):
         use_cache: Whether to return the state.
         bos_token_id: Token before the first token of a text.
         eos_token_id: Token after the last token of a text. By default the same as `bos_token_id`.
+        pad_token_id: Token that fills generated texts after their end. By default `generate` uses `eos_token_id`.
 
     Example:
         ```python
@@ -79,6 +80,7 @@ class RecurrentLMConfig(PreTrainedConfig):
     use_cache: bool = True
     bos_token_id: int | None = 1
     eos_token_id: int | list[int] | None = 1
+    pad_token_id: int | None = None
 
     def __post_init__(self, **kwargs):
         """Convert fields to JSON types, so that a config that was saved and loaded is equal to the original."""
@@ -236,8 +238,8 @@ class RecurrentLMModel(RecurrentLMPreTrainedModel):
             raise ValueError("Pass either input_ids or inputs_embeds, not both or neither.")
         embedded = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         mask = attention_mask
-        if mask is not None and not torch.compiler.is_compiling() and bool((mask != 0).all()):
-            mask = None  # running without a mask is faster
+        if mask is not None and not torch.compiler.is_compiling() and mask.shape == embedded.shape[:2]:
+            mask = None if bool((mask != 0).all()) else mask  # running without a mask is faster
         hidden, after = self.layers(self.dropout(embedded), state, mask)
         hidden = self.dropout(hidden)
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states

@@ -532,7 +532,7 @@ class MathProgramPipeline:
             texts = options if isinstance(options, str) else [str(option) for option in options]
             if not isinstance(texts, str) and not any(")" in text for text in texts):
                 texts = [f"{letter} ) {text}" for letter, text in zip("abcde", texts, strict=False)]
-            letters = option_values(texts, convention=self.config.number_convention)
+            letters = option_values(texts)  # "course" would read 1,785 as 1
         else:
             letters = dict(zip("abcdefghijklmnopqrstuvwxyz", options, strict=False))
         if all(value is None for value in letters.values()):

@@ -259,6 +259,8 @@ def test_teacher_forcing_at_its_ends_and_by_default():
     truth = F.pad(batch["labels"][:, :-1].masked_fill(batch["labels"][:, :-1] == -100, 1), (1, 0), value=2)
     assert torch.equal(read_tokens(model, batch)[0], truth)  # evaluation
     assert torch.equal(read_tokens(model.train(), batch, teacher_forcing_ratio=1.0)[0], truth)
+    unlabeled = {**batch, "labels": None, "decoder_input_ids": truth}  # as the Trainer does with label smoothing
+    assert not torch.equal(read_tokens(model, unlabeled)[0], truth)
     read, output = read_tokens(model, batch)  # the config's
     assert torch.equal(read[:, 1:], output.logits.argmax(dim=-1)[:, :-1])
     assert not torch.equal(read, truth)
@@ -497,6 +499,10 @@ def test_calls_that_do_not_fit_are_refused(encoder):
     model, words = make(encoder_type=encoder), torch.ones(2, 3, dtype=torch.long)
     with pytest.raises(ValueError, match="labels and decoder_input_ids are missing"):
         model(words)
+    with pytest.raises(
+        ValueError, match="encoder_outputs is a tuple without summary; expected the output of model.get_"
+    ):
+        model(encoder_outputs=(words.float(),), labels=words)
     with pytest.raises(ValueError, match="input_ids and encoder_outputs are missing"):
         model(labels=words)
     with pytest.raises(

@@ -4,6 +4,8 @@ import math
 import pytest
 import torch
 from transformers import AutoModel, pipeline
+from transformers.testing_utils import CaptureLogger
+from transformers.utils import logging
 
 from hf_dl.data.text import build_tokenizer, load
 from hf_dl.models import RecurrentLMConfig, RecurrentLMForCausalLM, RecurrentLMModel
@@ -240,7 +242,9 @@ def test_the_pipeline_writes_text(tmp_path):
     model = RecurrentLMForCausalLM(RecurrentLMConfig(vocab_size=len(tokenizer), hidden_size=8, embedding_size=8))
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    (found,) = pipeline("text-generation", model=str(tmp_path))("the a", max_new_tokens=4, do_sample=False)
+    with CaptureLogger(logging.get_logger("transformers.pipelines.base")) as log:
+        (found,) = pipeline("text-generation", model=str(tmp_path))("the a", max_new_tokens=4, do_sample=False)
+    assert "is not supported" not in log.out and model.config.pad_token_id is None
     assert found["generated_text"].startswith("the a ") and len(found["generated_text"].split()) <= 6
 
 
@@ -413,6 +417,8 @@ def test_invalid_inputs_raise_an_error():
     model, ids = build(), torch.zeros(1, 3, dtype=torch.long)
     with pytest.raises(ValueError, match="output_attentions=True is invalid: an LSTM has no attention"):
         model(ids, output_attentions=True)
+    with pytest.raises(ValueError, match=r"attention_mask has shape \(1, 1, 3, 3\), expected \(1, 3\)"):
+        model(ids, attention_mask=torch.ones(1, 1, 3, 3))
     with pytest.raises(ValueError, match="Pass either input_ids or inputs_embeds"):
         model(ids, inputs_embeds=torch.zeros(1, 3, 6))
     with pytest.raises(ValueError, match="labels contains 12"):

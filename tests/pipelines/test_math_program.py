@@ -106,6 +106,7 @@ class TestSolve:
     def test_the_numbers_of_the_course(self):
         course = make_solver(steps=1, number_convention="course", semantics="course")
         assert course.read("a train runs 2,3 km in 4 hours")[1] == [2, 3, 4]
+        assert course._read_options(["1,785", "2½"]) == {"a": 1785, "b": 2.5}
 
 
 class TestHostile:
