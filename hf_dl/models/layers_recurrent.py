@@ -152,8 +152,9 @@ class BidirectionalLSTM(nn.Module):
             ValueError: If the mask has the wrong shape or masks all tokens of a row.
         """
         keep, lengths = _kept(x, attention_mask)
-        if self.fused and lengths is not None and not (x.device.type == "cpu" and torch.is_grad_enabled()):
-            return self._run_kernel(x, keep, lengths)
+        slow_backward = x.device.type == "cpu" and torch.is_grad_enabled()
+        if (self.fused and lengths is not None and not slow_backward) or type(self.lstm) is not nn.LSTM:
+            return self._run_kernel(x, keep, lengths)  # a quantized LSTM has no weights for single steps
         return self._run_steps(x, keep)
 
     def _run_kernel(self, x, keep, lengths):
@@ -254,7 +255,7 @@ class LSTM(nn.Module):
                     f"state has shape {tuple(values.shape)}, expected {shape}: (batch, num_layers, hidden_size)."
                 )
         keep, lengths = (None, None) if attention_mask is None else _kept(x, attention_mask)
-        if not self.fused or (keep is not None and lengths is None):
+        if type(self.lstm) is nn.LSTM and (not self.fused or (keep is not None and lengths is None)):
             return self._run_steps(x, state, keep)
         h, c = (values.transpose(0, 1).contiguous() for values in state)
         if keep is not None:

@@ -4,12 +4,16 @@ import copy
 import json
 import math
 import pickle
+import re
 import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
 from huggingface_hub.errors import StrictDataclassError
+from peft import LoraConfig, inject_adapter_in_model
+from torch import nn
+from torch.ao.quantization import quantize_dynamic
 from transformers import AutoConfig, AutoImageProcessor, Trainer, TrainingArguments
 
 from hf_dl.models.layers_problem_type import PROBLEM_TYPES
@@ -79,7 +83,7 @@ class ModelContract:
         torch.manual_seed(0)
         return getattr(model(**inputs), self.output_key)
 
-    def half_answer(self, model, inputs):
+    def smooth_answer(self, model, inputs):
         """Return an output that depends continuously on the weights."""
         return self.answer(model, inputs)
 
@@ -216,16 +220,38 @@ if {self.processor_class is not None}:
     def test_runs_in_half_precision(self, model, tmp_path):
         """Loaded in half precision, and with all weights converted, the output is close to that of float32."""
         with torch.no_grad():
-            expected = self.half_answer(model, self.inputs(2))
+            expected = self.smooth_answer(model, self.inputs(2))
             model.save_pretrained(tmp_path)
             for dtype in HALVES:
                 loaded = self.model_class.from_pretrained(tmp_path, dtype=dtype)
                 converted = copy.deepcopy(model).to(dtype)
                 assert loaded.dtype == dtype and not loaded.training
                 for each in (loaded, converted):
-                    found = self.half_answer(each, cast(self.inputs(2), dtype))
+                    found = self.smooth_answer(each, cast(self.inputs(2), dtype))
                     error = (found.float() - expected).norm() / expected.norm()
                     assert error < self.half_tolerance, (dtype, error)
+
+    def test_adapters_and_quantization_reach_every_linear_layer(self, model):
+        """A layer whose weight is read instead of calling the layer has no adapter, and crashes after quantization."""
+        inputs = self.inputs(12)
+        with torch.no_grad():
+            expected = self.smooth_answer(model, inputs)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # deprecated, but still the way to quantize for CPUs
+                layers = {nn.Linear, nn.LSTM, nn.GRUCell}
+                quantized = quantize_dynamic(copy.deepcopy(model), layers, dtype=torch.qint8)
+            found = self.smooth_answer(quantized, inputs)
+            assert found.isfinite().all() and not torch.equal(found, expected)
+        names = [name for name, module in model.named_modules() if type(module) is nn.Linear]
+        if not names:
+            return
+        config = LoraConfig(target_modules="|".join(map(re.escape, names)), init_lora_weights=False)
+        inject_adapter_in_model(config, model.train())
+        self.loss(model, inputs).backward()
+        adapters = {name: parameter for name, parameter in model.named_parameters() if "lora_" in name}
+        assert len(adapters) == 2 * len(names)
+        for name, parameter in adapters.items():
+            assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
 
     def test_the_config_can_ask_for_tuples(self, model):
         inputs = self.inputs(2)

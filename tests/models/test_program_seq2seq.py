@@ -111,7 +111,9 @@ class TestWithBert(TestWithoutAttention):
 
 
 class TestWithFrozenBert(TestWithoutAttention):
-    skipped = {name: reason for name, reason in SAME_CODE.items() if not name.startswith("gradient")}
+    skipped = {name: reason for name, reason in SAME_CODE.items() if not name.startswith("gradient")} | {
+        "adapters_and_quantization_reach_every_linear_layer": "freeze_encoder also freezes the adapters of the encoder"
+    }
     frozen = [
         f"encoder.{name}"
         for name, _ in ProgramSeq2SeqForConditionalGeneration(tiny(encoder_type="bert")).encoder.named_parameters()

@@ -52,7 +52,7 @@ class TestDefaultKind(ModelContract):
                 image[:, y : y + side, x : x + side] = torch.rand(3, 1, 1, generator=draw)
         return {"pixel_values": images * 2 - 1}
 
-    def half_answer(self, model, inputs):
+    def smooth_answer(self, model, inputs):
         # The choices of seeds, of draws and of the slots to keep jump.
         model.config.seeds = "random"
         return self.answer(model, {**inputs, "num_draws": 1, "prune": False})
