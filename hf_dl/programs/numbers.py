@@ -16,11 +16,14 @@ _FRACTIONS = "".join(chr(code) for code in (0xBC, 0xBD, 0xBE, *range(0x2150, 0x2
 _SUPERSCRIPTS, _SUBSCRIPTS = "⁰¹²³⁴⁵⁶⁷⁸⁹", "₀₁₂₃₄₅₆₇₈₉"
 _SMALL = str.maketrans(_SUPERSCRIPTS + _SUBSCRIPTS + "⁻⁺", "01234567890123456789-+")
 # Digits in groups of three: "12 345 678" alone, not next to other numbers as in "875 233 / 899" or a sequence.
-_SPACED = re.compile(r"(?<![\d/^] )(?<![\d.,/^])[1-9]\d{0,2}(?: \d{3}){1,5}(?!\d| ?[/^?]| [\d(])", re.ASCII)
+_SPACED = re.compile(
+    r"(?<![\d/^] )(?<![\d.,/^])[1-9]\d{0,2}(?: \d{3}){1,5}(?:,\d{1,2})?(?!\d| ?[/^?]| [\d(])", re.ASCII
+)
 
 
 def _join(match: re.Match) -> str:
-    return match[0].replace(" ", "")
+    """Join "1 000", "1'000" and "1 000,50"."""
+    return re.sub("[^0-9,]", "", match[0]).replace(",", ".")
 
 
 def _join_dotted(match: re.Match) -> str | None:
@@ -48,11 +51,18 @@ _NOTATIONS: list[tuple[re.Pattern, Callable[[re.Match], str | None]]] = [
     (re.compile(r"(?<=\d)[．٫](?=\d)"), lambda match: "."),
     (re.compile(r"(?<=\d)[，٬](?=\d)"), lambda match: ","),
     (re.compile(r"[−－](?=\s?[\d.])"), lambda match: "-"),
+    (re.compile(r"(?<=\d)[／∕⁄]"), lambda match: "/"),
+    (re.compile(r"(?<=\d)％"), lambda match: "%"),
     (  # "1 000" with a space that does not break, and "1'000"
-        re.compile(r"(?<![\d.,])\d{1,3}(?:(?:[\u00a0\u2007\u2009\u202f]\d{3})+|(?:['’]\d{3})+)(?!\d)", re.ASCII),
-        lambda match: "".join(filter(str.isdigit, match[0])),
+        re.compile(
+            r"(?<![\d.,])\d{1,3}(?:(?:[\u00a0\u2007\u2009\u202f]\d{3})+|(?:['’]\d{3})+)(?:,\d{1,2})?(?!\d)", re.ASCII
+        ),
+        _join,
     ),
-    (re.compile(r"(?<![\d.,/^])[1-9]\d{0,2}(?: \d{3}){0,4}? 000(?: \d{3}){0,4}(?!\d)"), _join),  # "24 000"
+    (  # "24 000"
+        re.compile(r"(?<![\d.,/^])[1-9]\d{0,2}(?: \d{3}){0,4}? 000(?: \d{3}){0,4}(?:,\d{1,2})?(?!\d)", re.ASCII),
+        _join,
+    ),
     (_SPACED, lambda match: _join(match) if match[0].count(" ") > 1 else None),  # "12 500" may be two numbers
     (re.compile(r"(?<![\d.,])(\d{1,3}(?:\.\d{3})+)(?:,(\d{1,2}))?(?!\d|[.,]\d)", re.ASCII), _join_dotted),
     (re.compile(r"(?<=\d)\.\d+,(?=[\d.])", re.ASCII), lambda match: f"{match[0][:-1]} "),  # "3.5,4" has two

@@ -59,7 +59,7 @@ def test_numbers_of_a_problem(text, mathqa, course):
         ("24 000 men, 5 women", [24000, 5]), ("In 2020, 24 000", [2020, 24000]), ("12 345 678 men", [12345678]),
         ("12\u2009500", [12500]), ("1\u202f000\u00a0000", [1000000]), ("1\u00a0234.5", [1234.5]),
         ("1'000'000", [1000000]), ("12’500", [12500]), ("1.234,56", [1234.56]), ("2.000.000,5", [2000000.5]),
-        ("1 000 000 1", [1000000, 1]),
+        ("1 000 000 1", [1000000, 1]), ("1 000,50 and 24 000, 5", [1000.5, 24000, 5]), ("1\u00a0234,5", [1234.5]),
         # not thousands: MathQA has sequences and mixed fractions in this form
         ("80 370 860 ? 2440", [80, 370, 860, 2440]), ("875 233 / 899", [875, 233, 899]), ("12 500 g", [12, 500]),
         ("5 20 380 144", [5, 20, 380, 144]), ("1.234 km", [1.234]), ("5' 100 m", [5, 100]),
@@ -81,6 +81,7 @@ def test_numbers_as_people_write_them(text, numbers):
 
 def test_masks_stand_in_plain_text():
     assert mask_numbers("２½ h for 10³ steps, 3 m²") == ("<n0> h for <n1> ^ <n2> steps, <n3> m²", [2.5, 10, 3, 3])
+    assert mask_numbers("１／２ or 1⁄2 or ５％")[0] == "<n0> / <n1> or <n2> / <n3> or <n4> %"
     assert plain_numbers("no number, 1,200 or -3.5 or 1 / 2") == "no number, 1,200 or -3.5 or 1 / 2"
     assert extract_numbers("−3.5", convention="course") == [-3.5]
     with pytest.raises(ValueError, match="n0 has 1000 digits; numbers of a problem must be below 1e308"):
