@@ -79,6 +79,9 @@ class ModelContract:
         torch.manual_seed(0)
         return self.model_class(self.config()).eval()
 
+    def load(self, folder, dtype):
+        return self.model_class.from_pretrained(folder, dtype=dtype)
+
     def answer(self, model, inputs):
         torch.manual_seed(0)
         return getattr(model(**inputs), self.output_key)
@@ -223,7 +226,7 @@ if {self.processor_class is not None}:
             expected = self.smooth_answer(model, self.inputs(2))
             model.save_pretrained(tmp_path)
             for dtype in HALVES:
-                loaded = self.model_class.from_pretrained(tmp_path, dtype=dtype)
+                loaded = self.load(tmp_path, dtype)
                 converted = copy.deepcopy(model).to(dtype)
                 assert loaded.dtype == dtype and not loaded.training
                 for each in (loaded, converted):

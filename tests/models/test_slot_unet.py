@@ -7,6 +7,7 @@ from diffusers import UNet2DConditionModel
 
 from hf_dl.models.slot_unet import ARCHITECTURES, SlotUNetModel
 from tests.memory import aligned
+from tests.models.contract import ModelContract
 from tests.models.diffusers_weights import copy_unet
 
 TINY = {
@@ -39,6 +40,43 @@ def make_inputs(batch=2, slots=3, *, dtype=torch.float32):
 @pytest.fixture
 def unet():
     return make_unet()
+
+
+class TestContract(ModelContract):
+    """The parts of the contract that apply to a model of diffusers."""
+
+    model_class = SlotUNetModel
+    output_key = "sample"
+    skipped = {
+        "forward_takes_main_input_first_and_puts_the_loss_first": "a denoiser of diffusers has no loss",
+        "trainer_trains_and_evaluates": "a denoiser of diffusers has no loss",
+        "overfits_eight_examples": "test_learns_what_the_slots_say trains it",
+        "save_and_load_give_every_parameter_and_buffer_back": "tested below in the format of diffusers",
+        "auto_classes_load_it": "transformers has no Auto class for it",
+        "loads_in_a_fresh_process_without_the_package": "diffusers loads it by its class",
+        "the_config_can_ask_for_tuples": "a config of diffusers has no return_dict",
+        "compiles_to_the_same_numbers": "tested below with a fixed number of graphs",
+        "gradient_checkpointing_keeps_the_gradients": "tested below with enable_gradient_checkpointing of diffusers",
+    }
+
+    @pytest.fixture
+    def model(self):
+        return make_unet(sketch_channels=3, layout_channels=5, patch_size=2, position_frequencies=2)
+
+    def inputs(self, batch):
+        sample, timestep, slots = make_inputs(batch)
+        draw = torch.Generator().manual_seed(batch)
+        painting = {
+            "sketch": torch.randn(sample.shape, generator=draw),
+            "masks": torch.rand(batch, 3, 8, 8, generator=draw),
+        }
+        return {"sample": sample, "timestep": timestep % 1000, "encoder_hidden_states": slots, **painting}
+
+    def loss(self, model, inputs):
+        return model(**inputs).sample.square().mean()
+
+    def load(self, folder, dtype):
+        return SlotUNetModel.from_pretrained(folder, torch_dtype=dtype).eval()
 
 
 # ------------------------------------------------------------------------------------------------ what it computes
