@@ -550,6 +550,7 @@ class MathProgramPipeline:
             **{name: tensor.to(self.model.device) for name, tensor in batch.items()},
             decoder_input_ids=torch.tensor([read], device=self.model.device),
             output_attentions=True,
+            return_dict=True,
         )
         return output.cross_attentions[0][0, 0].float().cpu()
 

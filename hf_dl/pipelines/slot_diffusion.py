@@ -170,7 +170,8 @@ class SlotDiffusionPipeline(PortablePipeline):
         """
         with self._evaluating():
             pixel_values, _ = self._prepare(image)
-            return self.slot_encoder(pixel_values, num_slots=num_slots, num_iterations=num_iterations)
+            options = {"num_slots": num_slots, "num_iterations": num_iterations, "return_dict": True}
+            return self.slot_encoder(pixel_values, **options)
 
     @torch.no_grad()
     def segment(
@@ -197,7 +198,8 @@ class SlotDiffusionPipeline(PortablePipeline):
         """
         with self._evaluating():
             pixel_values, sizes = self._prepare(image)
-            output = self.slot_encoder(pixel_values, num_slots=num_slots, num_iterations=num_iterations)
+            options = {"num_slots": num_slots, "num_iterations": num_iterations, "return_dict": True}
+            output = self.slot_encoder(pixel_values, **options)
         masks = {size: self.slot_masks(pixel_values, output, size) for size in set(sizes)}
         masks = [masks[size][row].argmax(dim=0) for row, size in enumerate(sizes)]
         self.maybe_free_model_hooks()
