@@ -69,6 +69,11 @@ class TestHierarchicalLM(TestSoftmaxLM):
     test_loads_in_a_fresh_process_without_the_package = ModelContract.test_loads_in_a_fresh_process_without_the_package
     head = "hierarchical"
 
+    def exported_inputs(self, batch):
+        keep = torch.rand(batch, 5, generator=torch.Generator().manual_seed(batch)) > 0.3
+        keep[:, 2] = True
+        return {**super().exported_inputs(batch), "attention_mask": keep.long()}
+
 
 class TestAdaptiveLM(TestSoftmaxLM):
     head = "adaptive"
