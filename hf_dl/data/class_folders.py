@@ -65,7 +65,7 @@ def find_images(folder: Path, skipped: Skipped | None = None) -> list[Path]:
 
     for place, folders, files in os.walk(folder, onerror=note_closed):
         folders[:] = [name for name in folders if not _is_hidden(name)]
-        for name in files:
+        for name in sorted(files):
             path = Path(place, name)
             if path.suffix.lower() in SUFFIXES and not _is_hidden(name):
                 found.append(path)
@@ -129,7 +129,7 @@ def read_class_folders(source: Path) -> tuple[dict[str, datasets.Dataset], str]:
     parts = _splits(root) or {"train": root}
     _check_splits(parts, source)
     if root not in parts.values():
-        for path in set(_subfolders(root)) - set(parts.values()):
+        for path in sorted(set(_subfolders(root)) - set(parts.values())):
             skipped.add("folders beside the splits", path)
         inner = {name: unwrap(folder) for name, folder in parts.items()}
         if all(inner[name] != parts[name] and not _has_images(inner[name]) for name in parts):
@@ -137,7 +137,7 @@ def read_class_folders(source: Path) -> tuple[dict[str, datasets.Dataset], str]:
     members: dict[str, dict[str, list[Path]]] = {}
     for part, folder in parts.items():
         members[part] = {shown_path(path.name): find_images(path, skipped) for path in _subfolders(folder)}
-        for path in folder.iterdir():
+        for path in sorted(folder.iterdir()):
             if not path.is_dir() and not _is_hidden(path.name):
                 is_image = path.suffix.lower() in SUFFIXES
                 skipped.add("images outside of class folders" if is_image else "files that are not images", path)

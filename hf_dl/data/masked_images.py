@@ -178,7 +178,7 @@ def _crop_row(row: dict, image: str, mask: str | None, size: int, crop: int | No
         try:
             picture = open_image(real_path(picture))
         except (OSError, ValueError) as error:
-            raise ValueError(f"{row[image]} cannot be read as an image. {error}") from error
+            raise ValueError(f"{row[image]} cannot be read as an image. {error} Repair or remove it.") from error
     if picture is None or (mask is not None and labels is None):
         raise ValueError("A row has no image or no mask. Expected both in each row.")
     if mask is None:

@@ -68,9 +68,10 @@ def load_images(flags: SceneFlags, split: str) -> ImageTensors:
     count = (flags.num_train if split == "train" else flags.num_test) or None
     if flags.source == "synthetic":
         options = {"style": flags.style, "size": flags.image_size, "num_objects": tuple(flags.num_objects)}
-        return ImageTensors(scenes.load(split, num_scenes=count, **options))
-    data = masked_images.load(split, flags.source, size=flags.image_size, crop=flags.crop, num_images=count)
-    if len(data) < 2:
+        data = scenes.load(split, num_scenes=count, **options)
+    else:
+        data = masked_images.load(split, flags.source, size=flags.image_size, crop=flags.crop, num_images=count)
+    if len(data) < 2:  # the scores compare images
         raise ValueError(f"The {split} split of source={flags.source!r} has 1 image. At least 2 are needed.")
     report_data(data, split)
     return ImageTensors(data)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import datasets
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,8 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from torch.utils.data import Subset
 
-from hf_dl.data import labeled_images
+from hf_dl.data import labeled_images, masked_images
+from hf_dl.data.class_folders import is_flat
 from hf_dl.data.image_arrays import LabeledImages
 from hf_dl.metrics.latents import active_units, posterior_collapse
 from hf_dl.models.image_vae import (
@@ -80,7 +82,8 @@ class ImageFlags:
     """Flags that select the images. The training and the evaluation script share them."""
 
     source: str = field(
-        default="synthetic", metadata={"help": "synthetic, a Hub id, or a folder of images, parquet or idx files."}
+        default="synthetic",
+        metadata={"help": "synthetic, a Hub id, or a folder: images with or without classes, parquet or idx files."},
     )
     image_size: int = field(default=32, metadata={"help": "Height and width of the images, in pixels."})
     num_channels: Literal[0, 1, 3] = field(
@@ -170,10 +173,23 @@ def load_images(flags: ImageFlags, split: str) -> LabeledImages:
 
     Returns:
         The images, with labels.
+
+    Raises:
+        ValueError: If the split has fewer than two images, or the source is invalid.
     """
     hide_progress_bars()
     count = (flags.num_train if split == "train" else flags.num_test) or None
-    data = labeled_images.load(split, flags.source, size=flags.image_size, num_images=count, holdout=flags.holdout)
+    options = {"size": flags.image_size, "num_images": count, "holdout": flags.holdout}
+    if is_flat(flags.source):  # all images get the same label
+        data = masked_images.load(split, flags.source, **options).select_columns("image")
+        data = data.add_column("label", [0] * len(data)).cast_column("label", datasets.ClassLabel(names=["image"]))
+    else:
+        data = labeled_images.load(split, flags.source, **options)
+    if len(data) < 2:  # the scores compare images
+        raise ValueError(
+            f"The {split} split of source={flags.source!r} has 1 image. At least 2 are needed: use more images or a "
+            f"larger holdout than {flags.holdout}."
+        )
     report_data(data, split)
     if not flags.num_channels:
         samples = [np.asarray(image.convert("RGB")) for image in data[:100]["image"]]

@@ -200,3 +200,17 @@ def test_wrong_flags_are_refused_in_a_sentence(flags, sentence, tmp_path, capsys
     assert stopped.value.code == 2
     assert sentence in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_flat_folder_of_photos(tmp_path, capsys):
+    for number in range(20):
+        pixels = np.random.default_rng(number).integers(0, 256, (30, 40, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{number}.png")
+    args = train_vae.Args(source=str(tmp_path), image_size=16, holdout=0.1)
+    train, test = (vae.load_images(args, split) for split in ("train", "test"))
+    assert (len(train), len(test)) == (16, 2) and args.num_channels == 3
+    assert train[0]["image"].shape == (3, 16, 16)
+    assert train.names == ["image"] and train.labels.unique().tolist() == [0]
+    assert "train: 16 images without masks." in capsys.readouterr().err
+    with pytest.raises(ValueError, match="has 1 image. At least 2 are needed: use more images or a larger holdout"):
+        vae.load_images(train_vae.Args(source=str(tmp_path), image_size=16, num_test=1), "test")
