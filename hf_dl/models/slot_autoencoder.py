@@ -38,7 +38,7 @@ from transformers import initialization as init
 from transformers.image_utils import ImageInput, PILImageResampling
 from transformers.utils import ModelOutput, can_return_tuple
 
-from .image_input import RgbImageProcessor
+from .image_input import RgbImageProcessor, to_rgb
 from .layers_attention import SlotAttention
 from .layers_frame_attention import FrameSlotAttention, PlaceWeights
 from .slot_config import SlotAutoencoderConfig
@@ -354,9 +354,9 @@ class SlotAutoencoderModel(SlotAutoencoderPreTrainedModel):
             num_iterations: T. Defaults to `config.num_iterations`.
 
         Returns:
-            int64 (height, width) at the original image size, or a list of these for a list of images. The values are
-            indices of `SlotAutoencoderOutput.slots`, in [0, K). The background is one of them, without a special
-            index.
+            int64 (height, width) at the size of the upright image, or a list of these for a list of images. The
+            values are indices of `SlotAutoencoderOutput.slots`, in [0, K). The background is one of them, without a
+            special index.
 
         Example:
             ```python
@@ -368,6 +368,7 @@ class SlotAutoencoderModel(SlotAutoencoderPreTrainedModel):
         """
         if not isinstance(images, (list, tuple)):
             return self.segment([images], num_slots=num_slots, num_iterations=num_iterations)[0]
+        images = [to_rgb(image) if isinstance(image, Image.Image) else image for image in images]
         pixel_values = self.prepare_images(images)
         output = self(pixel_values, num_slots=num_slots, num_iterations=num_iterations, return_dict=True)
         masks = self.posterior(pixel_values, output)

@@ -34,6 +34,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from transformers import PreTrainedModel
 
+from ..models.image_input import to_rgb
 from ..models.latent_autoencoder import decode_latents, encode_latents
 from ..models.layers_attention import attention_masks
 from .diffusion_sampling import PREDICTION_TYPES, ancestral_step
@@ -144,6 +145,7 @@ class SlotDiffusionPipeline(PortablePipeline):
                 f"image is {kinds}; expected a PIL image, a uint8 array or tensor (channels, height, width), a "
                 "list of these, or pixel_values (batch, channels, height, width) in [-1, 1]."
             )
+        images = [to_rgb(each) if isinstance(each, Image.Image) else each for each in images]
         pixel_values = self.slot_encoder.prepare_images(images).to(self._execution_device)
         sizes = [each.size[::-1] if isinstance(each, Image.Image) else tuple(each.shape[-2:]) for each in images]
         return pixel_values, sizes

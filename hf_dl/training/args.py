@@ -242,8 +242,8 @@ def parse_flags(cls: type[FlagsT], argv: list[str] | None = None) -> FlagsT:
     """Parse the flags of a script that does not train; nothing is seeded.
 
     An unknown flag or an invalid value ends the program with one sentence and exit status 2. Flags cannot be
-    abbreviated. In a program that reads `sys.argv`, errors about the input that occur later, such as a missing file,
-    end the program with one sentence and exit status 1, see `explain_errors`.
+    abbreviated. In a program that reads `sys.argv`, later errors about the input, such as a missing file, end the
+    program with one sentence and exit status 1, see `explain_errors`.
 
     Args:
         cls: A dataclass of flags. Its `__post_init__` may raise ValueError for invalid values.

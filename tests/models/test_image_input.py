@@ -11,7 +11,13 @@ from PIL import Image
 
 from hf_dl.data import instance_masks, labeled_images
 from hf_dl.demo import uploads
-from hf_dl.models import ImageVaeProcessor, SlotImageProcessor, SmallViTImageProcessor
+from hf_dl.models import (
+    ImageVaeProcessor,
+    SlotAutoencoderConfig,
+    SlotAutoencoderModel,
+    SlotImageProcessor,
+    SmallViTImageProcessor,
+)
 from hf_dl.models.image_input import open_image, to_rgb
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -91,6 +97,17 @@ def test_files_are_opened_the_same_way_everywhere(tmp_path):
                 found[f"{type(processor).__name__} {type(given).__name__}"] = values.movedim(0, -1).numpy()
         for place, shown in found.items():
             assert np.array_equal(np.asarray(shown), pixels), f"{name} in {place}"
+
+
+def test_segments_have_the_size_of_the_upright_image():
+    torch.manual_seed(0)
+    sizes = {"image_size": 16, "num_slots": 2, "num_iterations": 1}
+    model = SlotAutoencoderModel(SlotAutoencoderConfig(**sizes)).eval()
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 40, 3), dtype=np.uint8))
+    photo.getexif()[0x0112] = 6  # to be shown turned by 90 degrees clockwise
+    segments = model.segment(photo)
+    assert segments.shape == (40, 20)
+    assert torch.equal(segments, model.segment(photo.transpose(Image.Transpose.ROTATE_270)))
 
 
 def test_to_rgb_keeps_an_image_that_is_rgb():
