@@ -94,6 +94,7 @@ class SlotAutoencoderPreTrainedModel(PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
+    _input_embed_layer = "encoder"
     accepts_loss_kwargs = False  # the loss is a mean over the batch, which Trainer divides by the accumulation steps
     _keep_in_fp32_modules_strict = ["slot_attention", "frame_readout"]
 

@@ -242,6 +242,7 @@ class SmallViTPreTrainedModel(PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
+    _input_embed_layer = "patch_projection"
     accepts_loss_kwargs = False  # the loss is a mean over the batch, which Trainer divides by the accumulation steps
     _supports_sdpa = True
     _no_split_modules = ["SmallViTEmbeddings", "SmallViTBlock"]

@@ -246,12 +246,24 @@ if {self.processor_class is not None}:
                 quantized = quantize_dynamic(copy.deepcopy(model), layers, dtype=torch.qint8)
             found = self.smooth_answer(quantized, inputs)
             assert found.isfinite().all() and not torch.equal(found, expected)
+        self.train_adapters(model)
+
+    def test_adapters_train_with_gradient_checkpointing(self, model):
+        if not self.checkpoints:
+            pytest.skip(f"{type(self).__name__}: refuses gradient checkpointing")
+        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+        enable({"use_reentrant": True})  # needs an input with a gradient
+        model.enable_input_require_grads()
+        self.train_adapters(model)
+
+    def train_adapters(self, model):
+        """Check that every adapter of a linear layer gets a gradient."""
         names = [name for name, module in model.named_modules() if type(module) is nn.Linear]
         if not names:
             return
         config = LoraConfig(target_modules="|".join(map(re.escape, names)), init_lora_weights=False)
         inject_adapter_in_model(config, model.train())
-        self.loss(model, inputs).backward()
+        self.loss(model, self.inputs(12)).backward()
         adapters = {name: parameter for name, parameter in model.named_parameters() if "lora_" in name}
         assert len(adapters) == 2 * len(names)
         for name, parameter in adapters.items():

@@ -50,6 +50,9 @@ class TestSlotDecoder(TestSlotEncoder):
     model_class = SlotDecoderModel
     output_key = "reconstruction"
     checkpoints = ("canvas.mix",)
+    skipped = TestSlotEncoder.skipped | {
+        "adapters_train_with_gradient_checkpointing": "reentrant checkpoints need slots with a gradient as input"
+    }
 
     def inputs(self, batch):
         slots = torch.randn(batch, 3, 12, generator=torch.Generator().manual_seed(batch))

@@ -56,6 +56,7 @@ class TestContract(ModelContract):
         "loads_in_a_fresh_process_without_the_package": "diffusers loads it by its class",
         "the_config_can_ask_for_tuples": "a config of diffusers has no return_dict",
         "compiles_to_the_same_numbers": "tested below with a fixed number of graphs",
+        "adapters_train_with_gradient_checkpointing": "diffusers has no enable_input_require_grads",
         "gradient_checkpointing_keeps_the_gradients": "tested below with enable_gradient_checkpointing of diffusers",
     }
 
