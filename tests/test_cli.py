@@ -188,6 +188,26 @@ def test_training_goes_through_accelerate(shipped):
     assert out.endswith("['fail', '--num_steps', '3'] __main__\n") and "Traceback" not in err
 
 
+@pytest.mark.skipif(os.name != "posix", reason="needs a shell")
+@pytest.mark.parametrize(
+    ("words", "run"),
+    [
+        (
+            ["accelerate", "launch", "--num_processes", "2", "a b.py", "--x"],
+            "hf-dl launch --num_processes 2 a b.py --x",
+        ),
+        (["accelerate", "config"], "accelerate config"),
+        (["pytest"], "pytest"),
+    ],
+)
+def test_the_script_run_starts_training_through_hf_dl(tmp_path, words, run):
+    (tmp_path / "uv").write_text('#!/bin/sh\necho "$@"\n')
+    (tmp_path / "uv").chmod(0o755)
+    env = {**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run([str(ROOT / "scripts" / "run"), *words], env=env, capture_output=True, text=True)
+    assert done.stdout == f"run --project {ROOT} {run}\n"
+
+
 def test_any_program_is_launched_without_a_traceback_of_the_launcher(shipped, monkeypatch):
     launched = []
 

@@ -103,3 +103,30 @@ def test_a_model_that_cannot_be_loaded_is_reported_in_one_sentence(tmp_path):
     weights.write_bytes(weights.read_bytes()[:-10])
     with pytest.raises(ValueError, match=r"small_vae' cannot be loaded\. .*not fully covered"):
         evaluation.load_model(ImageVaeModel, folder)
+
+
+def test_the_data_of_the_training_run_is_used(tmp_path, capsys):
+    @dataclass
+    class DataFlags:
+        source: str = "synthetic"
+        size: int = 1
+
+    @dataclass
+    class EvaluationFlags(DataFlags):
+        seed: int = 0
+
+    def use(*argv):
+        args = parse_flags(EvaluationFlags, list(argv))
+        evaluation.use_training_data(args, tmp_path, DataFlags, list(argv))
+        return args
+
+    assert use() == EvaluationFlags()  # a model without results.json
+    results = {"script": "train.py", "args": {"source": "photos", "size": 5, "seed": 3}, "metrics": {}}
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    assert use() == EvaluationFlags(source="photos", size=5)
+    assert "Using the data of the training run: source='photos', size=5." in capsys.readouterr().err
+    assert use("--size=1") == EvaluationFlags(source="photos", size=1)
+    assert use("--source", "synthetic") == EvaluationFlags()
+    (tmp_path / "results.json").write_text("{")
+    with pytest.raises(ValueError, match="is cut short or damaged"):
+        use()

@@ -4,11 +4,12 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import UNet2DConditionModel
+from diffusers import DDPMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file
 
 from hf_dl.models import SlotAutoencoderConfig, SlotAutoencoderModel, SlotUNetModel, encode_latents, make_autoencoder
@@ -37,6 +38,29 @@ STEPS = "--max_steps=6 --eval_every=3 --save_every=4".split()
 pytestmark = pytest.mark.filterwarnings(
     "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"
 )
+
+
+class Denoiser(torch.nn.Module):
+    """Predicts no noise; slot 0 owns the upper half of each image."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, latents, times, conditions, pixel_values):
+        attention = torch.eye(2).repeat_interleave(8, dim=1)[None].expand(len(latents), -1, -1)  # 4x4 cells
+        return SimpleNamespace(predicted=0 * latents, attention=attention)
+
+
+@pytest.mark.parametrize(("objects", "expected"), [(0, set()), (1, {"ari"}), (2, {"ari", "fg_ari"})])
+def test_scores_that_need_masks_are_left_out_without_them(objects, expected):
+    batch = {"image": torch.zeros(3, 3, 8, 8, dtype=torch.uint8), "latents": torch.zeros(3, 4, 2, 2)}
+    if objects:
+        batch["mask"] = torch.zeros(3, 8, 8, dtype=torch.uint8)
+        batch["mask"][:, :4, :4], batch["mask"][:, 4:, :4] = 1, objects
+    scores = slot_diffusion.evaluate(Denoiser(), [batch], DDPMScheduler())
+    assert {name for name in ("ari", "fg_ari") if f"attention_{name}" in scores} == expected
+    assert scores["images"] == 3 and scores["loss"] == pytest.approx(1, abs=0.5)
 
 
 def save_autoencoder(folder):
