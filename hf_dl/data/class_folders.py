@@ -10,7 +10,7 @@ from pathlib import Path
 
 import datasets
 
-from .split_names import SPLIT_OF
+from .splits import SPLIT_OF
 
 SUFFIXES = {
     ".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".webp", ".avif", ".tif", ".tiff", ".ppm", ".pgm",

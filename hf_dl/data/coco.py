@@ -63,7 +63,10 @@ def load(
 
 
 def _read_coco(path: Path) -> dict:
-    content = json.loads(path.read_text())
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # also of the encoding
+        raise ValueError(f"{path} is not JSON: {error}. Expected COCO instances.") from None
     missing = {"images", "annotations"} - set(content if isinstance(content, dict) else ())
     if missing:
         raise ValueError(f"{path} has no {' and no '.join(sorted(missing))}. Expected COCO instances.")

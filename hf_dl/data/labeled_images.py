@@ -22,7 +22,7 @@ from .class_folders import count_classes, read_class_folders, real_path
 from .idx_files import read_idx_folder
 from .object_images import SPLITS
 from .png import encode_png
-from .split_names import Rows, Source, find_split, given_splits, hold_out, name_source, streamed_split
+from .splits import Rows, Source, find_split, given_splits, hold_out, name_source, read_tables, streamed_split
 
 _VERSION = 2  # increase it when pixels or columns change: `datasets` caches by arguments, not by code
 
@@ -155,19 +155,13 @@ def _read_folder(
     root: Path, image_column: str | None, label_column: str | None
 ) -> tuple[dict[str, datasets.Dataset], str]:
     """Return the splits of a local source, with undecoded images and labels; and a report of skipped files."""
-    if root.is_file():
-        if root.suffix != ".parquet":
-            raise ValueError(f"source={str(root)!r} is not a parquet file. Expected a parquet file or a folder.")
-        found = datasets.load_dataset("parquet", data_files=str(root))
-    elif any((root / f"{kind}.json").is_file() for kind in ("dataset_info", "dataset_dict")):
-        found = datasets.load_from_disk(root)
-        found = found if isinstance(found, datasets.DatasetDict) else {str(found.split or "train"): found}
-    elif any(root.rglob("*.parquet")):
-        found = datasets.load_dataset(str(root))
-    else:
-        found = read_idx_folder(root)
-        return (found, "") if found else read_class_folders(root)
-    return _labeled(found, str(root), image_column, label_column), ""
+    if root.is_file() and root.suffix != ".parquet":
+        raise ValueError(f"source={str(root)!r} is not a parquet file. Expected a parquet file or a folder.")
+    found = read_tables(root)
+    if found is not None:
+        return _labeled(found, str(root), image_column, label_column), ""
+    found = read_idx_folder(root)
+    return (found, "") if found else read_class_folders(root)
 
 
 def _columns(

@@ -9,7 +9,7 @@ from pathlib import Path
 import datasets
 
 from .class_folders import Skipped, file_stamp, find_images, shown_path, unwrap
-from .split_names import SPLIT_OF
+from .splits import SPLIT_OF
 
 _LOSSY = {".jpg", ".jpeg", ".jfif"}
 _MASK_NAMES = ("{}", "{}_mask")  # names of the mask of an image, without suffix
@@ -67,7 +67,11 @@ def _split_of(path: Path) -> str:
 
 def _read_metadata(root: Path, mask_column: str) -> Iterator[Pair]:
     for path in sorted(root.rglob("metadata.jsonl")):
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{shown_path(path)} is not UTF-8 text: {error}.") from None
+        for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             where = f"Line {number} of {shown_path(path)}"

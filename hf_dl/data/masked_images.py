@@ -17,7 +17,7 @@ from .class_folders import real_path
 from .instance_masks import check_arguments, crop_square, make_example
 from .instance_masks import open_image as open_mask
 from .mask_folders import read_mask_folder
-from .split_names import Rows, Source, find_split, given_splits, hold_out, name_source, streamed_split
+from .splits import Rows, Source, find_split, given_splits, hold_out, name_source, read_tables, streamed_split
 
 _VERSION = 3  # increase it when pixels or columns change: `datasets` caches by arguments, not by code
 
@@ -42,7 +42,7 @@ def load(
 
     * a folder of CLEVRTex;
     * a folder of images, if `annotations` names a COCO file;
-    * a dataset saved by `save_to_disk`, or a folder with parquet files;
+    * a dataset saved by `save_to_disk`, a parquet file or a folder of parquet files;
     * a folder with `images/` and `masks/`, with a metadata.jsonl, or with images without masks, see
       `hf_dl.data.mask_folders`;
     * a `Dataset` that you already have, or a dictionary of splits;
@@ -89,7 +89,7 @@ def load(
     given, name = given_splits(source), name_source(source)
     root = Path(name).expanduser()
     local = root.is_absolute() or name.startswith((".", "~")) or len(root.parts) > 2
-    if given is None and local and not root.is_dir():
+    if given is None and local and not root.is_dir() and not (root.is_file() and root.suffix == ".parquet"):
         raise FileNotFoundError(f"source={name!r} is not a folder. Expected a folder of CLEVRTex or of images.")
     if annotations is not None:
         data = coco.load(split, name, annotations=annotations, size=size, crop=crop or None, streaming=streaming)
@@ -100,14 +100,12 @@ def load(
     skipped = ""
     if given is not None:
         found = given
-    elif not root.is_dir():
+    elif not root.exists():
         found = datasets.load_dataset(name, streaming=streaming)
-    elif any((root / f"{kind}.json").is_file() for kind in ("dataset_info", "dataset_dict")):
-        found = given_splits(datasets.load_from_disk(root.resolve()))
-    elif any(root.rglob("*.parquet")):
-        found = datasets.load_dataset(str(root.resolve()), streaming=streaming)
     else:
-        found, skipped = read_mask_folder(root.resolve(), mask_column or "mask")
+        found = read_tables(root.resolve(), streaming=streaming)
+        if found is None:
+            found, skipped = read_mask_folder(root.resolve(), mask_column or "mask")
     if any(isinstance(rows, datasets.IterableDataset) for rows in found.values()):
         rows = _first(streamed_split(found, split, source), num_images)
     else:

@@ -35,7 +35,7 @@ from transformers import AddedToken, PreTrainedTokenizerBase, PreTrainedTokenize
 
 from .. import programs
 from . import word_problems
-from .split_names import SPLIT_NAMES, Source, given_splits, name_source
+from .splits import SPLIT_NAMES, Source, given_splits, name_source
 
 COLUMNS = datasets.Features(
     problem=datasets.Value("string"),

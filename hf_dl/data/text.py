@@ -40,7 +40,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from .split_names import SPLIT_OF, Rows, Source, find_split, given_splits, name_source, streamed_split
+from .splits import SPLIT_OF, Rows, Source, find_split, given_splits, name_source, read_tables, streamed_split
 
 SPLITS = {"train": 24_000, "validation": 1500, "test": 1500}  # default numbers of synthetic documents
 LEVELS = ("word", "char")
@@ -343,16 +343,11 @@ def _draw(shards: list[tuple[int, int]], split: str, seed: int, version: int) ->
 
 def _read_local(root: Path, text_column: str | None) -> dict[str, Sequence[str]]:
     """Return the splits of a file or folder."""
-    if root.is_file():
-        if root.suffix == ".parquet":
-            return _texts(datasets.load_dataset("parquet", data_files=str(root)), str(root), text_column)
-        return {"train": _read_lines(root)}
-    if any((root / f"{kind}.json").is_file() for kind in ("dataset_info", "dataset_dict")):
-        found = datasets.load_from_disk(root)
-        found = found if isinstance(found, datasets.DatasetDict) else {str(found.split or "train"): found}
+    found = read_tables(root)
+    if found is not None:
         return _texts(found, str(root), text_column)
-    if any(root.rglob("*.parquet")):
-        return _texts(datasets.load_dataset(str(root)), str(root), text_column)
+    if root.is_file():
+        return {"train": _read_lines(root)}
     files = sorted(path for path in root.iterdir() if path.is_file() and _is_text(path))
     if not files:
         raise ValueError(

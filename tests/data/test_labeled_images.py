@@ -235,6 +235,15 @@ def make_rows(count=8, **columns):
 CLASS_LABEL = ([0, 1, 2], datasets.ClassLabel(names=list(COLORS)))
 
 
+def test_damaged_datasets_are_explained(tmp_path):
+    for name, content in (("x.parquet", b"PAR1"), ("dataset_info.json", b"{"), ("dataset_dict.json", b"{}")):
+        folder = tmp_path / name.split(".")[0]
+        folder.mkdir()
+        (folder / name).write_bytes(content)
+        with pytest.raises(ValueError, match=f"{folder.name}' is a damaged dataset. Write it again. "):
+            load("train", folder)
+
+
 @pytest.mark.parametrize("nested", [False, True])
 def test_parquet_files(tmp_path, nested):
     folder = tmp_path / "deep" if nested else tmp_path

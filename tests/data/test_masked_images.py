@@ -138,9 +138,10 @@ def test_metadata_with_a_column_of_masks(tmp_path, key):
         path.write_text("\n".join(json.dumps(line) for line in (lines[0], lines[1] | change)))
         with pytest.raises((ValueError, FileNotFoundError), match=problem):
             read("train", tmp_path)
-    path.write_text("{")
-    with pytest.raises(ValueError, match="Line 1 of .* is not JSON"):
-        read("train", tmp_path)
+    for content, problem in ((b"{", "Line 1 of .* is not JSON"), (b'{"a": "\xff"}', "is not UTF-8 text")):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=problem):
+            read("train", tmp_path)
 
 
 def test_images_without_masks(tmp_path):

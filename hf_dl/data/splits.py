@@ -1,10 +1,11 @@
-"""The splits of a source and their names, such as "val" or "dev" for the validation split."""
+"""The splits of a source: read them, find them by names such as "val" or "dev", and hold out missing ones."""
 
 from __future__ import annotations
 
 import os
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TypeVar
 
 import datasets
@@ -60,6 +61,33 @@ def given_splits(source: Source) -> dict[str, Rows] | None:
 def name_source(source: Source) -> str:
     """Return a source as text for messages: its path or name, or the kind of the dataset."""
     return str(source) if isinstance(source, (str, os.PathLike)) else type(source).__name__
+
+
+def read_tables(root: Path, *, streaming: bool = False) -> dict[str, Rows] | None:
+    """Return the splits of a parquet file, a folder of parquet files, or a dataset saved by `save_to_disk`.
+
+    Args:
+        root: File or folder.
+        streaming: Read parquet files while iterating.
+
+    Returns:
+        The splits by their names, or None for other files and folders.
+
+    Raises:
+        ValueError: If a file is damaged.
+    """
+    try:
+        if root.is_file() and root.suffix == ".parquet":
+            return dict(datasets.load_dataset("parquet", data_files=str(root), streaming=streaming))
+        if any((root / f"{kind}.json").is_file() for kind in ("dataset_info", "dataset_dict")):
+            return given_splits(datasets.load_from_disk(root))
+        if any(root.rglob("*.parquet")):
+            return dict(datasets.load_dataset(str(root), streaming=streaming))
+    except Exception as error:  # errors of pyarrow, json and `datasets` have no base class
+        reason = error.__cause__ or error
+        reason = str(reason).rstrip(".") or type(reason).__name__
+        raise ValueError(f"source={str(root)!r} is a damaged dataset. Write it again. ({reason})") from error
+    return None
 
 
 def hold_out(members: np.ndarray, missing: Sequence[str], holdout: float) -> dict[str, np.ndarray]:
