@@ -321,3 +321,15 @@ def test_the_processor_resizes_and_keeps_its_settings(tmp_path):
     pixel_values = loaded(picture, return_tensors="pt")["pixel_values"]
     assert pixel_values.shape == (1, 3, 8, 8)
     assert torch.allclose(pixel_values[0, :, 0, 0], torch.tensor([10, 20, 30]) / 255)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_all_methods_run_in_half_precision(dtype, images):
+    model, images = build(likelihood="gaussian").to(dtype), images.to(dtype)
+    mean, _ = model.encode(images)
+    assert mean.dtype == torch.float32
+    assert model.sample(3, generator=generator()).dtype == model.decode(mean).dtype == dtype
+    assert model.interpolate(mean[:1], mean[1:2]).isfinite().all()
+    bound = model.importance_weighted_bound(images, 3, generator=generator())
+    expected = model.float().importance_weighted_bound(images.float(), 3, generator=generator())
+    torch.testing.assert_close(bound, expected, rtol=0.02, atol=0.5)

@@ -436,3 +436,11 @@ def test_invalid_inputs_raise_an_error():
 def test_the_initial_loss_is_near_that_of_equal_frequencies():
     ids = torch.randint(12, (4, 9), generator=torch.Generator().manual_seed(0))
     assert build()(ids, labels=ids).loss.item() == pytest.approx(math.log(12), abs=0.2)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_generation_runs_in_half_precision(head):
+    model = build(head).to(torch.float16)
+    mask = torch.tensor([[0, 1, 1], [1, 1, 1]])
+    ids = model.generate(torch.tensor([[1, 5, 7], [2, 3, 4]]), attention_mask=mask, num_beams=2, max_new_tokens=4)
+    assert ids.shape[0] == 2 and ids.shape[1] <= 7

@@ -405,3 +405,18 @@ def test_a_truncated_checkpoint_is_refused(gaussian_model, tmp_path):
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(Exception, match="(?i)incomplete|invalid|truncated|header|metadata"):
         SlotAutoencoderModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_all_methods_run_in_half_precision(dtype):
+    torch.manual_seed(0)
+    model = SlotAutoencoderModel(SlotAutoencoderConfig(**TINY, decoder_channels=(24,))).eval().to(dtype)
+    image = Image.fromarray(np.random.default_rng(0).integers(256, size=(20, 24, 3), dtype=np.uint8))
+    assert model.segment(image).shape == (20, 24)
+    pixel_values = model.prepare_images([image])
+    output = model(pixel_values)
+    assert output.loss.dtype == torch.float32 and output.reconstruction.dtype == dtype
+    posterior = model.posterior(pixel_values, output)
+    torch.testing.assert_close(posterior.sum(1), torch.ones(1, 16, 16))
+    painted = model.decode(output.slots, keep=output.keep)
+    torch.testing.assert_close(painted, (output.reconstruction / 2 + 0.5).clamp(0, 1), rtol=0.02, atol=0.02)
