@@ -162,7 +162,7 @@ def _crop_rows(
             if column is not None and column not in pictures:
                 problem = "has no images" if column in kinds else "does not exist"
                 raise ValueError(
-                    f"{option}={column!r} of {source!r} {problem}. Its columns with images: {', '.join(pictures)}."
+                    f"{option}={column!r} of {source!r} {problem}. Its columns with images: {', '.join(pictures) or 'none'}."
                 )
         rows = rows.with_format(None) if isinstance(rows, datasets.Dataset) else rows
     features = datasets.Features(image=datasets.Image()) if mask is None else coco.FEATURES
