@@ -25,6 +25,8 @@ class CorrectHead(nn.Module):
         head: The correct head.
     """
 
+    problem_types = OutputHead.problem_types
+
     def __init__(self, head: OutputHead):
         super().__init__()
         self.right = head
