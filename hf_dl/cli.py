@@ -70,6 +70,8 @@ def choose(kind: str, name: str, choices: Iterable[str]) -> str:
 
 def run_script(script: Path, flags: list[str]) -> int:
     """Run a script in this process as `python script flags` does, and return its exit status."""
+    if {"-h", "--help"} & set(flags) and show_help(script):
+        return 0
     before = sys.argv
     sys.argv = [str(script), *flags]
     try:
@@ -81,6 +83,15 @@ def run_script(script: Path, flags: list[str]) -> int:
     finally:
         sys.argv = before
     return 0
+
+
+def show_help(script: Path) -> bool:
+    """Print the help of a script without importing torch, and return whether its flags could be read."""
+    from hf_dl.script_help import quick_help
+
+    text = quick_help(script)
+    print(text or "", end="")
+    return text is not None
 
 
 # ------------------------------------------------------------------------------------------------ accelerate launch

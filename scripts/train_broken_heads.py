@@ -29,6 +29,7 @@ class Args(classifier.ModelFlags, classifier.ImageFlags, classifier.ImageTrainin
     )
     model: str = field(default="conv_classifier", metadata={"help": "Kind of network, one with an output layer."})
     num_classes: Literal[25, 100] = field(default=100, metadata={"help": "source=synthetic: number of classes."})
+    max_steps: int = 0
     epochs: float = 2.0
     batch_size: int = 128
     learning_rate: float = 2e-3

@@ -35,6 +35,7 @@ class Args(classifier.ModelFlags, classifier.ImageFlags, classifier.ImageTrainin
     eval_train: int = field(
         default=1000, metadata={"help": "Number of training images that are scored after each epoch."}
     )
+    max_steps: int = 0
     epochs: float = 10.0
     batch_size: int = 128
     optimizer: Literal["adam", "adamw", "sgd"] = "sgd"

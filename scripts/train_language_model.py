@@ -23,7 +23,8 @@ from hf_dl.training.run import TrainingRun
 class Args(language_model.ModelFlags, language_model.TextFlags, TrainingArgs):
     """Flags of this script. The defaults train for a few minutes on two CPU cores."""
 
-    epochs: float = field(default=1.0, metadata={"help": "Passes over the text. 0 uses max_steps instead."})
+    max_steps: int = 0
+    epochs: float = 1.0
     batch_size: int = field(
         default=32, metadata={"help": "Number of tracks that the text is cut into, for all processes together."}
     )
@@ -50,7 +51,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     streams = language_model.make_streams(args, ids)
 
     # TrainingRun cannot count the epochs of a stream, which has no length, so they are converted to steps here.
-    args.max_steps = round(args.epochs * train.windows) or args.max_steps
+    args.max_steps = args.max_steps or round(args.epochs * train.windows)
     args.eval_every = round(args.eval_epochs * train.windows) or args.eval_every
     args.epochs = args.eval_epochs = 0.0
 

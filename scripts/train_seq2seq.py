@@ -29,6 +29,7 @@ class Args(seq2seq.ModelFlags, seq2seq.DecodingFlags, seq2seq.ProblemFlags, Trai
     eval_train: int = field(
         default=1000, metadata={"help": "Number of training problems whose loss is computed after each epoch."}
     )
+    max_steps: int = 0
     epochs: float = 5.0
     batch_size: int = 32
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"

@@ -31,6 +31,7 @@ class Args(vae.VaeFlags, vae.ImageFlags, TrainingArgs):
     importance_samples: int = field(
         default=50, metadata={"help": "Codes K per image for the importance-weighted bound; 0: no bound."}
     )
+    max_steps: int = 0
     epochs: float = 10.0
     batch_size: int = 128
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"

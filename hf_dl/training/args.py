@@ -8,8 +8,11 @@ A script adds its own flags in a subclass of `TrainingArgs` and calls `parse_arg
         num_slots: int = field(default=5, metadata={"help": "Slots per image."})
 
     args = parse_args(SlotArgs)
+
+This file imports torch and transformers only to parse, so that `hf-dl train slots --help` does not wait for them.
 """
 
+import argparse
 import dataclasses
 import difflib
 import inspect
@@ -20,10 +23,6 @@ import types
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
-
-import torch
-from accelerate.utils import set_seed
-from transformers import HfArgumentParser
 
 from .errors import explain_errors
 from .schedules import SCHEDULES
@@ -56,8 +55,12 @@ class TrainingArgs:
 
     output_dir: str = field(default="", metadata={"help": "Folder of the run; defaults to runs/<name of the script>."})
     seed: int = field(default=0, metadata={"help": "Seed for weights, data order, dropout and augmentation."})
-    max_steps: int = field(default=1000, metadata={"help": "Number of optimizer steps."})
-    epochs: float = field(default=0.0, metadata={"help": "Passes over the data; if above 0, replaces max_steps."})
+    max_steps: int = field(
+        default=1000, metadata={"help": "Number of optimizer steps; if above 0, replaces epochs, as in transformers."}
+    )
+    epochs: float = field(
+        default=0.0, metadata={"help": "Passes over the data. Replaces a max_steps that is not on the command line."}
+    )
     batch_size: int = field(
         default=32, metadata={"help": "Examples per optimizer step, summed over processes and accumulation."}
     )
@@ -137,10 +140,13 @@ class TrainingArgs:
     def __post_init__(self):
         if not self.output_dir:
             self.output_dir = f"runs/{script_path(type(self)).stem}"
-        positive = "max_steps batch_size accumulation learning_rate log_every"
+        default_steps, default_epochs = type(self).max_steps, type(self).epochs
+        if self.epochs != default_epochs and self.epochs > 0 and self.max_steps == default_steps:
+            self.max_steps = 0
+        positive = "batch_size accumulation learning_rate log_every"
         not_negative = (
-            "epochs num_workers weight_decay warmup_steps half_life max_grad_norm eval_every eval_epochs patience "
-            "save_every keep_last cpu_threads"
+            "max_steps epochs num_workers weight_decay warmup_steps half_life max_grad_norm eval_every eval_epochs "
+            "patience save_every keep_last cpu_threads"
         )
         for name in positive.split():
             if not getattr(self, name) > 0:
@@ -148,6 +154,8 @@ class TrainingArgs:
         for name in not_negative.split():
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be 0 or above.")
+        if not (self.max_steps or self.epochs):
+            raise ValueError(f"max_steps=0 and epochs={self.epochs} train nothing; one of them must be above 0.")
         for name in ("momentum", "beta2", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and below 1.")
@@ -232,6 +240,9 @@ def parse_args(cls: type[ArgsT], argv: list[str] | None = None) -> ArgsT:
         64
     """
     args = parse_flags(cls, argv)
+    import torch
+    from accelerate.utils import set_seed
+
     set_seed(args.seed)
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     torch.set_num_threads(args.cpu_threads or max(1, _num_cores() // processes))
@@ -265,24 +276,82 @@ def parse_flags(cls: type[FlagsT], argv: list[str] | None = None) -> FlagsT:
     path = script_path(cls)
     if argv is None:
         explain_errors(path.name)
+    words = sys.argv[1:] if argv is None else argv
     doc = getattr(sys.modules.get(cls.__module__), "__doc__", None) if cls is not TrainingArgs else None
-    parser = HfArgumentParser(
-        _argument_groups(cls),
-        prog=path.name,
-        usage="%(prog)s [--name value ...]",  # the list of all flags would hide an error message below it
-        description=(doc or "").strip().split("\n\n")[0],
-        allow_abbrev=False,
-    )
+    if {"-h", "--help"} & set(words):
+        print(format_help(cls, path.name, doc), end="")
+        raise SystemExit(0)
+    from transformers import HfArgumentParser
+
+    # the list of all flags would hide an error message below it
+    usage = f"{path.name} [--name value ...]"
+    parser = HfArgumentParser(_argument_groups(cls), prog=path.name, usage=usage, add_help=False, allow_abbrev=False)
     *groups, unknown = parser.parse_args_into_dataclasses(
-        argv, return_remaining_strings=True, look_for_args_file=False
+        words, return_remaining_strings=True, look_for_args_file=False
     )
     if unknown:
         parser.error(_unknown_flag(unknown[0], flag_names(cls)))
     values = {name: value for group in groups for name, value in vars(group).items()}
+    given = given_flags(words)
+    if "max_steps" in given and "epochs" in values and values["max_steps"] > 0:
+        values["epochs"] = 0.0
+    elif "epochs" in given and "max_steps" in values and values["epochs"] > 0:
+        values["max_steps"] = 0
     try:
         return cls(**values)
     except ValueError as error:
         parser.error(str(error))
+
+
+def format_help(cls: type, program: str, doc: str | None = None) -> str:
+    """Format the help of a script: type, default and text of each flag, also of the inherited ones.
+
+    Args:
+        cls: The script's dataclass of flags.
+        program: Name of the script.
+        doc: Docstring of the script. Its first paragraph is shown.
+
+    Example:
+        >>> "--batch_size INT" in format_help(TrainingArgs, "train.py")
+        True
+    """
+    parser = argparse.ArgumentParser(
+        program, usage="%(prog)s [--name value ...]", description=(doc or "").strip().split("\n\n")[0]
+    )
+    for group in _argument_groups(cls):
+        shown = parser.add_argument_group(group._argument_group_name)
+        hints = get_type_hints(group)
+        for each in dataclasses.fields(group):
+            default = each.default if each.default_factory is dataclasses.MISSING else each.default_factory()
+            text = f"{each.metadata.get('help', '')} ({_describe_default(each.name, default)})".strip()
+            kind, is_list = _type_name(hints[each.name])
+            nargs = "?" if kind == "{true,false}" else "+" if is_list else None
+            shown.add_argument(f"--{each.name}", metavar=kind, nargs=nargs, help=text.replace("%", "%%"))
+    return parser.format_help()
+
+
+def _describe_default(name: str, default: Any) -> str:
+    if default is dataclasses.MISSING:
+        return "required"
+    if isinstance(default, bool):
+        return f"default: true; --no_{name} sets false" if default else "default: false"
+    if isinstance(default, list | tuple):
+        return f"default: {' '.join(map(str, default)) or 'not set'}"
+    return "default: not set" if default in (None, "") else f"default: {default}"
+
+
+def _type_name(annotation: Any) -> tuple[str, bool]:
+    """Return the name of a type for the help, such as INT or {a,b}, and whether the flag is a list of them."""
+    choices = [str(choice) for choice in _choices(annotation) if choice is not None]
+    if choices:
+        return f"{{{','.join(choices)}}}", False
+    if get_origin(annotation) in (Union, types.UnionType):
+        annotation = next(member for member in get_args(annotation) if member is not type(None))
+    if get_origin(annotation) is list:
+        return _type_name(get_args(annotation)[0])[0], True
+    if annotation is bool:
+        return "{true,false}", False
+    return {int: "INT", float: "FLOAT"}.get(annotation, "TEXT"), False
 
 
 def given_flags(argv: list[str] | None = None) -> set[str]:
@@ -309,7 +378,7 @@ def _argument_groups(cls: type) -> list[type]:
         if members:
             group = dataclasses.make_dataclass(
                 title.replace(" ", "_"),
-                [(name, hints[name], _copy(fields[name])) for name in members],
+                [(name, hints[name], _copy(cls, fields[name])) for name in members],
                 namespace={"_argument_group_name": title},
                 kw_only=True,
             )
@@ -317,8 +386,11 @@ def _argument_groups(cls: type) -> list[type]:
     return groups
 
 
-def _copy(source: dataclasses.Field) -> Any:
-    return field(default=source.default, default_factory=source.default_factory, metadata=source.metadata)
+def _copy(cls: type, source: dataclasses.Field) -> Any:
+    """Copy a field. A field without help, as in `max_steps: int = 3000`, gets the help of the field it overrides."""
+    bases = [vars(base).get("__dataclass_fields__", {}) for base in cls.__mro__]
+    metadata = next((b[source.name].metadata for b in bases if source.name in b and b[source.name].metadata), {})
+    return field(default=source.default, default_factory=source.default_factory, metadata=metadata)
 
 
 def _choices(annotation: Any) -> tuple:

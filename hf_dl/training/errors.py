@@ -7,12 +7,10 @@ import time
 import traceback
 import types
 
-import torch
-
 # A ValueError of these packages explains wrong input. A ValueError of another package, such as numpy, is a defect.
 _OURS = ("__main__", "hf_dl")
 _EXPLAINING = (*_OURS, "accelerate", "datasets", "diffusers", "evaluate", "huggingface_hub", "PIL", "transformers")
-_ALWAYS = (OSError, ImportError, FloatingPointError, MemoryError, torch.OutOfMemoryError)
+_ALWAYS = (OSError, ImportError, FloatingPointError, MemoryError)
 
 
 def explain_errors(program: str) -> None:
@@ -50,11 +48,12 @@ def explanation(error: BaseException) -> str | None:
         package = _OURS[0] if kind == "ValueError" else ""
     else:
         package = _package(error.__traceback__)
-    known = isinstance(error, _ALWAYS) or _module(error).startswith(("datasets.exceptions", "httpx"))
+    out_of_memory = (_module(error), type(error).__name__) == ("torch", "OutOfMemoryError")
+    known = out_of_memory or isinstance(error, _ALWAYS) or _module(error).startswith(("datasets.exceptions", "httpx"))
     if not known and not (isinstance(error, ValueError) and package in _EXPLAINING):
         return None
     text = " ".join(text.split())
-    if isinstance(error, torch.OutOfMemoryError):
+    if out_of_memory:
         text = f"The device has too little memory. Use a smaller batch_size or a larger accumulation. ({text})"
     if isinstance(error, ValueError) and package not in _OURS:
         text += " (HF_DL_DEBUG=1 shows where this was raised.)"

@@ -130,7 +130,7 @@ class TrainingRun:
             args.batch_size, args.accumulation, self.accelerator.num_processes, self.accelerator.process_index
         )
         self.max_steps = args.max_steps
-        if args.epochs:
+        if not args.max_steps:
             num_examples = dataset_length(train_data, f"epochs={args.epochs}", instead="max_steps")
             self.max_steps = math.ceil(args.epochs * num_examples / args.batch_size)
         if args.eval_epochs:

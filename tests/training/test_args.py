@@ -1,5 +1,6 @@
 import os
 from dataclasses import dataclass, field, fields
+from typing import Literal
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ class ScriptArgs(TrainingArgs):
     num_slots: int = field(default=5, metadata={"help": "Slots per image."})
     sizes: list[int] = field(default_factory=lambda: [1, 2], metadata={"help": "Sizes."})
     shadows: bool = field(default=True, metadata={"help": "Shadows."})
+    optimizer: Literal["adam", "adamw", "sgd"] = "sgd"
 
 
 @pytest.fixture(autouse=True)
@@ -43,8 +45,45 @@ def test_help_shows_groups_and_defaults(capsys):
         parse_args(ScriptArgs, ["--help"])
     assert stop.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    for words in ("this script:", "optimization:", "Slots per image. (default: 5)", "(default: 0.0004)"):
+    for words in (
+        *("this script:", "optimization:", "--num_slots INT Slots per image. (default: 5)", "(default: 0.0004)"),
+        *("--sizes INT [INT ...] Sizes. (default: 1 2)", "(default: true; --no_shadows sets false)"),
+        *("--seed INT Seed for weights", "--monitor TEXT Logged metric", "early stopping. (default: not set)"),
+        "--optimizer {adam,adamw,sgd} Update rule. (default: sgd)",  # its own default, and the inherited text
+    ):
         assert words in text
+
+
+@dataclass
+class EpochArgs(TrainingArgs):
+    max_steps: int = 0
+    epochs: float = 5.0
+
+
+@pytest.mark.parametrize(
+    ("cls", "argv", "steps", "epochs"),
+    [
+        (EpochArgs, [], 0, 5.0),
+        (EpochArgs, ["--max_steps=60"], 60, 0.0),
+        (EpochArgs, ["--max-steps", "60", "--epochs", "2"], 60, 0.0),  # as in transformers
+        (EpochArgs, ["--max_steps=60", "--epochs=0"], 60, 0.0),
+        (EpochArgs, ["--epochs=2", "--max_steps=0"], 0, 2.0),
+        (TrainingArgs, [], 1000, 0.0),
+        (TrainingArgs, ["--epochs=2"], 0, 2.0),
+        (TrainingArgs, ["--epochs=2", "--max_steps=1000"], 1000, 0.0),
+        (TrainingArgs, ["--epochs=0"], 1000, 0.0),
+    ],
+)
+def test_given_steps_replace_epochs(cls, argv, steps, epochs):
+    args = parse_args(cls, argv)
+    assert (args.max_steps, args.epochs) == (steps, epochs)
+
+
+def test_the_length_is_also_clear_without_a_command_line():
+    assert TrainingArgs(epochs=2).max_steps == 0
+    assert EpochArgs(max_steps=60).max_steps == 60  # more than 0, so epochs does not count
+    with pytest.raises(ValueError, match="epochs=0.0 train nothing"):
+        EpochArgs(epochs=0.0)
 
 
 @pytest.mark.parametrize(
@@ -55,7 +94,7 @@ def test_help_shows_groups_and_defaults(capsys):
         (["--qqqq"], "--qqqq is an unknown flag. --help lists all."),
         (["stray"], "'stray' is not a flag"),
         (["--schedule", "cos"], "invalid choice: 'cos'"),
-        (["--max_steps", "0"], "max_steps=0 must be above 0."),
+        (["--max_steps", "0"], "max_steps=0 and epochs=0.0 train nothing; one of them must be above 0."),
         (["--seed", "x"], "invalid int value: 'x'"),
         (["--batch_size", "10", "--accumulation", "4"], "batch_size=10 must be a multiple of accumulation=4"),
     ],
