@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from hf_dl.data.collate import as_is
 from hf_dl.metrics import perceptual
 from hf_dl.models.latent_autoencoder import make_autoencoder
+from hf_dl.publishing.runs import push_run
 from hf_dl.recipes import latent_autoencoder
 from hf_dl.recipes.scene_images import SceneFlags, load_images, to_pixel_values
 from hf_dl.training.args import Schedule, TrainingArgs, parse_args
@@ -89,6 +90,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     metrics = run.finish(metrics)
     if run.is_main:
         latent_autoencoder.write_report(run.folder)
+    push_run(run)
     return metrics
 
 

@@ -13,6 +13,7 @@ from typing import Literal
 
 from hf_dl.data.collate import as_is
 from hf_dl.data.image_arrays import augment
+from hf_dl.publishing.runs import push_run
 from hf_dl.recipes import classifier
 from hf_dl.recipes.broken_heads import MISTAKES, find_mistake
 from hf_dl.training.args import Schedule, TrainingArgs, parse_args
@@ -81,7 +82,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     metrics, confusion = classifier.evaluate_splits(run, loaders, processor)  # the last split is the test split
     if run.is_main:
         classifier.write_classes(confusion, train.names, run.folder)
-    return run.finish(metrics, confusion=classifier.confusion_record(confusion, train.names))
+    metrics = run.finish(metrics, confusion=classifier.confusion_record(confusion, train.names))
+    push_run(run)
+    return metrics
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from torch.utils.data import Subset
 
 from hf_dl.data.collate import as_is
 from hf_dl.data.image_arrays import augment
+from hf_dl.publishing.runs import push_run
 from hf_dl.recipes import classifier
 from hf_dl.training.args import Schedule, TrainingArgs, parse_args
 from hf_dl.training.run import TrainingRun
@@ -103,6 +104,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     metrics = run.finish(metrics, confusion=classifier.confusion_record(confusion, train.names))
     if run.is_main:
         classifier.write_report(run.folder, args.model)
+    push_run(run)
     return metrics
 
 

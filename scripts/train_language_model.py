@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from hf_dl.data.text import TokenStream, encode
 from hf_dl.models.layers_heads import make_optimizers
+from hf_dl.publishing.runs import push_run
 from hf_dl.recipes import language_model
 from hf_dl.training.args import Schedule, TrainingArgs, parse_args
 from hf_dl.training.run import TrainingRun
@@ -89,6 +90,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     metrics = run.finish(metrics)
     if run.is_main:
         language_model.write_report(run.folder, args.level)
+    push_run(run)
     return metrics
 
 

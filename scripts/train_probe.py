@@ -11,6 +11,7 @@ from typing import Literal
 
 from hf_dl.data.collate import as_is
 from hf_dl.data.image_arrays import augment
+from hf_dl.publishing.runs import push_run
 from hf_dl.recipes import object_probe
 from hf_dl.recipes.classifier import to_pixel_values
 from hf_dl.training.args import Schedule, TrainingArgs, parse_args
@@ -53,6 +54,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     metrics = run.finish(metrics)
     if run.is_main:
         object_probe.write_report(run.folder)
+    push_run(run)
     return metrics
 
 

@@ -17,6 +17,7 @@ from torch.utils.data import Subset
 
 from hf_dl.data.collate import as_is
 from hf_dl.pipelines.math_program import MathProgramPipeline
+from hf_dl.publishing.runs import push_run
 from hf_dl.recipes import seq2seq, seq2seq_evaluation
 from hf_dl.training.args import Schedule, TrainingArgs, parse_args
 from hf_dl.training.run import TrainingRun
@@ -97,6 +98,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     metrics = run.finish(metrics)
     if run.is_main:
         seq2seq_evaluation.write_report(run.folder)
+    push_run(run)
     return metrics
 
 

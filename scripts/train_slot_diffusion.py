@@ -21,6 +21,7 @@ from diffusers.training_utils import compute_snr
 
 from hf_dl.data.collate import as_is
 from hf_dl.models.layers_attention import attention_masks
+from hf_dl.publishing.runs import push_run
 from hf_dl.recipes import slot_diffusion
 from hf_dl.recipes.scene_images import SceneFlags, load_images, to_pixel_values
 from hf_dl.recipes.slot_denoiser import SceneLatents, compute_columns, read_conditions
@@ -170,6 +171,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     metrics = run.finish(metrics)
     if run.is_main:
         slot_diffusion.write_report(run.folder)
+    push_run(run)
     return metrics
 
 

@@ -17,6 +17,7 @@ from hf_dl.data.collate import as_is
 from hf_dl.metrics.binding import ADVICE, failure_to_bind
 from hf_dl.models.slot_autoencoder import SlotAutoencoderModel, SlotImageProcessor
 from hf_dl.models.slot_losses import area_penalty, color_error, matching_error, mixture_error
+from hf_dl.publishing.runs import push_run
 from hf_dl.recipes import slots
 from hf_dl.recipes.scene_images import SceneFlags, load_images, to_pixel_values
 from hf_dl.training.args import TrainingArgs, parse_args
@@ -131,6 +132,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     metrics = run.finish(metrics)
     if run.is_main:
         slots.write_report(run.folder)
+    push_run(run)
     return metrics
 
 

@@ -16,6 +16,7 @@ from typing import Literal
 
 from hf_dl.data.collate import as_is
 from hf_dl.metrics.latents import posterior_collapse
+from hf_dl.publishing.runs import push_run
 from hf_dl.recipes import vae
 from hf_dl.training.args import Schedule, TrainingArgs, parse_args
 from hf_dl.training.run import TrainingRun
@@ -100,6 +101,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     metrics = run.finish(metrics)
     if run.is_main:
         vae.write_report(run.folder)
+    push_run(run)
     return metrics
 
 

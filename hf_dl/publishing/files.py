@@ -51,8 +51,12 @@ def human_size(size: int) -> str:
 
 
 def one_line(error: Exception) -> str:
-    """Return the message of an error as one line of at most 300 characters."""
-    return " ".join(str(error).split())[:300]
+    """Return the message of an error as one line of at most 300 characters.
+
+    A failed upload is a RuntimeError that does not name the reason. The line then has the message of its cause, too.
+    """
+    texts = [error, error.__cause__] if type(error) is RuntimeError and error.__cause__ else [error]
+    return " ".join(" ".join(map(str, texts)).split())[:300]
 
 
 def check_files(files: Files) -> Iterator[str]:

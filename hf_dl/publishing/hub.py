@@ -53,6 +53,25 @@ def push(
     return commit.commit_url
 
 
+def log_in() -> tuple[HfApi, str]:
+    """Return a client of the Hub and the name of its user.
+
+    Raises:
+        ValueError: If the token is missing or invalid.
+    """
+    api = HfApi()
+    try:
+        return api, api.whoami()["name"]
+    except LocalTokenNotFoundError:
+        raise ValueError(
+            "You are not logged in. Run `hf auth login`, or set HF_TOKEN to a token with write access."
+        ) from None
+    except HfHubHTTPError as error:
+        if error.response.status_code == 401:
+            raise ValueError("The Hub does not accept your token. Run `hf auth login` with a new one.") from error
+        raise
+
+
 def open_repository(
     repo_id: str,
     *,
@@ -76,18 +95,8 @@ def open_repository(
     Raises:
         ValueError: If the token is missing or invalid, if it may not write, or if the tag exists.
     """
-    api = HfApi()
+    api, user = log_in()
     target = {"repo_id": repo_id, "repo_type": repo_type}
-    try:
-        user = api.whoami()["name"]
-    except LocalTokenNotFoundError:
-        raise ValueError(
-            "You are not logged in. Run `hf auth login`, or set HF_TOKEN to a token with write access."
-        ) from None
-    except HfHubHTTPError as error:
-        if error.response.status_code == 401:
-            raise ValueError("The Hub does not accept your token. Run `hf auth login` with a new one.") from error
-        raise
     space = {"space_sdk": "gradio"} if repo_type == "space" else {}
     try:
         api.create_repo(**target, private=private or None, exist_ok=True, **space)

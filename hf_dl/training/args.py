@@ -33,6 +33,7 @@ _GROUPS = {
     "decay_factor max_grad_norm ema_decay",
     "evaluation": "eval_every eval_epochs monitor higher_is_better patience",
     "logging and checkpoints": "log_every report_to save_every keep_last resume",
+    "Hub": "push_to_hub hub_model_id hub_strategy",
     "hardware": "mixed_precision compile cpu_threads",
 }
 
@@ -128,6 +129,20 @@ class TrainingArgs:
         default=False, metadata={"help": "Continue from the newest complete checkpoint in output_dir, if any."}
     )
 
+    push_to_hub: bool = field(default=False, metadata={"help": "Push the model to the Hub at the end of the run."})
+    hub_model_id: str = field(
+        default="",
+        metadata={"help": "Repository, as owner/name or name. Defaults to the name of output_dir."},
+    )
+    hub_strategy: Literal["end", "checkpoint"] = field(
+        default="end",
+        metadata={
+            "help": "end: push at the end. checkpoint: also push the model and last-checkpoint/ with each "
+            "checkpoint. `hf download <id> --include 'last-checkpoint/*' --local-dir <output_dir>/checkpoints` "
+            "gets it back for --resume."
+        },
+    )
+
     mixed_precision: Literal["no", "fp16", "bf16"] | None = field(
         default=None,
         metadata={"help": "Precision of the forward pass; defaults to the setting of `accelerate config`."},
@@ -178,6 +193,11 @@ class TrainingArgs:
             raise ValueError(f"decay_at={self.decay_at} must be fractions of the run, each above 0 and below 1.")
         if not 0 < self.decay_factor <= 1:
             raise ValueError(f"decay_factor={self.decay_factor} must be above 0 and at most 1.")
+        for name in ("hub_model_id", "hub_strategy"):
+            if getattr(self, name) != getattr(TrainingArgs, name) and not self.push_to_hub:
+                raise ValueError(f"{name}={getattr(self, name)!r} needs push_to_hub.")
+        if self.hub_strategy == "checkpoint" and not self.save_every:
+            raise ValueError("hub_strategy='checkpoint' needs save_every above 0.")
         if self.patience and not self.monitor:
             raise ValueError(f"patience={self.patience} needs monitor, the name of a logged metric.")
         if self.monitor and not (self.eval_every or self.eval_epochs):

@@ -196,11 +196,13 @@ def verify(folder: Path) -> None:
 def newest_good(root: Path) -> tuple[Path | None, list[str]]:
     """Find the newest complete checkpoint in a folder of `step_XXXXXXXX` folders.
 
+    The folder `last-checkpoint`, downloaded from the Hub, is used if there is no other.
+
     Returns:
         The checkpoint or None, and a message about each newer checkpoint that is damaged.
     """
     complaints = []
-    for folder in sorted(root.glob("step_*"), reverse=True):
+    for folder in [*sorted(root.glob("step_*"), reverse=True), *root.glob("last-checkpoint")]:
         try:
             verify(folder)
         except DamagedCheckpointError as error:

@@ -49,6 +49,7 @@ from . import checkpoint
 from .args import TrainingArgs, script_path
 from .averaging import WeightAverage
 from .batches import Share, batches, dataset_length, mix_seed, seed_everything
+from .hub import HubPush
 from .monitoring import Monitor
 from .optimizers import JoinedOptimizer, make_optimizer
 from .progress import LogFile, Progress, Stopwatch, tracker_names
@@ -70,6 +71,7 @@ class TrainingRun:
         generator: A generator on the device for noise that a script draws; seeded before each batch.
         device: The device of this process.
         is_main: Whether this process writes the files.
+        hub: The repository of the run, with the flag `push_to_hub`; else None. Only the main process has it.
         carried: Tensors that a script passes from one batch to the next, such as the state of a recurrent network. The
             first dimension is the examples of this process. Checkpoints contain them, and a resume restores them. The
             script sets them before the end of the loop body.
@@ -149,6 +151,11 @@ class TrainingRun:
             raise ValueError(
                 "FSDP and DeepSpeed do not support ema_decay and resume; use one or several data-parallel processes."
             )
+        if self._sharded and args.hub_strategy == "checkpoint":
+            raise ValueError("FSDP and DeepSpeed do not support hub_strategy='checkpoint'; use 'end'.")
+        self.hub = None
+        if args.push_to_hub and self.is_main:
+            self.hub = HubPush(args.hub_model_id, self.folder, lambda text: self.event("push_failed", text))
         self._prepare(model)
         self._continue() if args.resume else self._start_over()
         if self.accelerator.log_with:
@@ -521,8 +528,9 @@ class TrainingRun:
         if carried:
             tensors["carried"] = carried
         root = self.folder / "checkpoints"
+        newest = root / f"step_{self._total_steps:08d}"
         try:
-            checkpoint.save_checkpoint(root / f"step_{self._total_steps:08d}", tensors, state)
+            checkpoint.save_checkpoint(newest, tensors, state)
         except OSError as error:
             good = sorted(root.glob("step_*"))
             last = f"the last good checkpoint is {good[-1]}" if good else "no checkpoint exists yet"
@@ -533,6 +541,9 @@ class TrainingRun:
             )
             return False
         checkpoint.keep_newest(root, self.args.keep_last)
+        if self.hub is not None and self.args.hub_strategy == "checkpoint":
+            with self.averaged():
+                self.hub.push_checkpoint(newest, self._save_model, step=self.steps)
         return True
 
     def _save_best(self) -> None:
