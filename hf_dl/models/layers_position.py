@@ -8,8 +8,6 @@ import math
 import torch
 from torch import nn
 
-from .layers_precision import reference_parameter
-
 
 class PositionEmbedding(nn.Module):
     """A linear map of the positions of cell centers in [0, 1].
@@ -23,7 +21,7 @@ class PositionEmbedding(nn.Module):
 
     Example:
         ```python
-        >>> PositionEmbedding(64, frequencies=4).grid(8, 8).shape
+        >>> PositionEmbedding(64, frequencies=4).grid(8, 8, like=torch.empty(0)).shape
         torch.Size([8, 8, 64])
 
         ```
@@ -34,9 +32,11 @@ class PositionEmbedding(nn.Module):
         self.frequencies = frequencies
         self.projection = nn.Linear(4 + 4 * frequencies, channels)
 
-    def grid(self, height: int, width: int) -> torch.Tensor:
-        """Return the embedding of a grid, (height, width, channels)."""
-        like = reference_parameter(self)
+    def grid(self, height: int, width: int, *, like: torch.Tensor) -> torch.Tensor:
+        """Return the embedding of a grid, (height, width, channels), with the dtype and the device of `like`.
+
+        The weights may be stored elsewhere, or in another type, until the linear map is called.
+        """
         precise = torch.promote_types(like.dtype, torch.float32)  # half precision cannot tell distant cells apart
         y = (torch.arange(height, device=like.device, dtype=precise) + 0.5) / height
         x = (torch.arange(width, device=like.device, dtype=precise) + 0.5) / width

@@ -28,7 +28,6 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from .layers_position import PositionEmbedding
-from .layers_precision import reference_parameter
 
 
 def sinusoids(timesteps: torch.Tensor, channels: int) -> torch.Tensor:
@@ -68,9 +67,12 @@ class TimeEmbedding(nn.Module):
         self.linear_1 = nn.Linear(channels, time_dim)
         self.linear_2 = nn.Linear(time_dim, time_dim)
 
-    def forward(self, timesteps: torch.Tensor) -> torch.Tensor:
-        """Embed timesteps (batch,) to (batch, time_dim)."""
-        embedding = sinusoids(timesteps, self.channels).to(reference_parameter(self).dtype)
+    def forward(self, timesteps: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Embed timesteps (batch,) to (batch, time_dim) of type `dtype`.
+
+        The weights may be stored in another type, see `enable_layerwise_casting` of diffusers.
+        """
+        embedding = sinusoids(timesteps, self.channels).to(dtype)
         return F.silu(self.linear_2(F.silu(self.linear_1(embedding))))
 
 
@@ -322,7 +324,7 @@ class SlotTransformer(nn.Module):
         """
         tokens = self.project_in(self.norm(x).permute(0, 2, 3, 1).flatten(1, 2))  # (batch, height * width, channels)
         if self.position is not None:
-            tokens = tokens + self.position.grid(*x.shape[-2:]).flatten(0, 1)
+            tokens = tokens + self.position.grid(*x.shape[-2:], like=tokens).flatten(0, 1)
         for block in self.blocks:
             tokens = block(tokens, slots, keep)
         return x + self.project_out(tokens).unflatten(1, x.shape[-2:]).permute(0, 3, 1, 2)

@@ -168,7 +168,12 @@ class SlotAutoencoderPreTrainedModel(PreTrainedModel):
         """
         size = {"height": self.config.image_size, "width": self.config.image_size}
         inputs = SlotImageProcessor(size=size)(images=list(images), return_tensors="pt")
-        return inputs["pixel_values"].to(self.device, self.dtype)
+        return self._place(inputs["pixel_values"])
+
+    def _place(self, tensor: torch.Tensor) -> torch.Tensor:
+        # accelerate keeps offloaded weights on the meta device, and moves the inputs of each layer itself.
+        device = tensor.device if self.device.type == "meta" else self.device
+        return tensor.to(device, self.dtype)
 
     def _check_images(self, pixel_values: torch.Tensor) -> None:
         expected = (self.config.num_channels, self.config.image_size, self.config.image_size)
@@ -312,7 +317,7 @@ class SlotAutoencoderModel(SlotAutoencoderPreTrainedModel):
 
     def paint(self, slots: torch.Tensor, keep: torch.Tensor | None = None) -> "SlotDecoderOutput":
         """Paint slots of an image, edited slots, or slots from a `SlotLibrary`; see `SlotDecoderModel.forward`."""
-        slots = slots.to(self.device, self.dtype)
+        slots = self._place(slots)
         reconstruction, contents, masks = blend_slots(self.decoder, self.config, slots, keep)
         return SlotDecoderOutput(reconstruction=reconstruction, masks=masks, contents=contents)
 

@@ -82,7 +82,9 @@ class BroadcastDecoder(SlotDecoder):
     def forward(self, slots: torch.Tensor) -> torch.Tensor:
         """Paint slots (batch * slots, slot_dim) as (batch * slots, channels + 1, image_size, image_size)."""
         slots = slots.to(reference_parameter(self).dtype)
-        grid = slots[:, None, None, :] + self.position.grid(self.size, self.size)  # (batch * slots, size, size, dim)
+        grid = slots[:, None, None, :] + self.position.grid(
+            self.size, self.size, like=slots
+        )  # (batch * slots, size, size, dim)
         return self.layers(grid.permute(0, 3, 1, 2))
 
 
@@ -122,7 +124,7 @@ class CoarseGrids(nn.Module):
     def forward(self, slots: torch.Tensor) -> torch.Tensor:
         """Paint slots (batch * slots, slot_dim) as (batch * slots, (channels + 1) * patch^2, size, size)."""
         slots = slots.to(reference_parameter(self).dtype)
-        moved = self.scale(slots)[:, None, None, :] * self.position.grid(self.size, self.size)
+        moved = self.scale(slots)[:, None, None, :] * self.position.grid(self.size, self.size, like=slots)
         grid = self.from_slot(slots)[:, None, None, :] + self.mix(moved)  # (batch * slots, size, size, channels)
         return self.layers(grid.permute(0, 3, 1, 2))
 

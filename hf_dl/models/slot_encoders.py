@@ -74,5 +74,5 @@ class SlotEncoder(nn.Module):
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Encode images. The tokens are in row-major order."""
         features = self.backbone(pixel_values).permute(0, 2, 3, 1)  # (batch, height, width, channels)
-        features = features + self.position.grid(*features.shape[1:3])
+        features = features + self.position.grid(*features.shape[1:3], like=features)
         return self.mlp(self.norm(features.flatten(1, 2)))

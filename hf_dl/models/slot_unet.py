@@ -382,7 +382,7 @@ class SlotUNetModel(ModelMixin, ConfigMixin):
         timestep = torch.as_tensor(timestep)
         self._check_inputs(sample, encoder_hidden_states, encoder_attention_mask, timestep, sketch, masks)
         slots, keep = encoder_hidden_states, encoder_attention_mask
-        time = self.time_embedding(timestep.to(sample.device).reshape(-1).expand(sample.shape[0]))
+        time = self.time_embedding(timestep.to(sample.device).reshape(-1).expand(sample.shape[0]), sample.dtype)
 
         hidden = self.conv_in(self._gather_inputs(sample, slots, sketch, masks))
         skips = [hidden]
