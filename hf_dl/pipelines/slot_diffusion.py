@@ -28,6 +28,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDPMScheduler, ModelMixin, SchedulerMixin, VQModel
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
@@ -116,18 +117,30 @@ class SlotDiffusionPipeline(PortablePipeline):
             )
         self.register_modules(slot_encoder=slot_encoder, unet=unet, autoencoder=autoencoder, scheduler=scheduler)
         self.image_processor = VaeImageProcessor(vae_scale_factor=1)
+        self._num_timesteps, self._interrupt = 0, False
+
+    @property
+    def num_timesteps(self) -> int:
+        """Number of steps of the current or last call, for callbacks."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether the current call skips its remaining steps: a callback sets `pipe._interrupt = True`."""
+        return self._interrupt
 
     def to(self, *args: Any, **kwargs: Any) -> "SlotDiffusionPipeline":
-        """Move the pipeline as `DiffusionPipeline.to` does, but keep a half-precision slot encoder in float32.
+        """Move the pipeline as `DiffusionPipeline.to` does, but keep slot attention in float32.
 
-        Slot attention needs float32.
+        `from_pretrained(dtype=...)` of transformers keeps the same modules in float32.
         """
-        weights = [(parameter, parameter.data) for parameter in self.slot_encoder.parameters()]
+        names = set(self.slot_encoder._keep_in_fp32_modules_strict or ())
+        parameters = self.slot_encoder.named_parameters()
+        weights = [(each, each.data) for name, each in parameters if names & set(name.split("."))]
         super().to(*args, **kwargs)
-        if self.slot_encoder.dtype in (torch.float16, torch.bfloat16):
-            self.slot_encoder.float()
-            for parameter, data in weights:  # restore the original values, without rounding
-                parameter.data = data.to(parameter.device)
+        for parameter, data in weights:
+            if parameter.dtype in (torch.float16, torch.bfloat16):  # restore the original values, without rounding
+                parameter.data = data.to(parameter.device, torch.float32)
         return self
 
     # ------------------------------------------------------------------------------------------ images and slots
@@ -283,7 +296,10 @@ class SlotDiffusionPipeline(PortablePipeline):
         latents: torch.Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-        callback_on_step_end: Callable[..., dict[str, torch.Tensor] | None] | None = None,
+        callback_on_step_end: Callable[..., dict[str, torch.Tensor] | None]
+        | PipelineCallback
+        | MultiPipelineCallbacks
+        | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> SlotDiffusionOutput | tuple:
         """Draw images from the slots of images or from given slots.
@@ -309,9 +325,11 @@ class SlotDiffusionPipeline(PortablePipeline):
             output_type: Format of the images; see `decode`.
             return_dict: Whether to return a `SlotDiffusionOutput` instead of the tuple (images, slots, keep).
             callback_on_step_end: Called as `f(pipe, step, timestep, tensors)` after each step. It may return a dict
-                with "latents" and "slots", which replace the tensors of the loop.
+                with "latents" and "slots", which replace the tensors of the loop. `pipe.num_timesteps` is the number
+                of steps. Setting `pipe._interrupt = True` skips the remaining steps.
             callback_on_step_end_tensor_inputs: Names of the tensors for the callback: "latents", "slots", and
-                "denoised", the latents of the final image as predicted in this step, for `decode`.
+                "denoised", the latents of the final image as predicted in this step, for `decode`. A
+                `PipelineCallback` has its own names.
 
         Returns:
             See `SlotDiffusionOutput`.
@@ -323,6 +341,8 @@ class SlotDiffusionPipeline(PortablePipeline):
             raise ValueError("Pass either image or slots.")
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type={output_type!r} is unknown; choose one of {', '.join(OUTPUT_TYPES)}.")
+        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
         if unknown:
             raise ValueError(
@@ -366,6 +386,7 @@ class SlotDiffusionPipeline(PortablePipeline):
             start = self._begin(len(slots), generator, latents)
             latents = start * scheduler.init_noise_sigma
             times = scheduler.timesteps.tolist()
+            self._num_timesteps, self._interrupt = len(times), False
             ancestral = self._is_ancestral()
             noise_from = PREDICTION_TYPES.get(scheduler.config.get("prediction_type"))
             takes = inspect.signature(scheduler.step).parameters
@@ -373,6 +394,8 @@ class SlotDiffusionPipeline(PortablePipeline):
 
             with self.progress_bar(total=len(times)) as bar:
                 for step, timestep in enumerate(scheduler.timesteps):
+                    if self.interrupt:
+                        break
                     scaled = scheduler.scale_model_input(latents, timestep)
                     predicted = self.unet(
                         scaled.to(self.unet.dtype),
@@ -428,13 +451,21 @@ class SlotDiffusionPipeline(PortablePipeline):
         """
         painting, config = {}, self.unet.config
         if _takes_painting(self.unet):
-            painted = self.slot_encoder.paint(slots, keep)
+            painted = self._paint(slots, keep)
             if config.get("sketch_channels"):
                 sketch = painted.reconstruction.clamp(-1, 1).to(self._execution_device, self.autoencoder.dtype)
                 painting["sketch"] = encode_latents(self.autoencoder, sketch).to(self.unet.dtype)
             if config.get("layout_channels"):
                 painting["masks"] = painted.masks.to(self._execution_device, self.unet.dtype)
         return painting
+
+    def _paint(self, slots: torch.Tensor, keep: torch.Tensor | None) -> Any:
+        """Call `slot_encoder.paint`. The hooks of accelerate, which load offloaded weights, know only `forward`."""
+        encoder, hook = self.slot_encoder, getattr(self.slot_encoder, "_hf_hook", None)
+        if hook is None:
+            return encoder.paint(slots, keep)
+        (slots, keep), _ = hook.pre_forward(encoder, slots, keep)
+        return hook.post_forward(encoder, encoder.paint(slots, keep))
 
     def _to_residual(self, latents: torch.Tensor, painting: Mapping[str, torch.Tensor]) -> torch.Tensor:
         return self.unet.to_residual(latents, painting["sketch"]) if "sketch" in painting else latents
@@ -490,7 +521,7 @@ class SlotDiffusionPipeline(PortablePipeline):
         add: Sequence[int] = (),
         other: ImageLike | None = None,
         num_slots: int | None = None,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
         with_original: bool = True,
         blend: bool = False,
         **kwargs: Any,
@@ -506,7 +537,7 @@ class SlotDiffusionPipeline(PortablePipeline):
             add: Slots of `other` to add.
             other: The other image, for `swap` and `add`.
             num_slots: K for both images. Defaults to the encoder's number of slots.
-            generator: Source of the noise.
+            generator: Source of the noise, or a list of one generator.
             with_original: Whether to draw the unedited image as well, which doubles the time.
             blend: Whether to keep the pixels of the image where the edited slots are not, see `edited_region`. Needs a
                 `SlotAutoencoderModel`.
@@ -543,7 +574,8 @@ class SlotDiffusionPipeline(PortablePipeline):
         if generator is None:
             generator = torch.Generator()
             generator.seed()
-        state = generator.get_state()
+        generators = generator if isinstance(generator, list) else [generator]
+        states = [each.get_state() for each in generators]
         options = {}
         if blend:
             region = self._edited_region(slots, keep, [*remove, *swap])
@@ -552,14 +584,15 @@ class SlotDiffusionPipeline(PortablePipeline):
         output = self(slots=edited.slots[None], keep=edited.keep[None], generator=generator, **options, **kwargs)
         if not with_original:
             return output
-        generator.set_state(state)
+        for each, state in zip(generators, states, strict=True):
+            each.set_state(state)
         originals = self(slots=slots, keep=keep, generator=generator, **kwargs).images
         return SlotDiffusionOutput(images=output.images, slots=output.slots, keep=output.keep, originals=originals)
 
     def _edited_region(self, slots: torch.Tensor, keep: torch.Tensor, chosen: Sequence[int]) -> torch.Tensor:
         """Return the pixels of the chosen slots of one image, bool (1, image_size, image_size)."""
         with self._evaluating():
-            masks = self.slot_encoder.paint(slots, keep).masks
+            masks = self._paint(slots, keep).masks
         return edited_region(masks[:, list(chosen)].sum(1))
 
     @torch.no_grad()

@@ -21,9 +21,8 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers.configuration_utils import register_to_config
-from PIL import Image
 
-from hf_dl.models import SlotAutoencoderConfig, SlotAutoencoderModel, SlotEncoderModel, SlotUNetModel, make_autoencoder
+from hf_dl.models import SlotAutoencoderModel, SlotEncoderModel, SlotUNetModel
 from hf_dl.models.latent_autoencoder import encode_latents
 from hf_dl.models.layers_attention import attention_masks
 from hf_dl.models.slot_library import SlotLibrary
@@ -32,30 +31,16 @@ from hf_dl.pipelines.diffusion_sampling import PREDICTION_TYPES, ancestral_step,
 from hf_dl.pipelines.slot_diffusion import SlotDiffusionPipeline
 from hf_dl.pipelines.slot_edits import edited_region
 from tests.loopback_hub import LoopbackHub
-from tests.memory import aligned
-
-ENCODER = {
-    "image_size": 16,
-    "decoder_size": 8,
-    "encoder_channels": (8, 12),
-    "token_dim": 12,
-    "slot_dim": 12,
-    "slot_mlp_dim": 16,
-    "num_slots": 3,
-    "num_draws": 2,
-    "decoder_channels": (8,),
-}
-UNET = {
-    "sample_size": 4,
-    "block_out_channels": (8, 8),
-    "layers_per_block": 1,
-    "attention_resolutions": (),
-    "attention_head_dim": 4,
-    "cross_attention_dim": 12,
-    "norm_num_groups": 4,
-}
-# patches of 2x2 pixels and two levels: 3x16x16 <-> 3x4x4
-SMALL_AUTOENCODER = {"sample_size": 16, "block_out_channels": (8, 8), "norm_num_groups": 4, "latent_channels": 3}
+from tests.pipelines.tiny_pipeline import (
+    FAST,
+    UNET,
+    align,
+    make_image,
+    make_painting_pipe,
+    make_pipe,
+    same_weights,
+    seeded,
+)
 
 
 class Oracle(ModelMixin, ConfigMixin):
@@ -88,36 +73,6 @@ class Oracle(ModelMixin, ConfigMixin):
         return SlotUNetOutput(sample={"epsilon": noise, "v_prediction": velocity}[self.config.prediction_type])
 
 
-def make_pipe(*, unet=None, encoder=SlotEncoderModel, scheduler=None, kind="kl"):
-    torch.manual_seed(0)
-    if unet is None:
-        unet = SlotUNetModel(**UNET)
-        with torch.no_grad():  # a new U-Net predicts zero noise for every input
-            for parameter in unet.parameters():
-                parameter.add_(torch.randn_like(parameter) * 0.05)
-    pipe = SlotDiffusionPipeline(
-        encoder(SlotAutoencoderConfig(**ENCODER)).eval(),
-        unet.eval(),
-        make_autoencoder("small", kind=kind, **SMALL_AUTOENCODER).eval(),
-        scheduler or noise_schedule(),
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def make_image(seed=0, size=(20, 14)):
-    """A picture of random colors, size is (width, height)."""
-    shape = (size[1], size[0], 3)
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8))
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-FAST = {"num_inference_steps": 3, "output_type": "latent"}
-
-
 @pytest.fixture
 def pipe():
     return make_pipe()
@@ -127,18 +82,6 @@ def pipe():
 def oracle(request):
     scheduler = noise_schedule(prediction_type=request.param)
     return make_pipe(unet=Oracle(prediction_type=request.param), scheduler=scheduler)
-
-
-def make_painting_pipe(**fields):
-    """A pipeline whose U-Net gets what a slot autoencoder paints."""
-    torch.manual_seed(0)
-    channels = make_autoencoder("small", **SMALL_AUTOENCODER).config.latent_channels
-    options = {"in_channels": channels, "sketch_channels": channels, "layout_channels": 5}
-    unet = SlotUNetModel(**{**UNET, **options, **fields})
-    with torch.no_grad():
-        for parameter in unet.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.05)
-    return make_pipe(unet=unet, encoder=SlotAutoencoderModel)
 
 
 # ------------------------------------------------------------------------------------------------ sampling
@@ -283,11 +226,11 @@ def test_what_trains_goes_on_training(pipe):
 
 
 def test_half_precision(pipe):
-    expected = {name: tensor.clone() for name, tensor in pipe.slot_encoder.state_dict().items()}
+    expected = {name: tensor.clone() for name, tensor in pipe.slot_encoder.slot_attention.state_dict().items()}
     assert pipe.to(torch.bfloat16) is pipe
-    assert pipe.unet.dtype == pipe.autoencoder.dtype == torch.bfloat16
-    found = pipe.slot_encoder.state_dict()
-    assert all(torch.equal(found[name], expected[name]) for name in expected)  # slot attention is float32 within
+    assert pipe.unet.dtype == pipe.autoencoder.dtype == pipe.slot_encoder.dtype == torch.bfloat16
+    found = pipe.slot_encoder.slot_attention.state_dict()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)  # as transformers loads it
     output = pipe(make_image(), generator=seeded(), num_inference_steps=2, output_type="pt")
     assert output.images.isfinite().all() and pipe.segment(make_image()).shape == (14, 20)
     latents = pipe(make_image(), generator=seeded(), **FAST).images
@@ -560,7 +503,7 @@ def test_compose(oracle):
         (lambda p: p.edit(make_image(), other=[make_image()] * 2, add=[0]), "other has 2 images"),
         (lambda p: p.compose(SlotLibrary()), "SlotLibrary is empty"),
         (lambda p: p.compose(SlotLibrary(), generator=[seeded()]), "pass a single generator"),
-        (lambda p: p.save_pretrained("x", safe_serialization=False), "would write pickles"),
+        (lambda p: p.from_pretrained("x", use_safetensors=False), "use_safetensors=False would load pickles"),
     ],
 )
 def test_wrong_arguments_are_refused(pipe, call, message):
@@ -597,18 +540,6 @@ def test_clipped_latents_are_refused(fields):
 
 
 # ------------------------------------------------------------------------------------------------ saving and loading
-
-
-def same_weights(found, expected):
-    for name in ("slot_encoder", "unet", "autoencoder"):
-        a, b = getattr(found, name).state_dict(), getattr(expected, name).state_dict()
-        assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
-    return True
-
-
-def align(pipe):
-    for part in (pipe.slot_encoder, pipe.unet, pipe.autoencoder):
-        aligned(part)
 
 
 @pytest.mark.parametrize("encoder", [SlotEncoderModel, SlotAutoencoderModel])
@@ -732,6 +663,10 @@ pipe = SlotDiffusionPipeline.from_pretrained("me/scenes")
 draw(pipe, "with")
 pipe.push_to_hub("me/pushed")
 draw(SlotDiffusionPipeline.from_pretrained("me/pushed", revision="main"), "pushed")
+pipe.save_pretrained("half", variant="half", push_to_hub=True, repo_id="me/variant")
+draw(SlotDiffusionPipeline.from_pretrained("me/variant", variant="half"), "variant")
+code = {"trust_remote_code": True, "variant": "half", "torch_dtype": {"unet": torch.float32}, "device_map": "cpu"}
+draw(DiffusionPipeline.from_pretrained("me/variant", **code), "code")
 """
 
 
@@ -754,12 +689,14 @@ def test_the_hub_with_and_without_hf_dl(pipe, tmp_path):
         "class diffusers_modules diffusers_modules",
         "with hf_dl hf_dl",
         "pushed hf_dl hf_dl",
+        "variant hf_dl hf_dl",
+        "code diffusers_modules diffusers_modules",
     ]
     code = {path.relative_to(tmp_path / "saved").as_posix() for path in (tmp_path / "saved").rglob("*.py")}
     for path in code:  # code that has traveled is as it was
         assert (tmp_path / "again" / path).read_bytes() == pushed[path] == (tmp_path / "saved" / path).read_bytes()
     expected = pipe.edit(image, remove=[1], num_inference_steps=3, output_type="pt", generator=seeded())
-    for name in ("without", "again", "class", "with", "pushed"):
+    for name in ("without", "again", "class", "with", "pushed", "variant", "code"):
         found = load_file(tmp_path / f"{name}.safetensors")
         torch.testing.assert_close(found["edited"], expected.images, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(found["drawn"], expected.originals, rtol=1e-5, atol=1e-6)
