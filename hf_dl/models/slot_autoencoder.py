@@ -15,8 +15,8 @@ Differences from the paper, each selected by a field of the config:
 - `decoder_type="pixel_shuffle"`: 3x3 convolutions on coarse grids and sub-pixel upsampling (Shi et al. 2016). The
   transposed 5x5 convolutions of the paper take most of the training time on a CPU. The slots multiply Fourier features
   of the position (see `CoarseGrids`).
-- `num_draws`: evaluation tries several random slot initializations per image and keeps the one with the lowest
-  reconstruction error, like the restarts of K-means. From a single draw, slot attention often leaves an object in the
+- `num_draws`: evaluation tries several random slot initializations per image and keeps the best one, like the
+  restarts of K-means (see `draw_cost`). From a single draw, slot attention often leaves an object in the
   slot of the background.
 
 Three more differences: evaluation removes the slots that an image does not need. `posterior` is a second segmentation,
@@ -46,7 +46,7 @@ from .slot_decoders import DECODERS, blend_slots
 from .slot_encoders import SlotEncoder
 from .slot_frames import CANDIDATES, FrameReadout, draw_seeds
 from .slot_inits import SLOT_INITS, FixedNoise
-from .slot_segmentation import find_needed_slots, keep_slots, mixture_posterior
+from .slot_segmentation import draw_cost, find_needed_slots, keep_slots, mixture_posterior
 
 
 @dataclass
@@ -228,7 +228,7 @@ class SlotAutoencoderModel(SlotAutoencoderPreTrainedModel):
 
     In training, `slot_init="gaussian"` draws new slots for every image. In evaluation without a `generator`, it uses
     the same draws for every image and every call, so results are repeatable and images of a batch independent.
-    Evaluation tries `num_draws` draws per image and keeps the draw with the lowest reconstruction error.
+    Evaluation tries `num_draws` draws per image and keeps the best one, see `draw_cost`.
 
     Example:
         ```python
@@ -291,10 +291,11 @@ class SlotAutoencoderModel(SlotAutoencoderPreTrainedModel):
             reconstruction, contents, masks = blend_slots(self.decoder, self.config, slots)
             found = (reconstruction, contents, masks, slots, *attentions)
             if best is not None:  # keep the better result for each image
-                error, least = (
-                    (tried[0].float() - pixel_values.float()).square().mean((1, 2, 3)) for tried in (found, best)
+                cost, least = (
+                    draw_cost(pixel_values, tried[0], tried[2], area_weight=self.config.prune_error)
+                    for tried in (found, best)
                 )
-                better = error < least
+                better = cost < least
                 found = tuple(
                     new.where(better.view(-1, *[1] * (new.ndim - 1)), old)
                     for new, old in zip(found, best, strict=True)

@@ -83,7 +83,7 @@ def attention_frames(attention: torch.Tensor, *, epsilon: float = 1e-8) -> torch
 
 
 @torch.no_grad()
-def color_seeds(pixel_values: torch.Tensor, num_slots: int, noise: torch.Tensor, *, side: int = 16) -> torch.Tensor:
+def color_seeds(pixel_values: torch.Tensor, num_slots: int, noise: torch.Tensor, *, side: int = 32) -> torch.Tensor:
     """Choose starting frames where the image differs from its main color, by greedy k-means++.
 
     Arthur & Vassilvitskii 2007, "k-means++: The Advantages of Careful Seeding". The first seed is the background: the
@@ -103,6 +103,8 @@ def color_seeds(pixel_values: torch.Tensor, num_slots: int, noise: torch.Tensor,
     grid = F.adaptive_avg_pool2d(pixel_values.float(), side)
     colors = grid.flatten(2).transpose(1, 2)  # (batch, cells, channels)
     places = cell_centers(side, colors)
+    features = torch.cat([colors, math.sqrt(_PLACE_WEIGHT) * places.expand(colors.shape[0], -1, -1)], dim=-1)
+    lengths = features.square().sum(-1)  # (batch, cells)
     rows = torch.arange(colors.shape[0], device=colors.device)
     distance = (colors - colors.median(dim=1, keepdim=True).values).square().sum(-1) ** 1.5  # (batch, cells)
     centers = [colors.new_full((colors.shape[0], 2), 0.5)]
@@ -111,10 +113,10 @@ def color_seeds(pixel_values: torch.Tensor, num_slots: int, noise: torch.Tensor,
         cumulative = (distance + 1e-9).cumsum(dim=1)
         draws = noise[:, slot].to(cumulative) * cumulative[:, -1:]
         chosen = torch.searchsorted(cumulative, draws).clamp_max(side**2 - 1)  # (batch, candidates)
-        color = colors.gather(1, chosen[..., None].expand(-1, -1, colors.shape[-1]))
-        from_color = (colors[:, None] - color[:, :, None]).square().sum(-1)  # (batch, candidates, cells)
-        from_place = (places - places[chosen][:, :, None]).square().sum(-1)
-        tried = torch.minimum((from_color + _PLACE_WEIGHT * from_place) ** 1.5, distance[:, None])
+        candidates = features.gather(1, chosen[..., None].expand(-1, -1, features.shape[-1]))
+        squares = lengths[:, None] + candidates.square().sum(-1, keepdim=True)
+        squares = (squares - 2 * candidates @ features.transpose(1, 2)).clamp_min(0)  # (batch, candidates, cells)
+        tried = torch.minimum(squares * squares.sqrt(), distance[:, None])
         best = tried.sum(-1).argmin(dim=1)
         distance = tried[rows, best]
         centers.append(places[chosen[rows, best]])

@@ -38,20 +38,50 @@ def mixture_posterior(
 
 
 @torch.no_grad()
+def draw_cost(
+    pixel_values: torch.Tensor, reconstruction: torch.Tensor, masks: torch.Tensor, *, area_weight: float
+) -> torch.Tensor:
+    """Rate the slots that one draw of the initial slots led to, in order to keep the best of several draws.
+
+    The cost of an image is its mean squared error + `area_weight` * variance of its pixels * sum of sqrt(area) over
+    all masks except the largest. The second term prefers draws in which one slot paints the ground.
+
+    Args:
+        pixel_values: (batch, channels, height, width).
+        reconstruction: The image that the slots paint, same shape.
+        masks: (batch, slots, height, width), which sum to 1 over the slots.
+        area_weight: Weight of the areas.
+
+    Returns:
+        float32 (batch,), lower is better.
+    """
+    pixel_values = pixel_values.float()
+    error = (reconstruction.float() - pixel_values).square().mean((1, 2, 3))
+    roots = masks.float().mean((2, 3)).sqrt()
+    variance = pixel_values.var(dim=(2, 3), correction=0).mean(1)
+    return error + area_weight * variance * (roots.sum(1) - roots.amax(1))
+
+
+@torch.no_grad()
 def find_needed_slots(
-    pixel_values: torch.Tensor, contents: torch.Tensor, masks: torch.Tensor, *, max_error: float, size: int = 16
+    pixel_values: torch.Tensor, contents: torch.Tensor, masks: torch.Tensor, *, max_error: float, size: int = 32
 ) -> torch.Tensor:
     """Find the slots that an image needs; a spare slot shares the background or an object with another slot.
 
-    Slots are removed one at a time, first the slot whose absence increases the mean squared error of the image the
-    least. This ends when the increase is above `max_error` times the variance of the image's pixels.
+    A slot is spare if removing it increases the mean squared error of the image by at most
+
+        max_error * variance * max(1, 4 sqrt(area of its mask))
+
+    with the variance of the pixels around the mean color of the image. Slots are removed one at a time, first the slot
+    that is furthest below this limit. A second ground slot has a large area, so it goes even if the masks get less
+    sharp. The slot with the largest mask is never removed: where the ground has one color, the other slots could paint
+    it as well.
 
     Args:
         pixel_values: (batch, channels, height, width).
         contents: The image that each slot paints, (batch, slots, channels, height, width).
         masks: Alphas, (batch, slots, height, width), which sum to 1 over the slots.
-        max_error: Largest increase of the mean squared error per removed slot, as a fraction of the variance of the
-            pixels around the mean color of the image.
+        max_error: Largest increase of the mean squared error per removed small slot, as a fraction of the variance.
         size: Height and width of the grid on which images are compared; smaller images are compared pixel by pixel.
 
     Returns:
@@ -66,18 +96,24 @@ def find_needed_slots(
     painted, weights = reduce(contents.float() * weights), reduce(weights)
     images = reduce(pixel_values.float())
     keep = torch.ones(masks.shape[:2], dtype=torch.bool, device=masks.device)
+    slots = torch.arange(masks.shape[1], device=masks.device)
     # The constant is a rounding error: all slots but one are spare in an image of a single color.
-    limit = max_error * pixel_values.float().var(dim=(2, 3), correction=0).mean(dim=1) + 1e-7  # (batch,)
+    limit = max_error * images.var(dim=(2, 3), correction=0).mean(dim=1) + 1e-7  # (batch,)
     error = (painted.sum(1) / weights.sum(1) - images).square().mean((1, 2, 3))
     for _ in range(masks.shape[1] - 1):
         total, weight = painted.sum(dim=1, keepdim=True), weights.sum(dim=1, keepdim=True)
         without = (total - painted) / (weight - weights).clamp_min(1e-6)  # (batch, slots, channels, size, size)
-        errors = (without - images[:, None]).square().mean((2, 3, 4)).masked_fill(~keep, float("inf"))
-        least, slot = errors.min(dim=1)
-        spare = least <= error + limit
+        area = weights.mean((2, 3, 4))
+        largest = area.argmax(dim=1, keepdim=True)
+        may_go = keep & (slots != largest)
+        errors = (without - images[:, None]).square().mean((2, 3, 4)).masked_fill(~may_go, float("inf"))
+        excess = errors - limit[:, None] * (16 * area).sqrt().clamp_min(1)
+        slot = excess.argmin(dim=1)
+        spare = excess.amin(dim=1) <= error
+        least = errors.gather(1, slot[:, None]).squeeze(1)
         if not torch.compiler.is_compiling() and not spare.any():
             break
-        keep = keep & ~(spare[:, None] & (torch.arange(masks.shape[1], device=masks.device) == slot[:, None]))
+        keep = keep & ~(spare[:, None] & (slots == slot[:, None]))
         error = least.where(spare, error)
         painted, weights = (values * keep[:, :, None, None, None] for values in (painted, weights))
     return keep

@@ -7,7 +7,7 @@ from PIL import Image
 
 from hf_dl.models import SlotAutoencoderConfig, SlotAutoencoderModel, SlotImageProcessor
 from hf_dl.models.slot_decoders import DECODERS, SlotDecoder, blend_slots
-from hf_dl.models.slot_segmentation import find_needed_slots, mixture_posterior
+from hf_dl.models.slot_segmentation import draw_cost, find_needed_slots, mixture_posterior
 from tests.models.contract import SAME_CODE, ModelContract
 
 TINY = {
@@ -271,6 +271,31 @@ def test_slots_that_nothing_needs_are_left_out():
     assert find_needed_slots(plain, one, masks, max_error=2e-3).sum() == 1
 
 
+def test_a_draw_costs_its_error_and_the_areas_of_its_masks():
+    pixel_values = torch.tensor([-1.0, 1.0]).expand(2, 3, 2, 2)  # the variance is 1
+    masks = torch.zeros(2, 3, 2, 2)
+    masks[0, 0] = 1.0
+    masks[1, 0, 0], masks[1, 1, 1, 0], masks[1, 2, 1, 1] = 1.0, 1.0, 1.0  # areas 1/2, 1/4 and 1/4
+    cost = draw_cost(pixel_values, 0.5 * pixel_values, masks, area_weight=0.1)
+    torch.testing.assert_close(cost, torch.tensor([0.25, 0.25 + 0.1 * (0.5 + 0.5)]))
+
+
+def test_the_ground_stays_even_if_all_other_slots_can_paint_it():
+    """Three dots of 2x2 pixels on a ground, whose color every slot paints around its dot."""
+    image = torch.zeros(3, 64, 64)
+    contents, logits = torch.zeros(4, 3, 64, 64), torch.zeros(4, 64, 64)
+    logits[0] = 4.0
+    for slot, (x, contrast) in enumerate(((7, 1.0), (30, 0.6), (51, -0.4)), start=1):
+        for canvas in (image, contents[slot]):
+            canvas[:, x : x + 2, x : x + 2] = contrast
+        logits[slot, x : x + 2, x : x + 2] = 8.0
+    keep = find_needed_slots(image[None], contents[None], logits.softmax(0)[None], max_error=0.0125)
+    assert keep.all()
+    contents[3] = 0  # the third dot is not painted, so its slot is spare
+    keep = find_needed_slots(image[None], contents[None], logits.softmax(0)[None], max_error=0.0125)
+    assert keep.tolist() == [[True, True, True, False]]
+
+
 def test_needed_slots_drops_the_least_missed_first():
     """Against a plain loop over every image and slot."""
     draw = torch.Generator().manual_seed(0)
@@ -284,11 +309,17 @@ def test_needed_slots_drops_the_least_missed_first():
             weights = torch.stack([mask[k] / mask[kept].sum(0) for k in kept])
             return (sum(w * content[k] for w, k in zip(weights, kept, strict=True)) - image).square().mean().item()
 
-        limit = 0.2 * image.flatten(1).var(1, correction=0).mean().item()
+        variance = image.flatten(1).var(1, correction=0).mean().item()
         kept = list(range(5))
         while len(kept) > 1:
-            least, slot = min((error([k for k in kept if k != slot]), slot) for slot in kept)
-            if least > error(kept) + limit:
+            area = {k: mask[k].mean().item() for k in kept}
+            largest = max(kept, key=area.get)
+            excess, slot = min(
+                (error([k for k in kept if k != slot]) - 0.2 * variance * max(1.0, 4 * area[slot] ** 0.5), slot)
+                for slot in kept
+                if slot != largest
+            )
+            if excess > error(kept):
                 break
             kept.remove(slot)
         assert keep.nonzero().flatten().tolist() == kept
