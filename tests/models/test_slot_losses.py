@@ -1,5 +1,7 @@
 """Loss terms of slot autoencoders."""
 
+import math
+
 import pytest
 import torch
 
@@ -54,6 +56,15 @@ def test_matching_error_is_lowest_when_attention_equals_the_masks():
     matching_error(logits.softmax(1), masks).backward()
     assert masks.grad is None
     torch.testing.assert_close(logits.grad, torch.zeros_like(logits), atol=1e-6, rtol=0)
+
+
+def test_matching_learns_nothing_from_pixels_that_two_slots_share():
+    masks = torch.tensor([[0.5, 1.0], [0.5, 0.0]]).view(1, 2, 1, 2).expand(1, 2, 2, 2)
+    logits = torch.zeros(1, 2, 4).requires_grad_()
+    error = matching_error(logits.softmax(1), masks)
+    assert error.item() == pytest.approx(0.5 * math.log(2))  # half of the pixels count
+    error.backward()
+    assert logits.grad[0, 0].tolist() == pytest.approx([0.0, -0.125, 0.0, -0.125])
 
 
 def test_mixture_error_is_the_likelihood_of_a_mixture_of_gaussians():
