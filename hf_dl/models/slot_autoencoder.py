@@ -35,7 +35,7 @@ from PIL import Image
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.image_utils import ImageInput, PILImageResampling
+from transformers.image_utils import ImageInput, PILImageResampling, get_image_size
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .image_input import RgbImageProcessor, to_rgb
@@ -379,10 +379,11 @@ class SlotAutoencoderModel(SlotAutoencoderPreTrainedModel):
         pixel_values = self.prepare_images(images)
         output = self(pixel_values, num_slots=num_slots, num_iterations=num_iterations, return_dict=True)
         masks = self.posterior(pixel_values, output)
-        sizes = [image.size[::-1] if isinstance(image, Image.Image) else tuple(image.shape[-2:]) for image in images]
         return [
-            F.interpolate(mask[None], size=size, mode="bilinear", align_corners=False)[0].argmax(dim=0)
-            for mask, size in zip(masks, sizes, strict=True)
+            F.interpolate(mask[None], size=get_image_size(image), mode="bilinear", align_corners=False)[0].argmax(
+                dim=0
+            )
+            for mask, image in zip(masks, images, strict=True)
         ]
 
 

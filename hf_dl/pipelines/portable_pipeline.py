@@ -133,6 +133,8 @@ class PortablePipeline(DiffusionPipeline):
         hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
         if unknown := [name for name in kwargs if name not in (*LOADING_ARGUMENTS, *cls.component_names)]:
             raise TypeError(f"from_pretrained got unexpected arguments: {', '.join(unknown)}.")
+        if missing := [name for name in cls.component_names if kwargs.get(name, name) is None]:
+            raise ValueError(f"{missing[0]}=None is not a part of a {cls.__name__}; pass a model, or leave it out.")
         variant, folder = kwargs.get("variant"), Path(name_or_path)
         saved = [name for name in cls.component_names if name not in kwargs]
         if not folder.is_dir():
@@ -157,6 +159,10 @@ class PortablePipeline(DiffusionPipeline):
                     f"{name} is a {class_name} of {library}, which hf_dl does not know; load it yourself and pass it "
                     f"as {name}=..., or use DiffusionPipeline.from_pretrained(..., trust_remote_code=True)."
                 )
+            files = sorted(file.name.split(".") for file in (folder / name).glob("*.safetensors"))
+            if variant is None and files and all(len(file) > 2 for file in files):
+                found = files[0][1].partition("-0")[0]
+                raise ValueError(f"The weights of {name} are the variant {found!r}; pass variant={found!r}.")
         pipe = super().from_pretrained(str(folder), use_safetensors=True, **kwargs)
         for name in saved:  # the libraries only warn of missing tensors and keep random weights
             if missing := _missing_tensors(getattr(pipe, name), folder / name, variant):
@@ -237,7 +243,7 @@ def _missing_tensors(part: Any, folder: Path, variant: str | None) -> list[str]:
     if not isinstance(part, torch.nn.Module) or getattr(part, "hf_quantizer", None) is not None:
         return []
     files = list(folder.glob("*.safetensors"))
-    variants = [file for file in files if variant and file.name.split(".")[1].split("-")[0] == variant]
+    variants = [file for file in files if variant and f"{file.name.split('.')[1]}-".startswith(f"{variant}-")]
     stored: set[str] = set()
     for file in variants or [file for file in files if file.name.count(".") == 1]:
         with safe_open(file, "pt") as tensors:

@@ -34,6 +34,7 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from transformers import PreTrainedModel
+from transformers.image_utils import get_image_size
 
 from ..models.image_input import to_rgb
 from ..models.latent_autoencoder import decode_latents, encode_latents
@@ -147,10 +148,6 @@ class SlotDiffusionPipeline(PortablePipeline):
 
     def _prepare(self, image: ImageLike | Sequence[ImageLike]) -> tuple[torch.Tensor, list[tuple[int, int]]]:
         """Return the pixel_values of images, and the height and width of each image."""
-        if isinstance(image, torch.Tensor) and image.is_floating_point():
-            pixel_values = image if image.ndim == 4 else image[None]
-            pixel_values = pixel_values.to(self._execution_device, self.slot_encoder.dtype)
-            return pixel_values, [tuple(pixel_values.shape[-2:])] * len(pixel_values)
         images = list(image) if isinstance(image, (list, tuple)) else [image]
         if not images or not all(isinstance(each, (Image.Image, np.ndarray, torch.Tensor)) for each in images):
             kinds = ", ".join(sorted({type(each).__name__ for each in images})) or "nothing"
@@ -158,10 +155,19 @@ class SlotDiffusionPipeline(PortablePipeline):
                 f"image is {kinds}; expected a PIL image, a uint8 array or tensor (channels, height, width), a "
                 "list of these, or pixel_values (batch, channels, height, width) in [-1, 1]."
             )
-        images = [to_rgb(each) if isinstance(each, Image.Image) else each for each in images]
+        floats = [isinstance(each, torch.Tensor) and each.is_floating_point() for each in images]
+        if any(floats):
+            if not all(floats) or len({each.shape[-3:] for each in images}) > 1:
+                raise ValueError(
+                    "image has float tensors, which are pixel_values, beside other images or sizes; pass only "
+                    "pixel_values of one size, or none."
+                )
+            pixel_values = torch.cat([each.reshape(-1, *each.shape[-3:]) for each in images])
+            pixel_values = pixel_values.to(self._execution_device, self.slot_encoder.dtype)
+            return pixel_values, [tuple(pixel_values.shape[-2:])] * len(pixel_values)
+        images = [single for each in images for single in _single_images(each)]
         pixel_values = self.slot_encoder.prepare_images(images).to(self._execution_device)
-        sizes = [each.size[::-1] if isinstance(each, Image.Image) else tuple(each.shape[-2:]) for each in images]
-        return pixel_values, sizes
+        return pixel_values, [get_image_size(each) for each in images]
 
     @torch.no_grad()
     def encode(
@@ -174,8 +180,9 @@ class SlotDiffusionPipeline(PortablePipeline):
         """Find the slots of images.
 
         Args:
-            image: A PIL image, a uint8 array or tensor (channels, height, width), or a list of these, of any size; or
-                pixel_values, a tensor (batch, channels, height, width) in [-1, 1] of the encoder's image size.
+            image: A PIL image, a uint8 array or tensor (channels, height, width), or a float array (height, width, 3)
+                in [0, 1], as `output_type="np"` returns; or a batch or list of these, of any size. A float tensor
+                (batch, channels, height, width) is pixel_values in [-1, 1] of the encoder's image size.
             num_slots: K. Defaults to the encoder's number of slots.
             num_iterations: Iterations of slot attention. Defaults to the encoder's number of iterations.
 
@@ -218,7 +225,7 @@ class SlotDiffusionPipeline(PortablePipeline):
         masks = {size: self.slot_masks(pixel_values, output, size) for size in set(sizes)}
         masks = [masks[size][row].argmax(dim=0) for row, size in enumerate(sizes)]
         self.maybe_free_model_hooks()
-        several = isinstance(image, (list, tuple)) or (isinstance(image, torch.Tensor) and image.ndim == 4)
+        several = isinstance(image, (list, tuple)) or getattr(image, "ndim", 3) == 4
         return masks if several else masks[0]
 
     @torch.no_grad()
@@ -501,6 +508,9 @@ class SlotDiffusionPipeline(PortablePipeline):
         shape = (batch, self.unet.config.in_channels, size, size)
         # At least float32: in half precision, the rounding errors of 1000 steps exceed the noise of single steps.
         dtype = torch.promote_types(self.unet.dtype, torch.float32)
+        for each in generator if isinstance(generator, list) else [generator]:
+            if not isinstance(each, torch.Generator | None):
+                raise ValueError(f"generator is {each!r}; expected torch.Generator, or a list of them.")
         if isinstance(generator, list) and len(generator) != batch:
             raise ValueError(f"generator is a list of {len(generator)}, expected one for each of the {batch} images.")
         if latents is None:
@@ -524,8 +534,9 @@ class SlotDiffusionPipeline(PortablePipeline):
         generator: torch.Generator | list[torch.Generator] | None = None,
         with_original: bool = True,
         blend: bool = False,
+        return_dict: bool = True,
         **kwargs: Any,
-    ) -> SlotDiffusionOutput:
+    ) -> SlotDiffusionOutput | tuple:
         """Draw an image without some of its slots, or with slots of another image.
 
         The unedited image is drawn with the same noise, so the two images differ only because of the slots.
@@ -541,10 +552,11 @@ class SlotDiffusionPipeline(PortablePipeline):
             with_original: Whether to draw the unedited image as well, which doubles the time.
             blend: Whether to keep the pixels of the image where the edited slots are not, see `edited_region`. Needs a
                 `SlotAutoencoderModel`.
+            return_dict: Whether to return a `SlotDiffusionOutput` instead of a tuple.
             **kwargs: Further arguments of a call: num_inference_steps, latents, output_type, callbacks.
 
         Returns:
-            See `SlotDiffusionOutput`, with `originals`.
+            See `SlotDiffusionOutput`, with `originals`; or the tuple (images, slots, keep, originals).
 
         Raises:
             ValueError: If a slot does not exist, no slot is left, or `other` is missing.
@@ -583,11 +595,12 @@ class SlotDiffusionPipeline(PortablePipeline):
             options = {"background": image, "region": region}
         output = self(slots=edited.slots[None], keep=edited.keep[None], generator=generator, **options, **kwargs)
         if not with_original:
-            return output
+            return output if return_dict else output.to_tuple()
         for each, state in zip(generators, states, strict=True):
             each.set_state(state)
         originals = self(slots=slots, keep=keep, generator=generator, **kwargs).images
-        return SlotDiffusionOutput(images=output.images, slots=output.slots, keep=output.keep, originals=originals)
+        output = SlotDiffusionOutput(images=output.images, slots=output.slots, keep=output.keep, originals=originals)
+        return output if return_dict else output.to_tuple()
 
     def _edited_region(self, slots: torch.Tensor, keep: torch.Tensor, chosen: Sequence[int]) -> torch.Tensor:
         """Return the pixels of the chosen slots of one image, bool (1, image_size, image_size)."""
@@ -631,6 +644,20 @@ class SlotDiffusionPipeline(PortablePipeline):
             raise ValueError("compose draws slots on the CPU; pass a single generator, torch.Generator().")
         slots, keep = library.sample(n, generator=generator, mode=mode, num_objects=num_objects, max_iou=max_iou)
         return self(slots=slots, keep=keep, generator=generator, **kwargs)
+
+
+def _single_images(image: ImageLike) -> list[ImageLike]:
+    """Return an image, or the images of a batch, with 8 bits per channel."""
+    if isinstance(image, Image.Image):
+        return [to_rgb(image)]
+    if isinstance(image, np.ndarray) and image.dtype.kind == "f":
+        if image.shape[-1:] != (3,) or not (image.min() >= 0 and image.max() <= 1):
+            raise ValueError(
+                f"image is an array of {image.dtype} of shape {image.shape} with values from {image.min():.3g} to "
+                f"{image.max():.3g}; expected (height, width, 3) in [0, 1], or uint8."
+            )
+        image = (image * 255).round().astype(np.uint8)
+    return list(image) if image.ndim == 4 else [image]
 
 
 def _takes_painting(unet: ModelMixin) -> bool:

@@ -15,6 +15,7 @@ import inspect
 import shutil
 
 import accelerate
+import numpy as np
 import pytest
 import torch
 from accelerate.hooks import CpuOffload
@@ -160,6 +161,15 @@ def test_missing_weights_of_a_variant_are_refused(folder, tmp_path):
         load(tmp_path, variant="fp16")
 
 
+def test_a_folder_with_nothing_but_a_variant(tmp_path):
+    make_pipe().save_pretrained(tmp_path, variant="ema-half", max_shard_size="3KB")
+    assert load(tmp_path, variant="ema-half").unet is not None
+    with pytest.raises(
+        ValueError, match="weights of slot_encoder are the variant 'ema-half'; pass variant='ema-half'"
+    ):
+        load(tmp_path)
+
+
 def test_only_the_files_of_the_variant_are_downloaded(folder, tmp_path, monkeypatch):
     """The U-Net of the repository has no variant."""
     fetched = []
@@ -220,6 +230,23 @@ def test_signature():
         assert parameters[name].default is not inspect.Parameter.empty
 
 
+def test_formats_of_images(saved):
+    """One image in each format, and two images as a list or a batch."""
+    image = make_image(size=(16, 12))
+    pixels = np.array(image)
+    square = saved.slot_encoder.prepare_images([image])
+    whole, slots = saved.segment(image), saved.encode(image).slots
+    for each in (pixels, pixels.transpose(2, 0, 1), pixels / 255, torch.tensor(pixels).permute(2, 0, 1)):
+        assert torch.equal(saved.segment(each), whole) and torch.equal(saved.encode(each).slots, slots)
+    assert torch.equal(saved.slot_encoder.segment(pixels), whole)
+    for several in ([pixels / 255, image], np.stack([pixels, pixels]), np.stack([pixels, pixels]) / 255):
+        assert all(torch.equal(mask, whole) for mask in saved.segment(several)) and len(saved.segment(several)) == 2
+    for several in ([square[0], square[0]], [square, square], torch.cat([square, square])):
+        torch.testing.assert_close(saved.encode(several).slots, slots.expand(2, -1, -1), rtol=1e-4, atol=1e-4)
+    drawn = saved(image, generator=seeded(), num_inference_steps=1, output_type="np").images
+    assert saved.encode(drawn).slots.shape == slots.shape  # an output is an input
+
+
 def test_callbacks_know_the_number_of_steps(saved):
     def clear_at_the_end(pipe, step, timestep, tensors):
         assert set(tensors) == set(pipe._callback_tensor_inputs)
@@ -272,6 +299,8 @@ def test_a_list_of_generators_for_an_edit(saved):
     outputs = [saved.edit(image, remove=[1], generator=each, **FAST) for each in (seeded(), [seeded()])]
     for name in ("images", "originals"):
         assert torch.equal(outputs[0][name], outputs[1][name])
+    images, slots, keep, originals = saved.edit(image, remove=[1], generator=seeded(), return_dict=False, **FAST)
+    assert torch.equal(images, outputs[0].images) and torch.equal(originals, outputs[0].originals)
     with pytest.raises(ValueError, match="generator is a list of 2, expected one for each of the 1 images"):
         saved.edit(image, remove=[1], generator=[seeded(), seeded(1)], **FAST)
 

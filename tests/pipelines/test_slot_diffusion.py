@@ -492,6 +492,16 @@ def test_compose(oracle):
         ),
         (lambda p: p.segment("photo.png"), "image is str; expected a PIL image"),
         (lambda p: p.segment([]), "image is nothing; expected a PIL image"),
+        (
+            lambda p: p(np.full((16, 16, 3), 2.0)),
+            r"array of float64 of shape \(16, 16, 3\) with values from 2 to 2; exp",
+        ),
+        (
+            lambda p: p([make_image(), torch.zeros(3, 16, 16)]),
+            "image has float tensors, which are pixel_values, beside",
+        ),
+        (lambda p: p(make_image(), generator=3), "generator is 3; expected torch.Generator, or a list of them"),
+        (lambda p: p.from_pretrained("x", unet=None), "unet=None is not a part of a SlotDiffusionPipeline"),
         (lambda p: p.edit(make_image(), remove=[3]), "remove has slot 3, but the image has slots 0 to 2"),
         (lambda p: p.edit(make_image(), remove=[-1]), "remove has slot -1"),
         (lambda p: p.edit(make_image(), remove=[0, 1, 2]), "remove has all 3 slots of the image"),
