@@ -13,6 +13,7 @@ The parts of the package. The names in parentheses are the other parts that a pa
 - `hf_dl.recipes`: code that the scripts and the demo page of a family share (all of the above)
 - `hf_dl.demo`: code that the demo pages share (all of the above)
 - `hf_dl.publishing`: checks, and the upload of models, Spaces and metrics to the Hub (all of the above)
+- `hf_dl.progress`: progress bars, which every part may use
 - `hf_dl.systems`: the list of all systems with their main results
 - `hf_dl.script_help`: the help of a script, without its imports (`training`)
 - `hf_dl.cli`: the `hf-dl` command

@@ -17,7 +17,9 @@ import difflib
 import importlib.util
 import os
 import runpy
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -167,7 +169,6 @@ def launch(words: list[str], script: Path | None = None) -> int:
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    logging.getLogger("accelerate.commands.launch").setLevel(logging.ERROR)  # it lists each default that it uses
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)  # failed processes
     parser = launch_command_parser()
     if script is not None:
@@ -178,9 +179,19 @@ def launch(words: list[str], script: Path | None = None) -> int:
         # accelerate starts several CPU processes only in this way; `--num_processes 2` alone starts one
         args.multi_gpu, args.num_machines = True, args.num_machines or 1
         os.environ["ACCELERATE_USE_CPU"] = "true"
+    pass_defaults(args)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, forward_to_children)
     try:
         launch_command(args)
     except CalledProcessError as error:  # the script has printed its own error
+        if error.returncode < 0 and -error.returncode != signal.SIGINT:
+            reason = " (the system does this when memory runs out)" if -error.returncode == signal.SIGKILL else ""
+            print(
+                f"hf-dl: {args.training_script} was ended by {signal.Signals(-error.returncode).name}{reason}. "
+                "Continue with the same command and --resume, which starts from the last checkpoint, if there is one.",
+                file=sys.stderr,
+            )
         return to_status(error.returncode)
     except ChildFailedError as error:
         return to_status(error.get_first_failure()[1].exitcode)
@@ -189,6 +200,34 @@ def launch(words: list[str], script: Path | None = None) -> int:
     except KeyboardInterrupt:
         return wait_for_child()
     return 0
+
+
+def pass_defaults(args: argparse.Namespace) -> None:
+    """Set the options that `accelerate launch` would otherwise list in a warning, to the values that it would use.
+
+    Args:
+        args: Parsed options of `accelerate launch`. They stay as they are if there is a configuration file.
+    """
+    import torch
+    from accelerate.commands.config.config_args import default_config_file
+
+    if args.config_file is not None or os.path.isfile(default_config_file):
+        return
+    devices = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
+    if args.num_processes is None:
+        args.num_processes = max(1, devices)
+    others = (args.cpu, args.tpu, args.use_deepspeed, args.use_fsdp, args.use_megatron_lm)
+    args.multi_gpu = args.multi_gpu or (args.num_processes > 1 and devices > 1 and not any(others))
+    args.num_machines = args.num_machines or 1
+    args.mixed_precision, args.dynamo_backend = args.mixed_precision or "no", args.dynamo_backend or "no"
+
+
+def forward_to_children(number: int, frame: object) -> None:
+    """Pass a signal on to the processes that this one started, which save a checkpoint and end."""
+    import psutil
+
+    for child in psutil.Process().children():
+        child.send_signal(number)
 
 
 def wait_for_child() -> int:
@@ -223,6 +262,7 @@ def train(words: list[str]) -> int:
     script = scripts[choose("system", words[0], scripts)]
     if {"-h", "--help"} & set(words):
         return run_script(script, ["--help"])
+    print(f"hf-dl: starting {script.name}; the import of torch takes some seconds.", file=sys.stderr, flush=True)
     return launch(words[1:], script)
 
 

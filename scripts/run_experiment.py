@@ -30,7 +30,7 @@ from hf_dl.reporting.plots import plot_confusion, plot_curves, plot_table
 from hf_dl.reporting.report import Report, collect, read_report, write_report
 from hf_dl.reporting.tables import results_table
 
-LAUNCH = (sys.executable, "-m", "accelerate.commands.launch")
+LAUNCH = (sys.executable, "-m", "hf_dl", "launch")  # `accelerate launch` without its traceback
 
 
 def find_scripts(experiment: Experiment, toml: Path) -> dict[str, Path]:

@@ -72,7 +72,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     args = parse_args(Args, argv)
     train, validation, test = (load_images(args, split) for split in ("train", "validation", "test"))
     processor = SlotImageProcessor(size={"height": args.image_size, "width": args.image_size})
-    run = TrainingRun(args, SlotAutoencoderModel(args.config), train, collate=as_is, processor=processor)
+    model = SlotAutoencoderModel(args.config)
+    run = TrainingRun(args, model, train, collate=as_is, processor=processor, shown=slots.SHOWN)
     validation_batches, test_batches = run.shard(validation, 64), run.shard(test, 64)
     bound: dict[str, float] = {}  # the result of the check at binding_step, if the run ends there
 

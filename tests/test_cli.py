@@ -218,6 +218,7 @@ def test_any_program_is_launched_without_a_traceback_of_the_launcher(shipped, mo
     monkeypatch.setattr("accelerate.commands.launch.launch_command", fail)
     assert cli.main(["launch", "--mixed_precision", "bf16", "mine.py", "--mixed_precision", "no"]) == 3
     args = launched[0]
+    assert args.num_processes >= 1 and (args.num_machines, args.dynamo_backend) == (1, "no")
     assert (args.mixed_precision, args.training_script) == ("bf16", "mine.py")
     assert args.training_script_args == ["--mixed_precision", "no"]
 
@@ -232,7 +233,24 @@ def test_ctrl_c_waits_for_the_script(shipped, command):
     time.sleep(0.2)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     out, err = process.communicate(timeout=600)
-    assert (process.returncode, "saved a checkpoint" in out, err) == (5, True, "")
+    started = "hf-dl: starting train_slots.py; the import of torch takes some seconds.\n"
+    assert (process.returncode, "saved a checkpoint" in out) == (5, True)
+    assert err == (started if command == "train" else "")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs signals")
+def test_sigterm_reaches_the_script_and_ends_with_one_sentence(shipped):
+    process = start(shipped, "launch", "scripts/train_slots.py", "wait")
+    while not (shipped / "started").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.terminate()  # the launcher only
+    _, err = process.communicate(timeout=600)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert err == (
+        "hf-dl: scripts/train_slots.py was ended by SIGTERM. Continue with the same command and --resume, which "
+        "starts from the last checkpoint, if there is one.\n"
+    )
 
 
 def test_ctrl_c_in_a_script_that_does_not_catch_it(shipped, monkeypatch, capsys):

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import datasets
 
+from .generation import counted
 from .instance_masks import build_dataset, check_arguments, make_example, make_features, open_image
 
 VARIANTS = ("full", "outd", "camo", "pbg", "vbg", "grassbg")
@@ -108,6 +109,7 @@ def _split_range(count: int, split: str, variant: str) -> tuple[int, int]:
     return {"test": (0, count // 10), "validation": (count // 10, count // 5), "train": (count // 5, count)}[split]
 
 
+@counted
 def _generate(
     shards: list[tuple[int, int]], root: str, variant: str, crop: int | None, size: int, version: int
 ) -> Iterator[dict]:

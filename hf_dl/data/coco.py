@@ -11,6 +11,7 @@ import datasets
 import numpy as np
 from PIL import Image, ImageDraw
 
+from .generation import counted
 from .instance_masks import build_dataset, check_arguments, make_example, make_features, open_image
 
 FEATURES = make_features(label=datasets.Value("string"))
@@ -73,6 +74,7 @@ def _read_coco(path: Path) -> dict:
     return content
 
 
+@counted
 def _generate(
     shards: list[tuple[int, int]], root: str, annotations: str, crop: int | None, size: int, stamp: tuple, version: int
 ) -> Iterator[dict]:

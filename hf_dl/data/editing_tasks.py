@@ -24,6 +24,7 @@ import numpy as np
 from scipy.ndimage import binary_dilation
 
 from . import scenes
+from .generation import counted, row_bar
 from .png import encode_png
 
 KINDS = {
@@ -94,11 +95,13 @@ def load(
     options = {"style": style, "size": size, "num_objects": tuple(num_objects), "seed": seed}
     found = scenes.load(split, source, num_scenes=num_scenes, **options)
     arguments = {"found": found, "kind": kind, "stream": f"{style} {seed} {split}", "version": _VERSION}
-    return datasets.Dataset.from_generator(
-        _generate, features=FEATURES, gen_kwargs=arguments, split=datasets.NamedSplit(split)
-    )
+    with row_bar(len(found), f"Rendering {split} edits ({kind})"):
+        return datasets.Dataset.from_generator(
+            _generate, features=FEATURES, gen_kwargs=arguments, split=datasets.NamedSplit(split)
+        )
 
 
+@counted
 def _generate(found: datasets.Dataset, kind: str, stream: str, version: int) -> Iterator[dict[str, Any]]:
     rows = list(found)
     masks = [np.asarray(row["mask"]) for row in rows]

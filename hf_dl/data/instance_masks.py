@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from ..models.image_input import to_rgb
+from .generation import row_bar
 
 SPLITS = ("train", "validation", "test")
 
@@ -45,8 +46,11 @@ def build_dataset(
     if not rows:
         raise ValueError(f"split={split!r} would be empty: the source has too few images.")
     arguments |= {"shards": [(start, min(start + _SHARD, rows.stop)) for start in rows[::_SHARD]], "version": _VERSION}
-    kind = datasets.IterableDataset if streaming else datasets.Dataset
-    return kind.from_generator(generator, features=features, gen_kwargs=arguments, split=datasets.NamedSplit(split))
+    options = {"features": features, "gen_kwargs": arguments, "split": datasets.NamedSplit(split)}
+    if streaming:
+        return datasets.IterableDataset.from_generator(generator, **options)
+    with row_bar(len(rows), f"Reading {split} images"):
+        return datasets.Dataset.from_generator(generator, **options)
 
 
 def crop_square(image: Image.Image, crop: int | None, size: int, resample: Image.Resampling) -> Image.Image:

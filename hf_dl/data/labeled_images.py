@@ -19,6 +19,7 @@ from PIL import Image, ImageOps
 from ..models.image_input import open_image
 from . import object_images
 from .class_folders import count_classes, read_class_folders, real_path
+from .generation import counted, row_bar
 from .idx_files import read_idx_folder
 from .object_images import SPLITS
 from .png import encode_png
@@ -138,9 +139,10 @@ def load(
         return stream
     text = datasets.Value("string")
     features = datasets.Features(image=datasets.Image(), label=label, problem=text)
-    dataset = datasets.Dataset.from_generator(
-        _decode, features=features, gen_kwargs=arguments, split=datasets.NamedSplit(split)
-    )
+    with row_bar(len(indices), f"Reading {split} images"):
+        dataset = datasets.Dataset.from_generator(
+            _decode, features=features, gen_kwargs=arguments, split=datasets.NamedSplit(split)
+        )
     dataset, unreadable = _settle(dataset, corrupt, name)
     notes = [count_classes(dataset.with_format("numpy")["label"][:].tolist(), label.names), skipped, unreadable]
     dataset.info.description = " ".join(filter(None, notes))
@@ -268,6 +270,7 @@ def _square(record: dict | None, size: int) -> tuple[dict | None, str | None]:
     return encode_png(np.asarray(image)), None
 
 
+@counted
 def _decode(
     shards: list[tuple[int, int]], rows: datasets.Dataset, indices: tuple[int, ...], size: int, version: int
 ) -> Iterator[dict]:

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from . import scenes
+from .generation import counted, row_bar
 from .png import encode_png
 from .scene_description import SHAPES
 from .surfaces import COLORS
@@ -74,11 +75,14 @@ def load(
         "version": _VERSION,
     }
     features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=list(CLASSES)))
-    return datasets.Dataset.from_generator(
-        _crop, features=features, gen_kwargs=arguments, split=datasets.NamedSplit(split)
-    )
+    count = sum(item["visible_pixels"] > 0 for items in found["objects"] for item in items)
+    with row_bar(count, f"Cropping {split} objects"):
+        return datasets.Dataset.from_generator(
+            _crop, features=features, gen_kwargs=arguments, split=datasets.NamedSplit(split)
+        )
 
 
+@counted
 def _crop(shards: list[tuple[int, int]], found: datasets.Dataset, size: int, version: int) -> Iterator[dict]:
     for start, end in shards:
         rows = found.select_columns(["image", "objects"])[start:end]

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 
 import datasets
 
+from .generation import counted, row_bar
 from .materials import TEXTURES
 from .png import encode_png
 from .raycast import chunk_size, render
@@ -88,8 +89,11 @@ def load(
     features = datasets.Features(
         image=datasets.Image(), mask=datasets.Image(), label=datasets.ClassLabel(names=list(CLASSES[num_classes]))
     )
-    kind = datasets.IterableDataset if streaming else datasets.Dataset
-    return kind.from_generator(_render, features=features, gen_kwargs=arguments, split=datasets.NamedSplit(split))
+    options = {"features": features, "gen_kwargs": arguments, "split": datasets.NamedSplit(split)}
+    if streaming:
+        return datasets.IterableDataset.from_generator(_render, **options)
+    with row_bar(count, f"Rendering {split} images"):
+        return datasets.Dataset.from_generator(_render, **options)
 
 
 class _Disc(SceneObject):
@@ -145,6 +149,7 @@ def sample_scene(index: int, split: str = "train", *, num_classes: int = 25, see
     return scene, label
 
 
+@counted
 def _render(
     shards: list[tuple[int, int]], split: str, size: int, num_classes: int, seed: int, version: int
 ) -> Iterator[dict]:

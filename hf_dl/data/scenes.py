@@ -25,6 +25,7 @@ import datasets
 import torch
 
 from .counterfactual import counterfactual, counterfactuals, ground_position
+from .generation import counted, row_bar
 from .materials import TEXTURES
 from .png import encode_png
 from .raycast import chunk_size, render, shade
@@ -190,6 +191,7 @@ def _examples(
     ]
 
 
+@counted
 def _generate(shards: list[tuple[int, int]], version: int, **arguments) -> Iterator[dict]:
     step = chunk_size(arguments["size"])
     chunks = [range(i, min(i + step, last)) for first, last in shards for i in range(first, last, step)]
@@ -315,5 +317,8 @@ def load(
         "seed": seed,
         "version": VERSION,
     }
-    kind = datasets.IterableDataset if streaming else datasets.Dataset
-    return kind.from_generator(_generate, features=FEATURES, gen_kwargs=arguments, split=datasets.NamedSplit(split))
+    options = {"features": FEATURES, "gen_kwargs": arguments, "split": datasets.NamedSplit(split)}
+    if streaming:
+        return datasets.IterableDataset.from_generator(_generate, **options)
+    with row_bar(num_scenes, f"Rendering {split} scenes"):
+        return datasets.Dataset.from_generator(_generate, **options)

@@ -40,6 +40,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from .generation import counted, row_bar
 from .splits import SPLIT_OF, Rows, Source, find_split, given_splits, name_source, read_tables, streamed_split
 
 SPLITS = {"train": 24_000, "validation": 1500, "test": 1500}  # default numbers of synthetic documents
@@ -326,10 +327,14 @@ def _load_synthetic(split: str, num_rows: int | None, seed: int, streaming: bool
     shards = [(start, min(start + _SHARD, count)) for start in range(0, count, _SHARD)]
     arguments = {"shards": shards, "split": split, "seed": seed, "version": _VERSION}
     features = datasets.Features(text=datasets.Value("string"), log_prob=datasets.Value("float64"))
-    kind = datasets.IterableDataset if streaming else datasets.Dataset
-    return kind.from_generator(_draw, features=features, gen_kwargs=arguments, split=datasets.NamedSplit(split))
+    options = {"features": features, "gen_kwargs": arguments, "split": datasets.NamedSplit(split)}
+    if streaming:
+        return datasets.IterableDataset.from_generator(_draw, **options)
+    with row_bar(count, f"Generating {split} documents"):
+        return datasets.Dataset.from_generator(_draw, **options)
 
 
+@counted
 def _draw(shards: list[tuple[int, int]], split: str, seed: int, version: int) -> Iterator[dict]:
     for first, last in shards:
         for index in range(first, last):
@@ -568,6 +573,10 @@ class TokenStream(torch.utils.data.IterableDataset):
             for values, filling in ((before, first), (ids, -100))
         )
         self.windows = math.ceil(size / length)
+
+    def fingerprint_data(self) -> list[torch.Tensor]:
+        """Return the tokens, which a resumed run compares with the tokens of the original run."""
+        return [self.ids]
 
     def batches(self) -> Iterator[dict[str, torch.Tensor]]:
         """Iterate over the text once.

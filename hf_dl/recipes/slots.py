@@ -45,6 +45,7 @@ CURVES = {
 }
 # Scores that are logged during training, as far as the data has masks.
 WATCHED = ("loss", *(f"{mask}_{score}" for mask in MASKS for score in ("fg_ari", "ari")))
+SHOWN = {"loss": "loss", "mse": "squared error", "val_posterior_fg_ari": "foreground ARI"}  # next to the progress bar
 LIBRARY_IMAGES = 2000  # number of training images whose slots fill the slot library
 
 

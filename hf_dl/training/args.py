@@ -32,7 +32,7 @@ _GROUPS = {
     "optimization": "optimizer learning_rate weight_decay momentum beta2 schedule warmup_steps half_life decay_at "
     "decay_factor max_grad_norm ema_decay",
     "evaluation": "eval_every eval_epochs monitor higher_is_better patience",
-    "logging and checkpoints": "log_every report_to save_every keep_last resume",
+    "logging and checkpoints": "log_every report_to save_every keep_last resume accept_changed_data",
     "Hub": "push_to_hub hub_model_id hub_strategy",
     "hardware": "mixed_precision compile cpu_threads",
 }
@@ -127,6 +127,9 @@ class TrainingArgs:
     keep_last: int = field(default=2, metadata={"help": "Number of newest checkpoints to keep; 0 keeps all."})
     resume: bool = field(
         default=False, metadata={"help": "Continue from the newest complete checkpoint in output_dir, if any."}
+    )
+    accept_changed_data: bool = field(
+        default=False, metadata={"help": "With resume: go on although the training data or the classes changed."}
     )
 
     push_to_hub: bool = field(default=False, metadata={"help": "Push the model to the Hub at the end of the run."})

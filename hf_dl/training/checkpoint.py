@@ -39,7 +39,11 @@ def write_file(path: Path, data: bytes) -> None:
 def replace_file(path: Path, data: bytes) -> None:
     """Write a temporary file and rename it, so that readers see either the old or the new content."""
     aside = path.with_name(f".{path.name}")
-    write_file(aside, data)
+    try:
+        write_file(aside, data)
+    except OSError:
+        aside.unlink(missing_ok=True)
+        raise
     os.replace(aside, path)
 
 

@@ -58,6 +58,16 @@ def make_optimizer(
     return kind(groups, lr=args.learning_rate, betas=(args.momentum, args.beta2))
 
 
+def optimizer_kind(optimizer: torch.optim.Optimizer) -> str:
+    """Return the name of an optimizer, such as "AdamW", or of all optimizers of a `JoinedOptimizer`.
+
+    Args:
+        optimizer: The optimizer; one that Accelerate wraps counts as the optimizer inside.
+    """
+    optimizer = getattr(optimizer, "optimizer", optimizer)
+    return " + ".join(type(each).__name__ for each in getattr(optimizer, "optimizers", [optimizer]))
+
+
 class JoinedOptimizer(torch.optim.Optimizer):
     """Several optimizers of disjoint parameters that step, save and load as one.
 

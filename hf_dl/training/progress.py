@@ -1,54 +1,13 @@
-"""Progress of a run: the bar on the terminal, the log file log.jsonl, the trackers and the time."""
+"""Progress of a run: the log file log.jsonl, the trackers and the time."""
 
 import contextlib
 import json
 import os
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from accelerate.tracking import get_available_trackers
-from tqdm.auto import tqdm
-
-
-class Progress:
-    """Show a progress bar on a terminal; elsewhere print a line every ten seconds.
-
-    Args:
-        total: Number of steps of the run.
-        enabled: Whether to show anything; only the main process does.
-    """
-
-    def __init__(self, total: int, *, enabled: bool):
-        self._total, self._enabled = total, enabled
-        self._shown: dict[str, str] = {}
-        self._bar, self._last_line = None, time.monotonic()
-
-    def __enter__(self):
-        if self._enabled and sys.stderr.isatty():
-            self._bar = tqdm(total=self._total, dynamic_ncols=True, unit="step")
-        return self
-
-    def __exit__(self, *error):
-        if self._bar is not None:
-            self._bar.close()
-
-    def show(self, values: dict[str, float]) -> None:
-        """Set the values that are shown next to the step."""
-        self._shown.update({name: f"{value:.4g}" for name, value in values.items()})
-        if self._bar is not None:
-            self._bar.set_postfix(self._shown, refresh=False)
-
-    def update(self, step: int) -> None:
-        """Set the step."""
-        if self._bar is not None:
-            self._bar.n = step
-            self._bar.update(0)
-        elif self._enabled and time.monotonic() - self._last_line > 10:
-            self._last_line = time.monotonic()
-            shown = " ".join(f"{name} {value}" for name, value in self._shown.items())
-            print(f"step {step}/{self._total} {shown}", file=sys.stderr, flush=True)
 
 
 class LogFile:

@@ -45,14 +45,17 @@ from torch import nn
 from torch.utils.data import DataLoader, default_collate
 from tqdm.auto import tqdm
 
+from ..progress import Progress, Tracked
 from . import checkpoint
 from .args import TrainingArgs, script_path
 from .averaging import WeightAverage
 from .batches import Share, batches, dataset_length, mix_seed, seed_everything
+from .errors import advise
+from .fingerprint import describe_change, fingerprint
 from .hub import HubPush
 from .monitoring import Monitor
-from .optimizers import JoinedOptimizer, make_optimizer
-from .progress import LogFile, Progress, Stopwatch, tracker_names
+from .optimizers import JoinedOptimizer, make_optimizer, optimizer_kind
+from .progress import LogFile, Stopwatch, tracker_names
 from .provenance import provenance
 from .scalars import ScalarWindow
 from .schedules import learning_rate_factor
@@ -89,6 +92,8 @@ class TrainingRun:
             examples of similar length.
         learning_rates: Peak learning rates by prefix of the parameter name, for parameters that do not use
             `args.learning_rate`. All follow the same schedule.
+        shown: Names of the logged values to show next to the progress bar, at most three, with the text to show.
+            Defaults to the loss and `args.monitor`. The log contains all values.
 
     Raises:
         ValueError: If the flags do not fit the data, the number of processes or the checkpoint.
@@ -110,6 +115,7 @@ class TrainingRun:
         make_optimizers: Callable[[nn.Module], Sequence[torch.optim.Optimizer]] | None = None,
         lengths: Sequence[Any] | None = None,
         learning_rates: Mapping[str, float] | None = None,
+        shown: Mapping[str, str] | None = None,
     ):
         self.args = args
         self.accelerator = Accelerator(
@@ -144,7 +150,10 @@ class TrainingRun:
         self._scalars = ScalarWindow(self.accelerator, args.accumulation)
         self._synced = self._stepped = self._restarted = False
         self._signals, self._agreed_signal = SignalCatcher(), 0
-        self._progress, self._log = None, LogFile(self.folder / "log.jsonl")
+        self._progress, self._log, self._log_failed = None, LogFile(self.folder / "log.jsonl"), False
+        monitored = {args.monitor: args.monitor.replace("val_", "validation ").replace("_", " ")}
+        self._names = shown or {"loss": "loss", **(monitored if args.monitor else {})}
+        self._found_data: dict[str, Any] | None = None
         self._clock = Stopwatch()
         self._sharded = self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
         if self._sharded and (args.ema_decay or args.resume):
@@ -158,6 +167,8 @@ class TrainingRun:
             self.hub = HubPush(args.hub_model_id, self.folder, lambda text: self.event("push_failed", text))
         self._prepare(model)
         self._continue() if args.resume else self._start_over()
+        if self.is_main:
+            advise(self._advice)
         if self.accelerator.log_with:
             self.accelerator.init_trackers(
                 script_path(type(args)).stem, config={name: str(value) for name, value in vars(args).items()}
@@ -167,7 +178,7 @@ class TrainingRun:
 
     def __iter__(self) -> Iterator[Any]:
         self._clock.start()
-        with self._signals.active(), Progress(self.max_steps, enabled=self.is_main) as self._progress:
+        with self._signals.active(), Progress(self.max_steps, names=self._names) as self._progress:
             while not self._done:
                 self._restarted = False
                 yield from self._attempt()
@@ -356,7 +367,7 @@ class TrainingRun:
             collate: Makes a batch from a list of examples; defaults to the training collate.
 
         Returns:
-            The loader; its batches are on the device. It can be iterated repeatedly.
+            The loader; its batches are on the device. It can be iterated repeatedly, and shows its progress.
         """
         loader = DataLoader(
             data,
@@ -365,7 +376,7 @@ class TrainingRun:
             num_workers=self.args.num_workers,
             generator=torch.Generator(),
         )
-        return self.accelerator.prepare_data_loader(loader)
+        return Tracked(self.accelerator.prepare_data_loader(loader), "Evaluating")
 
     def gather(self, values: Any) -> Any:
         """Concatenate tensors of all processes along the first dimension, the examples of a batch from `shard`."""
@@ -449,8 +460,25 @@ class TrainingRun:
         if self.is_main:
             try:
                 self._log.append(line)
+                self._log_failed = False
             except OSError as error:
-                self.say(f"A line of {self._log.path} could not be written ({error.strerror}); the run continues.")
+                if not self._log_failed:  # once, and not for each line
+                    text = f"Lines of {self._log.path} could not be written ({error.strerror}); the run continues."
+                    self.say(text)
+                self._log_failed = True
+
+    def _advice(self) -> str:
+        """Return the sentence that follows a message about an interruption or a full disk."""
+        if any((self.folder / "checkpoints").glob("step_*")):
+            return "Continue with the same command and --resume."
+        return "No checkpoint was written; run the same command again."
+
+    @property
+    def _data_found(self) -> dict[str, Any]:
+        """The fingerprint of the training data, computed when it is first needed."""
+        if self._found_data is None:
+            self._found_data = fingerprint(self._data, self.unwrapped)
+        return self._found_data
 
     def _start_over(self) -> None:
         if self.is_main:
@@ -473,6 +501,12 @@ class TrainingRun:
             self._start_over()
             return
         tensors, state = checkpoint.load_checkpoint(folder)
+        ignored = {
+            *("resume", "accept_changed_data", "max_steps", "output_dir", "num_workers", "cpu_threads", "log_every"),
+            *("save_every", "push_to_hub", "hub_model_id", "hub_strategy"),
+        }
+        changed = [n for n, v in self.args.to_dict().items() if n not in ignored and state["args"].get(n, v) != v]
+        self._check_checkpoint(folder, state, changed)
         try:
             self.unwrapped.load_state_dict(tensors["model"])
             self.optimizer.load_state_dict(checkpoint.unpack_optimizer(tensors["optimizer"], state["optimizer"]))
@@ -495,12 +529,32 @@ class TrainingRun:
         if self.is_main:
             self._log.cut(state["log_bytes"])
             (self.folder / "results.json").unlink(missing_ok=True)
-        ignored = {"resume", "max_steps", "output_dir", "num_workers", "cpu_threads", "log_every", "save_every"}
-        changed = [n for n, v in self.args.to_dict().items() if n not in ignored and state["args"].get(n, v) != v]
         self.say(f"Resuming from {folder} at step {self.steps}.")
         if changed:
             self.say(f"Changed flags: {', '.join(changed)}. The result will differ from an uninterrupted run.")
         self.accelerator.wait_for_everyone()
+
+    def _check_checkpoint(self, folder: Path, state: dict[str, Any], changed_flags: list[str]) -> None:
+        """Raise ValueError if the optimizer of a checkpoint is another one, or its training data is."""
+        kind = optimizer_kind(self.optimizer)
+        if state.get("optimizer_kind", kind) != kind:
+            raise ValueError(
+                f"The checkpoint {folder} has the state of {state['optimizer_kind']}, but the flags select {kind}. "
+                "Resume with the flags of the original run, or start over without --resume."
+            )
+        change = [""]
+        if self.is_main and "data" in state:
+            change = [describe_change(state["data"], self._data_found)]
+        change = broadcast_object_list(change)[0]
+        if not change:
+            return
+        flags = f" Changed flags: {', '.join(changed_flags)}." if changed_flags else ""
+        if not self.args.accept_changed_data:
+            raise ValueError(
+                f"The data changed since the checkpoint {folder} was written: {change}.{flags} Restore the data, "
+                "start over without --resume, or go on with --accept_changed_data."
+            )
+        self.say(f"The data changed since the checkpoint {folder} was written: {change}. The run goes on.")
 
     def _save(self) -> bool:
         """Write a checkpoint and return whether this worked; a disk error is reported and does not stop the run."""
@@ -520,6 +574,8 @@ class TrainingRun:
             "log_bytes": self._log.size,
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
             "optimizer": numbers,
+            "optimizer_kind": optimizer_kind(self.optimizer),
+            "data": self._data_found,
             "args": self.args.to_dict(),
         }
         tensors = {"model": self.unwrapped.state_dict(), "optimizer": optimizer}

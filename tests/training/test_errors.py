@@ -1,7 +1,11 @@
 """Errors about the input end a program with one sentence, and defects with a traceback."""
 
+import errno
+import os
 import re
 import runpy
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -9,6 +13,7 @@ import pytest
 import torch
 from datasets.exceptions import DatasetGenerationError
 
+from hf_dl.training import errors
 from hf_dl.training.errors import explanation
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
@@ -29,12 +34,14 @@ def end(tmp_path, monkeypatch, capsys):
         )
         monkeypatch.setattr(sys, "argv", [str(program)])
         monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # parse_flags replaces it
-        with pytest.raises(Exception) as raised:  # noqa: B017, PT011  any kind
+        with pytest.raises(BaseException) as raised:  # noqa: B017, PT011  any kind
             runpy.run_path(str(program), run_name="__main__")
         sys.excepthook(raised.type, raised.value, raised.tb)
         return capsys.readouterr().err
 
-    return run
+    handler = signal.getsignal(signal.SIGTERM)  # parse_flags replaces it
+    yield run
+    signal.signal(signal.SIGTERM, handler)
 
 
 @pytest.mark.parametrize(
@@ -54,6 +61,12 @@ def end(tmp_path, monkeypatch, capsys):
             "from accelerate import Accelerator; Accelerator(mixed_precision='fp17')",
             "program.py: error: Unknown mixed_precision mode: fp17.",
         ),
+        ("raise KeyboardInterrupt", "\nprogram.py: stopped by Ctrl-C. Run the same command again.\n"),
+        (
+            "raise OSError(28, 'No space left on device', 'log.jsonl')",
+            "program.py: error: The disk is full ([Errno 28] No space left on device: 'log.jsonl'). Free some space. "
+            "Run the same command again.\n",
+        ),
         ("import json; json.loads('{')", "Traceback"),  # raised in a library that does not explain its input
         ("raise RuntimeError('a defect')", "Traceback"),
     ],
@@ -67,6 +80,29 @@ def test_a_program_ends_with_one_sentence_after_wrong_input(end, statement, sent
 def test_the_traceback_can_be_shown(end, monkeypatch):
     monkeypatch.setenv("HF_DL_DEBUG", "1")
     assert end("open('missing.txt')").startswith("Traceback")
+
+
+def test_a_run_says_how_to_resume(monkeypatch):
+    monkeypatch.setattr(errors, "_advice", errors._advice)
+    errors.advise(lambda: "Continue with --resume.")
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    wrapped = DatasetGenerationError("An error occurred while generating the dataset")
+    wrapped.__cause__ = OSError("Error writing bytes to file. Detail: [errno 28] No space left on device")  # pyarrow
+    for error in (full, wrapped):
+        assert explanation(error).endswith("Free some space. Continue with --resume.")
+    assert explanation(OSError("Free some disk space and use --resume: No space left on device")).startswith("Free")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs signals")
+def test_sigterm_before_the_loop_ends_with_one_sentence():
+    code = (
+        "import os, signal, time; from hf_dl.training.errors import explain_errors; explain_errors('train.py')\n"
+        "if os.fork():\n    os.wait(); os.kill(os.getpid(), signal.SIGTERM)\n"
+        "else:\n    os.kill(os.getpid(), signal.SIGTERM)\ntime.sleep(60)"  # a fork, such as a worker, is silent
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=SCRIPTS.parent)
+    assert done.returncode == 128 + signal.SIGTERM
+    assert done.stderr == "\ntrain.py: stopped by SIGTERM. Run the same command again.\n"
 
 
 def test_other_processes_leave_the_sentence_to_the_first_one(end, monkeypatch):

@@ -333,6 +333,33 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
         train(tmp_path, "--max_steps=2", "--save_every=2", "--resume", "--width=9")
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_a_checkpoint_of_another_optimizer_is_refused(optimizer, tmp_path):
+    train(tmp_path, "--max_steps=2", "--save_every=2")
+    kind = "SGD" if optimizer == "sgd" else "Adam"
+    with pytest.raises(
+        ValueError, match=f"has the state of AdamW, but the flags select {kind}. Resume with the flags"
+    ):
+        train(tmp_path, "--max_steps=3", "--save_every=2", "--resume", f"--optimizer={optimizer}")
+
+
+def test_changed_data_is_refused_unless_a_flag_accepts_it(tmp_path, capfd, monkeypatch):
+    train(tmp_path, "--max_steps=2", "--save_every=2")
+    more = ("--max_steps=3", "--save_every=2", "--resume")
+    with pytest.raises(
+        ValueError, match=r"102 training examples instead of 101. Changed flags: num_examples. Restore"
+    ):
+        train(tmp_path, *more, "--num_examples=102")
+    make = toy_train.make_data
+    monkeypatch.setattr(toy_train, "make_data", lambda number: make(number)[::-1])
+    with pytest.raises(ValueError, match="other content or another order of the training examples.* go on with --acc"):
+        train(tmp_path, *more)
+    train(tmp_path, *more, "--accept_changed_data")
+    err = capfd.readouterr().err
+    assert "was written: other content or another order of the training examples. The run goes on." in err
+    assert "Resuming from" in err and "Changed flags" not in err
+
+
 def test_changed_flags_are_named(tmp_path, capfd):
     train(tmp_path, "--max_steps=2", "--save_every=2")
     train(tmp_path, "--max_steps=3", "--save_every=2", "--resume", "--learning_rate=0.5")
@@ -364,6 +391,15 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(tmp_path, capfd, monkeyp
     monkeypatch.undo()
     train(tmp_path / "whole", "--max_steps=40", "--save_every=10")
     assert read_log(tmp_path / "full", "loss") == read_log(tmp_path / "whole", "loss")
+
+
+def test_a_full_disk_of_the_log_is_told_once(tmp_path, capfd, monkeypatch):
+    def full(self, line):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("hf_dl.training.progress.LogFile.append", full)
+    train(tmp_path, "--max_steps=4", "--save_every=2")
+    assert capfd.readouterr().err.count("could not be written (No space left on device); the run continues.") == 1
 
 
 def test_a_full_disk_at_the_end_is_a_sentence_and_resume_finishes(tmp_path, monkeypatch):
@@ -626,7 +662,8 @@ def test_bf16(tmp_path):
 
 def test_off_a_terminal_progress_is_a_line_now_and_then(tmp_path, capfd, monkeypatch):
     clock = itertools.count(0, 4)
-    monkeypatch.setattr("hf_dl.training.progress.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("hf_dl.progress.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("hf_dl.progress._last_line", -100)
     train(tmp_path, "--max_steps=6")
     lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("step ")]
     assert 1 <= len(lines) <= 6
