@@ -271,6 +271,9 @@ def launch_program(words: list[str]) -> int:
 
     hf-dl launch [options of accelerate launch] scripts/train_slots.py [flags of the script]
     """
+    script = next((Path(word) for word in words if word.endswith(".py") and Path(word).is_file()), None)
+    if script is not None and {"-h", "--help"} & set(words) and show_help(script):
+        return 0
     return launch(words)
 
 

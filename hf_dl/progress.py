@@ -18,6 +18,8 @@ FIRST, BETWEEN = 4.0, 10.0  # seconds before the first line of some work, and be
 MOST = 3  # values next to a bar
 ItemT = TypeVar("ItemT")
 _last_line = -BETWEEN  # time of the last line of this process
+_last_update = -BETWEEN  # time of the last step of any bar
+_activities: list[threading.Event] = []  # the innermost activity is the last one
 
 
 class Progress:
@@ -62,8 +64,10 @@ class Progress:
 
     def update(self, step: int) -> None:
         """Set the step."""
+        global _last_update
         if not _is_first_process():
             return
+        _last_update = time.monotonic()
         if sys.stderr.isatty():
             if self._bar is None:
                 options = {"desc": self._description or None, "unit": self._unit, "leave": not self._description}
@@ -99,6 +103,8 @@ def track(items: Iterable[ItemT], description: str, *, total: int | None = None)
 def activity(description: str) -> Iterator[None]:
     """Print a line every ten seconds while some work goes on whose end is unknown. Also a decorator.
 
+    Nothing is printed while a bar inside of the work moves, or an inner activity goes on.
+
     Args:
         description: What is being done.
 
@@ -110,15 +116,18 @@ def activity(description: str) -> Iterator[None]:
 
     def report() -> None:
         while not done.wait(0.5):
-            if _line_is_due(start):
+            moving = time.monotonic() - _last_update < BETWEEN
+            if _activities[-1:] == [done] and not moving and _line_is_due(start):
                 _write(f"{description}: {time.monotonic() - start:.0f} s")
 
+    _activities.append(done)
     if _is_first_process():
         threading.Thread(target=report, daemon=True).start()
     try:
         yield
     finally:
         done.set()
+        _activities.remove(done)
 
 
 class Tracked:

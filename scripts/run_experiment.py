@@ -117,9 +117,9 @@ def _command(cell: Cell, scripts: dict[str, Path]) -> list[str]:
 
 def _last_words(log: Path, status: int) -> str:
     lines = log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n").splitlines()
-    # The launcher prints its own traceback after the traceback of the script.
-    errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception|error)\b.*: ", line)]
-    errors = [line for line in errors if "CalledProcessError" not in line]
+    # A traceback ends with "ValueError: ...". An explained error is "train_slots.py: error: ...".
+    pattern = r"([\w.]+: )?[\w.]*(Error|Exception|error)\b.*: |hf-dl: .* was ended by "
+    errors = [line for line in lines if re.match(pattern, line)]
     return errors[-1].replace(f"{Path.cwd()}/", "")[:300] if errors else f"exit status {status}"
 
 

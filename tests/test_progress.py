@@ -16,6 +16,7 @@ def clock(monkeypatch):
     now = [1000.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(progress, "_last_line", 0.0)
+    monkeypatch.setattr(progress, "_last_update", 0.0)
     return now
 
 
@@ -71,6 +72,7 @@ def test_other_processes_are_silent(clock, capsys, monkeypatch):
 def test_an_activity_says_that_it_goes_on(capsys, monkeypatch):
     monkeypatch.setattr(progress, "FIRST", 0.0)
     monkeypatch.setattr(progress, "_last_line", -100.0)
+    monkeypatch.setattr(progress, "_last_update", -100.0)
     wait = progress.threading.Event()
     monkeypatch.setattr(progress, "_write", lambda line: (print(line, file=sys.stderr), wait.set()))
 
@@ -79,8 +81,9 @@ def test_an_activity_says_that_it_goes_on(capsys, monkeypatch):
         assert wait.wait(10)
         return 3
 
-    assert draw() == 3
-    assert capsys.readouterr().err.startswith("Drawing figures: ")
+    with activity("Training"):
+        assert draw() == 3
+    assert capsys.readouterr().err.startswith("Drawing figures: ")  # the inner one
 
 
 def test_a_terminal_gets_a_bar_with_a_total(monkeypatch):

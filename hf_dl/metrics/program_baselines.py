@@ -7,7 +7,6 @@ problems with other numbers. Every table should therefore show them, and separat
 from collections import Counter
 
 import datasets
-from sklearn.feature_extraction.text import TfidfVectorizer
 
 _CHUNK = 256  # test problems that are compared with all training problems at once
 
@@ -38,6 +37,8 @@ def nearest_baseline(train: datasets.Dataset, test: datasets.Dataset) -> list[st
     Returns:
         Programs.
     """
+    from sklearn.feature_extraction.text import TfidfVectorizer  # here, because it takes most of a second
+
     vectorizer = TfidfVectorizer(ngram_range=(1, 2), token_pattern=r"\S+", sublinear_tf=True)
     known = vectorizer.fit_transform(train["template"]).T.tocsr()
     texts = vectorizer.transform(test["template"])

@@ -13,7 +13,6 @@ import torch
 from huggingface_hub import ModelHubMixin, hf_hub_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from sklearn.cluster import KMeans, MiniBatchKMeans
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -126,6 +125,8 @@ class SlotLibrary(
             )
         self.vectors, self.areas, self.centers = slots[kept], areas[kept], _centers(masks)[kept]
         self.masks = (F.adaptive_avg_pool2d(masks, self.mask_size)[kept] * 255).round().clamp(max=255).byte()
+
+        from sklearn.cluster import KMeans, MiniBatchKMeans  # here, because this import takes most of a second
 
         method = MiniBatchKMeans if len(self.vectors) > _MANY_SLOTS else KMeans
         labels = method(num_clusters, n_init=5, random_state=seed).fit_predict(self.vectors.numpy())

@@ -25,10 +25,11 @@ from hf_dl.models.layers_norm import NORMS
 from hf_dl.models.layers_trees import cluster_classes
 from hf_dl.models.norm_resnet import NormResNetConfig, NormResNetForImageClassification
 from hf_dl.models.small_vit import SmallViTConfig, SmallViTForImageClassification
+from hf_dl.progress import activity
 from hf_dl.reporting.card import run_card
 from hf_dl.reporting.plots import plot_run
 
-from .evaluation import checked_config, hide_progress_bars, report_data
+from .evaluation import checked_config, hide_progress_bars, report_data, split_size
 from .output_heads import HEADS, HeadFlags, accepted_options, split_head
 
 
@@ -104,8 +105,12 @@ class ImageFlags:
     num_train: int = field(
         default=0, metadata={"help": "Number of training images. 0 uses all images, 10000 for source=synthetic."}
     )
-    num_test: int = field(
-        default=0, metadata={"help": "Maximum number of validation images, and of test images. 0 uses all images."}
+    num_test: int | None = field(
+        default=None,
+        metadata={
+            "help": "Maximum number of validation images, and of test images. 0 uses all images. Defaults to all, and "
+            "to at most half of num_train."
+        },
     )
     holdout: float = field(
         default=0.1, metadata={"help": "Fraction of the training images that replaces a missing split."}
@@ -274,7 +279,7 @@ def load_images(args: ImageFlags, split: str) -> LabeledImages:
     """
     hide_progress_bars()
     options = {"size": args.image_size, "num_classes": args.num_classes, "holdout": args.holdout}
-    count = (args.num_train if split == "train" else args.num_test) or None
+    count = split_size(args, split, labeled_images.SPLITS[split] if args.source == "synthetic" else None)
     columns = {"label_column": args.label_column or None, "corrupt": args.corrupt}
     data = labeled_images.load(split, args.source, num_images=count, **options, **columns)
     report_data(data, split)
@@ -544,6 +549,7 @@ def write_classes(confusion: torch.Tensor, names: Sequence[str], folder: Path) -
     draw_confusion(confusion, names, folder / "confusion.png")
 
 
+@activity("Writing the report")
 def write_report(folder: Path, model: str) -> None:
     """Write the learning curves and the model card of a finished run, and print where they are.
 

@@ -103,6 +103,33 @@ def use_training_data(args: Any, folder: str | Path, kind: type, argv: list[str]
         print(f"Using the data of the training run: {', '.join(changed)}.", file=sys.stderr)
 
 
+def split_size(flags: Any, split: str, default: int | None = None) -> int | None:
+    """Return the number of examples of a split to load. A short training split makes the other splits short as well.
+
+    Args:
+        flags: Flags with `num_train` and `num_test`. A `num_test` of None selects `default`, but at most half of
+            `num_train`. 0 selects all examples.
+        split: "train", or another split.
+        default: Number of examples of the other splits. None: all examples.
+
+    Returns:
+        The number, or None for all examples.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> [split_size(SimpleNamespace(num_train=n, num_test=None), "test", 2000) for n in (0, 500, 5000)]
+        [2000, 250, 2000]
+    """
+    if split == "train":
+        return flags.num_train or None
+    if flags.num_test is not None:
+        return flags.num_test or None
+    if not flags.num_train:
+        return default
+    most = max(2, flags.num_train // 2)
+    return most if default is None else min(default, most)
+
+
 def hide_progress_bars() -> None:
     """Disable the progress bars of `datasets` if stderr is not a terminal, so that log files stay readable."""
     if not sys.stderr.isatty():

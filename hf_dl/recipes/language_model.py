@@ -19,10 +19,11 @@ from transformers import PreTrainedTokenizerFast
 from hf_dl.data import text
 from hf_dl.data.text import TokenStream, build_tokenizer, floor_perplexity
 from hf_dl.models.recurrent_lm import RecurrentLMConfig, RecurrentLMForCausalLM
+from hf_dl.progress import activity
 from hf_dl.reporting.card import run_card
 from hf_dl.reporting.plots import plot_run
 
-from .evaluation import checked_config, hide_progress_bars
+from .evaluation import checked_config, hide_progress_bars, split_size
 from .output_heads import HEADS, HeadFlags, accepted_options, split_head
 
 SPLITS = {"train": "train", "val": "validation", "test": "test"}  # from the prefix of the metrics to the split
@@ -52,8 +53,12 @@ class TextFlags:
     num_train: int = field(
         default=0, metadata={"help": "Number of training rows. 0 uses all rows, 24000 for source=synthetic."}
     )
-    num_test: int = field(
-        default=0, metadata={"help": "Maximum number of validation rows, and of test rows. 0 uses all rows."}
+    num_test: int | None = field(
+        default=None,
+        metadata={
+            "help": "Maximum number of validation rows, and of test rows. 0 uses all rows. Defaults to all, and to at "
+            "most half of num_train."
+        },
     )
     holdout: float = field(
         default=0.1, metadata={"help": "Fraction of the training rows that replaces a missing split."}
@@ -168,7 +173,7 @@ def load_text(args: TextFlags, split: str) -> datasets.Dataset:
         Rows with the column `text`.
     """
     hide_progress_bars()
-    count = (args.num_train if split == "train" else args.num_test) or None
+    count = split_size(args, split, text.SPLITS[split] if args.source == "synthetic" else None)
     options = {"config": args.config or None, "holdout": args.holdout, "num_rows": count}
     return text.load(split, args.source, level=args.level, **options)
 
@@ -345,6 +350,7 @@ def generate(
 # Report
 
 
+@activity("Writing the report")
 def write_report(folder: Path, level: str) -> None:
     """Write the learning curves and the model card of a finished run, and print where they are.
 

@@ -27,6 +27,7 @@ from hf_dl.models.latent_autoencoder import (
     make_autoencoder,
     to_patches,
 )
+from hf_dl.progress import activity
 from hf_dl.reporting.card import LOCAL_ID, run_card
 from hf_dl.reporting.grids import image_grid
 from hf_dl.reporting.plots import plot_run
@@ -291,6 +292,7 @@ def draw_and_measure(autoencoder: AutoencoderKL | VQModel, test: ImageTensors, f
     return {f"reconstruction_{name}": value for name, value in scores.items() if name.startswith("fid")}
 
 
+@activity("Writing the report")
 def write_report(folder: Path) -> None:
     """Write the learning curves and the model card of a finished run into its folder, and print the paths."""
     plot_run(folder, folder / "curves.png", CURVES)

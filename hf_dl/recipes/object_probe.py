@@ -18,11 +18,12 @@ from hf_dl.data import object_crops, scenes
 from hf_dl.data.collate import as_is
 from hf_dl.data.image_arrays import LabeledImages
 from hf_dl.models.conv_classifier import ConvClassifierConfig, ConvClassifierForImageClassification
+from hf_dl.progress import activity
 from hf_dl.reporting.card import run_card
 from hf_dl.reporting.plots import plot_run
 
 from .classifier import to_pixel_values
-from .evaluation import hide_progress_bars, load_model
+from .evaluation import hide_progress_bars, load_model, split_size
 from .slot_diffusion_parts import run_training
 
 SUMMARY = (
@@ -55,7 +56,13 @@ class ProbeFlags:
         default_factory=lambda: [2, 4], metadata={"help": "Fewest and most objects per scene."}
     )
     num_train: int = field(default=6000, metadata={"help": "Number of training scenes per style."})
-    num_test: int = field(default=500, metadata={"help": "Number of validation scenes per style, and of test scenes."})
+    num_test: int | None = field(
+        default=None,
+        metadata={
+            "help": "Number of validation scenes per style, and of test scenes. Defaults to 500, and to at most half "
+            "of num_train."
+        },
+    )
 
 
 def load_crops(flags: ProbeFlags, split: str) -> dict[str, LabeledImages]:
@@ -70,7 +77,7 @@ def load_crops(flags: ProbeFlags, split: str) -> dict[str, LabeledImages]:
     """
     hide_progress_bars()
     options = {"size": CROP_SIZE, "image_size": flags.image_size, "num_objects": tuple(flags.num_objects)}
-    count = flags.num_train if split == "train" else flags.num_test
+    count = split_size(flags, split, 500)
     crops = {style: object_crops.load(split, style=style, num_scenes=count, **options) for style in flags.styles}
     if split == "train":
         crops = {"all": datasets.concatenate_datasets(list(crops.values()))}
@@ -200,6 +207,7 @@ def evaluate(probe: ObjectProbe, crops: Mapping[str, LabeledImages], split: str)
     return metrics
 
 
+@activity("Writing the report")
 def write_report(folder: Path) -> None:
     """Write the learning curves and the model card of a finished run into its folder, and print the paths."""
     plot_run(folder, folder / "curves.png", CURVES)

@@ -10,7 +10,7 @@ from hf_dl.data import masked_images, scenes
 from hf_dl.data.image_arrays import ImageTensors
 from hf_dl.metrics.perceptual import PerceptualDistance
 
-from .evaluation import hide_progress_bars, report_data
+from .evaluation import hide_progress_bars, report_data, split_size
 
 PERCEPTUAL_HELP = (
     "Network of the perceptual distance: random; lpips (needs the package lpips); lpips:FOLDER, a folder or Hub id "
@@ -45,8 +45,12 @@ class SceneFlags:
     num_train: int = field(
         default=10_000, metadata={"help": "Number of training images; 0: all images of a real dataset."}
     )
-    num_test: int = field(
-        default=500, metadata={"help": "Number of validation images, and of test images; 0: all of a real dataset."}
+    num_test: int | None = field(
+        default=None,
+        metadata={
+            "help": "Number of validation images, and of test images; 0: all of a real dataset. Defaults to 500, and "
+            "to at most half of num_train."
+        },
     )
 
 
@@ -65,7 +69,7 @@ def load_images(flags: SceneFlags, split: str) -> ImageTensors:
         ValueError: If a flag is out of range, or the split has fewer than two images.
     """
     hide_progress_bars()
-    count = (flags.num_train if split == "train" else flags.num_test) or None
+    count = split_size(flags, split, 500)
     if flags.source == "synthetic":
         options = {"style": flags.style, "size": flags.image_size, "num_objects": tuple(flags.num_objects)}
         data = scenes.load(split, num_scenes=count, **options)

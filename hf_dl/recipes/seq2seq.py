@@ -14,13 +14,13 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hf_dl import programs
-from hf_dl.data import math_programs
+from hf_dl.data import math_programs, word_problems
 from hf_dl.models.program_config import ProgramSeq2SeqConfig
 from hf_dl.models.program_encoders import ENCODERS, NUMBER_EMBEDDINGS
 from hf_dl.models.program_seq2seq import ProgramSeq2SeqForConditionalGeneration
 from hf_dl.pipelines.math_program import MathProgramPipeline
 
-from .evaluation import checked_config, hide_progress_bars
+from .evaluation import checked_config, hide_progress_bars, split_size
 
 MODELS = {  # the four compared models: encoder, attention, freeze_encoder
     "bilstm": ("bilstm", False, False),
@@ -55,8 +55,12 @@ class ProblemFlags:
     num_train: int = field(
         default=0, metadata={"help": "Number of training problems. 0 uses all, 20000 for source=synthetic."}
     )
-    num_test: int = field(
-        default=0, metadata={"help": "Maximum number of problems in each other split. 0 uses all problems."}
+    num_test: int | None = field(
+        default=None,
+        metadata={
+            "help": "Maximum number of problems in each other split. 0 uses all problems. Defaults to all, and to at "
+            "most half of num_train."
+        },
     )
 
 
@@ -214,9 +218,12 @@ def load_problems(args: ProblemFlags, split: str, *, mask_numbers: bool = True) 
     """
     hide_progress_bars()
     options = {"subset": args.subset, "resplit": args.resplit, "mask_numbers": mask_numbers}
-    count = (args.num_train if split == "train" else args.num_test) or None
     names = ("test_seen", "test") if args.source == "synthetic" and split == "test" else (split,)
-    parts = [math_programs.load(name, args.source, num_problems=count, **options) for name in names]
+    counts = [split_size(args, n, word_problems.SPLITS[n] if args.source == "synthetic" else None) for n in names]
+    parts = [
+        math_programs.load(name, args.source, num_problems=count, **options)
+        for name, count in zip(names, counts, strict=True)
+    ]
     return datasets.concatenate_datasets(parts, info=parts[0].info, split=parts[0].split)
 
 

@@ -19,6 +19,7 @@ from hf_dl.metrics.programs import program_scores
 from hf_dl.models.beam_search import BeamSearchOutput
 from hf_dl.pipelines.math_program import MathProgramPipeline, choose
 from hf_dl.programs import is_close
+from hf_dl.progress import activity
 from hf_dl.reporting.card import run_card
 from hf_dl.reporting.plots import plot_run
 
@@ -334,6 +335,7 @@ def write_predictions(
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
+@activity("Writing the report")
 def write_report(folder: Path) -> None:
     """Write the learning curves and the model card of a finished run into its folder, and print where they are."""
     plot_run(folder, folder / "curves.png", CURVES)

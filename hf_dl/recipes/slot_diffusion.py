@@ -39,6 +39,7 @@ from hf_dl.models.slot_unet import ARCHITECTURES as UNETS
 from hf_dl.models.slot_unet import SlotUNetModel
 from hf_dl.pipelines.diffusion_sampling import noise_schedule
 from hf_dl.pipelines.slot_diffusion import SlotDiffusionPipeline
+from hf_dl.progress import activity
 from hf_dl.reporting.card import LOCAL_ID, run_card
 from hf_dl.reporting.grids import color_segments, image_grid
 from hf_dl.reporting.plots import plot_run
@@ -382,6 +383,7 @@ def evaluate(
     return scores
 
 
+@activity("Sampling and measuring images")
 @torch.no_grad()
 def draw_and_measure(
     pipe: SlotDiffusionPipeline,
@@ -479,6 +481,7 @@ def _draw_edits(pipe: SlotDiffusionPipeline, images: torch.Tensor, path: Path, n
     image_grid(rows, path, titles=titles)
 
 
+@activity("Writing the report")
 def write_report(folder: Path) -> None:
     """Write the learning curves and the model card of a finished run into its folder, and print the paths."""
     plot_run(folder, folder / "curves.png", CURVES)

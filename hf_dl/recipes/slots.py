@@ -20,6 +20,7 @@ from hf_dl.models.layers_attention import attention_masks
 from hf_dl.models.slot_autoencoder import SlotAutoencoderModel
 from hf_dl.models.slot_config import ARCHITECTURES, SlotAutoencoderConfig
 from hf_dl.models.slot_library import SlotLibrary
+from hf_dl.progress import activity
 from hf_dl.reporting.card import run_card
 from hf_dl.reporting.grids import color_segments, image_grid
 from hf_dl.reporting.plots import plot_run
@@ -153,6 +154,7 @@ def draw_slots(model: SlotAutoencoderModel, images: torch.Tensor, path: Path) ->
     return image_grid(rows, path, titles=["input", "reconstruction", "segments", *slots])
 
 
+@activity("Composing images from slots")
 @torch.no_grad()
 def compose(
     model: SlotAutoencoderModel,
@@ -219,6 +221,7 @@ def draw_and_compose(
     return compose(model, train, test, folder, measure=measure)
 
 
+@activity("Writing the report")
 def write_report(folder: Path) -> None:
     """Write the learning curves and the model card of a finished run into its folder, and print the paths."""
     plot_run(folder, folder / "curves.png", CURVES)

@@ -34,12 +34,13 @@ from hf_dl.models.image_vae import (
     ImageVaeProcessor,
     gaussian_kl,
 )
+from hf_dl.progress import activity
 from hf_dl.reporting.card import format_metric, run_card
 from hf_dl.reporting.experiment import read_curves, read_results
 from hf_dl.reporting.grids import image_grid
 from hf_dl.reporting.plots import plot_run
 
-from .evaluation import checked_config, hide_progress_bars, report_data
+from .evaluation import checked_config, hide_progress_bars, report_data, split_size
 
 SUMMARY = (
     "A variational autoencoder of images (Kingma & Welling 2014) encodes an image as a short code, decodes a code to "
@@ -92,8 +93,12 @@ class ImageFlags:
     num_train: int = field(
         default=0, metadata={"help": "Number of training images; 0: all images, or 10000 synthetic images."}
     )
-    num_test: int = field(
-        default=0, metadata={"help": "Largest number of validation images, and of test images; 0: all images."}
+    num_test: int | None = field(
+        default=None,
+        metadata={
+            "help": "Largest number of validation images, and of test images; 0: all images. Defaults to all, and to "
+            "at most half of num_train."
+        },
     )
     holdout: float = field(
         default=0.02, metadata={"help": "Fraction of the training images that replaces a missing split."}
@@ -178,7 +183,7 @@ def load_images(flags: ImageFlags, split: str) -> LabeledImages:
         ValueError: If the split has fewer than two images, or the source is invalid.
     """
     hide_progress_bars()
-    count = (flags.num_train if split == "train" else flags.num_test) or None
+    count = split_size(flags, split, labeled_images.SPLITS[split] if flags.source == "synthetic" else None)
     options = {"size": flags.image_size, "num_images": count, "holdout": flags.holdout}
     if is_flat(flags.source):  # all images get the same label
         data = masked_images.load(split, flags.source, **options).select_columns("image")
@@ -446,6 +451,7 @@ def conventions_table(metrics: dict[str, float], importance_samples: int) -> str
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+@activity("Writing the report")
 def write_report(folder: Path) -> None:
     """Write the learning curves and the model card of a finished run into its folder, and print the paths."""
     plot_run(folder, folder / "curves.png", CURVES)

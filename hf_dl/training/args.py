@@ -13,6 +13,7 @@ This file imports torch and transformers only to parse, so that `hf-dl train slo
 """
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import inspect
@@ -314,6 +315,10 @@ def parse_flags(cls: type[FlagsT], argv: list[str] | None = None) -> FlagsT:
     )
     if unknown:
         parser.error(_unknown_flag(unknown[0], flag_names(cls)))
+    if argv is None:
+        from ..progress import activity
+
+        contextlib.ExitStack().enter_context(activity(f"{path.name} is running"))  # until the program ends
     values = {name: value for group in groups for name, value in vars(group).items()}
     given = given_flags(words)
     if "max_steps" in given and "epochs" in values and values["max_steps"] > 0:

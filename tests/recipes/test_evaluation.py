@@ -1,5 +1,7 @@
+import importlib
 import json
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -55,6 +57,48 @@ def test_an_invalid_config_is_reported_in_one_sentence(fields, sentence):
 def test_a_valid_config_is_returned():
     config = evaluation.checked_config(SlotAutoencoderConfig, num_slots=3)
     assert isinstance(config, SlotAutoencoderConfig) and config.num_slots == 3
+
+
+@pytest.mark.parametrize(
+    ("split", "num_train", "num_test", "default", "expected"),
+    [
+        ("train", 500, None, 2000, 500),
+        ("train", 0, None, 2000, None),
+        ("test", 500, None, 2000, 250),
+        ("test", 500, None, None, 250),
+        ("test", 5000, None, 2000, 2000),
+        ("test", 500, 400, 2000, 400),
+        ("test", 500, 0, 2000, None),  # all
+        ("test", 0, None, 2000, 2000),
+        ("test", 1, None, 2000, 2),
+    ],
+)
+def test_few_training_examples_make_the_other_splits_small(split, num_train, num_test, default, expected):
+    flags = SimpleNamespace(num_train=num_train, num_test=num_test)
+    assert evaluation.split_size(flags, split, default) == expected
+
+
+@pytest.mark.parametrize(
+    ("recipe", "flags", "loader"),
+    [
+        ("classifier", "ImageFlags", "labeled_images"),
+        ("vae", "ImageFlags", "labeled_images"),
+        ("scene_images", "SceneFlags", "scenes"),
+    ],
+)
+def test_a_quick_look_renders_few_images_for_evaluation(recipe, flags, loader, monkeypatch):
+    module = importlib.import_module(f"hf_dl.recipes.{recipe}")
+    asked = []
+
+    def load(*args, num_images=None, num_scenes=None, **options):
+        asked.append(num_images or num_scenes)
+        raise FileNotFoundError
+
+    monkeypatch.setattr(getattr(module, loader), "load", load)
+    for split in ("train", "validation", "test"):
+        with pytest.raises(FileNotFoundError):
+            module.load_images(getattr(module, flags)(num_train=500), split)
+    assert asked == [500, 250, 250]
 
 
 @pytest.mark.parametrize("terminal", [True, False])
