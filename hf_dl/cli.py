@@ -206,7 +206,7 @@ def pass_defaults(args: argparse.Namespace) -> None:
     """Set the options that `accelerate launch` would otherwise list in a warning, to the values that it would use.
 
     Args:
-        args: Parsed options of `accelerate launch`. They stay as they are if there is a configuration file.
+        args: Parsed options of `accelerate launch`. A configuration file disables this.
     """
     import torch
     from accelerate.commands.config.config_args import default_config_file

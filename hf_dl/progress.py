@@ -27,7 +27,7 @@ class Progress:
 
     Args:
         total: Number of steps.
-        description: What is being done, such as "Rendering train scenes".
+        description: Name of the work, such as "Rendering train scenes".
         unit: Name of a step.
         names: Names of the values that `show` accepts, with the text to show. Defaults to the first three values.
 
@@ -85,7 +85,7 @@ def track(items: Iterable[ItemT], description: str, *, total: int | None = None)
 
     Args:
         items: The items.
-        description: What is being done.
+        description: Name of the work.
         total: Number of items. Defaults to the length of `items`.
 
     Example:
@@ -101,12 +101,12 @@ def track(items: Iterable[ItemT], description: str, *, total: int | None = None)
 
 @contextlib.contextmanager
 def activity(description: str) -> Iterator[None]:
-    """Print a line every ten seconds while some work goes on whose end is unknown. Also a decorator.
+    """Print a line every ten seconds during work of unknown length. Also a decorator.
 
-    Nothing is printed while a bar inside of the work moves, or an inner activity goes on.
+    A moving bar, or an inner activity, is shown instead.
 
     Args:
-        description: What is being done.
+        description: Name of the work.
 
     Example:
         >>> with activity("Drawing figures"):
@@ -135,7 +135,7 @@ class Tracked:
 
     Args:
         items: The iterable. Its attributes stay available.
-        description: What is being done.
+        description: Name of the work.
     """
 
     def __init__(self, items: Any, description: str):

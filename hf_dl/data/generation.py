@@ -19,7 +19,7 @@ def row_bar(total: int, description: str) -> Iterator[None]:
 
     Args:
         total: Number of rows.
-        description: What is being done, such as "Rendering train scenes".
+        description: Name of the work, such as "Rendering train scenes".
     """
     hidden = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()

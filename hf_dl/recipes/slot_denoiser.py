@@ -236,6 +236,10 @@ class SceneLatents(Dataset):
     def __len__(self) -> int:
         return len(self.scenes)
 
+    def fingerprint_data(self) -> ImageTensors:
+        """Return the images, which a resumed run compares. Latents differ slightly between devices."""
+        return self.scenes
+
     def __getitems__(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
         """Return several rows: image and mask, uint8, and the columns."""
         index = torch.as_tensor(indices)

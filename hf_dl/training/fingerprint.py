@@ -17,8 +17,8 @@ def fingerprint(data: Any, model: nn.Module) -> dict[str, Any]:
     """Describe the training data and the classes of a model.
 
     Args:
-        data: A map-style dataset, or an iterable one. Examples of an iterable one are not read; it may have a method
-            `fingerprint_data` that returns a list of tensors to hash instead.
+        data: A map-style dataset, or an iterable one, whose examples are not read. A method `fingerprint_data` may
+            return other data to hash instead, such as the images that a network turned into latents.
         model: The model. Its config has the names of the classes, if there are any.
 
     Returns:

@@ -109,7 +109,7 @@ EXPERIMENT = "scripts/experiments/fake.toml"
         ("width = [4, 8]", "widht = [4, 8]", "shows 'width', which is not in the grid"),
         ('norm = "group"', 'norm = "bath"', "norm=bath width=4: argument --norm: invalid choice: 'bath'"),
         ("width = [4, 8]", 'width = [4, "x"]', "invalid int value: 'x'"),
-        ("max_steps = 5", "max_steps = 0", "max_steps=0 must be above 0"),
+        ("max_steps = 5", "max_steps = 0", "max_steps=0 and epochs=0.0 train nothing"),
         ("train_fake.py", "train_none.py", "script='train_none.py' was not found in the folder of the file"),
     ],
 )
