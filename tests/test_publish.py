@@ -59,7 +59,7 @@ def vit_run(tmp_path):
     model = ViTForImageClassification(ViTConfig(image_size=8, patch_size=4, num_labels=3, **sizes))
     model.save_pretrained(folder)
     ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(folder)
-    write_run(folder, {}, {"test_accuracy": 0.9}, model_class="ViTForImageClassification")
+    write_run(folder, {"source": "me/birds"}, {"test_accuracy": 0.9}, model_class="ViTForImageClassification")
     return folder
 
 

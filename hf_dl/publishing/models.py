@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from ..reporting.card import LOCAL_ID, format_metric, read_card, results_key, run_card
+from ..reporting.card import format_metric, read_card, results_key, run_card, with_repository
 from ..reporting.experiment import portable, read_results
 from .files import Files, one_line
 
@@ -115,8 +115,7 @@ def check_card(
         yield str(error)
         return
     # The usage example of a local card loads the model from the card's own folder.
-    text = str(card).replace(f'from_pretrained("{LOCAL_ID}"', f'from_pretrained("{repo_id}"')
-    files["README.md"] = text.encode()
+    files["README.md"] = with_repository(str(card), repo_id).encode()
     advice = "Delete README.md, and the next call writes a new card."
     for result in card.data.eval_results or []:
         name = results_key(result)

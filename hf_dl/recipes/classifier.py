@@ -562,7 +562,6 @@ def write_report(folder: Path, model: str) -> None:
         folder,
         summary=CLASSIFIERS[model].summary,
         limits=LIMITS,
-        pipeline_tag="image-classification",
         tags=[model, "vision"],
     )
     with open(folder / "classes.csv", newline="", encoding="utf-8") as file:

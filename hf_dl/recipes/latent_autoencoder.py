@@ -41,11 +41,18 @@ SUMMARY = (
 )
 USAGE = """\
 import diffusers
+import torch
+from diffusers.image_processor import VaeImageProcessor
 from hf_dl.models import decode_latents, encode_latents
+from PIL import Image
 
 autoencoder = diffusers.AutoModel.from_pretrained("{local}").eval()
-latents = encode_latents(autoencoder, pixel_values)  # images (batch, 3, height, width) in [-1, 1]
-reconstructions = decode_latents(autoencoder, latents)"""
+processor = VaeImageProcessor(do_convert_rgb=True)
+size = autoencoder.config.sample_size
+pixel_values = processor.preprocess(Image.open("image.png"), size, size)  # (1, 3, size, size), in [-1, 1]
+with torch.no_grad():
+    latents = encode_latents(autoencoder, pixel_values)
+    reconstruction = processor.postprocess(decode_latents(autoencoder, latents))[0]"""
 LIMITS = ("It reconstructs images like its training images. Photographs become blurred.",)
 TAGS = ("autoencoder", "latent-diffusion")
 CURVES = {
@@ -298,7 +305,7 @@ def write_report(folder: Path) -> None:
     plot_run(folder, folder / "curves.png", CURVES)
     usage = USAGE.format(local=LOCAL_ID)
     about = {"summary": SUMMARY, "usage": usage, "limits": LIMITS, "tags": TAGS}
-    card = run_card(folder, **about, pipeline_tag="image-to-image", library="diffusers")
+    card = run_card(folder, **about, library="diffusers")
     card.save(folder / "README.md")
     print(f"checkpoint  {folder}  (diffusers.AutoModel.from_pretrained)")
     print(f"report      {folder / 'README.md'}")

@@ -211,7 +211,7 @@ def evaluate(probe: ObjectProbe, crops: Mapping[str, LabeledImages], split: str)
 def write_report(folder: Path) -> None:
     """Write the learning curves and the model card of a finished run into its folder, and print the paths."""
     plot_run(folder, folder / "curves.png", CURVES)
-    card = run_card(folder, summary=SUMMARY, limits=LIMITS, pipeline_tag="image-classification", tags=("probing",))
+    card = run_card(folder, summary=SUMMARY, limits=LIMITS, tags=("probing",))
     card.save(folder / "README.md")
     print(f"checkpoint  {folder}  (AutoModelForImageClassification.from_pretrained)")
     print(f"report      {folder / 'README.md'}")

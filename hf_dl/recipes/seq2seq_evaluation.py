@@ -340,9 +340,7 @@ def write_report(folder: Path) -> None:
     """Write the learning curves and the model card of a finished run into its folder, and print where they are."""
     plot_run(folder, folder / "curves.png", CURVES)
     tags = ["program-synthesis", "math-word-problems", "mathqa"]
-    card = run_card(
-        folder, summary=SUMMARY, usage=USAGE, limits=LIMITS, pipeline_tag="text-generation", tags=tags
-    )  # fmt: skip
+    card = run_card(folder, summary=SUMMARY, usage=USAGE, limits=LIMITS, tags=tags)
     card.save(folder / "README.md")
     print(f"checkpoint  {folder}  (MathProgramPipeline.from_pretrained)")
     print(f"report      {folder / 'README.md'}")

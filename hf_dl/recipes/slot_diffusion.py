@@ -55,12 +55,16 @@ SUMMARY = (
     "Latent diffusion then draws images from slots: the same image, the image without an object, or a new one."
 )
 USAGE = """\
+from diffusers import DPMSolverMultistepScheduler
 from hf_dl.pipelines.slot_diffusion import SlotDiffusionPipeline
+from PIL import Image
 
 pipe = SlotDiffusionPipeline.from_pretrained("{local}")
-segments = pipe.segment(image)                 # the slot of each pixel
-redrawn = pipe(image).images[0]                # the image, drawn from its slots
-edited = pipe.edit(image, remove=[2]).images[0]"""
+pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)  # 20 steps instead of 1000
+image = Image.open("image.png")
+segments = pipe.segment(image)  # the slot of each pixel
+redrawn = pipe(image, num_inference_steps=20).images[0]  # the image, drawn from its slots
+edited = pipe.edit(image, remove=[2], num_inference_steps=20).images[0]  # without the object in slot 2"""
 LIMITS = (
     "Slots have no names. The slot of the background, and the slot of an object, differ between images.",
     "A redrawn image has the content of the slots. Other details are invented, and change with the noise.",
@@ -487,7 +491,7 @@ def write_report(folder: Path) -> None:
     plot_run(folder, folder / "curves.png", CURVES)
     usage = USAGE.format(local=LOCAL_ID)
     about = {"summary": SUMMARY, "usage": usage, "limits": LIMITS, "tags": TAGS}
-    card = run_card(folder, **about, pipeline_tag="image-to-image", library="diffusers")
+    card = run_card(folder, **about, library="diffusers")
     card.save(folder / "README.md")
     print(f"pipeline    {folder}  (SlotDiffusionPipeline.from_pretrained)")
     print(f"report      {folder / 'README.md'}")

@@ -21,7 +21,7 @@ from hf_dl.models.slot_autoencoder import SlotAutoencoderModel
 from hf_dl.models.slot_config import ARCHITECTURES, SlotAutoencoderConfig
 from hf_dl.models.slot_library import SlotLibrary
 from hf_dl.progress import activity
-from hf_dl.reporting.card import run_card
+from hf_dl.reporting.card import run_card, usage_snippet
 from hf_dl.reporting.grids import color_segments, image_grid
 from hf_dl.reporting.plots import plot_run
 
@@ -33,6 +33,10 @@ SUMMARY = (
     "Each slot paints a part of the image. The masks that combine the parts segment the image. The posterior segments "
     "it more exactly: it assigns each pixel to the slot that explains its color best."
 )
+CALLS = """\
+image = Image.open("image.png")
+segments = model.segment(image)  # (height, width), the slot of each pixel
+outputs = model(model.prepare_images([image]))  # outputs.masks, outputs.slots, outputs.reconstruction"""
 LIMITS = (
     "Slots have no names. The slot of the background, and the slot of an object, differ between images.",
     "The model finds objects like those in its training images. It segments photographs by color and position.",
@@ -225,7 +229,8 @@ def draw_and_compose(
 def write_report(folder: Path) -> None:
     """Write the learning curves and the model card of a finished run into its folder, and print the paths."""
     plot_run(folder, folder / "curves.png", CURVES)
-    card = run_card(folder, summary=SUMMARY, limits=LIMITS, pipeline_tag="image-segmentation", tags=TAGS)
+    usage = usage_snippet(folder, "SlotAutoencoderModel", calls=CALLS)
+    card = run_card(folder, summary=SUMMARY, usage=usage, limits=LIMITS, tags=TAGS)
     card.save(folder / "README.md")
     print(f"checkpoint  {folder}  (SlotAutoencoderModel.from_pretrained)")
     print(f"report      {folder / 'README.md'}")

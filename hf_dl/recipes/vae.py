@@ -35,7 +35,7 @@ from hf_dl.models.image_vae import (
     gaussian_kl,
 )
 from hf_dl.progress import activity
-from hf_dl.reporting.card import format_metric, run_card
+from hf_dl.reporting.card import format_metric, run_card, usage_snippet
 from hf_dl.reporting.experiment import read_curves, read_results
 from hf_dl.reporting.grids import image_grid
 from hf_dl.reporting.plots import plot_run
@@ -46,6 +46,10 @@ SUMMARY = (
     "A variational autoencoder of images (Kingma & Welling 2014) encodes an image as a short code, decodes a code to "
     "an image, and generates new images from random codes."
 )
+CALLS = """\
+inputs = processor(Image.open("image.png"), return_tensors="pt")
+reconstruction = model(**inputs).reconstruction  # (1, channels, height, width), in [0, 1]
+images = model.sample(8)  # new images"""
 LIMITS = (
     "Its images are blurred: each one is the mean of all images that fit the code.",
     "The cross-entropy of gray pixels treats them as probabilities of white. It is not comparable with the likelihood "
@@ -459,7 +463,8 @@ def write_report(folder: Path) -> None:
     metrics, args = results["metrics"], results["args"]
     collapse = posterior_collapse(int(metrics["test_active_units"]), args["latent_size"])
     limits = ([collapse] if collapse else []) + list(LIMITS)
-    card = run_card(folder, summary=SUMMARY, limits=limits, pipeline_tag="unconditional-image-generation", tags=TAGS)
+    usage = usage_snippet(folder, "ImageVaeModel", calls=CALLS)
+    card = run_card(folder, summary=SUMMARY, usage=usage, limits=limits, tags=TAGS)
     card.text += (
         "\n\n## The loss in all conventions\n\n"
         "Errors and likelihoods are summed over the pixels of an image, in nats, "

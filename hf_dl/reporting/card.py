@@ -25,13 +25,15 @@ from .tables import SPLITS, claims_table, results_table, split_of
 TEMPLATE = Path(__file__).with_name("card.md")
 LICENSE = "apache-2.0"  # of weights and results, as the Hub names it
 LOCAL_ID = "."  # the usage snippet of a local card loads from the folder of the card
+TRUST = "# After `import hf_dl`, trust_remote_code is not needed."
 COUNTS = ("images", "examples", "problems", "sentences", "tokens")
 PICTURES = (".png", ".svg", ".jpg", ".jpeg", ".webp", ".gif")
+# Tasks whose pipeline of transformers loads the model, by the ending of the model's class, with an example call.
 TASKS = {
-    "ForImageClassification": "image-classification",
-    "ForSemanticSegmentation": "image-segmentation",
-    "ForCausalLM": "text-generation",
+    "ForImageClassification": ("image-classification", '"image.png"'),
+    "ForCausalLM": ("text-generation", '"the", max_new_tokens=20'),
 }
+NOT_REPRODUCED = ("output_dir", "resume", "push_to_hub", "hub_model_id", "hub_strategy")  # flags of a person's own run
 # The Hub's name of a metric, for parts of our names that are not the Hub's name already.
 METRIC_TYPES = {"macro_f1": "f1", "micro_f1": "f1", "macro_precision": "precision", "macro_recall": "recall"}
 METRIC_TYPES |= {"miou": "mean_iou", "fid": "fid", "mse": "mse", "perplexity": "perplexity"}
@@ -144,14 +146,28 @@ def _metrics_table(metrics: Mapping[str, float]) -> str:
     return _rows(["metric", "split", "n", "value"], rows)
 
 
-def _task(model_class: str) -> str:
-    return next((task for ending, task in TASKS.items() if model_class.endswith(ending)), "other")
+def _task(model_class: str) -> tuple[str, str] | None:
+    """Return the task of a class, and an example call of its pipeline."""
+    return next((task for ending, task in TASKS.items() if model_class.endswith(ending)), None)
 
 
-def _dataset(args: Mapping[str, Any]) -> dict[str, Any]:
-    source = str(portable(args.get("source") or "unknown"))
-    style = args.get("style")
-    return {"dataset_type": source, "dataset_name": source, "dataset_config": style if source == "synthetic" else None}
+def _hub_dataset(results: Mapping[str, Any]) -> str | None:
+    """Return the id of the dataset on the Hub that a run has used, or None for all other data.
+
+    Results of a run that did not save "local_paths" cannot tell an id from a folder such as data/birds.
+    """
+    source = results["args"].get("source")
+    is_id = isinstance(source, str) and re.fullmatch(r"\w[\w.-]*/[\w.-]+", source)
+    return source if is_id and "source" not in results.get("local_paths", ["source"]) else None
+
+
+def _dataset(results: Mapping[str, Any]) -> dict[str, Any]:
+    args = results["args"]
+    return {
+        "dataset_type": args["source"],
+        "dataset_name": args["source"],
+        "dataset_config": args.get("config") or None,
+    }
 
 
 def _data_sentence(args: Mapping[str, Any]) -> str:
@@ -173,12 +189,29 @@ def _local_json(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is cut short or damaged ({error}). Save the model again.") from error
 
 
-def usage_snippet(folder: str | Path, model_class: str) -> str:
-    """Write Python code that loads a saved model and its processor.
+def with_repository(text: str, repo_id: str | Path) -> str:
+    """Let the Python code of a card load the model from a repository or folder instead of `LOCAL_ID`.
+
+    Args:
+        text: The card, or its code.
+        repo_id: The repository or folder.
+
+    Example:
+        >>> with_repository('AutoModel.from_pretrained(".")', "me/slots")
+        'AutoModel.from_pretrained("me/slots")'
+    """
+    loading = rf'(from_pretrained\(|pipeline\("[a-z-]+", )"{re.escape(LOCAL_ID)}"'
+    return re.sub(loading, lambda match: f'{match[1]}"{repo_id}"', text)
+
+
+def usage_snippet(folder: str | Path, model_class: str, *, calls: str | None = None) -> str:
+    """Write Python code that loads a saved model and uses it.
 
     Args:
         folder: The folder with config.json and the files of the processor or tokenizer.
         model_class: The name of the saved class.
+        calls: Code that uses `model`, and `processor` or `tokenizer` if its name occurs. Defaults to a pipeline of
+            transformers for the classes in `TASKS`, and else to one call of the model.
 
     Returns:
         Python source that loads from `LOCAL_ID`; publishing replaces this by the id of the repository.
@@ -188,7 +221,12 @@ def usage_snippet(folder: str | Path, model_class: str) -> str:
     autos = [name for name, target in auto_map.items() if str(target).endswith(f".{model_class}")]
     model = max((name for name in autos if name.startswith("AutoModel")), key=len, default=model_class)
     trust = ", trust_remote_code=True" if auto_map else ""
-    note = "  # not needed after `import hf_dl`" if auto_map else ""
+    note = [TRUST] if auto_map else []
+    task = _task(model_class)
+    if task and calls is None:
+        lines = ["from transformers import pipeline", "", *note]
+        lines += [f'pipe = pipeline("{task[0]}", "{LOCAL_ID}"{trust})', f"print(pipe({task[1]}))"]
+        return "\n".join(lines)
     loader, name, call = None, "", ""
     if (folder / "preprocessor_config.json").is_file():
         loader, name, call = "AutoImageProcessor", "processor", 'processor(Image.open("image.png"), '
@@ -196,14 +234,14 @@ def usage_snippet(folder: str | Path, model_class: str) -> str:
         loader, name, call = "AutoProcessor", "processor", 'processor(images=Image.open("image.png"), '
     elif (folder / "tokenizer_config.json").is_file():
         loader, name, call = "AutoTokenizer", "tokenizer", 'tokenizer("a sentence", '
-    lines = ["from PIL import Image"] if "Image.open" in call else []
-    lines += [f"from transformers import {', '.join(sorted([loader, model]) if loader else [model])}", ""]
-    if loader:
-        lines.append(f'{name} = {loader}.from_pretrained("{LOCAL_ID}"{trust})')
-    lines.append(f'model = {model}.from_pretrained("{LOCAL_ID}"{trust}){note}')
-    if call:
-        lines.append(f'outputs = model(**{call}return_tensors="pt"))')
-    return "\n".join(lines)
+    if calls is None:
+        calls = f'outputs = model(**{call}return_tensors="pt"))' if call else ""
+    loads = {name: loader} if name and name in calls else {}
+    loads["model"] = model
+    lines = ["from PIL import Image"] if "Image.open" in calls else []
+    lines += [f"from transformers import {', '.join(sorted(loads.values()))}", "", *note]
+    lines += [f'{name} = {auto}.from_pretrained("{LOCAL_ID}"{trust})' for name, auto in loads.items()]
+    return "\n".join([*lines, *calls.splitlines()])
 
 
 def _training_facts(results: Mapping[str, Any]) -> list[str]:
@@ -290,7 +328,6 @@ def run_card(
     name: str | None = None,
     summary: str | None = None,
     usage: str | None = None,
-    pipeline_tag: str | None = None,
     library: str = "transformers",
     tags: Sequence[str] = (),
     limits: Sequence[str] = (),
@@ -302,13 +339,14 @@ def run_card(
         name: The name of the model; defaults to the name of the folder.
         summary: A few sentences about the model; defaults to one sentence from results.json.
         usage: Python code that loads the model from `LOCAL_ID` and uses it; defaults to `usage_snippet`.
-        pipeline_tag: The Hub's name of the task, such as "image-segmentation"; defaults to the task of the class.
         library: The Hub's name of the library that loads the model.
         tags: More tags; "hf_dl" is always there.
         limits: Limits of the model, one sentence each. Limits that follow from results.json are added.
 
     Returns:
-        The card; `card.save(path)` writes it.
+        The card; `card.save(path)` writes it. Its `pipeline_tag` is set only if the pipeline of transformers for that
+        task loads the model. It has a model-index only for data from the Hub, because the Hub rejects a
+        model-index without the id of a dataset.
 
     Raises:
         FileNotFoundError: If results.json does not exist.
@@ -327,30 +365,36 @@ def run_card(
             )
     name = name or folder.resolve().name
     model_class, script = str(results.get("model_class") or "model"), Path(str(results["script"])).name
-    task = pipeline_tag or _task(model_class)
+    task, dataset = _task(model_class), _hub_dataset(results)
     evaluations = [
         EvalResult(
-            task_type=task,
+            task_type=task[0] if task else "other",
             metric_type=metric_type(metric),
             metric_name=metric.replace("_", " "),
             metric_value=metrics[metric],
             dataset_split=SPLITS.get(split_of(metric)),
-            **_dataset(args),
+            **_dataset(results),
         )
-        for metric in _indexed([*metrics])
+        for metric in (_indexed([*metrics]) if dataset else [])
     ]
     card_data = ModelCardData(
         license=LICENSE,
         library_name=library,
-        pipeline_tag=task if task != "other" else None,
+        pipeline_tag=task[0] if task else None,
+        datasets=[dataset] if dataset else None,
         tags=["hf_dl", *tags],
         model_name=name if evaluations else None,
         eval_results=evaluations or None,
     )
     parameters = f" with {results['num_parameters']:,} parameters" if results.get("num_parameters") else ""
     flags = _flags({k: v for k, v in args.items() if k not in ("output_dir", "resume") and v != ""})
+    given = results.get("given_args")
+    given = {k: v for k, v in portable(args if given is None else given).items() if k not in NOT_REPRODUCED}
     words = ["scripts/run accelerate launch", f"scripts/{script}"]
-    words += [shlex.join([f"--{k}", *(v.split() if isinstance(args[k], list) else [v])]) for k, v in flags]
+    words += [
+        shlex.join([f"--{k}", *(v.split() if isinstance(given[k], list) else [v])])
+        for k, v in _flags({k: v for k, v in given.items() if v != ""})
+    ]
     commit = f"git checkout {results['commit']}\n" if results.get("commit") else ""
     return _card(
         card_data,
@@ -390,8 +434,8 @@ def experiment_card(report: Report, *, figures: Sequence[str | Path] = ()) -> Mo
         figures: Figures in the folder of the card; the first one that is wide enough leads the card.
 
     Returns:
-        The card. For each setting, its model-index has the means of the first `INDEXED` metrics of the table: test
-        metrics first, no training metrics, no times or sizes.
+        The card. For each setting with a dataset of the Hub, its model-index has the means of the first `INDEXED`
+        metrics of the table. Test metrics come first. Training metrics, times and sizes are left out.
 
     Raises:
         ValueError: If the table, a claim or the reading names something that the report does not have.
@@ -404,19 +448,19 @@ def experiment_card(report: Report, *, figures: Sequence[str | Path] = ()) -> Mo
     for metric in metrics:
         for group in report.groups():
             values = group.values(metric)
-            if not values or not all(map(math.isfinite, values)):
+            if not values or not all(map(math.isfinite, values)) or not _hub_dataset(group.finished[0]):
                 continue
             setting = _setting(dict(zip(shown, group.key, strict=True)))
             evaluations.append(
                 EvalResult(
-                    task_type=_task(str(group.finished[0].get("model_class"))),
+                    task_type=(_task(str(group.finished[0].get("model_class"))) or ["other"])[0],
                     metric_type=metric_type(metric),
                     metric_name=f"mean {report.label(metric)} ({setting})",
                     metric_value=math.fsum(values) / len(values),
                     metric_args={"seeds": len(values)}
                     | ({"standard_deviation": statistics.stdev(values)} if len(values) > 1 else {}),
                     dataset_split=SPLITS.get(split_of(metric)),
-                    **_dataset(group.finished[0]["args"]),
+                    **_dataset(group.finished[0]),
                 )
             )
     card_data = ModelCardData(

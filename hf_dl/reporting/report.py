@@ -15,8 +15,9 @@ from .experiment import Claim, Experiment, Table, portable, read_curves, read_re
 
 MATRICES = "confusion"  # the key of the confusion matrix in results.json
 REPORTED_KEYS = (
-    "script", "args", "metrics", "seed", "steps", "restarts", "seconds", "cpu_seconds", "num_parameters",
-    "model_class", "device", "num_processes", "mixed_precision", "commit", "dirty", "versions", "date",
+    "script", "args", "local_paths", "metrics", "seed", "steps", "restarts", "seconds", "cpu_seconds",
+    "num_parameters", "model_class", "device", "num_processes", "mixed_precision", "commit", "dirty", "versions",
+    "date",
 )  # fmt: skip
 OWN_NUMBERS = ("seconds", "cpu_seconds", "num_parameters")  # numbers that every run reports in addition to its metrics
 

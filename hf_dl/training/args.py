@@ -23,7 +23,7 @@ import sys
 import types
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from .errors import explain_errors
 from .schedules import SCHEDULES
@@ -46,6 +46,10 @@ class TrainingArgs:
     """Flags shared by all training scripts. Scripts add flags and override defaults in a subclass.
 
     If a subclass defines `__post_init__`, it must call `super().__post_init__()`, which validates the values.
+
+    Attributes:
+        given: The flags on the command line with their values, which a script may change later. None without
+            `parse_args`.
 
     Raises:
         ValueError: If a value is out of its range, or two values contradict each other.
@@ -156,6 +160,8 @@ class TrainingArgs:
         default=0, metadata={"help": "CPU threads per process; 0 divides the cores by the processes."}
     )
 
+    given: ClassVar[dict[str, Any] | None] = None
+
     def __post_init__(self):
         if not self.output_dir:
             self.output_dir = f"runs/{script_path(type(self)).stem}"
@@ -264,6 +270,8 @@ def parse_args(cls: type[ArgsT], argv: list[str] | None = None) -> ArgsT:
         64
     """
     args = parse_flags(cls, argv)
+    given = given_flags(argv)
+    args.given = {name: value for name, value in args.to_dict().items() if {name, f"no_{name}"} & given}
     import torch
     from accelerate.utils import set_seed
 

@@ -3,6 +3,7 @@
 import contextlib
 import importlib.metadata
 import json
+import os
 import platform
 import subprocess
 from collections.abc import Mapping
@@ -41,6 +42,19 @@ def provenance(script: str | Path, device: torch.device | str = "cpu") -> dict[s
     }
 
 
+def local_paths(args: Mapping[str, Any]) -> list[str]:
+    """List the flags whose value is the path of a file or folder on this machine, and not an id on the Hub.
+
+    Args:
+        args: The flags.
+
+    Example:
+        >>> local_paths({"source": "me/birds", "output_dir": "."})
+        ['output_dir']
+    """
+    return [name for name, value in args.items() if isinstance(value, str) and value and os.path.exists(value)]
+
+
 def write_results(
     folder: str | Path,
     script: str | Path,
@@ -63,6 +77,7 @@ def write_results(
     results = {
         "script": Path(script).name,
         "args": dict(args),
+        "local_paths": local_paths(args),
         "metrics": dict(metrics),
         "seed": args["seed"],
         "seconds": round(seconds, 2),

@@ -56,7 +56,7 @@ from .hub import HubPush
 from .monitoring import Monitor
 from .optimizers import JoinedOptimizer, make_optimizer, optimizer_kind
 from .progress import LogFile, Stopwatch, tracker_names
-from .provenance import provenance
+from .provenance import local_paths, provenance
 from .scalars import ScalarWindow
 from .schedules import learning_rate_factor
 from .signals import SignalCatcher
@@ -171,7 +171,7 @@ class TrainingRun:
             advise(self._advice)
         if self.accelerator.log_with:
             self.accelerator.init_trackers(
-                script_path(type(args)).stem, config={name: str(value) for name, value in vars(args).items()}
+                script_path(type(args)).stem, config={name: str(value) for name, value in args.to_dict().items()}
             )
 
     # ------------------------------------------------------------------------------------------------ the loop
@@ -652,6 +652,8 @@ class TrainingRun:
         return {
             "script": script.name,
             "args": self.args.to_dict(),
+            "given_args": self.args.given,
+            "local_paths": local_paths(self.args.to_dict()),
             "metrics": metrics,
             "seed": self.args.seed,
             "steps": self.steps,

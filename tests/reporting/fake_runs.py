@@ -46,6 +46,7 @@ def write_run(folder: Path, flags: dict, metrics: dict, *, steps: int = 100, **c
     results = {
         "script": "train_fake.py",
         "args": {"output_dir": str(folder), "source": "synthetic", "batch_size": 8, **flags},
+        "local_paths": [],
         "metrics": metrics,
         "seed": flags.get("seed", 0),
         "steps": steps,

@@ -14,6 +14,7 @@ from hf_dl.reporting.card import (
     results_key,
     run_card,
     usage_snippet,
+    with_repository,
 )
 from hf_dl.reporting.experiment import read_experiment
 from hf_dl.reporting.report import collect
@@ -39,10 +40,16 @@ def saved(card, path):
 
 
 def test_metadata_are_those_that_huggingface_hub_reads(folder, tmp_path):
-    card = saved(run_card(folder, name="slots", pipeline_tag="image-segmentation", tags=["slots"]), tmp_path / "a.md")
+    changes = {"model_class": "FakeForImageClassification"}
+    write_run(folder, {"source": "me/birds", "config": "small", "style": "plain"}, METRICS, **changes)
+    card = saved(run_card(folder, name="slots", tags=["slots"]), tmp_path / "a.md")
     data = card.data.to_dict()
     assert data["license"] == "apache-2.0" and data["library_name"] == "transformers"
-    assert data["pipeline_tag"] == "image-segmentation" and data["tags"] == ["hf_dl", "slots"]
+    assert (
+        data["pipeline_tag"] == "image-classification"
+        and data["datasets"] == ["me/birds"]
+        and data["tags"] == ["hf_dl", "slots"]
+    )
     name, results = model_index_to_eval_results(data["model-index"])
     assert name == "slots"
     by_metric = {results_key(result): result for result in results}
@@ -52,9 +59,46 @@ def test_metadata_are_those_that_huggingface_hub_reads(folder, tmp_path):
     assert by_metric["val_fg_ari"].dataset_split == "validation"
     assert by_metric["test_accuracy"].dataset_split == "test"
     assert by_metric["seconds_per_step"].dataset_split is None
-    assert by_metric["val_fg_ari"].dataset_type == "synthetic" and by_metric["val_fg_ari"].dataset_config == "plain"
+    assert {result.task_type for result in results} == {"image-classification"}
+    assert {(result.dataset_type, result.dataset_config) for result in results} == {("me/birds", "small")}
     # Read again and written again, nothing changes.
     assert ModelCardData(**data).to_dict() == data and str(ModelCard(str(card))) == str(card)
+
+
+@pytest.mark.parametrize(
+    ("source", "changes"),
+    [
+        ("synthetic", {}),
+        ("birds", {}),  # a folder whose path was cut
+        ("/data/me/birds", {}),
+        ("data/birds", {"local_paths": ["output_dir", "source"]}),
+        (None, {}),
+    ],
+)
+def test_data_that_is_not_on_the_hub_has_no_place_in_the_index(folder, tmp_path, source, changes):
+    write_run(folder, {"source": source}, METRICS, **changes)
+    data = saved(run_card(folder), tmp_path / "a.md").data.to_dict()
+    assert not {"model-index", "datasets", "pipeline_tag"} & set(data)
+    assert "| `test_accuracy` | test |" in run_card(folder).text
+
+
+def test_the_command_has_the_flags_that_were_given(folder):
+    results = write_run(
+        folder, {"source": "photos", "num_classes": 25, "epochs": 0.0, "seed": 3, "deep": True}, METRICS
+    )
+    given = {"output_dir": "runs/mine", "source": "/mnt/me/photos", "epochs": 2.0, "resume": True, "sizes": [2, 4]}
+    given |= {"push_to_hub": True, "hub_model_id": "me/mine", "deep": False, "note": ""}
+
+    def command():
+        text = re.search(r"```bash\n(.*?)```", run_card(folder).text, re.DOTALL)[1].split("\n", 1)[1]
+        return " ".join(text.replace("\\\n", " ").split())
+
+    write_run(folder, results["args"], METRICS, given_args=given)
+    script = "scripts/run accelerate launch scripts/train_fake.py"
+    assert command() == f"{script} --source photos --epochs 2.0 --sizes 2 4 --deep false"
+    write_run(folder, results["args"], METRICS, given_args={})
+    assert command() == script
+    assert "| `num_classes` | `25` |" in run_card(folder).text  # the table lists all
 
 
 def test_sections_and_numbers_come_from_the_files(folder):
@@ -129,9 +173,9 @@ def test_pictures_of_the_folder_are_shown(folder):
             ["from transformers import AutoImageProcessor, AutoModel", 'AutoModel.from_pretrained(".", trust_remote'],
         ),
         (
-            {"AutoModel": "m.FakeModel", "AutoModelForImageClassification": "m.FakeModel"},
+            {"AutoModel": "m.FakeModel", "AutoModelForSeq2SeqLM": "m.FakeModel"},
             "processor_config.json",
-            ["AutoProcessor", "model = AutoModelForImageClassification.from_pretrained"],
+            ["AutoProcessor", "model = AutoModelForSeq2SeqLM.from_pretrained"],
         ),
         ({}, "tokenizer_config.json", ["import AutoTokenizer, FakeModel", 'FakeModel.from_pretrained(".")']),
         ({}, None, ["from transformers import FakeModel"]),
@@ -145,6 +189,19 @@ def test_usage_is_what_the_folder_needs(folder, auto_map, file, expected):
     compile(usage, "usage", "exec")
     assert all(part in usage for part in expected) and ("trust_remote_code" in usage) == bool(auto_map)
     assert usage in str(run_card(folder))
+    if file:
+        own = usage_snippet(folder, "FakeModel", calls='image = Image.open("a.png")\nmodel(image)')
+        assert own.startswith("from PIL import Image\n") and own.endswith('image = Image.open("a.png")\nmodel(image)')
+        assert "Processor" not in own and "Tokenizer" not in own
+
+
+@pytest.mark.parametrize("auto_map", [{}, {"AutoModelForCausalLM": "m.FakeForCausalLM"}])
+def test_a_task_of_transformers_is_used_through_its_pipeline(folder, auto_map):
+    (folder / "config.json").write_text(json.dumps({"auto_map": auto_map}))
+    usage = usage_snippet(folder, "FakeForCausalLM")
+    assert ('pipeline("text-generation", ".", trust_remote_code=True)' in usage) == bool(auto_map)
+    assert 'pipeline("text-generation", "me/lm"' in with_repository(usage, "me/lm")
+    compile(usage, "usage", "exec")
 
 
 def test_damaged_files_are_one_sentence(folder, tmp_path):
@@ -185,7 +242,7 @@ def test_cards_that_the_hub_would_refuse(tmp_path, text, message):
 
 
 def test_card_of_an_experiment(tmp_path):
-    (tmp_path / "fake.toml").write_text(TOML)
+    (tmp_path / "fake.toml").write_text(TOML.replace('"synthetic"', '"me/birds"'))
     experiment = read_experiment(tmp_path / "fake.toml")
     write_runs(experiment, tmp_path / "runs", skip=lambda flags: flags["width"] == 8 and flags["norm"] == "batch")
     report = collect(experiment, tmp_path / "runs")
@@ -216,7 +273,9 @@ def test_claims_and_notes_stand_in_the_card(tmp_path):
     assert "- **4**: A narrow one.\n" in text
     assert "\n\n## Expected and measured\n\nMore is better.\n\n| expected" in text and "| Group beats batch" in text
     (tmp_path / "fake.toml").write_text(TOML)
-    text = str(experiment_card(collect(read_experiment(tmp_path / "fake.toml"), tmp_path / "runs")))
+    card = experiment_card(collect(read_experiment(tmp_path / "fake.toml"), tmp_path / "runs"))
+    assert not card.data.eval_results  # the data is synthetic
+    text = str(card)
     assert "More is better." in text and "| expected" not in text and "The measured value" not in text
 
 
@@ -253,7 +312,8 @@ def test_metric_types_are_the_names_of_the_hub(metric, expected):
 
 def test_an_experiment_indexes_test_metrics_first_and_no_training_metrics_or_times(tmp_path):
     names = ["train_accuracy", "val_accuracy", "test_accuracy", "seconds", "test_macro_f1", "test_loss"]
-    (tmp_path / "fake.toml").write_text(TOML.replace('["val_accuracy", "val_loss"]', str(names)))
+    text = TOML.replace('["val_accuracy", "val_loss"]', str(names))
+    (tmp_path / "fake.toml").write_text(text.replace('"synthetic"', '"me/birds"'))
     experiment = read_experiment(tmp_path / "fake.toml")
     for cell in experiment.cells(tmp_path / "runs"):
         write_run(cell.folder, cell.flags, dict.fromkeys(names, 0.5) | {"val_loss": 0.5})

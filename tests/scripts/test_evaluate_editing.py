@@ -12,6 +12,7 @@ from scripts import evaluate_editing, train_probe
 from tests.recipes.test_editing import make_pipeline
 from tests.recipes.test_slots import make_model
 from tests.scripts.runs import reset
+from tests.snippets import run_snippet
 
 SMALL = "--image_size=32 --num_test=4 --cpu_threads=1 --num_inference_steps=2".split()
 
@@ -46,14 +47,16 @@ def models(tmp_path_factory):
     return root
 
 
-def test_the_probe_is_a_classifier_with_its_accuracy(probe):
+def test_the_probe_is_a_classifier_with_its_accuracy(probe, capsys):
     folder, metrics = probe
     loaded = object_probe.load_probe(folder)
     crops = object_probe.load_crops(object_probe.ProbeFlags(num_train=8, num_test=4), "test")
     expected = object_probe.evaluate(loaded, crops, "test")
     assert metrics == pytest.approx(expected)
     assert metrics["test_plain_images"] > 0 and "test_textured_shape_accuracy" in metrics
-    assert "AutoModelForImageClassification" in read_card(folder / "README.md").text
+    assert read_card(folder / "README.md").data.pipeline_tag == "image-classification"
+    run_snippet(folder)
+    assert "{'label': '" in capsys.readouterr().out
     assert (folder / "curves.png").is_file()
 
 

@@ -12,6 +12,7 @@ from hf_dl.recipes.scene_images import load_images
 from hf_dl.reporting.card import read_card
 from scripts import evaluate_autoencoder, train_autoencoder
 from tests.scripts.runs import killed_after, reset
+from tests.snippets import run_snippet
 
 SMALL = "--image_size=32 --num_train=48 --num_test=12 --batch_size=8 --crop_size=16 --cpu_threads=1 --log_every=2"
 SMALL = SMALL.split()
@@ -41,7 +42,8 @@ def test_the_folder_loads_with_diffusers(finished):
     for name in ("reconstructions.png", "curves.png", "results.json"):
         assert (folder / name).is_file()
     card = read_card(folder / "README.md")
-    assert "diffusers.AutoModel.from_pretrained" in card.text
+    assert card.data.pipeline_tag is None and card.data.library_name == "diffusers"
+    assert run_snippet(folder)["reconstruction"].size == (32, 32)
     assert {"test_l1", "test_mse", "test_psnr", "test_perceptual", "test_latent_std"} <= set(metrics)
     assert metrics["test_psnr"] == pytest.approx(10 * torch.tensor(4 / metrics["test_mse"]).log10().item(), rel=1e-5)
 

@@ -1,6 +1,7 @@
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from hf_dl.recipes import classifier
 from hf_dl.reporting.card import read_card
 from scripts import evaluate_classifier, train_classifier
 from tests.scripts.runs import reset
+from tests.snippets import run_snippet
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = "--num_train=64 --num_test=25 --batch_size=16 --cpu_threads=1 --warmup_steps=0 --eval_train=32".split()
@@ -49,7 +51,7 @@ def read_log(folder):
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
-def test_the_folder_is_all_that_a_person_needs(finished):
+def test_the_folder_is_all_that_a_person_needs(finished, capsys):
     folder, _, kind = finished
     names = {path.name for path in folder.iterdir()}
     assert names >= {
@@ -62,6 +64,8 @@ def test_the_folder_is_all_that_a_person_needs(finished):
             assert min(image.size) > 200 and np.asarray(image.convert("L")).std() > 5
     card = read_card(folder / "README.md")
     assert card.data.pipeline_tag == "image-classification" and "confusion.png" in card.text
+    run_snippet(folder)
+    assert re.match(r"\[\{'label': '\w+ \w+', 'score': 0\.\d+\}, ", capsys.readouterr().out)
     assert "## Classes, on the test split" in card.text and "| striped cone |" in card.text
     with open(folder / "classes.csv", newline="") as file:
         rows = list(csv.DictReader(file))

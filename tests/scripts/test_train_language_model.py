@@ -15,6 +15,7 @@ from hf_dl.reporting.card import read_card
 from hf_dl.reporting.experiment import read_experiment
 from scripts import evaluate_language_model, run_experiment, train_language_model
 from tests.scripts.runs import reset
+from tests.snippets import run_snippet
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = (
@@ -35,7 +36,7 @@ def finished(tmp_path_factory):
     return folder, train(folder)
 
 
-def test_a_run_leaves_scores_model_tokenizer_and_card(finished):
+def test_a_run_leaves_scores_model_tokenizer_and_card(finished, capsys):
     folder, metrics = finished
     results = json.loads((folder / "results.json").read_text())
     assert results["metrics"] == metrics and results["model_class"] == "RecurrentLMForCausalLM"
@@ -55,8 +56,9 @@ def test_a_run_leaves_scores_model_tokenizer_and_card(finished):
     assert metrics["words_per_second"] > 0 and metrics["words_per_cpu_second"] > 0
     assert metrics["vocab_size"] == len(tokenizer) == model.config.vocab_size
     card = read_card(folder / "README.md")
-    assert "AutoModelForCausalLM" in card.text and (folder / "curves.png").is_file()
-    assert card.data.pipeline_tag == "text-generation"
+    assert card.data.pipeline_tag == "text-generation" and (folder / "curves.png").is_file()
+    run_snippet(folder)
+    assert capsys.readouterr().out.startswith("[{'generated_text': 'the ")
 
 
 def test_the_evaluation_script_finds_the_same_and_writes_text(finished, capsys):

@@ -14,6 +14,7 @@ from hf_dl.reporting.card import read_card
 from hf_dl.reporting.experiment import read_results
 from scripts import evaluate_seq2seq, run_experiment, train_seq2seq
 from tests.scripts.runs import reset
+from tests.snippets import run_snippet
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = (
@@ -87,7 +88,8 @@ def test_the_folder_is_all_that_a_person_needs(finished):
     assert symbols.convert_ids_to_tokens(list(range(len(symbols)))) == solve.config.program_tokens
     assert AutoModelForSeq2SeqLM.from_pretrained(folder).config.vocab_size == len(symbols)
     card = read_card(folder / "README.md")
-    assert "MathProgramPipeline.from_pretrained" in card.text and "curves.png" in card.text
+    assert card.data.pipeline_tag is None and "curves.png" in card.text
+    assert len(run_snippet(folder)["solution"].candidates) == 10
 
 
 def test_metrics(finished):

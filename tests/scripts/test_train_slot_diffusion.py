@@ -24,6 +24,7 @@ from hf_dl.reporting.experiment import read_experiment
 from scripts import evaluate_slot_diffusion, run_experiment, train_slot_diffusion
 from scripts.benchmarks import slot_diffusion as benchmark
 from tests.scripts.runs import killed_after, reset
+from tests.snippets import run_snippet
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = (
@@ -108,7 +109,9 @@ def test_the_folder_is_a_pipeline(finished, autoencoder):
     for name in ("reconstructions.png", "edits.png", "compositions.png", "curves.png", "results.json"):
         assert (folder / name).is_file()
     assert len(SlotLibrary.from_pretrained(folder / "slot_library")) > 0
-    assert "SlotDiffusionPipeline.from_pretrained" in read_card(folder / "README.md").text
+    assert read_card(folder / "README.md").data.pipeline_tag is None
+    said = run_snippet(folder)
+    assert said["segments"].shape == (40, 48) and said["redrawn"].size == said["edited"].size
     expected = {
         "test_loss",
         "test_attention_ari",

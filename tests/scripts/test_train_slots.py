@@ -16,6 +16,7 @@ from hf_dl.models.slot_library import SlotLibrary
 from hf_dl.reporting.card import read_card
 from scripts import evaluate_slots, train_slots
 from tests.scripts.runs import reset
+from tests.snippets import run_snippet
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = "--image_size=32 --num_train=64 --num_test=16 --batch_size=8 --cpu_threads=1 --binding_step=0".split()
@@ -58,7 +59,9 @@ def test_the_folder_is_all_that_a_person_needs(finished):
             assert min(image.size) > 200 and np.asarray(image.convert("L")).std() > 5
     assert SlotLibrary.from_pretrained(folder / "slot_library").vectors.shape[1] == 64
     card = read_card(folder / "README.md")
-    assert card.data.pipeline_tag == "image-segmentation" and "slots.png" in card.text
+    assert card.data.pipeline_tag is None and "slots.png" in card.text
+    said = run_snippet(folder)
+    assert said["segments"].shape == (40, 48) and said["outputs"].masks.shape == (1, 5, 32, 32)
 
 
 def test_metrics_and_results(finished):
