@@ -220,7 +220,7 @@ def _installed_models() -> ModuleType | None:
 
 
 def _find_class(models: ModuleType, name: str) -> type | None:
-    """Return the model class of hf_dl with this name, or None if there is none."""
+    """Return the model class of hf_dl with this name, or None if the name is unknown."""
     kind = getattr(models, name, None)
     return kind if isinstance(kind, type) and issubclass(kind, (ModelMixin, PreTrainedModel)) else None
 

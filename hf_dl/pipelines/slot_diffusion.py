@@ -133,7 +133,9 @@ class SlotDiffusionPipeline(PortablePipeline):
     def to(self, *args: Any, **kwargs: Any) -> "SlotDiffusionPipeline":
         """Move the pipeline as `DiffusionPipeline.to` does, but keep slot attention in float32.
 
-        `from_pretrained(dtype=...)` of transformers keeps the same modules in float32.
+        `from_pretrained(dtype=...)` of transformers keeps the same modules in float32. With bfloat16, the encoder may
+        prefer another of its random slot initializations, which numbers the slots in another order. To avoid this,
+        load the pipeline with `dtype={"slot_encoder": torch.float32, "default": torch.bfloat16}`.
         """
         names = set(self.slot_encoder._keep_in_fp32_modules_strict or ())
         parameters = self.slot_encoder.named_parameters()
@@ -159,8 +161,8 @@ class SlotDiffusionPipeline(PortablePipeline):
         if any(floats):
             if not all(floats) or len({each.shape[-3:] for each in images}) > 1:
                 raise ValueError(
-                    "image has float tensors, which are pixel_values, beside other images or sizes; pass only "
-                    "pixel_values of one size, or none."
+                    "image has float tensors, which are pixel_values, together with other images or sizes; pass "
+                    "only pixel_values of one size, or no float tensors."
                 )
             pixel_values = torch.cat([each.reshape(-1, *each.shape[-3:]) for each in images])
             pixel_values = pixel_values.to(self._execution_device, self.slot_encoder.dtype)

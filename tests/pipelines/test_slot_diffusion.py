@@ -498,7 +498,7 @@ def test_compose(oracle):
         ),
         (
             lambda p: p([make_image(), torch.zeros(3, 16, 16)]),
-            "image has float tensors, which are pixel_values, beside",
+            "image has float tensors, which are pixel_values, together",
         ),
         (lambda p: p(make_image(), generator=3), "generator is 3; expected torch.Generator, or a list of them"),
         (lambda p: p.from_pretrained("x", unet=None), "unet=None is not a part of a SlotDiffusionPipeline"),
