@@ -33,7 +33,8 @@ TASKS = {
     "ForImageClassification": ("image-classification", '"image.png"'),
     "ForCausalLM": ("text-generation", '"the", max_new_tokens=20'),
 }
-NOT_REPRODUCED = ("output_dir", "resume", "push_to_hub", "hub_model_id", "hub_strategy")  # flags of a person's own run
+# flags of a person's own run
+NOT_REPRODUCED = ("output_dir", "resume", "accept_changed_data", "push_to_hub", "hub_model_id", "hub_strategy")
 # The Hub's name of a metric, for parts of our names that are not the Hub's name already.
 METRIC_TYPES = {"macro_f1": "f1", "micro_f1": "f1", "macro_precision": "precision", "macro_recall": "recall"}
 METRIC_TYPES |= {"miou": "mean_iou", "fid": "fid", "mse": "mse", "perplexity": "perplexity"}
