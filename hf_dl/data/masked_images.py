@@ -161,9 +161,8 @@ def _crop_rows(
         for option, column in (("image_column", image), ("mask_column", mask)):
             if column is not None and column not in pictures:
                 problem = "has no images" if column in kinds else "does not exist"
-                raise ValueError(
-                    f"{option}={column!r} of {source!r} {problem}. Its columns with images: {', '.join(pictures) or 'none'}."
-                )
+                listed = ", ".join(pictures) or "none"
+                raise ValueError(f"{option}={column!r} of {source!r} {problem}. Its columns with images: {listed}.")
         rows = rows.with_format(None) if isinstance(rows, datasets.Dataset) else rows
     features = datasets.Features(image=datasets.Image()) if mask is None else coco.FEATURES
     function = partial(_crop_row, image=image, mask=mask, size=size, crop=crop, version=_VERSION)

@@ -71,8 +71,8 @@ def matching_error(attention: torch.Tensor, masks: torch.Tensor) -> torch.Tensor
     """Compute the cross-entropy between the attention and the decoder's masks, which are its constant targets.
 
     The decoder sees each slot on its own and finds where an object ends. The attention learns this from its masks, as
-    in SPOT (Kakogeorgiou et al. 2024). Where p is the largest mask, a pixel has the weight max(0, 2 p - 1). Pixels that
-    several slots share, such as the ground early in training, would teach the slots to share their tokens.
+    in SPOT (Kakogeorgiou et al. 2024). Where p is the largest mask, a pixel has the weight max(0, 2 p - 1). Pixels
+    that several slots share, such as the ground early in training, would teach the slots to share their tokens.
 
     Args:
         attention: (batch, slots, tokens), which sums to 1 over the slots.
