@@ -133,7 +133,7 @@ def check_seed(seed: int | None) -> int:
 
 @dataclass
 class Explanation:
-    """An image divided into slots. The slots are sorted from the largest, usually the background, to the smallest.
+    """An image divided into slots. The slots are sorted by `shares`, from the largest, usually the background.
 
     Attributes:
         image: The original image. The pictures below have its proportions, with a longer side of `SIDE` pixels.
@@ -172,7 +172,7 @@ def make_explanation(
     reconstruction: torch.Tensor | None,
     made: tuple[str, int | None, int | None],
 ) -> Explanation:
-    """Sort the slots by size, and make the pictures of an explanation.
+    """Sort the slots by the number of pixels that they cover, and make the pictures of an explanation.
 
     Args:
         image: The image.
@@ -184,11 +184,12 @@ def make_explanation(
         reconstruction: The image from all slots, (3, height, width) in [0, 1], or None.
         made: See `Explanation`.
     """
-    order = masks.mean(dim=(1, 2)).argsort(descending=True)
-    masks, contents = masks[order].float(), contents[order]
     width, height = size = shown_size(image)
-    posterior = F.interpolate(posterior[None, order], size=(height, width), mode="bilinear")
-    labels = posterior[0].argmax(dim=0).cpu().numpy()
+    winners = F.interpolate(posterior[None], size=(height, width), mode="bilinear")[0].argmax(dim=0).cpu().numpy()
+    counts, weights = np.bincount(winners.ravel(), minlength=len(masks)), masks.mean(dim=(1, 2)).tolist()
+    order = sorted(range(len(masks)), key=lambda slot: (counts[slot], weights[slot]), reverse=True)
+    labels = np.argsort(order)[winners]
+    masks, contents = masks[order].float(), contents[order]
     parts = [
         ImageOps.expand(to_picture(content * mask + 1 - mask, size), border=10, fill=tuple(map(int, color)))
         for content, mask, color in zip(contents, masks, color_segments(np.arange(len(masks))), strict=True)
@@ -198,7 +199,7 @@ def make_explanation(
         segments=color_slots(image.resize(size, Image.Resampling.BICUBIC), labels),
         reconstruction=None if reconstruction is None else to_picture(reconstruction, size),
         parts=parts,
-        shares=(np.bincount(labels.ravel(), minlength=len(masks)) / labels.size).tolist(),
+        shares=(counts[order] / labels.size).tolist(),
         labels=labels,
         used=(masks.amax(dim=(1, 2)) > 0).nonzero().flatten().tolist(),
         slots=slots[:, order].cpu(),

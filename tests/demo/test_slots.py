@@ -6,7 +6,16 @@ from safetensors.torch import load_file, save_file
 
 from hf_dl.data import scenes
 from hf_dl.demo.decoders import Broadcast, Diffusion
-from hf_dl.demo.slots import draw_scene, get_frame, is_at, load_model, load_pipeline, load_scene, move_slot
+from hf_dl.demo.slots import (
+    draw_scene,
+    get_frame,
+    is_at,
+    load_model,
+    load_pipeline,
+    load_scene,
+    make_explanation,
+    move_slot,
+)
 
 from ..spaces.pages import make_image
 from .tiny import explain_perfectly, make_slots
@@ -19,6 +28,21 @@ def test_scenes_are_functions_of_the_seed(style):
     assert first.mode == "RGB"
     row = load_scene(style, 5)
     assert row["image"].tobytes() == first.tobytes() == scenes.counterfactual(row)["image"].tobytes()
+
+
+def test_order_and_shares_use_the_same_mask():
+    """A slot with much weight everywhere that wins no pixel is not the largest."""
+    masks = torch.tensor([0.4, 0.3, 0.3]).view(3, 1, 1).repeat(1, 4, 4)
+    posterior = torch.zeros(3, 4, 4)
+    posterior[2], posterior[1, 0] = 0.5, 1
+    found = make_explanation(
+        make_image((40, 40)), slots=torch.arange(3.0).view(1, 3, 1), masks=masks,
+        contents=masks[:, None].repeat(1, 3, 1, 1),
+        posterior=posterior, reconstruction=None, made=("broadcast", None, None),
+    )  # fmt: skip
+    assert found.slots.flatten().tolist() == [2, 1, 0] and found.used == [0, 1, 2]
+    assert found.shares == sorted(found.shares, reverse=True) and found.shares[2] == 0
+    assert found.shares == [(found.labels == slot).mean() for slot in range(3)]
 
 
 class TestFrames:
