@@ -335,8 +335,8 @@ def demo(words: list[str]) -> int:
     parser = argparse.ArgumentParser(f"hf-dl demo {name}", description=f"Serve the page {name}.", allow_abbrev=False)
     parser.add_argument("--model", help="folder or Hub id of the model; default: HF_DL_MODEL, or the newest run")
     args = parser.parse_args(words[1:])
-    if importlib.util.find_spec("gradio") is None:
-        raise CommandLineError("The demo pages need gradio. Run: pip install 'hf_dl[demo]'")
+    if missing := [package for package in ("gradio", "mcp") if importlib.util.find_spec(package) is None]:
+        raise CommandLineError(f"The demo pages need {missing[0]}. Run: pip install 'hf_dl[demo]'")
     if args.model:
         os.environ["HF_DL_MODEL"] = args.model
     return run_script(pages[name], [])

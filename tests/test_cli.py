@@ -269,9 +269,12 @@ def test_a_page_needs_gradio_and_gets_the_model(shipped, monkeypatch, capsys):
     monkeypatch.delenv("HF_DL_MODEL", raising=False)
     assert cli.main(["demo", "slot-explorer", "--model", "me/slots"]) == 0
     assert os.environ.pop("HF_DL_MODEL") == "me/slots"
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert cli.main(["demo", "slot_explorer"]) == 2
-    assert "Run: pip install 'hf_dl[demo]'" in capsys.readouterr().err
+    for missing in ("gradio", "mcp"):
+        monkeypatch.setattr(
+            "importlib.util.find_spec", lambda name, missing=missing: None if name == missing else name
+        )
+        assert cli.main(["demo", "slot_explorer"]) == 2
+        assert f"The demo pages need {missing}. Run: pip install 'hf_dl[demo]'" in capsys.readouterr().err
 
 
 def test_an_experiment_file_anywhere_uses_the_shipped_scripts(tmp_path, monkeypatch, capsys):

@@ -3,6 +3,7 @@
 - `page`: theme, CSS, title, error messages, common components, and the command line of each page
 - `welcome`: the notice on a page without a model; `recordings`: its recorded results
 - `checkpoints`: find and keep models; `classifiers`: load image classifiers; `training`: train the default model
+- `endpoints`: the API of the pages, also for MCP clients
 - `uploads`: read images from visitors; `pictures`: draw the pictures on the pages
 - `slots`, `decoders`, `slot_explorer`: the slot explorer without its layout
 - `masking`: masking the patches of an image, without the layout of the page

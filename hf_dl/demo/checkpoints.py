@@ -93,8 +93,29 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def one_line(error: Exception) -> str:
-    """Shorten the message of an error to one line of at most 200 characters, without a final period."""
-    return " ".join(str(error).split())[:200].rstrip(".")
+    """Return the first sentence of an error's message, at most 200 characters and without a final period."""
+    return " ".join(str(error).split()).partition(". ")[0][:200].rstrip(".")
+
+
+def shown_name(name: str) -> str:
+    """Return the name of a model on a page: a Hub id, or the name of a folder without its path on the server."""
+    return Path(name).resolve().name if Path(name).is_absolute() or Path(name).is_dir() else name
+
+
+def visible_error(error: Exception, name: str) -> str:
+    """Return the message of an error about a model, without the path of its folder on the server."""
+    return str(error).replace(name, shown_name(name))
+
+
+def describe_model(name: str, *facts: str, kind: str = "Model") -> str:
+    """Describe a model in one line of Markdown.
+
+    Args:
+        name: Its folder or Hub id.
+        *facts: Short facts about it.
+        kind: The first word of the line.
+    """
+    return " · ".join([f"{kind} `{shown_name(name).replace('`', '')}`", *facts])
 
 
 class PageModels:
@@ -105,6 +126,7 @@ class PageModels:
         training: Trains the default model if none is found.
         check: Raises an error if a model does not fit the page.
         load: Loads a model from a folder or Hub id, or raises a ValueError.
+        needs: The kind of model that fits the page, for the error message; for example "an image classifier".
         space: Folder of app.py, which may contain `model/`.
     """
 
@@ -115,9 +137,10 @@ class PageModels:
         check: Callable[[Any], Any],
         load: Callable[[str], Any],
         *,
+        needs: str,
         space: Path,
     ):
-        self.training, self.check, self.load, self.problem = training, check, load, ""
+        self.training, self.check, self.load, self.needs, self.problem = training, check, load, needs, ""
         self.default = find_model(kinds, space=space, root=training.root)
         self._lock, self._loaded = threading.Lock(), {}
         self._try_default()
@@ -127,7 +150,7 @@ class PageModels:
             if self.default is not None:
                 self.get()
         except ValueError as error:
-            self.problem = str(error)
+            self.problem = visible_error(error, self.default)
 
     def get(self, name: str | None = None) -> Any:
         """Return a model, loading it if necessary.
@@ -147,7 +170,8 @@ class PageModels:
                 try:
                     self.check(model)
                 except Exception as error:  # any model of the Hub may be named here
-                    raise ValueError(f"The model {name!r} does not fit this page ({one_line(error)}).") from error
+                    text = f"The model {name!r} does not fit this page, which needs {self.needs}."
+                    raise ValueError(text) from error
                 for old in [key for key in self._loaded if key != self.default][:-1]:
                     del self._loaded[old]
                 self._loaded[name] = model

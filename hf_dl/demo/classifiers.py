@@ -3,6 +3,7 @@
 Weights must be safetensors, so nothing is unpickled. Code inside a model repository is never run.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from PIL import Image
 from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING as CLASSIFIERS
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 
-from .checkpoints import one_line
+from .checkpoints import describe_model, one_line
 from .pictures import SIDE
 
 TOP_K = 5
@@ -58,7 +59,10 @@ class Classifier:
         return picture.resize(size, Image.Resampling.NEAREST)
 
     def crop(self, image: Image.Image) -> Image.Image:
-        """Return the part of an image that the model sees, with the model's proportions and at most `SIDE` pixels.
+        """Return the part of an image that the model sees, enlarged.
+
+        The longer side has at least `SIDE` pixels, and each side is a multiple of the model's input. Each pixel of the
+        input thus covers a square of the same size.
 
         The processor itself reports this part. It receives an image whose red channel encodes the horizontal position
         and whose green channel encodes the vertical position.
@@ -72,9 +76,27 @@ class Classifier:
         )["pixel_values"][0].float()
         (left, right), (top, bottom) = (_ends(seen[0].mean(dim=0)), _ends(seen[1].mean(dim=1)))
         rows, columns = seen.shape[-2:]
-        size = (round(SIDE * columns / max(rows, columns)), round(SIDE * rows / max(rows, columns)))
+        scale = math.ceil(SIDE / max(rows, columns))
         box = (left * width, top * height, right * width, bottom * height)
+        size = columns * scale, rows * scale
         return image.transform(size, Image.Transform.EXTENT, box, Image.Resampling.BICUBIC)
+
+    def find_class(self, label: str) -> int:
+        """Return the index of a class.
+
+        Args:
+            label: Name of the class, or its index.
+
+        Raises:
+            ValueError: If the class is unknown.
+        """
+        names = self.names
+        if label in names:
+            return names.index(label)
+        if label.isdecimal() and int(label) < len(names):
+            return int(label)
+        known = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+        raise ValueError(f"label={label!r} is unknown. Choose one of: {known}; or an index below {len(names)}.")
 
     def top(self, logits: torch.Tensor) -> list[tuple[str, float]]:
         """Return the `TOP_K` most likely classes with their probabilities, given logits (classes,)."""
@@ -139,6 +161,5 @@ def load_classifier(name: str) -> Classifier:
 
 def describe(classifier: Classifier) -> str:
     """Describe a classifier in one line of Markdown: name, number of classes and parameters."""
-    name = Path(classifier.name).name if Path(classifier.name).is_absolute() else classifier.name
     count = classifier.model.num_parameters()
-    return f"Model `{name.replace('`', '')}` · {len(classifier.names)} classes · {count:,} parameters"
+    return describe_model(classifier.name, f"{len(classifier.names)} classes", f"{count:,} parameters")

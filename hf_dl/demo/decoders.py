@@ -11,7 +11,6 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -22,6 +21,7 @@ from PIL import Image
 from ..models.slot_autoencoder import SlotAutoencoderConfig, SlotAutoencoderModel, SlotImageProcessor
 from ..pipelines.diffusion_sampling import PREDICTION_TYPES
 from ..pipelines.slot_diffusion import SlotDiffusionPipeline
+from .checkpoints import describe_model
 from .pictures import shown_size, to_picture
 from .slots import Explanation, check_seed, make_explanation
 
@@ -139,8 +139,7 @@ def _gather(*chosen: tuple[Explanation, list[int]]) -> tuple[torch.Tensor, tuple
 
 
 def _describe(kind: str, name: str, size: int, count: int) -> str:
-    name = Path(name).name if Path(name).is_absolute() else name or "unnamed"
-    return f"{kind} `{name}` · {size} × {size} pixels · {count:,} parameters"
+    return describe_model(name or "unnamed", f"{size} × {size} pixels", f"{count:,} parameters", kind=kind)
 
 
 class Broadcast(Decoder):

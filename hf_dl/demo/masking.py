@@ -122,7 +122,7 @@ class Comparison:
     Attributes:
         image: The part of the image that the model sees, with the patch borders and the masked patches marked.
         attention: Attention of the CLS token, drawn over the image.
-        given: The masked image.
+        given: The pixels that the model gets after masking. Patches that it does not get are hatched.
         grid: Numbers of rows and columns of patches.
         patches: Indices of the masked patches.
         before: Most likely classes with probabilities for the whole image.
@@ -173,14 +173,15 @@ def compare(classifier: Classifier, image: Image.Image, choice: Choice) -> Compa
     seen = classifier.crop(image)
     if choice.way in FILLS:
         noise["generator"].manual_seed(int(choice.seed))  # the same noise as in the model's input
-        filling = classifier.show(fill_patches(pixel_values, mask, choice.way, **options, **noise), seen.size)
+        given = classifier.show(fill_patches(pixel_values, mask, choice.way, **options, **noise), seen.size)
     else:
-        filling = _hatching(seen.size)
+        given = classifier.show(pixel_values, seen.size)
+        given.paste(_hatching(seen.size), mask=_enlarge(mask, seen.size))
     stretched = (attention - attention.min()) / (attention.max() - attention.min()).clamp_min(1e-12)
     return Comparison(
         image=draw_patches(seen, mask),
         attention=overlay(seen, resize_heat(stretched.numpy(), seen.size, smooth=False)),
-        given=Image.composite(filling, seen, _enlarge(mask, seen.size)),
+        given=given,
         grid=tuple(mask.shape),
         patches=mask.flatten().nonzero()[:, 0].tolist(),
         before=classifier.top(before),
@@ -219,7 +220,7 @@ def draw_patches(image: Image.Image, mask: torch.Tensor) -> Image.Image:
 
 
 def check(classifier: Classifier) -> None:
-    """Raise a ValueError if a classifier does not return the attention of a CLS token."""
+    """Raise an error if a classifier does not return the attention of a CLS token."""
     compare(classifier, Image.new("RGB", (64, 64), "gray"), Choice())
 
 

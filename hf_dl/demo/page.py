@@ -17,6 +17,9 @@ from PIL import Image
 CSS = """
 .gradio-container {max-width: 1240px !important; margin: auto}
 .gradio-container .html-container {padding: 0 !important}
+.gradio-container .prose, .gradio-container .html-container, .toast-body {overflow-wrap: anywhere}
+.gradio-container .prose code, .gradio-container .html-container code {white-space: pre-wrap; overflow-wrap: anywhere}
+.gradio-container .secondary-wrap input {padding-right: 30px !important; text-overflow: ellipsis}
 .hero {display: flex; flex-wrap: wrap; gap: 12px 32px; align-items: center; justify-content: space-between}
 .hero div {flex: 1 1 300px; min-width: 0}
 .hero h1 {margin: 0 0 6px}
@@ -61,6 +64,7 @@ LAUNCH = {
     "theme": gr.themes.Default(primary_hue="indigo", secondary_hue="indigo", neutral_hue="slate"),
     "css": CSS,
     "ssr_mode": False,
+    "mcp_server": True,
     "max_file_size": "50mb",
     "state_session_capacity": 200,
     "footer_links": ["api"],

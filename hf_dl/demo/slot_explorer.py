@@ -13,7 +13,7 @@ from PIL import Image
 
 from ..models.slot_autoencoder import SlotAutoencoderConfig, SlotAutoencoderModel
 from ..pipelines.slot_diffusion import SlotDiffusionPipeline
-from .checkpoints import find_model, find_pipeline
+from .checkpoints import find_model, find_pipeline, visible_error
 from .decoders import Broadcast, Decoder, Diffusion, Frame
 from .scene_truth import Truth, render_moved, render_selection, squared_error
 from .slots import Explanation, check_seed, get_frame, load_model, load_pipeline, load_scene, move_slot, new_seed
@@ -39,7 +39,7 @@ def _load(name: str | None, load: Callable[[str], Any]) -> tuple[Any, str]:
     try:
         return (load(name) if name else None), ""
     except ValueError as error:
-        return None, str(error)
+        return None, visible_error(error, name)
 
 
 class Explorer:

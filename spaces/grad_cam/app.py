@@ -18,6 +18,7 @@ from PIL import Image
 
 from hf_dl.demo.checkpoints import PageModels
 from hf_dl.demo.classifiers import Classifier, describe, load_classifier
+from hf_dl.demo.endpoints import ImageFile, add_endpoint, list_scores, receive_image, send_image
 from hf_dl.demo.page import (
     LATEST,
     PRIVATE,
@@ -45,6 +46,7 @@ from hf_dl.reporting.grids import color_heat
 
 SPACE = Path(__file__).resolve().parent
 PURPOSE = "See which parts of an image support the prediction of a classifier, or any other class."
+NEEDS = "an image classifier with feature maps or patches, such as google/vit-base-patch16-224"
 KINDS = [kind.config.model_type for kind in CLASSIFIERS.values()]
 MAX_LAYERS = 12  # maximum number of layers in the list
 PREDICTED = -1  # represents the predicted class in the list of classes
@@ -69,8 +71,8 @@ class Explanation:
     """The evidence for a class in an image.
 
     Attributes:
-        image: The part of the image that the model sees.
-        overlay: The map over the image.
+        image: The pixels that the model gets, enlarged.
+        overlay: The map over the part of the image that the model sees.
         heat: The map alone.
         label: Name of the explained class.
         probability: Probability of the explained class.
@@ -103,9 +105,10 @@ def explain(
     Raises:
         ValueError: If a layer or the class is unknown.
     """
+    pixel_values = classifier.prepare(image)
     output = grad_cam(
         classifier.model,
-        classifier.prepare(image),
+        pixel_values,
         layers=list(layers) or 1,
         classes=None if label == PREDICTED else label,
     )
@@ -114,7 +117,7 @@ def explain(
     name, probability = classifier.names[label], output.logits[0].float().softmax(dim=-1)[label].item()
     top = classifier.top(output.logits[0])
     return Explanation(
-        image=seen,
+        image=classifier.show(pixel_values, seen.size),
         overlay=overlay(seen, heat),
         heat=Image.fromarray(color_heat(heat)),
         label=name,
@@ -160,7 +163,7 @@ class Explorer:
     """
 
     def __init__(self, root: Path):
-        self.models = PageModels(KINDS, make_training(root), check, load_classifier, space=SPACE)
+        self.models = PageModels(KINDS, make_training(root), check, load_classifier, needs=NEEDS, space=SPACE)
         self._explain_example = functools.lru_cache(maxsize=64)(self._explain_example)  # examples are computed once
 
     def explain(
@@ -290,17 +293,41 @@ def build_demo(explorer: Explorer | None = None) -> gr.Blocks:
         def draw(seed: int) -> list[Image.Image]:
             return [example.image for example in draw_examples(seed)]
 
+        def explain_for_api(image: ImageFile, label: str | None = None, layers: list[str] | None = None) -> dict:
+            """Map the evidence for a class in an image with Grad-CAM.
+
+            Args:
+                image: The image file.
+                label: Name or index of the class. Defaults to the predicted class.
+                layers: Names of layers, whose maps are averaged. Defaults to the last feature map of the model.
+
+            Returns:
+                The most likely classes, the explained class, the layers, and the pictures as files.
+            """
+            classifier = explorer.models.get()
+            number = PREDICTED if label is None else classifier.find_class(label)
+            found = explain(classifier, receive_image(image), label=number, layers=layers or ())
+            return {
+                "top": list_scores(found.top),
+                "label": found.label,
+                "score": found.probability,
+                "has_evidence": found.found,
+                "layers": list(found.layers),
+                "image": send_image(found.image),
+                "overlay": send_image(found.overlay),
+                "map": send_image(found.heat),
+            }
+
         views, settings = [sentence, image, mixed, heat, bars], [model, label, layers]
         loaded = [model, line, label, layers, picture, *views]
         ready.change(event(explorer.start, show_loaded), seed, loaded, **PRIVATE | TURN)
         fill_gallery(ready, seed, examples, others, draw)
         name.submit(event(explorer.load, show_loaded), [name, picture], loaded, **PRIVATE | TURN)
-        opened = file.upload(
-            event(explorer.open, show_opened), [file, *settings], [picture, *views], api_name="explain", **TURN
-        )
+        opened = file.upload(event(explorer.open, show_opened), [file, *settings], [picture, *views], **PRIVATE | TURN)
         make_room(opened, file)
         examples.select(event(pick, show_opened), [seed, *settings], [picture, *views], **LATEST)
         gr.on([label.input, layers.input], event(show_again), [picture, *settings], views, **LATEST)
+        add_endpoint(explain_for_api, "explain")
     return demo
 
 

@@ -16,13 +16,15 @@ import secrets
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import gradio as gr
 from matplotlib.figure import Figure
 from PIL import Image
 
 from hf_dl.data import word_problems
-from hf_dl.demo.checkpoints import PageModels
+from hf_dl.demo.checkpoints import PageModels, describe_model
+from hf_dl.demo.endpoints import add_endpoint
 from hf_dl.demo.page import LATEST, PRIVATE, TURN, event, name_box, serve, title
 from hf_dl.demo.recordings import Example, save_recordings
 from hf_dl.demo.training import Training
@@ -32,6 +34,7 @@ from hf_dl.pipelines.math_program import MathProgramPipeline, Solution, format_n
 SPACE = Path(__file__).resolve().parent
 PURPOSE = "Type a word problem, and see the program that solves it, its steps and its answer."
 KINDS = ("program_seq2seq",)
+NEEDS = "a model that train_seq2seq.py trained"
 COLORS = ("#4f46e5", "#c2410c", "#047857", "#be185d", "#0369a1", "#a16207")  # one per number
 SHOWN = 10  # programs in the list
 SWITCHES = {
@@ -53,7 +56,7 @@ ABOUT = """### How to read the results
 """
 STYLE = """
 .answer {font-size: 1.15em}
-.map, .beam {overflow-x: auto; contain: inline-size}
+.gradio-container .map, .gradio-container .beam {overflow-x: auto; contain: inline-size; overflow-wrap: normal}
 .map table, .map tr, .map th, .beam table, .beam tr {border: none !important}
 .map table, .beam table {border-collapse: collapse; font-size: var(--text-sm)}
 .map th.word {writing-mode: vertical-rl; transform: rotate(180deg); font-weight: 400; padding: 3px 0;
@@ -63,7 +66,7 @@ STYLE = """
 .map .number {font-weight: 700}
 .beam td, .beam th {padding: 3px 12px 3px 0; text-align: left; border: none}
 .beam .marked {font-weight: 600}
-.beam code {white-space: nowrap}
+.gradio-container .prose .beam code {white-space: nowrap}
 """
 
 
@@ -183,11 +186,10 @@ def show(solution: Solution) -> tuple[str, str, str, str]:
 
 def describe(name: str, pipeline: MathProgramPipeline) -> str:
     """Describe a model in one line of Markdown."""
-    name = Path(name).name if Path(name).is_absolute() else name
     kind = {"bilstm": "BiLSTM", "bert": "BERT"}[pipeline.config.encoder_type]
     attention = "with attention" if pipeline.config.attention else "without attention"
     count = pipeline.model.num_parameters()
-    return f"Model `{name.replace('`', '')}` · {kind} {attention} · {count:,} parameters"
+    return describe_model(name, f"{kind} {attention}", f"{count:,} parameters")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -224,7 +226,7 @@ class Solver:
 
     def __init__(self, root: Path):
         load = MathProgramPipeline.from_pretrained
-        self.models = PageModels(KINDS, make_training(root), check, load, space=SPACE)
+        self.models = PageModels(KINDS, make_training(root), check, load, needs=NEEDS, space=SPACE)
         self._solve = functools.lru_cache(maxsize=64)(self._solve)  # examples are computed once
 
     def solve(
@@ -309,10 +311,26 @@ def build_demo(solver: Solver | None = None) -> gr.Blocks:
                 return f"<p>{html.escape(str(error))}</p>", "", "", ""
 
         def solve_for_api(
-            problem: str, options: str, num_beams: int, length_penalty: float, switches: list[str]
+            problem: str,
+            options: str = USUAL[0],
+            num_beams: int = USUAL[1],
+            length_penalty: float = USUAL[2],
+            switches: list[Literal[tuple(SWITCHES)]] | None = None,
         ) -> dict:
-            """Solve a problem from a program."""
-            solution = event(solver.solve)(problem, options, num_beams, length_penalty, switches)
+            """Solve a math word problem with a program.
+
+            Args:
+                problem: The problem in English, with numbers as digits.
+                options: The options of a multiple-choice problem, for example "a ) 24 , b ) 120".
+                num_beams: Number of beams of the search, from 1 to 100.
+                length_penalty: Scores are divided by the length to this power.
+                switches: How to choose the program. Defaults to "grammar" and "rerank".
+
+            Returns:
+                The answer, its program and its steps, the option, and all programs with their values and scores.
+            """
+            chosen = USUAL[3] if switches is None else switches
+            solution = solver.solve(problem, options, num_beams, length_penalty, chosen)
             return {
                 "answer": solution.answer,
                 "program": solution.program,
@@ -336,7 +354,7 @@ def build_demo(solver: Solver | None = None) -> gr.Blocks:
         named.success(**again, **PRIVATE | TURN)
         changes = [problem.input, options.input, beams.input, penalty.input, switches.input]
         gr.on([*changes, problem.submit, button.click], **again, **LATEST)
-        gr.api(solve_for_api, api_name="solve", concurrency_id="model", concurrency_limit=1)
+        add_endpoint(solve_for_api, "solve")
     return demo
 
 

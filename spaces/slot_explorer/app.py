@@ -12,12 +12,14 @@ shows without a model.
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import gradio as gr
+from pydantic import Field
 
 from hf_dl.data import scenes
 from hf_dl.demo.decoders import Broadcast, Decoder, Diffusion
+from hf_dl.demo.endpoints import ImageFile, add_endpoint, receive_image, send_image
 from hf_dl.demo.page import LATEST, PRIVATE, TURN, event, make_room, serve, title, view
 from hf_dl.demo.pictures import join_pictures
 from hf_dl.demo.recordings import Example, save_recordings
@@ -30,6 +32,7 @@ from hf_dl.reporting.grids import SEGMENT_COLORS
 SPACE = Path(__file__).resolve().parent
 PURPOSE = "See how a model finds the objects in an image without labels. Remove, move and exchange them."
 NUM_SLOTS = 16  # maximum on the page for models that take any number of slots
+NUM_ITERATIONS = 10  # maximum on the page
 NUM_STEPS = 10, 50  # minimum and maximum number of DPM-Solver++ steps on the page
 EXAMPLES = range(4)  # seeds of the example scenes
 COLUMNS = "repeat(auto-fill, minmax(max(96px, 15%), 1fr))"
@@ -62,7 +65,9 @@ def sliders(model: Decoder | None) -> tuple[gr.Slider, gr.Slider]:
     info = f"This model has {most} learned slots." if learned else "This model takes any number of slots."
     return (
         gr.Slider(2, most, config.num_slots, step=1, label="Slots K", info=info, elem_id="num_slots"),
-        gr.Slider(1, 10, config.num_iterations, step=1, label="Iterations T", info="Rounds of slot attention."),
+        gr.Slider(
+            1, NUM_ITERATIONS, config.num_iterations, step=1, label="Iterations T", info="Rounds of slot attention."
+        ),
     )
 
 
@@ -158,8 +163,8 @@ def build_demo(explorer: Explorer | None = None) -> gr.Blocks:
                     draw_second = gr.Button("Draw another", variant="primary", elem_id="draw_second")
                     gr.Markdown("Insert a slot of the second image into the first, or swap two slots:")
                     with gr.Row():
-                        theirs = gr.Dropdown(label="Second image", min_width=100, elem_id="theirs")
-                        mine = gr.Dropdown(label="First image", min_width=100, elem_id="mine")
+                        theirs = gr.Dropdown(label="Second image", min_width=140, elem_id="theirs")
+                        mine = gr.Dropdown(label="First image", min_width=140, elem_id="mine")
                     with gr.Row():
                         insert = gr.Button("Insert", size="md", min_width=100, elem_id="insert")
                         swap = gr.Button("Swap", size="md", min_width=100, elem_id="swap")
@@ -210,11 +215,43 @@ def build_demo(explorer: Explorer | None = None) -> gr.Blocks:
         def pick(chosen: gr.SelectData) -> int:
             return EXAMPLES[chosen.index]
 
+        def explain_for_api(
+            image: ImageFile,
+            num_slots: Annotated[int, Field(ge=2, le=NUM_SLOTS)] | None = None,
+            num_iterations: Annotated[int, Field(ge=1, le=NUM_ITERATIONS)] | None = None,
+            decoder: Literal["broadcast", "diffusion"] | None = None,
+        ) -> dict:
+            """Divide an image into slots, one for each object and the background.
+
+            Args:
+                image: The image file.
+                num_slots: Number of slots. Defaults to the number that the model was trained with.
+                num_iterations: Number of attention iterations. Defaults to the number of the model.
+                decoder: The decoder that paints the slots. Defaults to the first that the page has.
+
+            Returns:
+                The slots from the largest to the smallest, with their shares of the pixels, and pictures as files.
+            """
+            used = explorer.get(decoder or explorer.default)
+            found = used.explain(receive_image(image), num_slots=num_slots, num_iterations=num_iterations)
+            painted = found.reconstruction
+            if painted is None:
+                *_, (painted, _) = used.frames((found, found.used), seed=0, steps=DEFAULT_STEPS)
+            return {
+                "decoder": used.name,
+                "segments": send_image(found.segments),
+                "reconstruction": send_image(painted),
+                "slots": [
+                    {"share": share, "used": slot in found.used, "picture": send_image(part)}
+                    for slot, (share, part) in enumerate(zip(found.shares, found.parts, strict=True))
+                ],
+            }
+
         # Start of the page, images, and the numbers of slots and iterations
         of_decoder = [name, num_slots, num_iterations, keep_help, noise_row, *views.values()]
         ready.change(event(start), None, [started, missing, decoder, *of_decoder], **PRIVATE)
         open_first = file_first.upload(
-            event(explorer.open, show_first), [file_first, *numbers], first, api_name="explain", **TURN
+            event(explorer.open, show_first), [file_first, *numbers], first, **PRIVATE | TURN
         )
         open_second = file_second.upload(
             event(explorer.open, show_second), [file_second, *numbers], second, **PRIVATE | TURN
@@ -313,6 +350,7 @@ def build_demo(explorer: Explorer | None = None) -> gr.Blocks:
             event(explorer.replay), [found_first, *settings], reconstruction, **PRIVATE, concurrency_limit=None
         )
         gr.on([found_first.change, noise.input, other_noise.click, steps.change], None, cancels=played, **PRIVATE)
+        add_endpoint(explain_for_api, "explain")
     return demo
 
 

@@ -10,12 +10,15 @@ examples that the page shows without a model.
 
 import functools
 from pathlib import Path
+from typing import Annotated, Literal
 
 import gradio as gr
 from PIL import Image
+from pydantic import Field, PositiveInt
 
 from hf_dl.demo.checkpoints import PageModels
 from hf_dl.demo.classifiers import Classifier, describe, load_classifier
+from hf_dl.demo.endpoints import ImageFile, add_endpoint, list_scores, receive_image, send_image
 from hf_dl.demo.masking import (
     MEAN_HEAD,
     PLACES,
@@ -53,11 +56,13 @@ from hf_dl.recipes.classifier import CLASSIFIERS
 
 SPACE = Path(__file__).resolve().parent
 PURPOSE = "Hide parts of an image from a vision transformer, and see how its prediction changes."
+NEEDS = "a vision transformer with a CLS token, such as google/vit-base-patch16-224"
 KINDS = [kind.config.model_type for kind in CLASSIFIERS.values() if "patch_size" in kind.flags]
 FLAGS = (
     "--model", "small_vit", "--image_size", "64", "--patch_size", "8", "--optimizer", "adamw", "--learning_rate",
     "1e-3", "--epochs", "30",
 )  # fmt: skip
+MAX_SEED = 2**31
 WAY_NAMES = {"mean": "mean color", "attention": "hidden from attention", "tokens": "dropped as tokens"}
 ABOUT = """### How to read the results
 A vision transformer divides an image into patches. Its CLS token reads the patches, and the prediction is computed
@@ -97,7 +102,7 @@ class Explorer:
     """
 
     def __init__(self, root: Path):
-        self.models = PageModels(KINDS, make_training(root), check, load_classifier, space=SPACE)
+        self.models = PageModels(KINDS, make_training(root), check, load_classifier, needs=NEEDS, space=SPACE)
         self._compare_example = functools.lru_cache(maxsize=64)(self._compare_example)  # examples are computed once
 
     def compare(self, picture: Picture | None, name: str | None, *choice: object) -> Comparison | None:
@@ -182,7 +187,7 @@ def controls(layers: int = 1, heads: int = 1, patches: int = 16, choice: Choice 
         gr.Slider(0, patches, choice.count, step=1, label="Number of patches", elem_id="count",
                   visible=choice.place != "chosen"),
         gr.Number(choice.seed, label="Seed", info="For random patches and noise.", precision=0, minimum=0,
-                  maximum=2**31, visible="random" in (choice.place, choice.way) or choice.way == "noise",
+                  maximum=MAX_SEED, visible="random" in (choice.place, choice.way) or choice.way == "noise",
                   elem_id="seed"),
         gr.Textbox(choice.patches, label="Masked patches", info=f"1 to {patches}, row by row, for example 1-4, 9",
                    elem_id="patches", max_lines=2),
@@ -191,7 +196,7 @@ def controls(layers: int = 1, heads: int = 1, patches: int = 16, choice: Choice 
         gr.Slider(1, max(2, layers), choice.layer, step=1, label="Attention of layer", elem_id="layer",
                   visible=layers > 1),
         gr.Dropdown([("mean of all heads", MEAN_HEAD), *((f"head {n}", n) for n in range(1, heads + 1))],
-                    value=choice.head, label="Attention head", elem_id="head"),
+                    value=choice.head, label="Attention head", elem_id="head", min_width=220),
     )  # fmt: skip
 
 
@@ -225,7 +230,7 @@ def build_demo(explorer: Explorer | None = None) -> gr.Blocks:
                     with gr.Row():
                         image = view("Click on patches to mask them", "image")
                         attention = view("Attention of the CLS token", "attention")
-                        given = view("Masked image", "given")
+                        given = view("Masked input of the model", "given")
                     gr.HTML(show_scale("least attended patch", "most attended patch of this image"))
                     with gr.Row():
                         with gr.Column(min_width=300):
@@ -267,15 +272,55 @@ def build_demo(explorer: Explorer | None = None) -> gr.Blocks:
         def uncover(place: str, way: str) -> tuple[gr.Slider, gr.Number]:
             return gr.Slider(visible=place != "chosen"), gr.Number(visible=place == "random" or way == "noise")
 
+        def compare_for_api(
+            image: ImageFile,
+            place: Literal[tuple(PLACES)] = "top",
+            count: int | None = None,
+            seed: Annotated[int, Field(ge=0, le=MAX_SEED)] = 0,
+            patches: str = "",
+            way: Literal[WAYS] = "gray",
+            layer: PositiveInt | None = None,
+            head: PositiveInt | None = None,
+        ) -> dict:
+            """Compare the predictions of a vision transformer before and after masking patches of an image.
+
+            Args:
+                image: The image file.
+                place: The patches to mask. "top" and "bottom" are the most and the least attended patches.
+                count: Number of patches. Defaults to a sixth of the patches. Ignored if place is "chosen".
+                seed: Seed of random patches and of noise.
+                patches: Patch numbers if place is "chosen". They count from 1, row by row, for example "1-4, 9".
+                way: The masking method.
+                layer: Layer, from 1, whose attention ranks the patches. Defaults to the last layer.
+                head: Attention head, from 1. Defaults to the mean of all heads.
+
+            Returns:
+                The most likely classes before and after masking, the masked patches, and the pictures as files.
+            """
+            classifier = explorer.models.get()
+            first = first_choice(classifier)
+            count = first.count if count is None else count
+            choice = Choice(place, count, seed, patches, way, layer or first.layer, head or MEAN_HEAD)
+            found = compare(classifier, receive_image(image), choice)
+            return {
+                "before": list_scores(found.before),
+                "after": list_scores(found.after),
+                "rank": found.rank,
+                "kl": found.kl,
+                "patches": format_patches(found.patches),
+                "grid": list(found.grid),
+                "image": send_image(found.image),
+                "attention": send_image(found.attention),
+                "given": send_image(found.given),
+            }
+
         views = [patches, sentence, image, attention, given, before, after]
         settings = [model, *choice]
         loaded = [model, line, place, count, seed, way, layer, head, picture, *views]
         ready.change(event(explorer.start, show_loaded), example_seed, loaded, **PRIVATE | TURN)
         fill_gallery(ready, example_seed, examples, others, draw)
         name.submit(event(explorer.load, show_loaded), [name, picture], loaded, **PRIVATE | TURN)
-        opened = file.upload(
-            event(explorer.open, show_opened), [file, *settings], [picture, *views], api_name="compare", **TURN
-        )
+        opened = file.upload(event(explorer.open, show_opened), [file, *settings], [picture, *views], **PRIVATE | TURN)
         make_room(opened, file)
         examples.select(event(pick, show_opened), [example_seed, *settings], [picture, *views], **LATEST)
         image.select(event(click), [picture, *settings], [place, *views], **PRIVATE | TURN)
@@ -288,6 +333,7 @@ def build_demo(explorer: Explorer | None = None) -> gr.Blocks:
             event(show_again), [picture, *settings], views, **LATEST
         )
         gr.on([place.change, way.change], uncover, [place, way], [count, seed], **PRIVATE)
+        add_endpoint(compare_for_api, "compare")
     return demo
 
 
@@ -309,7 +355,7 @@ def record(run: Path) -> None:
         examples.append(
             Example(
                 f"Prediction: {label}, {change}; {found.after[0][0]}, {found.after[0][1]:.0%} after masking.",
-                {"Image": picture.image, **pictures, "Masked image": found.given},
+                {"Image": picture.image, **pictures, "Masked input of the model": found.given},
                 (heading, found.after, label),
                 [f"Masked: the most attended patches. Method: {WAY_NAMES.get(way, way)}. KL {found.kl:.2f} nats."],
             )

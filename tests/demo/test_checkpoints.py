@@ -4,7 +4,16 @@ import time
 
 import pytest
 
-from hf_dl.demo.checkpoints import PageModels, find_model, find_pipeline, newest_pipeline, newest_run
+from hf_dl.demo.checkpoints import (
+    PageModels,
+    describe_model,
+    find_model,
+    find_pipeline,
+    newest_pipeline,
+    newest_run,
+    one_line,
+    shown_name,
+)
 from hf_dl.demo.classifiers import load_classifier
 from hf_dl.demo.training import Training
 
@@ -70,10 +79,28 @@ class TestFindModel:
         assert find_pipeline(**places) == "someone/pipeline"
 
 
+def test_a_model_is_shown_without_the_path_of_its_folder(tmp_path, monkeypatch):
+    (tmp_path / "runs" / "mine`").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    names = {"runs/mine`": "mine`", str(tmp_path / "runs"): "runs", ".": tmp_path.name, "/no/such/model": "model"}
+    for name, shown in {**names, "someone/model": "someone/model"}.items():
+        assert shown_name(name) == shown
+    assert describe_model("runs/mine`", "3 classes") == "Model `mine` · 3 classes"
+
+
+def test_one_line_is_a_sentence():
+    error = OSError("The file\n is missing. You can inspect\nit at: x")
+    assert (
+        one_line(error) == "The file is missing"
+        and one_line(OSError("model.bin is damaged.")) == "model.bin is damaged"
+    )
+
+
 class TestPageModels:
     def make(self, root, check=lambda classifier: None):
         training = Training("train_classifier.py", "x", scores={}, minutes="a minute", root=root)
-        return PageModels(["norm_resnet"], training, check, load_classifier, space=root / "space")
+        needs = "a large model"
+        return PageModels(["norm_resnet"], training, check, load_classifier, needs=needs, space=root / "space")
 
     def test_environment_comes_first(self, resnet, tmp_path, monkeypatch):
         save_resnet(tmp_path / "runs" / "mine")
@@ -96,7 +123,10 @@ class TestPageModels:
 
         monkeypatch.setenv("HF_DL_MODEL", str(resnet))
         models = self.make(tmp_path, refuse)
-        assert not models.ready and models.problem.endswith("does not fit this page (It is too small).")
+        text = f"The model '{resnet.name}' does not fit this page, which needs a large model."
+        assert not models.ready and models.problem == text  # without the path of its folder
+        with pytest.raises(ValueError, match=f"The model '{resnet}' does not fit this page"):
+            models.get(str(resnet))  # a visitor typed this path
 
     def test_keeps_the_default_and_the_latest_two(self, resnet, tmp_path, monkeypatch):
         monkeypatch.setenv("HF_DL_MODEL", str(resnet))

@@ -105,6 +105,17 @@ class TestClassifier:
         image = make_image((16, 16))
         assert np.asarray(found.show(found.prepare(image), (16, 16))).tolist() == np.asarray(image).tolist()
 
+    @pytest.mark.parametrize(("side", "expected"), [(32, 384), (100, 400), (224, 448), (512, 512)])
+    def test_pictures_are_multiples_of_the_input(self, side, expected):
+        found = make_classifier(ViTImageProcessor(size={"height": side, "width": side}))
+        assert found.crop(make_image()).size == (expected, expected)
+
+    def test_find_class(self):
+        found = make_classifier(ViTImageProcessor())
+        assert found.find_class("LABEL_3") == found.find_class("3") == 3
+        with pytest.raises(ValueError, match="label='7' is unknown. Choose one of: LABEL_0, .* or an index below 7"):
+            found.find_class("7")
+
     def test_top(self):
         found = make_classifier(ViTImageProcessor())
         logits = torch.tensor([0.0, 5, 1, 2, 3, 4, -9])

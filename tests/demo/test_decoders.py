@@ -9,7 +9,6 @@ from PIL import Image
 from hf_dl.demo.decoders import MAX_FRAMES, Broadcast, Diffusion
 from hf_dl.demo.pictures import SIDE, to_picture
 from hf_dl.demo.slots import move_slot
-from hf_dl.models.slot_decoders import blend_slots
 from hf_dl.pipelines.diffusion_sampling import noise_schedule
 from hf_dl.pipelines.slot_diffusion import SlotDiffusionPipeline
 from hf_dl.reporting.grids import SEGMENT_COLORS
@@ -70,9 +69,7 @@ class TestBroadcast:
     def test_largest_slot_comes_first(self, model, broadcast, monkeypatch):
         monkeypatch.setattr(model.config, "prune_error", -1.0)
         found = broadcast.explain(make_image())
-        _, _, masks = blend_slots(model.decoder, model.config, found.slots)
-        areas = masks.mean(dim=(2, 3))[0]
-        assert areas.tolist() == sorted(areas.tolist(), reverse=True)
+        assert found.shares == sorted(found.shares, reverse=True) and found.shares[1] > 0
 
     def test_k_and_t(self, model, broadcast):
         image = make_image()

@@ -99,10 +99,10 @@ class TestCompare:
         assert dict(found.after)[found.before[0][0]] == pytest.approx(
             logits.softmax(-1)[VIT_NAMES.index(found.before[0][0])].item(), abs=1e-5
         )
-        # and the picture shows the noise that the model was given
-        small = vit.show(filled, (384, 384))
-        big = np.asarray(mask.numpy().repeat(96, 0).repeat(96, 1))
-        assert np.array_equal(np.asarray(found.given)[big], np.asarray(small)[big])
+        # and the picture shows the pixels and the noise that the model was given
+        assert found.given.tobytes() == vit.show(filled, (384, 384)).tobytes()
+        pixels = np.asarray(found.given)
+        assert np.array_equal(pixels, pixels[::24, ::24].repeat(24, 0).repeat(24, 1))
 
     def test_hidden_and_dropped_are_the_same(self, vit):
         image = make_image()
@@ -112,6 +112,11 @@ class TestCompare:
         assert [p for _, p in hidden.after] == pytest.approx([p for _, p in dropped.after], abs=1e-6)
         assert hidden.kl > 1e-4
         assert hidden.given.tobytes() == dropped.given.tobytes()
+        visible = np.ones((4, 4), dtype=bool)
+        visible.flat[hidden.patches] = False
+        seen = visible.repeat(96, 0).repeat(96, 1)
+        pixels = np.asarray(vit.show(vit.prepare(image), (384, 384)))
+        assert np.array_equal(np.asarray(hidden.given)[seen], pixels[seen])
 
     @pytest.mark.parametrize("way", WAYS)
     def test_all_taken(self, vit, way):

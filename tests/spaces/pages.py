@@ -1,14 +1,19 @@
 """Helpers for the tests of the pages: valid and hostile images, the server of a page, and the browser."""
 
+import ast
 import asyncio
+import base64
 import contextlib
 import importlib.util
+import inspect
+import io
 import os
 import re
 import struct
 import subprocess
 import sys
 import time
+import urllib.request
 import zlib
 from pathlib import Path
 
@@ -16,6 +21,21 @@ import numpy as np
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
+WRITE = """
+for (const part of document.querySelectorAll('.gradio-container .prose')) {
+    const line = document.createElement('p');
+    line.innerHTML = `${arguments[0]} <code>${arguments[0]}</code>`;
+    part.append(line);
+}
+"""
+ARROWS = """
+return [...document.querySelectorAll('.secondary-wrap')].flatMap(box => {
+    const text = box.querySelector('input'), arrow = box.querySelector('.icon-wrap');
+    if (!arrow || !box.offsetWidth) return [];
+    const end = text.getBoundingClientRect().right - parseFloat(getComputedStyle(text).paddingRight);
+    return [arrow.getBoundingClientRect().left - end];
+});
+"""
 HOSTILE = {"huge": "more than 50 million pixels", "empty": "The file is empty", "text": "not an image"}
 
 
@@ -35,6 +55,78 @@ def build_demo(app, *args, **options):
         return app.build_demo(*args, **options)
 
     return asyncio.run(build())
+
+
+def find_endpoint(demo, name):
+    """Return the only endpoint of a page: a function with keyword arguments, where an image is a path.
+
+    Every parameter must have a name, and an MCP client must see a description of each.
+    """
+    (info,) = demo.get_api_info()["named_endpoints"].items()
+    names = [parameter["parameter_name"] for parameter in info[1]["parameters"]]
+    (tool,) = asyncio.run(list_tools(demo))
+    assert info[0] == f"/{name}" and tool.name == name and tool.description.endswith(".")
+    assert list(tool.inputSchema["properties"]) == names and tool.inputSchema["required"] == names[:1]
+    assert all(each["description"].endswith(".") for each in tool.inputSchema["properties"].values())
+    (function,) = (each.fn for each in demo.fns.values() if each.api_name == name)
+    signature = inspect.signature(function)
+
+    def call(**arguments):
+        if "image" in arguments:
+            arguments["image"] = {"path": str(arguments["image"]), "meta": {"_type": "gradio.FileData"}}
+        bound = signature.bind(**arguments)
+        bound.apply_defaults()
+        return function(*bound.arguments.values())
+
+    return call
+
+
+async def list_tools(demo):
+    """Return the tools that an MCP client sees."""
+    from gradio.mcp import GradioMCPServer
+    from mcp.shared.memory import create_connected_server_and_client_session
+
+    async with create_connected_server_and_client_session(GradioMCPServer(demo).mcp_server) as session:
+        return (await session.list_tools()).tools
+
+
+def call_tool(address, name, **arguments):
+    """Call the tool of a running page as an MCP client does, and return its dict, or the text of its error."""
+    from mcp import ClientSession
+    from mcp.client.streamable_http import streamable_http_client
+
+    async def call():
+        transport = streamable_http_client(f"{address.rstrip('/')}/gradio_api/mcp/")
+        async with transport as (read, write, _), ClientSession(read, write) as session:
+            await session.initialize()
+            assert [tool.name for tool in (await session.list_tools()).tools] == [name]
+            return await session.call_tool(name, arguments)
+
+    result = asyncio.run(call())
+    (content,) = result.content
+    return content.text if result.isError else ast.literal_eval(content.text)
+
+
+def as_url(path):
+    """Return a PNG file as a data URL, which MCP clients pass in place of a file."""
+    return f"data:image/png;base64,{base64.b64encode(Path(path).read_bytes()).decode()}"
+
+
+def download(file):
+    """Open a picture of a tool's result."""
+    with urllib.request.urlopen(file["url"]) as response:
+        return Image.open(io.BytesIO(response.read()))
+
+
+def run_example(name, address, folder):
+    """Run the client example in the README of a Space, and return its `found`."""
+    text = (ROOT / "spaces" / name / "README.md").read_text()
+    (code,) = (block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "gradio_client" in block)
+    make_image().save(folder / "photo.jpg")
+    code = code.replace("http://127.0.0.1:7860", address).replace("photo.jpg", str(folder / "photo.jpg"))
+    variables = {}
+    exec(code, variables)
+    return variables["found"]
 
 
 def make_image(size=(60, 40), seed=0):
@@ -86,8 +178,10 @@ def check_space(name):
 
     space = ROOT / "spaces" / name
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    for line in (space / "requirements.txt").read_text().split():
-        assert line.startswith("hf_dl") or line in project["dependencies"]
+    allowed = project["dependencies"] + project["optional-dependencies"]["demo"]
+    lines = (space / "requirements.txt").read_text().split()
+    assert any(line.startswith("gradio[mcp]") for line in lines)  # without it, the page does not start
+    assert all(line.startswith("hf_dl") or line in allowed for line in lines)
     matter = yaml.safe_load((space / "README.md").read_text().split("---")[1])
     assert matter["sdk_version"].split(".")[0] == gr.__version__.split(".")[0]
     recorded = json.loads((space / "examples" / "examples.json").read_text())
@@ -145,6 +239,25 @@ def upload(browser, path, name="file"):
 
     wait_for(lambda: browser.find_elements(By.CSS_SELECTOR, f"#{name} input[type=file]"))  # no file lies there
     browser.find_element(By.CSS_SELECTOR, f"#{name} input[type=file]").send_keys(str(path))
+
+
+@contextlib.contextmanager
+def phone(browser):
+    """Give the browser the width of a phone, and check at the end that an open page does not scroll sideways.
+
+    The page is measured as it is, and with long words without spaces in each of its texts. The text of a dropdown must
+    end before its arrow.
+    """
+    size = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": False}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    try:
+        yield
+        for word in ("", "/srv/" + "a_folder_with_a_long_name" * 4 + "multiply(n0,const_100)|" * 8):
+            browser.execute_script(WRITE, word)
+            assert browser.execute_script("return document.documentElement.scrollWidth") <= 390
+        assert all(gap >= 0 for gap in browser.execute_script(ARROWS))
+    finally:
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
 def check_hostile_files(browser, kind, folder, picture, name="file"):

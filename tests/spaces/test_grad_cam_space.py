@@ -18,15 +18,22 @@ from hf_dl.models.norm_resnet import NormResNetConfig, NormResNetForImageClassif
 from hf_dl.publishing.command import main as publish
 from hf_dl.reporting.grids import color_heat
 
+from ..demo.tiny import save_vit
 from .pages import (
     HOSTILE,
     ROOT,
+    as_url,
     build_demo,
+    call_tool,
     check_hostile_files,
     check_space,
     check_unknown_model,
+    download,
+    find_endpoint,
     load_app,
     make_image,
+    phone,
+    run_example,
     serve,
     shown,
     text_of,
@@ -71,6 +78,8 @@ class TestExplain:
         output = grad_cam(classifier.model, classifier.prepare(image), classes=3)
         expected = color_heat(pictures.resize_heat(output.maps[0].numpy(), (384, 384)))
         assert np.array_equal(np.asarray(found.heat), expected)
+        pixels = np.asarray(image).repeat(24, 0).repeat(24, 1)  # the model gets 16 x 16 pixels
+        assert np.array_equal(np.asarray(found.image), pixels)
         assert found.label == "fish" and found.layers == output.layers
         assert found.probability == pytest.approx(output.logits.softmax(-1)[0, 3].item())
 
@@ -107,6 +116,11 @@ class TestExplain:
             app.explain(classifier, make_image(), label=6)
         with pytest.raises(ValueError, match="is not a layer of"):
             app.explain(classifier, make_image(), layers=["nowhere"])
+
+    def test_the_pixels_of_the_model_are_shown(self, classifier):
+        found = app.explain(classifier, make_image((300, 300)))
+        pixels = np.asarray(found.image)
+        assert np.array_equal(pixels, pixels[::24, ::24].repeat(24, 0).repeat(24, 1))
 
 
 class TestFindLayers:
@@ -180,6 +194,50 @@ class TestPage:
         assert layers.value == ["norm_resnet.stages.2"] and layers.choices[-1][0] == "stages.2"
 
 
+class TestEndpoint:
+    @pytest.fixture
+    def explain(self, explorer):
+        return find_endpoint(build_demo(app, explorer), "explain")
+
+    def test_explain(self, explain, classifier, tmp_path):
+        image = make_image()
+        image.save(tmp_path / "a.png")
+        found, expected = explain(image=tmp_path / "a.png", label="dog"), app.explain(classifier, image, label=1)
+        assert found["label"] == "dog" and found["score"] == pytest.approx(expected.probability)
+        assert [each["label"] for each in found["top"]] == [name for name, _ in expected.top]
+        assert found["layers"] == ["norm_resnet.stages.2"] and found["has_evidence"] is expected.found
+        for name, picture in (("image", expected.image), ("overlay", expected.overlay), ("map", expected.heat)):
+            with Image.open(found[name]["path"]) as opened:
+                assert opened.format == "PNG" and opened.tobytes() == picture.tobytes()
+
+    def test_other_arguments(self, explain, tmp_path):
+        make_image().save(tmp_path / "a.png")
+        predicted = explain(image=tmp_path / "a.png")
+        assert predicted["label"] == predicted["top"][0]["label"]
+        layers = ["norm_resnet.stem.0", "norm_resnet.stages.2"]
+        assert explain(image=tmp_path / "a.png", label="3", layers=layers)["layers"] == layers
+        for arguments, message in (
+            ({"label": "unicorn"}, "label='unicorn' is unknown. Choose one of: cat, dog, .*; or an index below 6."),
+            ({"label": "6"}, "label='6' is unknown"),
+            ({"layers": ["nowhere"]}, "is not a layer of"),
+            ({"layers": "norm_resnet.stages.2"}, "layers='norm_resnet.stages.2' is invalid. Input should be .* list."),
+        ):
+            with pytest.raises(gr.Error, match=message):
+                explain(image=tmp_path / "a.png", **arguments)
+
+    def test_a_vision_transformer_needs_no_other_arguments(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("HF_DL_MODEL", str(save_vit(tmp_path / "vit")))
+        make_image().save(tmp_path / "a.png")
+        found = find_endpoint(build_demo(app, app.Explorer(tmp_path)), "explain")(image=tmp_path / "a.png")
+        assert len(found["layers"]) == 1 and found["label"] == found["top"][0]["label"]
+
+    def test_only_uploaded_files_are_opened(self, explorer):
+        (function,) = (each.fn for each in build_demo(app, explorer).fns.values() if each.api_name == "explain")
+        for image in ("/etc/passwd", {"path": "/etc/passwd"}, {"path": "/etc/passwd", "meta": {}}, None):
+            with pytest.raises(gr.Error, match="image=.* is invalid. Pass an uploaded file"):
+                function(image, None, None)
+
+
 class TestTraining:
     def test_trains_then_shows(self, folder, tmp_path, monkeypatch):
         monkeypatch.delenv("HF_DL_MODEL", raising=False)
@@ -246,18 +304,21 @@ def address(server):
 
 
 @pytest.mark.slow
-def test_client(address, tmp_path):
-    from gradio_client import Client, handle_file
+class TestClients:
+    def test_the_example_in_the_readme(self, address, tmp_path):
+        found = run_example("grad_cam", address, tmp_path)
+        assert found["label"] in NAMES and len(found["top"]) == 5
+        for name in ("image", "overlay", "map"):
+            with Image.open(found[name]) as picture:
+                assert picture.size == (384, 384)
 
-    make_image().save(tmp_path / "a.png")
-    client = Client(address, verbose=False, download_files=str(tmp_path))
-    sentence, *pictures, bars = client.predict(
-        handle_file(tmp_path / "a.png"), 1, ["norm_resnet.stages.2"], api_name="/explain"
-    )
-    assert "dog" in sentence and bars.count("class='row") in (5, 6)
-    for path in pictures:
-        with Image.open(path) as picture:
-            assert picture.size == (384, 384)
+    def test_a_client_of_the_model_context_protocol(self, address, tmp_path):
+        make_image().save(tmp_path / "a.png")
+        found = call_tool(address, "explain", image=as_url(tmp_path / "a.png"), label="dog")
+        assert found["label"] == "dog" and download(found["overlay"]).size == (384, 384)
+        assert "label='unicorn' is unknown" in call_tool(
+            address, "explain", image=as_url(tmp_path / "a.png"), label="unicorn"
+        )
 
 
 @pytest.mark.slow
@@ -265,6 +326,10 @@ class TestBrowser:
     def open(self, browser, address):
         browser.get(address)
         wait_for(lambda: shown(browser, "overlay") and "Prediction" in text_of(browser, "sentence"))
+
+    def test_on_a_phone(self, browser, address):
+        with phone(browser):
+            self.open(browser, address)
 
     def test_an_image_goes_in_and_a_map_comes_out(self, browser, address, tmp_path):
         from selenium.webdriver.common.by import By

@@ -9,7 +9,21 @@ from hf_dl.pipelines.math_program import MathProgramPipeline
 from hf_dl.publishing.command import main as publish
 from tests.pipelines.tiny_solver import TRAIN, make_solver
 
-from .pages import ROOT, build_demo, check_space, check_unknown_model, load_app, serve, text_of, wait_for, write_script
+from .pages import (
+    ROOT,
+    build_demo,
+    call_tool,
+    check_space,
+    check_unknown_model,
+    find_endpoint,
+    load_app,
+    phone,
+    run_example,
+    serve,
+    text_of,
+    wait_for,
+    write_script,
+)
 
 app = load_app("math_program")
 USUAL = ("", 10, 1.0, ["grammar", "rerank"])
@@ -117,6 +131,21 @@ class TestPage:
         assert len(set(problems)) == 6 and problems != app.draw_examples(4)
 
 
+class TestEndpoint:
+    def test_solve(self, solver):
+        solve = find_endpoint(build_demo(app, solver), "solve")
+        found, expected = solve(problem=TRAIN), solver.solve(TRAIN, *USUAL)
+        assert (found["answer"], found["program"]) == (300, expected.program)
+        assert found["programs"] == [[each.program, each.value, each.score] for each in expected.candidates]
+        assert solve(problem=TRAIN, options="a ) 60 , b ) 300", num_beams=2, switches=[])["option"] == "b"
+        with pytest.raises(gr.Error, match="switches='magic' is invalid. Input should be 'grammar', "):
+            solve(problem=TRAIN, switches=["magic"])
+
+    def test_the_page_suggests_a_model_of_its_kind(self, solver):
+        (box,) = (each for each in build_demo(app, solver).blocks.values() if getattr(each, "elem_id", "") == "name")
+        assert box.placeholder == "runs/train_seq2seq" and "program_seq2seq" in box.info
+
+
 class TestTraining:
     def test_trains_then_shows(self, folder, tmp_path, monkeypatch):
         monkeypatch.delenv("HF_DL_MODEL", raising=False)
@@ -177,22 +206,29 @@ def address(server):
 
 @pytest.mark.slow
 class TestClient:
-    def call(self, address, *inputs):
+    def call(self, address, **inputs):
         from gradio_client import Client
 
-        return Client(address, verbose=False).predict(*inputs, api_name="/solve")
+        return Client(address, verbose=False).predict(**inputs, api_name="/solve")
 
     def test_solve(self, address):
-        found = self.call(address, TRAIN, *USUAL)
+        found = self.call(address, problem=TRAIN)
         assert found["answer"] == 300 and found["steps"][0] == "120 divided by 2 is 60."
         assert len(found["programs"]) == 10
+
+    def test_the_example_in_the_readme(self, address, tmp_path):
+        assert len(run_example("math_program", address, tmp_path)["programs"]) == 10
+
+    def test_a_client_of_the_model_context_protocol(self, address):
+        assert call_tool(address, "solve", problem=TRAIN)["answer"] == 300
+        assert "The problem is empty" in call_tool(address, "solve", problem="")
 
     @pytest.mark.parametrize("problem", HOSTILE)
     def test_hostile_problems_get_a_sentence(self, address, problem):
         from gradio_client.exceptions import AppError
 
         with pytest.raises(AppError, match=HOSTILE[problem]):
-            self.call(address, problem, *USUAL)
+            self.call(address, problem=problem)
 
 
 @pytest.mark.slow
@@ -216,6 +252,12 @@ class TestBrowser:
         browser.find_element(By.CSS_SELECTOR, "#problem textarea").send_keys(Keys.CONTROL, "a")
         browser.execute_cdp_cmd("Input.insertText", {"text": text})
         browser.find_element(By.ID, "solve").click()  # Gradio takes keys for input, and no text that is put in whole
+
+    def test_on_a_phone(self, browser, address):
+        with phone(browser):
+            self.open(browser, address)
+            self.type(browser, TRAIN)
+            wait_for(lambda: text_of(browser, "answer").startswith("300"))
 
     def test_a_problem_goes_in_and_an_answer_comes_out(self, browser, address):
         from selenium.webdriver.common.by import By

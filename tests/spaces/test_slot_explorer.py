@@ -1,5 +1,6 @@
 import time
 
+import gradio as gr
 import pytest
 from PIL import Image
 
@@ -11,12 +12,18 @@ from ..demo.tiny import make_slot_pipe, make_slots
 from .pages import (
     HOSTILE,
     ROOT,
+    as_url,
     build_demo,
+    call_tool,
     check_hostile_files,
     check_space,
+    download,
+    find_endpoint,
     load_app,
     make_image,
+    phone,
     press,
+    run_example,
     serve,
     shown,
     text_of,
@@ -61,6 +68,33 @@ class TestPage:
         assert app.sliders(drawn)[0].maximum == app.NUM_SLOTS
 
 
+class TestEndpoint:
+    def test_explain(self, model, pipe, tmp_path):
+        explain = find_endpoint(build_demo(app, Explorer(model, pipe=pipe)), "explain")
+        make_image().save(tmp_path / "a.png")
+        found, expected = explain(image=tmp_path / "a.png"), Broadcast(model).explain(make_image())
+        assert found["decoder"] == "broadcast"
+        assert [(each["share"], each["used"]) for each in found["slots"]] == [
+            (share, slot in expected.used) for slot, share in enumerate(expected.shares)
+        ]
+        for name in ("segments", "reconstruction"):
+            with Image.open(found[name]["path"]) as picture:
+                assert picture.tobytes() == getattr(expected, name).tobytes()
+        assert len(explain(image=tmp_path / "a.png", num_slots=2, num_iterations=1)["slots"]) == 2
+        with pytest.raises(gr.Error, match="num_iterations=99 is invalid. Input should be less than or equal to 10."):
+            explain(image=tmp_path / "a.png", num_iterations=99)
+
+    @pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
+    def test_a_decoder_that_draws_in_steps(self, pipe, tmp_path):
+        explain = find_endpoint(build_demo(app, Explorer(pipe=pipe)), "explain")
+        make_image().save(tmp_path / "a.png")
+        found = explain(image=tmp_path / "a.png")
+        with Image.open(found["reconstruction"]["path"]) as picture:
+            assert found["decoder"] == "diffusion" and picture.size == (384, 256)
+        with pytest.raises(gr.Error, match="The broadcast decoder has no model yet"):
+            explain(image=tmp_path / "a.png", decoder="broadcast")
+
+
 def test_publish_accepts_the_space(capsys):
     status = publish([str(SPACE), "user/slot-explorer", "--type", "space", "--dry_run"])
     captured = capsys.readouterr()
@@ -92,30 +126,28 @@ def address(server):
     assert "Traceback" not in server[1].read_text(), server[1].read_text()
 
 
-def call(address, path, folder):
-    from gradio_client import Client, handle_file
-
-    client = Client(address, verbose=False, download_files=str(folder))
-    return client.predict(handle_file(path), 3, 2, api_name="/explain")
-
-
 @pytest.mark.slow
-class TestClient:
-    def test_explain(self, address, tmp_path):
-        make_image().save(tmp_path / "a.png")
-        *pictures, parts, _ = call(address, tmp_path / "a.png", tmp_path)
-        for path in pictures:
+class TestClients:
+    def test_the_example_in_the_readme(self, address, tmp_path):
+        found = run_example("slot_explorer", address, tmp_path)
+        assert sum(slot["share"] for slot in found["slots"]) == pytest.approx(1)
+        for path in (found["segments"], found["reconstruction"]):
             with Image.open(path) as picture:
                 assert picture.size == (384, 256)
-        assert len(pictures) == len(parts) == 3
+
+    def test_a_client_of_the_model_context_protocol(self, address, tmp_path):
+        make_image().save(tmp_path / "a.png")
+        found = call_tool(address, "explain", image=as_url(tmp_path / "a.png"), num_slots=3, decoder="diffusion")
+        assert len(found["slots"]) == 3 and download(found["reconstruction"]).size == (384, 256)
 
     @pytest.mark.parametrize("kind", HOSTILE)
     def test_hostile_files_get_a_sentence(self, address, kind, tmp_path):
+        from gradio_client import Client, handle_file
         from gradio_client.exceptions import AppError
 
         write_hostile(kind, tmp_path / "a.png")
         with pytest.raises(AppError, match=HOSTILE[kind]):
-            call(address, tmp_path / "a.png", tmp_path)
+            Client(address, verbose=False).predict(image=handle_file(tmp_path / "a.png"), api_name="/explain")
 
 
 @pytest.mark.slow
@@ -123,6 +155,12 @@ class TestBrowser:
     def open(self, browser, address):
         browser.get(address)
         wait_for(lambda: shown(browser, "segments") and shown(browser, "painted"))
+
+    def test_on_a_phone(self, browser, address):
+        with phone(browser):
+            self.open(browser, address)
+            next(b for b in browser.find_elements("css selector", "button[role=tab]") if "Mix" in b.text).click()
+            wait_for(lambda: shown(browser, "mixed"))
 
     def test_an_image_goes_in_and_masks_come_out(self, browser, address, tmp_path):
         from selenium.webdriver.common.by import By

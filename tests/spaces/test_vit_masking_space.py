@@ -18,13 +18,19 @@ from hf_dl.publishing.command import main as publish
 from .pages import (
     HOSTILE,
     ROOT,
+    as_url,
     build_demo,
+    call_tool,
     check_hostile_files,
     check_space,
     check_unknown_model,
+    download,
+    find_endpoint,
     load_app,
     make_image,
+    phone,
     press,
+    run_example,
     serve,
     shown,
     text_of,
@@ -75,8 +81,12 @@ class TestExplorer:
         config = NormResNetConfig(n=1, widths=[4, 8, 8], image_size=16)
         NormResNetForImageClassification(config).save_pretrained(tmp_path)
         image_processor(config).save_pretrained(tmp_path)
-        with pytest.raises(gr.Error, match="does not fit this page .*attention"):
+        with pytest.raises(gr.Error) as caught:
             event(explorer.load)(str(tmp_path), Picture(make_image()))
+        assert caught.value.message == (
+            f"The model '{tmp_path}' does not fit this page, which needs a vision transformer with a CLS token, "
+            "such as google/vit-base-patch16-224."
+        )
 
     def test_an_unknown_model(self, explorer):
         with pytest.raises(gr.Error, match="The model '/no/such/model' was not found"):
@@ -123,6 +133,40 @@ class TestPage:
         assert count.maximum == 196 and layer.maximum == 12 and len(head.choices) == 7
         assert seed.visible and count.visible and [value for _, value in way.choices] == list(WAYS)
         assert not app.controls(12, 6, 196, Choice("chosen"))[1].visible
+
+
+class TestEndpoint:
+    @pytest.fixture
+    def compare(self, explorer):
+        return find_endpoint(build_demo(app, explorer), "compare")
+
+    def test_compare(self, compare, classifier, tmp_path):
+        image = make_image()
+        image.save(tmp_path / "a.png")
+        found = compare(image=tmp_path / "a.png", place="chosen", patches="1-3", way="black")
+        expected = app.compare(classifier, image, Choice("chosen", patches="1-3", way="black", layer=3))
+        assert found["patches"] == "1-3" and found["grid"] == [4, 4]
+        assert (found["rank"], found["kl"]) == (expected.rank, expected.kl)
+        for name in ("before", "after"):
+            assert [tuple(each.values()) for each in found[name]] == getattr(expected, name)
+        for name in ("image", "attention", "given"):
+            with Image.open(found[name]["path"]) as picture:
+                assert picture.tobytes() == getattr(expected, name).tobytes()
+
+    def test_defaults_and_limits(self, compare, classifier, tmp_path):
+        make_image().save(tmp_path / "a.png")
+        expected = app.compare(classifier, make_image(), app.first_choice(classifier))
+        assert compare(image=tmp_path / "a.png")["patches"] == format_patches(expected.patches)
+        assert compare(image=tmp_path / "a.png", count=0)["patches"] == ""
+        for arguments, message in (
+            ({"way": "magic"}, "way='magic' is invalid. Input should be 'black', 'gray'"),
+            ({"layer": 0}, "layer=0 is invalid. Input should be greater than 0."),
+            ({"head": 3}, "head=2 must be from 0 to 1"),
+            ({"count": 17}, "count=17 must be from 0 to 16"),
+            ({"seed": 2**40}, f"seed={2**40} is invalid. Input should be less than or equal to"),
+        ):
+            with pytest.raises(gr.Error, match=message):
+                compare(image=tmp_path / "a.png", **arguments)
 
 
 class TestTraining:
@@ -173,18 +217,18 @@ def address(server):
 
 
 @pytest.mark.slow
-def test_client(address, tmp_path):
-    from gradio_client import Client, handle_file
+class TestClients:
+    def test_the_example_in_the_readme(self, address, tmp_path):
+        found = run_example("vit_masking", address, tmp_path)
+        assert found["kl"] >= 0 and len(found["before"]) == 5
+        for name in ("image", "attention", "given"):
+            with Image.open(found[name]) as picture:
+                assert picture.size == (384, 384)
 
-    make_image().save(tmp_path / "a.png")
-    client = Client(address, verbose=False, download_files=str(tmp_path))
-    numbers, sentence, *pictures, before, after = client.predict(
-        handle_file(tmp_path / "a.png"), "chosen", 0, 0, "1-3", "gray", 3, -1, api_name="/compare"
-    )
-    assert numbers == "1-3" and "nats" in sentence and "Without 3 of 16 patches" in after
-    for path in pictures:
-        with Image.open(path) as picture:
-            assert picture.size == (384, 384)
+    def test_a_client_of_the_model_context_protocol(self, address, tmp_path):
+        make_image().save(tmp_path / "a.png")
+        found = call_tool(address, "compare", image=as_url(tmp_path / "a.png"), count=3, way="tokens")
+        assert len(found["after"]) >= 5 and download(found["given"]).size == (384, 384)
 
 
 @pytest.mark.slow
@@ -197,6 +241,10 @@ class TestBrowser:
         from selenium.webdriver.common.by import By
 
         return browser.find_element(By.CSS_SELECTOR, "#patches textarea, #patches input").get_attribute("value")
+
+    def test_on_a_phone(self, browser, address):
+        with phone(browser):
+            self.open(browser, address)
 
     def test_an_image_goes_in_and_pictures_come_out(self, browser, address, tmp_path):
         from selenium.webdriver.common.by import By
