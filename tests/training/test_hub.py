@@ -1,6 +1,7 @@
 """Pushing a run to the Hub while it trains and at its end, with a Hub on this machine."""
 
 import json
+from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -18,6 +19,7 @@ from tests.scripts.test_train_language_model import SMALL
 
 # httpx warns of how huggingface_hub passes a file to it.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 ONLY = [*SMALL, "--epochs=0", "--eval_epochs=0", "--eval_every=4", "--max_steps=8"]
 
 
@@ -102,6 +104,11 @@ def test_a_run_that_cannot_push_does_not_start(hub, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     with pytest.raises(ValueError, match="does not accept your token"):
         train(tmp_path)
+
+
+@pytest.mark.parametrize("script", sorted(SCRIPTS.glob("train_*.py")), ids=lambda path: path.stem)
+def test_each_training_script_pushes_the_finished_run(script):
+    assert "\n    push_run(run)\n    return metrics\n" in script.read_text()
 
 
 def test_a_push_that_still_runs_is_not_followed_by_another_one(tmp_path):
