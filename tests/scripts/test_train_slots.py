@@ -269,3 +269,24 @@ def test_it_learns_to_find_objects(seed, tmp_path):
     metrics = train(tmp_path, *flags, f"--seed={seed}")
     assert metrics["test_decoder_fg_ari"] > 0.3
     assert metrics["test_explained_variance"] > 0.2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("side", [64, 32])
+def test_default_flags_find_three_small_squares(side, tmp_path):
+    """The images of google-research issue 1928, on which earlier recipes painted the ground alone."""
+    draw = np.random.default_rng(side)
+    for folder in ("images", "masks"):
+        (tmp_path / "data" / folder).mkdir(parents=True)
+    for index in range(4000):
+        image, mask = np.full((side, side, 3), 128, np.uint8), np.zeros((side, side), np.uint8)
+        for number in (1, 2, 3):
+            size = draw.integers(2, 7)
+            x, y = draw.integers(0, side - size + 1, 2)
+            image[y : y + size, x : x + size] = draw.integers(0, 256, 3)
+            mask[y : y + size, x : x + size] = number
+        Image.fromarray(image).save(tmp_path / "data" / "images" / f"{index:04d}.png")
+        Image.fromarray(mask).save(tmp_path / "data" / "masks" / f"{index:04d}.png")
+    metrics = train_slots.main([f"--source={tmp_path / 'data'}", f"--output_dir={tmp_path / 'run'}"])
+    assert read_results(tmp_path / "run")["restarts"] == 0
+    assert metrics["test_posterior_fg_ari"] >= 0.95
