@@ -64,7 +64,7 @@ class TestBroadcast:
         found = broadcast.explain(make_image((16, 16)))
         expected = model.decode(found.slots)[0].permute(1, 2, 0).numpy()
         small = np.asarray(found.reconstruction.resize((16, 16), Image.Resampling.BOX)) / 255
-        assert np.abs(small - expected).mean() < 0.03
+        assert np.abs(small - expected).mean() < 0.04
 
     def test_largest_slot_comes_first(self, model, broadcast, monkeypatch):
         monkeypatch.setattr(model.config, "prune_error", -1.0)
@@ -134,8 +134,7 @@ class TestDiffusion:
         counts = torch.bincount(mask.flatten(), minlength=3) / (384 * 256)
         assert sorted(found.shares) == pytest.approx(sorted(counts.tolist()))
         output = pipe.encode(image)
-        order = output.attentions[-1][0].mean(dim=1).argsort(descending=True)
-        assert torch.equal(found.slots, output.slots[:, order])
+        assert torch.equal(found.slots, output.slots[:, counts.argsort(descending=True)])
 
     def test_parts_are_what_each_slot_attends_to(self, diffusion):
         image = make_image((384, 384))

@@ -86,7 +86,7 @@ def test_the_command_has_the_flags_that_were_given(folder):
     results = write_run(
         folder, {"source": "photos", "num_classes": 25, "epochs": 0.0, "seed": 3, "deep": True}, METRICS
     )
-    given = {"output_dir": "runs/mine", "source": "/mnt/me/photos", "epochs": 2.0, "resume": True, "sizes": [2, 4]}
+    given = {"output_dir": "runs/mine", "source": "/data/photos", "epochs": 2.0, "resume": True, "sizes": [2, 4]}
     given |= {"push_to_hub": True, "hub_model_id": "me/mine", "deep": False, "note": ""}
 
     def command():
