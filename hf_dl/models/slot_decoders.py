@@ -99,11 +99,19 @@ class CoarseGrids(nn.Module):
     Products of sines and cosines are sines and cosines of sums and differences. A linear map of the slot can therefore
     move its shape, and the network does not learn each shape again at each position.
 
+    The activation is a leaky ReLU. With ReLU, all units can be 0 where a slot paints a ground without structure. All
+    slots then have the same alpha there, without a gradient, and share the ground.
+
     Args:
         slot_dim: Channels of a slot.
         config: A `SlotAutoencoderConfig`.
         patch: Side of the pixel patch of each cell of the finest grid.
     """
+
+    @staticmethod
+    def activation() -> nn.Module:
+        """Return the activation between two layers."""
+        return nn.LeakyReLU(0.1)
 
     def __init__(self, slot_dim: int, config: PreTrainedConfig, *, patch: int):
         super().__init__()
@@ -113,10 +121,10 @@ class CoarseGrids(nn.Module):
         self.scale = nn.Linear(slot_dim, 2 * channels)
         self.position = PositionEmbedding(2 * channels, frequencies=config.decoder_frequencies)
         self.mix = nn.Linear(2 * channels, channels)
-        layers = [nn.ReLU(), nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU()]
+        layers = [self.activation(), nn.Conv2d(channels, channels, 3, padding=1), self.activation()]
         for width in finer:
-            layers += [nn.Conv2d(channels, 4 * width, 1), nn.PixelShuffle(2), nn.ReLU()]
-            layers += [nn.Conv2d(width, width, 3, padding=1), nn.ReLU()]
+            layers += [nn.Conv2d(channels, 4 * width, 1), nn.PixelShuffle(2), self.activation()]
+            layers += [nn.Conv2d(width, width, 3, padding=1), self.activation()]
             channels = width
         layers.append(nn.Conv2d(channels, (config.num_channels + 1) * patch**2, 1))
         self.layers = nn.Sequential(*layers)
@@ -159,7 +167,8 @@ class CanvasDecoder(SlotDecoder):
 
     The canvas covers the square within `EXTENT` sizes of the center of the slot, so small objects are painted with
     more detail than the image has. Pasting is bilinear interpolation, as in a spatial transformer (Jaderberg et al.
-    2015) without rotation. Outside the canvas, the colors of its border continue, and alphas fall quickly.
+    2015) without rotation. Outside the canvas, the colors of its border continue, and alphas fall quickly. A linear
+    map of the slot is added to all its alphas, so that a slot can lie in front of the others or behind them.
     """
 
     EXTENT = 2.5
@@ -170,6 +179,7 @@ class CanvasDecoder(SlotDecoder):
         self.image_size, self.canvas_size = config.image_size, config.canvas_size
         self.cell = config.canvas_size // finest_grid(config)
         self.canvas = CoarseGrids(config.slot_dim - FRAME_DIM, config, patch=self.cell)
+        self.depth = nn.Linear(config.slot_dim - FRAME_DIM, 1)
 
     @staticmethod
     def check_config(config: PreTrainedConfig) -> None:
@@ -199,7 +209,8 @@ class CanvasDecoder(SlotDecoder):
         pasted = pasted.unflatten(1, (self.image_size, -1)).transpose(1, 2)
         outside = (y.abs() - 1).clamp_min(0)[:, :, None] + (x.abs() - 1).clamp_min(0)[:, None, :]
         colors, alpha = pasted.split([pasted.shape[1] - 1, 1], dim=1)
-        return torch.cat([colors, alpha - self.OUTSIDE * outside[:, None]], dim=1).to(reference_parameter(self).dtype)
+        alpha = alpha + self.depth(appearance)[:, :, None, None] - self.OUTSIDE * outside[:, None]
+        return torch.cat([colors, alpha], dim=1).to(reference_parameter(self).dtype)
 
     def _weights(self, places: torch.Tensor) -> torch.Tensor:
         """Return the weight of each canvas cell at each pixel of an axis, (batch * slots, image_size, canvas_size)."""

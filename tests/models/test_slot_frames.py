@@ -150,8 +150,21 @@ def test_the_canvas_is_pasted_as_grid_sample_does():
     for k, (x, y, size) in enumerate(slots[:, -3:].tolist()):
         grid = torch.stack(torch.meshgrid((pixels - x) / (2.5 * size), (pixels - y) / (2.5 * size), indexing="xy"), -1)
         expected = F.grid_sample(canvas[k][None], grid[None], padding_mode="border", align_corners=False)[0]
-        expected[3] -= 20 * (grid.abs() - 1).clamp_min(0).sum(-1)
+        depth = slots[k, :-3] @ decoder.depth.weight[0] + decoder.depth.bias
+        expected[3] += depth - 20 * (grid.abs() - 1).clamp_min(0).sum(-1)
         torch.testing.assert_close(painted[k], expected)
+
+
+def test_a_slot_that_paints_no_structure_can_still_learn_its_alphas():
+    torch.manual_seed(0)
+    decoder = CanvasDecoder(SlotAutoencoderConfig(image_size=32, canvas_size=16, decoder_channels=(8, 4), slot_dim=9))
+    with torch.no_grad():
+        decoder.canvas.from_slot.bias.fill_(-100.0)  # with ReLU, all units would be 0
+    slots = torch.randn(1, 9)
+    slots[:, -3:] = torch.tensor([0.5, 0.5, 0.2])
+    decoder(slots)[:, 3].sum().backward()
+    for name in ("canvas.from_slot.weight", "canvas.layers.1.weight", "depth.weight"):
+        assert decoder.get_parameter(name).grad.abs().sum() > 0, name
 
 
 def test_moving_a_frame_moves_what_the_slot_paints():
