@@ -179,7 +179,7 @@ class CanvasDecoder(SlotDecoder):
         self.image_size, self.canvas_size = config.image_size, config.canvas_size
         self.cell = config.canvas_size // finest_grid(config)
         self.canvas = CoarseGrids(config.slot_dim - FRAME_DIM, config, patch=self.cell)
-        self.depth = nn.Linear(config.slot_dim - FRAME_DIM, 1)
+        self.depth = nn.Linear(config.slot_dim - FRAME_DIM, 1, bias=False)  # a bias would be the same for all slots
 
     @staticmethod
     def check_config(config: PreTrainedConfig) -> None:
@@ -209,8 +209,10 @@ class CanvasDecoder(SlotDecoder):
         pasted = pasted.unflatten(1, (self.image_size, -1)).transpose(1, 2)
         outside = (y.abs() - 1).clamp_min(0)[:, :, None] + (x.abs() - 1).clamp_min(0)[:, None, :]
         colors, alpha = pasted.split([pasted.shape[1] - 1, 1], dim=1)
-        alpha = alpha + self.depth(appearance)[:, :, None, None] - self.OUTSIDE * outside[:, None]
-        return torch.cat([colors, alpha], dim=1).to(reference_parameter(self).dtype)
+        dtype = reference_parameter(self).dtype
+        depth = self.depth(appearance.to(dtype))[:, :, None, None]
+        alpha = alpha + depth - self.OUTSIDE * outside[:, None]
+        return torch.cat([colors, alpha], dim=1).to(dtype)
 
     def _weights(self, places: torch.Tensor) -> torch.Tensor:
         """Return the weight of each canvas cell at each pixel of an axis, (batch * slots, image_size, canvas_size)."""

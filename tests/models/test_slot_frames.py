@@ -150,7 +150,7 @@ def test_the_canvas_is_pasted_as_grid_sample_does():
     for k, (x, y, size) in enumerate(slots[:, -3:].tolist()):
         grid = torch.stack(torch.meshgrid((pixels - x) / (2.5 * size), (pixels - y) / (2.5 * size), indexing="xy"), -1)
         expected = F.grid_sample(canvas[k][None], grid[None], padding_mode="border", align_corners=False)[0]
-        depth = slots[k, :-3] @ decoder.depth.weight[0] + decoder.depth.bias
+        depth = slots[k, :-3] @ decoder.depth.weight[0]
         expected[3] += depth - 20 * (grid.abs() - 1).clamp_min(0).sum(-1)
         torch.testing.assert_close(painted[k], expected)
 

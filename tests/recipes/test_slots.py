@@ -71,7 +71,7 @@ class TestEvaluate:
         assert scores["explained_variance"] == pytest.approx(1 - loss / variance, rel=1e-4)
         with torch.no_grad():
             one_draw = model(torch.tensor(images[:4], dtype=torch.float32), num_draws=1, prune=False).masks
-        torch.testing.assert_close(masks, one_draw, rtol=0, atol=1e-3)  # other batches, other rounding
+        torch.testing.assert_close(masks, one_draw, rtol=0, atol=3e-3)  # other batches, other rounding
 
     def test_a_perfect_and_a_constant_reconstruction(self):
         """Explained variance is 1 for the images themselves, 0 for their mean color."""
