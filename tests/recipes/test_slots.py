@@ -11,6 +11,7 @@ from hf_dl.metrics.images import default_features, fid
 from hf_dl.models.slot_autoencoder import SlotAutoencoderConfig, SlotAutoencoderModel
 from hf_dl.models.slot_library import SlotLibrary
 from hf_dl.recipes import slots
+from hf_dl.recipes.scene_images import to_pixel_values
 
 TINY = {
     "encoder_channels": [8], "encoder_strides": [2], "token_dim": 8, "num_slots": 4, "slot_dim": 8, "slot_mlp_dim": 8,
@@ -70,8 +71,9 @@ class TestEvaluate:
         variance = ((images - images.mean((0, 2, 3), keepdims=True)) ** 2).mean()
         assert scores["explained_variance"] == pytest.approx(1 - loss / variance, rel=1e-4)
         with torch.no_grad():
-            one_draw = model(torch.tensor(images[:4], dtype=torch.float32), num_draws=1, prune=False).masks
-        torch.testing.assert_close(masks, one_draw, rtol=0, atol=3e-3)  # other batches, other rounding
+            pixel_values = to_pixel_values(batches[0]["image"])  # rounded as in `evaluate`
+            one_draw = model(pixel_values, num_draws=1, prune=False).masks
+        torch.testing.assert_close(masks, one_draw, rtol=0, atol=1e-5)
 
     def test_a_perfect_and_a_constant_reconstruction(self):
         """Explained variance is 1 for the images themselves, 0 for their mean color."""
