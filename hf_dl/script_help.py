@@ -1,7 +1,7 @@
 """The help of a script in a fraction of a second: its flags are read from the source, and nothing heavy is imported.
 
 `python scripts/train_slots.py --help` first imports torch and transformers, which takes several seconds.
-`hf-dl train slots --help` prints the same text through `quick_help`. It evaluates only the dataclass of the flags and
+`hf-dl train slots --help` prints the same text through `quick_help`. It reads only the dataclass of the flags and
 the names that this class uses. A name that comes from another package becomes an `Unknown`.
 """
 
@@ -9,6 +9,7 @@ import ast
 import builtins
 import dataclasses
 import importlib
+import operator
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 from hf_dl.training.args import format_help
 
 PACKAGE = Path(__file__).resolve().parent
+_OPERATORS = {ast.BitOr: operator.or_, ast.Mult: operator.mul, ast.Pow: operator.pow}
 _REAL = ("hf_dl.training.args", "hf_dl.training.schedules")  # they need only the standard library
 
 
@@ -58,7 +60,7 @@ class Source(dict):
     """
 
     def __init__(self, path: Path):
-        super().__init__(__builtins__=builtins)
+        super().__init__()
         tree = ast.parse(path.read_text(encoding="utf-8"))
         self.doc, self.package = ast.get_docstring(tree), _package_of(path)
         self.nodes: dict[str, ast.AST] = {}
@@ -91,8 +93,46 @@ class Source(dict):
             raise AttributeError(name) from None
 
     def evaluate(self, node: ast.expr) -> Any:
-        """Return the value of an expression of this file."""
-        return eval(compile(ast.Expression(node), "<flags>", "eval"), self)
+        """Return the value of an expression of this file.
+
+        Raises:
+            UnknownValueError: If the expression is of another kind than those that describe flags.
+        """
+        match node:
+            case ast.Constant():
+                return node.value
+            case ast.Name():
+                return self[node.id] if node.id in self or node.id in self.nodes else getattr(builtins, node.id)
+            case ast.Attribute():
+                return getattr(self.evaluate(node.value), node.attr)
+            case ast.Tuple():
+                return tuple(self._elements(node.elts))
+            case ast.List():
+                return self._elements(node.elts)
+            case ast.Dict():
+                return dict(zip(map(self.evaluate, node.keys), map(self.evaluate, node.values), strict=True))
+            case ast.Subscript():
+                return self.evaluate(node.value)[self.evaluate(node.slice)]
+            case ast.BinOp() if type(node.op) in _OPERATORS:
+                return _OPERATORS[type(node.op)](self.evaluate(node.left), self.evaluate(node.right))
+            case ast.UnaryOp(op=ast.USub()):
+                return -self.evaluate(node.operand)
+            case ast.Lambda() if not ast.unparse(node.args):
+                return lambda: self.evaluate(node.body)
+            case ast.Call():
+                named = {each.arg: self.evaluate(each.value) for each in node.keywords}
+                return self.evaluate(node.func)(*self._elements(node.args), **named)
+            case ast.JoinedStr():
+                return "".join(str(self.evaluate(part)) for part in node.values)
+            case ast.FormattedValue(conversion=-1, format_spec=None):
+                return format(self.evaluate(node.value))
+        raise UnknownValueError
+
+    def _elements(self, nodes: list[ast.expr]) -> list[Any]:
+        values = []
+        for node in nodes:
+            values += self.evaluate(node.value) if isinstance(node, ast.Starred) else [self.evaluate(node)]
+        return values
 
     def read_class(self, name: str) -> type | None:
         """Build a dataclass with the fields of a class of this file, or return None if it is not a dataclass."""
@@ -132,7 +172,7 @@ class Source(dict):
         source = open_module(f"{module}.{alias.name}")
         if source is None and (source := open_module(module)) is not None:
             return source[alias.name]
-        return source or Unknown()
+        return Unknown() if source is None else source
 
 
 def _package_of(path: Path) -> list[str]:
