@@ -11,7 +11,7 @@
 - `math_programs`: word problems with programs: generated, MathQA files, or the Hub
 
 The other files are parts of these: `image_arrays` and `collate` feed training loops, `raycast` renders scenes,
-`counterfactual` edits scenes and renders them again, `scene_annotations` writes captions,
+`counterfactual` edits scenes and renders them again, and `scene_annotations` writes captions.
 `word_problems` writes problems, `superclasses` groups classes, `splits` finds and holds out splits,
 `class_folders` and `mask_folders` list the images of folders.
 """

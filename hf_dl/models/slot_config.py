@@ -53,8 +53,8 @@ class SlotAutoencoderConfig(PreTrainedConfig):
         decoder_frequencies: Octaves of Fourier features in the decoder's position embedding; 0 as in the paper.
         pixel_std: Standard deviation of a pixel around the color that its slot paints, in the units of
             `pixel_values`. `SlotAutoencoderModel.posterior` uses it to weigh colors against alphas.
-        prune_error: Evaluation removes a small slot if the mean squared error of the image then increases by at most
-            this fraction of the variance of its pixels, see `find_needed_slots` and `draw_cost`.
+        prune_error: Evaluation removes a small slot if the mean squared error then increases by at most this fraction
+            of the variance of the pixels. See `find_needed_slots` and `draw_cost`.
 
     Example:
         ```python

@@ -183,7 +183,7 @@ class SlotDiffusionPipeline(PortablePipeline):
 
         Args:
             image: A PIL image, a uint8 array or tensor (channels, height, width), or a float array (height, width, 3)
-                in [0, 1], as `output_type="np"` returns; or a batch or list of these, of any size. A float tensor
+                in [0, 1], as `output_type="np"` returns. A batch or list of these may have any size. A float tensor
                 (batch, channels, height, width) is pixel_values in [-1, 1] of the encoder's image size.
             num_slots: K. Defaults to the encoder's number of slots.
             num_iterations: Iterations of slot attention. Defaults to the encoder's number of iterations.

@@ -44,7 +44,7 @@ def prepare_background(
         See `Background`.
 
     Raises:
-        ValueError: If there is not one image and one region for each image to draw.
+        ValueError: If an image to draw has no image or no region, or has several.
     """
     expected = (batch, *pixel_values.shape[-2:])
     if region is None or region.shape != expected or region.dtype != torch.bool or len(pixel_values) != batch:
@@ -105,7 +105,7 @@ def change_slots(
     Args:
         slots: (slots, slot_dim).
         keep: The slots that the image needs, bool (slots,).
-        others: Slots of the other image, (slots, slot_dim); none if there is no other image.
+        others: Slots of the other image, (slots, slot_dim), or None without another image.
         remove: Slots to leave out.
         swap: Slots of the image as keys; the slots of the other image that replace them as values.
         add: Slots of the other image to add.

@@ -200,7 +200,7 @@ def verify(folder: Path) -> None:
 def newest_good(root: Path) -> tuple[Path | None, list[str]]:
     """Find the newest complete checkpoint in a folder of `step_XXXXXXXX` folders.
 
-    The folder `last-checkpoint`, downloaded from the Hub, is used if there is no other.
+    The folder `last-checkpoint`, downloaded from the Hub, is used if all others are missing.
 
     Returns:
         The checkpoint or None, and a message about each newer checkpoint that is damaged.
