@@ -105,7 +105,7 @@ def change_slots(
     Args:
         slots: (slots, slot_dim).
         keep: The slots that the image needs, bool (slots,).
-        others: Slots of the other image, (slots, slot_dim), or None without another image.
+        others: Slots of the other image, (slots, slot_dim), or (0, slot_dim) without another image.
         remove: Slots to leave out.
         swap: Slots of the image as keys; the slots of the other image that replace them as values.
         add: Slots of the other image to add.
