@@ -1,9 +1,10 @@
-"""Metrics as pure functions. Five of them are also `evaluate` metrics that can be published as Spaces.
+"""Metrics as pure functions. Six of them are also `evaluate` metrics that can be published as Spaces.
 
 - `classification`: accuracy, F1, top-k accuracy
 - `segmentation`: ARI, mean IoU, mean best overlap
 - `images`: FID
 - `editing`: edits of images with a known truth
+- `modality_gap`: distance between embeddings of images and texts
 - `programs`: exact match and execution accuracy of programs; `program_baselines`: retrieval baselines
 - `binding`, `latents`, `perceptual`: slots that follow objects, active latents, perceptual distance
 - `spaces`: the files of the metric Spaces

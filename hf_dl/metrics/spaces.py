@@ -67,6 +67,15 @@ METRICS = {  # the key is the name of the file in hf_dl/metrics
         "Fréchet distance between two sets of images",
         files={"predictions": "generated images", "references": "real images"},
     ),
+    "modality_gap": MetricSpace(
+        "Modality gap",
+        "↔️",
+        "Distance between the embeddings of images and texts",
+        {
+            "image_embeds": [[1.0, 0.0, 0.2], [0.0, 1.0, 0.1], [0.7, 0.7, 0.3], [0.6, 0.1, 0.8]],
+            "text_embeds": [[0.9, 0.1, -0.5], [0.1, 0.8, -0.6], [0.5, 0.5, -0.4], [0.7, 0.2, -0.7]],
+        },
+    ),
     "programs": MetricSpace(
         "Program accuracy",
         "🧮",

@@ -14,7 +14,7 @@ import torch
 import yaml
 from PIL import Image
 
-from hf_dl.metrics import classification, editing, images, programs, segmentation, spaces
+from hf_dl.metrics import classification, editing, images, modality_gap, programs, segmentation, spaces
 from tests.loopback_hub import Blob, LoopbackHub, Repo
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -103,6 +103,7 @@ def test_every_metric_loads_offline_without_the_package(tmp_path):
         ),
         "editing": editing.editing_scores(*pixels[:3], before, torch.zeros_like(before)),
         "images": images.fid(pixels[1], pixels[0], features=images.RandomConvFeatures()),
+        "modality_gap": modality_gap.modality_gap_scores(*map(torch.tensor, example["modality_gap"].values())),
         "programs": programs.program_scores(*example["programs"].values()),
         "segmentation": segmentation.segmentation_scores(*tensors["segmentation"]),
     }
