@@ -52,3 +52,14 @@ def test_help_does_not_import_torch_and_is_quick():
         end = os.times()
         assert not {"torch", "transformers", "numpy"} & set(done.stdout.splitlines()[-1].split()), done.stderr
         assert end.children_user + end.children_system - begin.children_user - begin.children_system < 1.5
+
+
+def test_a_script_imports_no_library_that_its_help_does_not_need(run_fresh, tmp_path):
+    """The help comes after the imports. Only torch and transformers may take most of the time."""
+    found = run_fresh(
+        f"import runpy, sys\nsys.path.insert(0, {str(ROOT)!r})\n"
+        f"for path in {[*map(str, SCRIPTS)]}:\n    runpy.run_path(path)\n"
+        "print(*{'evaluate', 'matplotlib', 'sklearn', 'gradio', 'pytest'} & set(sys.modules))",
+        cwd=tmp_path,
+    )
+    assert found.split() == []

@@ -7,6 +7,7 @@
 - `modality_gap`: distance between embeddings of images and texts
 - `programs`: exact match and execution accuracy of programs; `program_baselines`: retrieval baselines
 - `binding`, `latents`, `perceptual`: slots that follow objects, active latents, perceptual distance
+- `<name>_metric`: the scores of one of these files as a class of the library `evaluate`
 - `spaces`: the files of the metric Spaces
 
 Import the file that you need. Importing `hf_dl.metrics` loads none of them.

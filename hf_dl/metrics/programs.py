@@ -5,13 +5,11 @@
 * Execution accuracy: the value of the program is within 2 % of the answer.
 * Executes: the program has a value.
 
-`hf_dl.metrics.spaces` publishes `ProgramMetric` together with the files of `hf_dl.programs` that this file imports.
+`hf_dl.metrics.spaces` publishes this file together with the files of `hf_dl.programs` that it imports.
 """
 
 from collections.abc import Sequence
 
-import datasets
-import evaluate
 import numpy as np
 
 from ..programs.execution import execute, is_close
@@ -129,35 +127,3 @@ def _tokens(program: str) -> list[str]:
     for sign in "(),|":
         program = program.replace(sign, " ")
     return program.split()
-
-
-class ProgramMetric(evaluate.Metric):
-    """`program_scores` as an `evaluate` metric.
-
-    Example:
-        >>> metric = ProgramMetric()
-        >>> metric.add_batch(predictions=["add(n0,n1)"], references=["add(n0,n1)|"], numbers=[[2, 3]], answers=[5])
-        >>> metric.compute()["execution_accuracy"]
-        1.0
-    """
-
-    def _info(self) -> evaluate.MetricInfo:
-        text, number = datasets.Value("string"), datasets.Value("float64")
-        features = {"predictions": text, "references": text, "numbers": datasets.List(number), "answers": number}
-        return evaluate.MetricInfo(
-            description="Exact match, token match and execution accuracy of predicted programs of MathQA.",
-            citation="Amini et al., MathQA: towards interpretable math word problem solving, NAACL 2019.",
-            inputs_description=program_scores.__doc__,
-            features=datasets.Features(features),
-        )
-
-    def _compute(
-        self,
-        predictions: Sequence[str],
-        references: Sequence[str],
-        numbers: Sequence[Sequence[float]],
-        answers: Sequence[float | None],
-        seen: Sequence[bool] | None = None,
-        semantics: str = "data",
-    ) -> dict[str, float]:
-        return program_scores(predictions, references, numbers, answers, seen=seen, semantics=semantics)

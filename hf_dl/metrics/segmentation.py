@@ -15,10 +15,7 @@ n[k, c] = number of pixels in predicted segment k and target segment c.
 """
 
 from collections.abc import Iterator
-from typing import Any
 
-import datasets
-import evaluate
 import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -104,39 +101,6 @@ def segmentation_scores(predictions: Tensor, references: Tensor, *, mask: str = 
     per_image = torch.cat([_scores(*chunk) for chunk in _chunks(predictions, references)], dim=1)
     scores = {f"{mask}_{name}": values.nanmean().item() for name, values in zip(names, per_image, strict=True)}
     return scores | {"images": float(len(predictions)), "images_without_fg_ari": float(per_image[1].isnan().sum())}
-
-
-class SegmentationMetric(evaluate.Metric):
-    """`segmentation_scores` as an `evaluate` metric, for masks of one size.
-
-    With several processes, gather predictions and references, and add them in the main process.
-
-    Example:
-        >>> metric = SegmentationMetric()
-        >>> masks = torch.zeros(2, 8, 8, dtype=torch.long)
-        >>> metric.add_batch(predictions=masks, references=masks)
-        >>> metric.compute(mask="attention")["attention_ari"]
-        1.0
-    """
-
-    def _info(self) -> evaluate.MetricInfo:
-        labels = datasets.List(datasets.List(datasets.Value("int64")))
-        return evaluate.MetricInfo(
-            description="Adjusted Rand index, mean IoU and mean best overlap of predicted segments.",
-            citation="Hubert & Arabie, Comparing partitions, Journal of Classification 2, 1985.",
-            inputs_description=segmentation_scores.__doc__,
-            features=datasets.Features({"predictions": labels, "references": labels}),
-        )
-
-    def _compute(self, predictions: Any, references: Any, mask: str = "decoder") -> dict[str, float]:
-        masks = []
-        for name, images in (("predictions", predictions), ("references", references)):
-            images = [np.array(image) for image in images]
-            sizes = {image.shape for image in images}
-            if len(sizes) > 1:
-                raise ValueError(f"{name} has masks of sizes {sorted(sizes)}. Expected one size: resize them first.")
-            masks.append(torch.from_numpy(np.stack(images)))
-        return segmentation_scores(*masks, mask=mask)
 
 
 def _checked(prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,9 @@
 
 `evaluate.load` reads a metric from a folder, or from a Space on the Hub, whose Python file has the name of the folder.
 It copies that file, and the files that it imports with `from .x import y`, to its cache. `metric_files` makes such a
-folder: the metric's own file, the files of `hf_dl.programs` that it needs, a card, a web page and the requirements.
+folder: one file with the functions of `<name>.py` and the class of `<name>_metric.py`, the files of `hf_dl.programs`
+that it needs, a card, a web page and the requirements. The class has its own file in the package, because the import
+of `evaluate` takes half a second.
 
     hf-dl publish classification me/classification --type metric
 """
@@ -42,7 +44,7 @@ class MetricSpace:
     files: dict[str, str] | None = None
 
 
-METRICS = {  # the key is the name of the file in hf_dl/metrics
+METRICS = {  # the key is the name of the file with the functions in hf_dl/metrics
     "classification": MetricSpace(
         "Classification scores",
         "🎯",
@@ -224,11 +226,14 @@ def metric_files(metric: str, repo_id: str | None = None) -> dict[str, bytes]:
 
 
 def _vendor(metric: str) -> dict[str, str]:
-    """Return the source of the metric's file and of all files of `hf_dl.programs` that it needs, by module name.
+    """Return the source of the metric and of all files of `hf_dl.programs` that it needs, by module name.
 
     `evaluate` follows the imports of the metric's file only, so this file must import all of them.
     """
     source = (_PACKAGE / "metrics" / f"{metric}.py").read_text(encoding="utf-8")
+    wrapper = _PACKAGE / "metrics" / f"{metric}_metric.py"
+    if wrapper.exists():
+        source = f"{source}\n\n{_join(wrapper.read_text(encoding='utf-8'), metric)}"
     source = re.sub(r"^from \.\.programs\.(\w+) import", r"from .\1 import", source, flags=re.MULTILINE)
     modules = {metric: source}
     for name in _siblings(source):
@@ -236,6 +241,16 @@ def _vendor(metric: str) -> dict[str, str]:
         missing = _siblings(modules[name]) - _siblings(source)
         assert not missing, f"metrics/{metric}.py must also import from programs: {missing}"
     return modules
+
+
+def _join(source: str, metric: str) -> str:
+    """Return the source without its docstring and without its import of the file `<metric>.py`."""
+    lines = source.splitlines()
+    for node in ast.parse(source).body:
+        docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        if docstring or (isinstance(node, ast.ImportFrom) and node.module == metric):
+            lines[node.lineno - 1 : node.end_lineno] = [""] * (node.end_lineno - node.lineno + 1)
+    return "\n".join(lines).strip() + "\n"
 
 
 def _siblings(source: str) -> set[str]:

@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from transformers import AutoModelForImageClassification, CLIPImageProcessor, PreTrainedConfig, PreTrainedModel
 
 from hf_dl.data import labeled_images
@@ -500,6 +499,8 @@ def draw_confusion(confusion: torch.Tensor, names: Sequence[str], path: Path) ->
         names: Names of the classes.
         path: The image file to write.
     """
+    from matplotlib.figure import Figure  # here, because this import takes most of a second
+
     count = len(names)
     shares = confusion.double() / confusion.sum(1, keepdim=True).clamp(min=1)
     side = min(12.0, max(4.0, 1.8 + 0.24 * count))

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
@@ -210,6 +209,8 @@ def draw_image(path: Path, image: np.ndarray, heat: np.ndarray, top: list[tuple[
         top: Names and probabilities of the most probable classes.
         explained: Name of the explained class.
     """
+    from matplotlib.figure import Figure  # here, because this import takes most of a second
+
     figure = Figure(figsize=(10.5, 2.6), dpi=120, layout="constrained")
     axes = figure.subplots(1, 4, width_ratios=[1, 1, 1, 1.1])
     pictures = {"image": image, f"evidence for {explained}"[:34]: color_heat(heat), "overlay": overlay(image, heat)}
@@ -237,6 +238,8 @@ def draw_class(path: Path, name: str, shown: dict[str, list[dict[str, Any]]], pe
         shown: Entries "right" and "wrong", each with `image`, `heat`, `prediction` and `confidence` per image.
         per_class: Number of columns for correct images, and for wrong images.
     """
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(1.15 * 2 * per_class + 0.4, 4.3), dpi=120)
     # an empty column separates correct and wrong images
     grid = figure.add_gridspec(
@@ -265,6 +268,8 @@ def draw_masking(path: Path, report: dict[str, Any]) -> None:
         path: The image file to write.
         report: The result of `explain.masking_report`.
     """
+    from matplotlib.figure import Figure
+
     ways = list(dict.fromkeys(cell["way"] for cell in report["summary"]))
     figure = Figure(figsize=(2.6 * len(ways) + 0.9, 2.6), dpi=120, layout="constrained")
     axes = figure.subplots(1, len(ways), sharey=True, squeeze=False)[0]

@@ -18,8 +18,6 @@ import datasets
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib import colormaps
-from matplotlib.figure import Figure
 from torch.utils.data import Subset
 
 from hf_dl.data import labeled_images, masked_images
@@ -392,6 +390,9 @@ def draw_map(model: ImageVaeModel, data: LabeledImages, path: Path, *, side: int
     tiles = to_uint8(model.decode(codes.float().to(model.device)))
     size = tiles.shape[1]
     sheet = tiles.reshape(side, side, size, size, 3).swapaxes(1, 2).reshape(side * size, side * size, 3)
+
+    from matplotlib import colormaps  # here, because this import takes most of a second
+    from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.9), layout="constrained", dpi=120)
     left, right = figure.subplots(1, 2)

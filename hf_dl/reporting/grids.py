@@ -3,9 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
 import numpy as np
-from matplotlib.figure import Figure
 
 # Twelve colors that are distinct for color-blind people too, after Paul Tol's "muted"; the first is the background.
 SEGMENT_COLORS = np.array(
@@ -38,7 +36,9 @@ def color_heat(heat: np.ndarray) -> np.ndarray:
     Returns:
         uint8 (..., 3).
     """
-    return (matplotlib.colormaps["inferno"](heat)[..., :3] * 255).round().astype(np.uint8)
+    from matplotlib import colormaps  # here, because this import takes most of a second
+
+    return (colormaps["inferno"](heat)[..., :3] * 255).round().astype(np.uint8)
 
 
 def image_grid(
@@ -64,6 +64,8 @@ def image_grid(
     Raises:
         ValueError: If `rows` contains no image.
     """
+    from matplotlib.figure import Figure  # here, because this import takes most of a second
+
     columns = max((len(row) for row in rows), default=0)
     if not columns:
         raise ValueError("rows contains no image. Expected at least one row with at least one image.")

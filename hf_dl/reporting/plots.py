@@ -2,25 +2,26 @@
 
 The figures use matplotlib's object interface instead of pyplot, so they do not change global state and can be drawn in
 threads. The same numbers give the same bytes of SVG. The colors of Okabe and Ito are distinct for people with the
-common forms of color blindness.
+common forms of color blindness. The functions import matplotlib, because this takes most of a second.
 """
+
+from __future__ import annotations
 
 import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib import rc_context
-from matplotlib.axes import Axes
-from matplotlib.colors import PowerNorm
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from .experiment import read_curves
 from .report import MATRICES, Report
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#595959")
 LINES = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1, 1, 1)))
@@ -66,6 +67,8 @@ def _draw_curve(axes: Axes, seeds: Sequence[Series], color: str, line: Any) -> N
 
 
 def _scale(axes: Axes, panel: Mapping[str, Sequence[Series]]) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
     values = np.concatenate([np.asarray(y, dtype=float) for seeds in panel.values() for _, y in seeds] or [[]])
     if len(values) and values.min() > 0 and values.max() > 20 * values.min():
         axes.set_yscale("log")
@@ -104,6 +107,10 @@ def draw_curves(
     Example:
         >>> draw_curves("loss.svg", {"loss": {"train": [([0, 1], [1.0, 0.5])]}})  # doctest: +SKIP
     """
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
     panels = {title: panel for title, panel in panels.items() if any(len(x) for s in panel.values() for x, _ in s)}
     if not panels:
         raise ValueError("panels contains no points: the runs logged none of the keys. See log.jsonl.")
@@ -139,6 +146,8 @@ def draw_curves(
 
 
 def _handles(entries: Sequence[tuple[str, str, Any]]) -> list[Line2D]:
+    from matplotlib.lines import Line2D
+
     return [Line2D([], [], color=color, linestyle=dash, linewidth=1.9, label=text) for text, color, dash in entries]
 
 
@@ -220,6 +229,11 @@ def plot_table(report: Report, path: str | Path) -> Path | None:
     Returns:
         The path, or None if no cell has finished.
     """
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import MaxNLocator
+
     everything = report.groups()
     if not any(group.finished for group in everything):
         return None
@@ -291,6 +305,10 @@ def plot_confusion(report: Report, path: str | Path) -> Path | None:
     Returns:
         The path, or None if no cell has a confusion matrix.
     """
+    from matplotlib import rc_context
+    from matplotlib.colors import PowerNorm
+    from matplotlib.figure import Figure
+
     panels = {
         report.setting_label(report.shown_flags(), group.key): cell[MATRICES]
         for group in report.groups()

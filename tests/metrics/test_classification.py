@@ -6,13 +6,13 @@ import sklearn.metrics as sklearn
 import torch
 
 from hf_dl.metrics.classification import (
-    ClassificationMetric,
     classification_scores,
     confusion_matrix,
     per_class_scores,
     top_k_accuracy,
     top_k_hits,
 )
+from hf_dl.metrics.classification_metric import ClassificationMetric
 
 
 def labels(count, classes, seed, right=0.6):

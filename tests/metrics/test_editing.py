@@ -6,7 +6,8 @@ import torch
 from PIL import Image
 
 from hf_dl.metrics import editing
-from hf_dl.metrics.editing import EditingMetric, editing_scores, identity_scores, measure_edits
+from hf_dl.metrics.editing import editing_scores, identity_scores, measure_edits
+from hf_dl.metrics.editing_metric import EditingMetric
 
 
 def make_edits(edits=3, size=24, seed=0):

@@ -10,7 +10,6 @@ from PIL import Image, ImageFilter
 import hf_dl.metrics.images as images_module
 from hf_dl.metrics.images import (
     FeatureStatistics,
-    FrechetDistance,
     InceptionFeatures,
     RandomConvFeatures,
     default_features,
@@ -19,6 +18,7 @@ from hf_dl.metrics.images import (
     frechet_distance,
     resize,
 )
+from hf_dl.metrics.images_metric import FrechetDistance
 
 
 def random_covariance(dim, seed, rank=None):

@@ -1,11 +1,11 @@
 import pytest
 
 from hf_dl.metrics.programs import (
-    ProgramMetric,
     exact_match,
     program_scores,
     token_match,
 )
+from hf_dl.metrics.programs_metric import ProgramMetric
 
 PREDICTIONS = ["add(n0,n1)", "add(n1,n0)", "divide(n0,n1)|sqrt(#0)", "sqrt(", "divide(n0,n1)"]
 REFERENCES = ["add(n0, n1)|", "add(n0,n1)", "divide(n0,n1)", "sqrt(n0)", "add(n0,n1)"]

@@ -6,7 +6,8 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from sklearn.metrics import adjusted_rand_score
 
-from hf_dl.metrics.segmentation import SegmentationMetric, adjusted_rand_index, segmentation_scores
+from hf_dl.metrics.segmentation import adjusted_rand_index, segmentation_scores
+from hf_dl.metrics.segmentation_metric import SegmentationMetric
 
 
 def random_masks(batch, size, labels, seed):

@@ -148,7 +148,8 @@ def test_the_folder_is_a_metric_space(metric):
 
 def test_every_metric_of_the_package_has_a_space():
     wrappers = {p.stem for p in Path(spaces.__file__).parent.glob("*.py") if "(evaluate.Metric)" in p.read_text()}
-    assert wrappers == spaces.METRICS.keys()
+    # not in the file of the functions, because the import of evaluate takes half a second
+    assert wrappers == {f"{name}_metric" for name in spaces.METRICS}
     assert {p.stem for p in Path(spaces.__file__).with_name("cards").iterdir()} == spaces.METRICS.keys()
 
 
