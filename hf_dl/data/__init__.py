@@ -7,6 +7,8 @@
 - `object_images`: generated labeled images of one object
 - `labeled_images`: labeled images from any source: generated, folders, parquet, idx files, the Hub
 - `masked_images`: images with instance masks from any source; `clevrtex` and `coco` read those two formats
+- `captions`: images with captions
+- `zero_shot`: images and prompts for zero-shot classification
 - `text`: a generated language, text files, or the Hub, with tokenizers and batches
 - `math_programs`: word problems with programs: generated, MathQA files, or the Hub
 

@@ -45,8 +45,7 @@ def _describe_objects(scene: Scene, mask: np.ndarray) -> list[dict]:
     """Return the records of the column `objects`."""
     records = []
     for i, o in enumerate(scene.objects):
-        rows, columns = np.nonzero(mask == i + 1)
-        box = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1] if len(rows) else [0, 0, 0, 0]
+        here = mask == i + 1
         *pixel_position, depth = scene.project(o.position, mask.shape[0])
         aside = [other.position[0] - o.position[0] for other in scene.objects]
         beyond = [other.position[1] - o.position[1] for other in scene.objects]
@@ -61,8 +60,8 @@ def _describe_objects(scene: Scene, mask: np.ndarray) -> list[dict]:
                 "position": list(o.position),
                 "pixel_position": pixel_position,
                 "depth": depth,
-                "box": [int(side) for side in box],
-                "visible_pixels": len(rows),
+                "box": find_box(here),
+                "visible_pixels": int(np.count_nonzero(here)),
                 "relations": {
                     "left": [j for j, offset in enumerate(aside) if offset < -GAP],
                     "right": [j for j, offset in enumerate(aside) if offset > GAP],
@@ -72,6 +71,19 @@ def _describe_objects(scene: Scene, mask: np.ndarray) -> list[dict]:
             }
         )
     return records
+
+
+def find_box(mask: np.ndarray) -> list[int]:
+    """Return the box (x0, y0, x1, y1, half-open) of a boolean mask (height, width), or [0, 0, 0, 0] if it is empty.
+
+    Example:
+        >>> find_box(np.array([[False, False, False], [False, True, True]]))
+        [1, 1, 3, 2]
+    """
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    if not len(rows):
+        return [0, 0, 0, 0]
+    return [int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1]
 
 
 def _visible(records: Sequence[dict]) -> list[int]:
@@ -130,8 +142,13 @@ def _phrases(records: list[dict], rng: random.Random) -> list[dict]:
     return [{"phrase": phrase, "object_indices": indices} for phrase, indices in phrases.items()]
 
 
-def _listing(nouns: Sequence[str]) -> str:
-    """Join singular nouns, for example to "two red cubes, a gray cone and an object"."""
+def listing(nouns: Sequence[str]) -> str:
+    """Join singular nouns that start with a consonant.
+
+    Example:
+        >>> listing(["red cube", "gray cone", "red cube"])
+        'two red cubes and a gray cone'
+    """
     counts = {noun: nouns.count(noun) for noun in nouns}
     items = [f"a {noun}" if n == 1 else f"{_number(n)} {noun}s" for noun, n in counts.items()]
     return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
@@ -156,9 +173,9 @@ def _caption(scene: Scene, records: list[dict], rng: random.Random) -> str:
         rest = [noun for i, noun in nouns.items() if i not in (first, second)]
         article = "another" if nouns[second] == nouns[first] else "a"
         place = {"left": "to the left of", "right": "to the right of"}.get(direction, _RELATION_WORDS[direction])
-        end = f", with {_listing(rest)} nearby" if rest else ""
+        end = f", with {listing(rest)} nearby" if rest else ""
         return f"A {nouns[second]} stands {place} {article} {nouns[first]}{end}."
-    listing = _listing(list(nouns.values()))
+    text = listing(list(nouns.values()))
     if template == "picture":
-        return f"A picture of {listing} on a {ground} floor."
-    return f"{listing[0].upper()}{listing[1:]} {'stands' if len(nouns) == 1 else 'stand'} on a {ground} floor."
+        return f"A picture of {text} on a {ground} floor."
+    return f"{text[0].upper()}{text[1:]} {'stands' if len(nouns) == 1 else 'stand'} on a {ground} floor."

@@ -154,9 +154,19 @@ def check_visible(drawn: Sequence[Scene], style: str, size: int) -> tuple[torch.
 
 
 def visible_scenes(
-    indices: Sequence[int], split: str, style: str, size: int, num_objects: tuple[int, int], seed: int
+    indices: Sequence[int],
+    split: str,
+    style: str,
+    size: int,
+    num_objects: tuple[int, int],
+    seed: int,
+    *,
+    adapt: Callable[[int, Scene], Scene | None] | None = None,
 ) -> list[tuple[Scene, torch.Tensor]]:
-    """Return for each index the first attempt with all objects inside the image and visible, and its mask."""
+    """Return for each index the first attempt with all objects inside the image and visible, and its mask.
+
+    `adapt(index, scene)` changes the description of each attempt before it is rendered, or rejects it with None.
+    """
     accepted: dict[int, tuple[Scene, torch.Tensor]] = {}
     pending = dict.fromkeys(indices, 0)  # index -> attempt
     while pending:
@@ -166,6 +176,8 @@ def visible_scenes(
             while scene is None:
                 assert attempt < _ATTEMPTS, f"no room for the objects of scene {index} of {split}, {num_objects=}"
                 scene = sample_scene(index, split, style=style, num_objects=num_objects, seed=seed, attempt=attempt)
+                if scene is not None and adapt is not None:
+                    scene = adapt(index, scene)
                 attempt += 1
             drawn[index], pending[index] = scene, attempt
         masks, fine = check_visible(list(drawn.values()), style, size)
