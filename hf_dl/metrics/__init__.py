@@ -4,7 +4,7 @@
 - `segmentation`: ARI, mean IoU, mean best overlap
 - `images`: FID
 - `editing`: edits of images with a known truth
-- `modality_gap`: distance between embeddings of images and texts
+- `modality_gap`: distance between embeddings of images and texts; `alignment`: maps that close it
 - `programs`: exact match and execution accuracy of programs; `program_baselines`: retrieval baselines
 - `binding`, `latents`, `perceptual`: slots that follow objects, active latents, perceptual distance
 - `<name>_metric`: the scores of one of these files as a class of the library `evaluate`

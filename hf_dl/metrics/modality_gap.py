@@ -8,8 +8,8 @@ Row i of X is the embedding of an image, row i of Y is the embedding of its text
     RMG                 d(X, Y) / (d(X, Y) + (d(X, X) + d(Y, Y)) / 2)            Schrodi et al. 2025
     separability        accuracy of a linear classifier, image or text           Shi et al. 2023
 
-RMG is the relative modality gap. Its dissimilarity is d = (1 - cos) / 2: d(X, Y) is the mean over pairs (x_i, y_i), and
-d(X, X) is the mean over i != j. RMG is 0 if each image has the embedding of its text, and 1/2 if all embeddings
+RMG is the relative modality gap. Its dissimilarity is d = (1 - cos) / 2. The mean d(X, Y) is over pairs (x_i, y_i),
+and the mean d(X, X) is over i != j. RMG is 0 if each image has the embedding of its text, and 1/2 if all embeddings
 are orthogonal. Separability is 1/2 if nothing tells images and texts apart, and it is measured on held-out pairs.
 
 - Liang et al., Mind the gap: understanding the modality gap in multi-modal contrastive representation learning,
@@ -47,7 +47,7 @@ def centroid_distance(image_embeds: Tensor, text_embeds: Tensor) -> float:
         >>> centroid_distance(torch.eye(2), torch.tensor([[0.0, -2.0]]))  # centroids (1/2, 1/2) and (0, -1)
         1.5811388300841898
     """
-    images, texts = _unit(image_embeds, text_embeds)
+    images, texts = unit_rows(image_embeds, text_embeds)
     return (images.mean(0) - texts.mean(0)).norm().item()
 
 
@@ -68,7 +68,7 @@ def pair_distance(image_embeds: Tensor, text_embeds: Tensor) -> float:
         >>> pair_distance(torch.eye(2), torch.tensor([[3.0, 0.0], [0.0, -1.0]]))  # distances 0 and 2
         1.0
     """
-    images, texts = _unit(image_embeds, text_embeds, paired=True)
+    images, texts = unit_rows(image_embeds, text_embeds, paired=True)
     return (images - texts).norm(dim=1).mean().item()
 
 
@@ -89,7 +89,7 @@ def pair_cosine(image_embeds: Tensor, text_embeds: Tensor) -> float:
         >>> pair_cosine(torch.eye(2), torch.tensor([[3.0, 0.0], [1.0, 0.0]]))  # cosines 1 and 0
         0.5
     """
-    images, texts = _unit(image_embeds, text_embeds, paired=True)
+    images, texts = unit_rows(image_embeds, text_embeds, paired=True)
     return (images * texts).sum(1).mean().item()
 
 
@@ -111,7 +111,7 @@ def cone_cosine(embeds: Tensor) -> float:
         >>> cone_cosine(torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 1.0]])) * 3  # cosines 1, 0 and 0
         1.0
     """
-    (unit,) = _unit(embeds)
+    (unit,) = unit_rows(embeds)
     count = len(unit)
     if count < 2:
         raise ValueError(f"embeds has {count} row. Expected at least two, because a cone compares different examples.")
@@ -177,7 +177,7 @@ def linear_separability(
     """
     from sklearn.linear_model import LogisticRegression  # slow to import
 
-    images, texts = _unit(image_embeds, text_embeds, paired=True)
+    images, texts = unit_rows(image_embeds, text_embeds, paired=True)
     names = list(range(len(images))) if ids is None else [x.item() if isinstance(x, Tensor) else x for x in ids]
     if len(names) != len(images):
         raise ValueError(f"ids has {len(names)} entries. Expected one per pair, {len(images)}.")
@@ -231,7 +231,7 @@ def modality_gap_scores(
         >>> scores["centroid_distance"], scores["rmg"], scores["separability"], scores["pair_cosine"]
         (0.0, 0.0, 0.5, 1.0)
     """
-    images, texts = _unit(image_embeds, text_embeds, paired=True)
+    images, texts = unit_rows(image_embeds, text_embeds, paired=True)
     return {
         "centroid_distance": centroid_distance(images, texts),
         "pair_distance": pair_distance(images, texts),
@@ -244,8 +244,23 @@ def modality_gap_scores(
     }
 
 
-def _unit(*embeds: Tensor, paired: bool = False) -> list[Tensor]:
-    """Check embeddings and return them in float64 with length 1."""
+def unit_rows(*embeds: Tensor, paired: bool = False) -> list[Tensor]:
+    """Check embeddings, convert them to float64, and normalize each row to length 1.
+
+    Args:
+        *embeds: Embeddings of one modality, or of images and texts, (examples, dim) each.
+        paired: Whether each image has one text.
+
+    Returns:
+        The embeddings, without gradients.
+
+    Raises:
+        ValueError: If a shape or dtype is wrong, or an embedding is zero or not finite.
+
+    Example:
+        >>> unit_rows(torch.tensor([[3.0, 4.0]]))
+        [tensor([[0.6000, 0.8000]], dtype=torch.float64)]
+    """
     names = ("image_embeds", "text_embeds") if len(embeds) == 2 else ("embeds",)
     for name, given in zip(names, embeds, strict=True):
         if not isinstance(given, Tensor) or given.ndim != 2 or not given.is_floating_point() or not len(given):
