@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from hf_dl.metrics.modality_gap import (
-    ModalityGapMetric,
     centroid_distance,
     cone_cosine,
     linear_separability,
@@ -13,6 +12,7 @@ from hf_dl.metrics.modality_gap import (
     pair_distance,
     relative_modality_gap,
 )
+from hf_dl.metrics.modality_gap_metric import ModalityGapMetric
 
 
 def draw(pairs=60, dim=6, shift=0.0, seed=0):
