@@ -1,10 +1,11 @@
-"""Metrics as pure functions. Six of them are also `evaluate` metrics that can be published as Spaces.
+"""Metrics as pure functions. Seven of them are also `evaluate` metrics that can be published as Spaces.
 
 - `classification`: accuracy, F1, top-k accuracy
 - `segmentation`: ARI, mean IoU, mean best overlap
 - `images`: FID
 - `editing`: edits of images with a known truth
 - `modality_gap`: distance between embeddings of images and texts; `alignment`: maps that close it
+- `phrase_segmentation`: masks for phrases, with the scores of PhraseCut and CLIPSeg
 - `programs`: exact match and execution accuracy of programs; `program_baselines`: retrieval baselines
 - `binding`, `latents`, `perceptual`: slots that follow objects, active latents, perceptual distance
 - `<name>_metric`: the scores of one of these files as a class of the library `evaluate`

@@ -78,6 +78,15 @@ METRICS = {  # the key is the name of the file with the functions in hf_dl/metri
             "text_embeds": [[0.9, 0.1, -0.5], [0.1, 0.8, -0.6], [0.5, 0.5, -0.4], [0.7, 0.2, -0.7]],
         },
     ),
+    "phrase_segmentation": MetricSpace(
+        "Phrase segmentation scores",
+        "✏️",
+        "IoU and average precision of masks for phrases",
+        {
+            "predictions": [[[0.9, 0.8], [0.6, 0.1]], [[0.7, 0.2], [0.1, 0.1]]],
+            "references": [[[1, 1], [0, 0]], [[0, 0], [0, 0]]],
+        },
+    ),
     "programs": MetricSpace(
         "Program accuracy",
         "🧮",

@@ -14,7 +14,16 @@ import torch
 import yaml
 from PIL import Image
 
-from hf_dl.metrics import classification, editing, images, modality_gap, programs, segmentation, spaces
+from hf_dl.metrics import (
+    classification,
+    editing,
+    images,
+    modality_gap,
+    phrase_segmentation,
+    programs,
+    segmentation,
+    spaces,
+)
 from tests.loopback_hub import Blob, LoopbackHub, Repo
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -95,7 +104,7 @@ def test_every_metric_loads_offline_without_the_package(tmp_path):
     example = {name: space.example for name, space in spaces.METRICS.items()}
     tensors = {
         name: [torch.tensor(example[name][key]) for key in ("predictions", "references")]
-        for name in ("classification", "segmentation")
+        for name in ("classification", "phrase_segmentation", "segmentation")
     }
     expected = {
         "classification": classification.classification_scores(
@@ -104,6 +113,9 @@ def test_every_metric_loads_offline_without_the_package(tmp_path):
         "editing": editing.editing_scores(*pixels[:3], before, torch.zeros_like(before)),
         "images": images.fid(pixels[1], pixels[0], features=images.RandomConvFeatures()),
         "modality_gap": modality_gap.modality_gap_scores(*map(torch.tensor, example["modality_gap"].values())),
+        "phrase_segmentation": phrase_segmentation.phrase_segmentation_scores(
+            *tensors["phrase_segmentation"], threshold=0.5
+        ),
         "programs": programs.program_scores(*example["programs"].values()),
         "segmentation": segmentation.segmentation_scores(*tensors["segmentation"]),
     }
