@@ -13,11 +13,13 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
+    AutoModelForImageSegmentation,
     AutoModelForSeq2SeqLM,
     AutoVideoProcessor,
     ViTImageProcessor,
 )
 
+from .clip_segmenter import ClipSegmenterConfig, ClipSegmenterForImageSegmentation
 from .conv_classifier import ConvClassifierConfig, ConvClassifierForImageClassification, ConvClassifierModel
 from .image_vae import ImageVaeConfig, ImageVaeModel, ImageVaeProcessor
 from .norm_resnet import NormResNetConfig, NormResNetForImageClassification, NormResNetModel
@@ -51,6 +53,8 @@ REGISTERED = [
         {AutoModel: ConvClassifierModel, AutoModelForImageClassification: ConvClassifierForImageClassification},
         ViTImageProcessor,
     ),
+    # The image processor is the one of CLIP, a class of transformers that AutoImageProcessor finds by its name.
+    (ClipSegmenterConfig, {AutoModelForImageSegmentation: ClipSegmenterForImageSegmentation}, None),
     (ProgramSeq2SeqConfig, {AutoModelForSeq2SeqLM: ProgramSeq2SeqForConditionalGeneration}, None),
     (RecurrentLMConfig, {AutoModel: RecurrentLMModel, AutoModelForCausalLM: RecurrentLMForCausalLM}, None),
 ]
@@ -87,6 +91,8 @@ def __getattr__(name: str) -> Any:
 
 
 __all__ = [
+    "ClipSegmenterConfig",
+    "ClipSegmenterForImageSegmentation",
     "ConvClassifierConfig",
     "ConvClassifierForImageClassification",
     "ConvClassifierModel",
