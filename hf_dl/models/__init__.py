@@ -19,6 +19,7 @@ from transformers import (
     ViTImageProcessor,
 )
 
+from .classic_cnn import ClassicCNNConfig, ClassicCNNForImageClassification, ClassicCNNModel
 from .clip_segmenter import ClipSegmenterConfig, ClipSegmenterForImageSegmentation
 from .conv_classifier import ConvClassifierConfig, ConvClassifierForImageClassification, ConvClassifierModel
 from .image_vae import ImageVaeConfig, ImageVaeModel, ImageVaeProcessor
@@ -55,6 +56,11 @@ REGISTERED = [
     ),
     # The image processor is the one of CLIP, a class of transformers that AutoImageProcessor finds by its name.
     (ClipSegmenterConfig, {AutoModelForImageSegmentation: ClipSegmenterForImageSegmentation}, None),
+    (
+        ClassicCNNConfig,
+        {AutoModel: ClassicCNNModel, AutoModelForImageClassification: ClassicCNNForImageClassification},
+        ViTImageProcessor,
+    ),
     (ProgramSeq2SeqConfig, {AutoModelForSeq2SeqLM: ProgramSeq2SeqForConditionalGeneration}, None),
     (RecurrentLMConfig, {AutoModel: RecurrentLMModel, AutoModelForCausalLM: RecurrentLMForCausalLM}, None),
 ]
@@ -91,6 +97,9 @@ def __getattr__(name: str) -> Any:
 
 
 __all__ = [
+    "ClassicCNNConfig",
+    "ClassicCNNForImageClassification",
+    "ClassicCNNModel",
     "ClipSegmenterConfig",
     "ClipSegmenterForImageSegmentation",
     "ConvClassifierConfig",

@@ -19,6 +19,8 @@ from hf_dl.data import labeled_images
 from hf_dl.data.image_arrays import LabeledImages
 from hf_dl.data.superclasses import superclasses
 from hf_dl.metrics.classification import classification_scores, confusion_matrix, per_class_scores, top_k_hits
+from hf_dl.models.classic_architectures import ARCHITECTURES
+from hf_dl.models.classic_cnn import ClassicCNNConfig, ClassicCNNForImageClassification
 from hf_dl.models.conv_classifier import ConvClassifierConfig, ConvClassifierForImageClassification
 from hf_dl.models.layers_norm import NORMS
 from hf_dl.models.layers_trees import cluster_classes
@@ -70,6 +72,12 @@ CLASSIFIERS: dict[str, Classifier] = {
         ("norm", "widths", "hidden_size", "dropout", "head"),
         "An image classifier: three convolutions and two linear layers, with a choice of output layers (softmax, "
         "Gumbel, hierarchical, adaptive).",
+    ),
+    "classic_cnn": Classifier(
+        ClassicCNNConfig,
+        ClassicCNNForImageClassification,
+        ("architecture", "width_multiplier", "small_stem", "auxiliary", "dropout"),
+        "An image classifier: one of the classic convolutional networks, from LeNet-5 to ResNet-152.",
     ),
 }
 
@@ -146,7 +154,20 @@ class ModelFlags(HeadFlags):
     )
     num_hidden_layers: int | None = field(default=None, metadata={"help": "small_vit: number of transformer blocks."})
     dropout: float | None = field(
-        default=None, metadata={"help": "conv_classifier: dropout probability of the hidden layer."}
+        default=None, metadata={"help": "conv_classifier, classic_cnn: dropout probability of the hidden layers."}
+    )
+    architecture: str | None = field(
+        default=None, metadata={"help": f"classic_cnn: network. Choose one of: {', '.join(ARCHITECTURES)}."}
+    )
+    width_multiplier: float | None = field(
+        default=None, metadata={"help": "classic_cnn: factor for the channels of all layers except the last."}
+    )
+    small_stem: bool | None = field(
+        default=None,
+        metadata={"help": "classic_cnn: first convolution 3x3 with stride 1, for images of about 32x32 pixels."},
+    )
+    auxiliary: bool | None = field(
+        default=None, metadata={"help": "classic_cnn: train the auxiliary classifiers of GoogLeNet with the network."}
     )
     head: str | None = field(
         default=None,
@@ -230,7 +251,8 @@ def config_fields(args: Any) -> dict[str, Any]:
         if getattr(args, name) is None:
             default = getattr(defaults, name)
             setattr(args, name, list(default) if isinstance(default, tuple) else default)
-    fields = {name: getattr(args, name) for name in kind.flags} | {"image_size": args.image_size}
+    fields = {name: getattr(args, name) for name in kind.flags}
+    fields |= {"image_size": args.image_size, "num_channels": 3}
     if "head" in fields:
         fields["head"] = check_head(args)
     checked_config(kind.config, **fields)
