@@ -17,10 +17,9 @@ import os
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..models.beam_search import BeamSearchOutput
 from ..models.program_seq2seq import ProgramSeq2SeqForConditionalGeneration
@@ -39,6 +38,7 @@ from ..programs import (
     plain_numbers,
     run_steps,
 )
+from .model_loading import load_config, one_line
 
 MAX_CHARACTERS = 4000  # of a problem; the longest of MathQA has 2,011
 MAX_WORDS = 400  # the longest of MathQA has 356
@@ -293,24 +293,14 @@ class MathProgramPipeline:
             ValueError: If the model is missing, damaged, or of another kind.
         """
         name = str(name_or_path)
-        try:
-            config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-        except Exception as error:
-            if not Path(name).is_dir() and not isinstance(error, ValueError):
-                raise ValueError(
-                    f"The model {name!r} was not found. Expected a folder with a config.json, or the Hub id of a "
-                    "model that you can access."
-                ) from error
-            raise ValueError(f"The model {name!r} cannot be used ({_sentence(error)}).") from error
-        if config.model_type != "program_seq2seq":
-            raise ValueError(f"The model {name!r} is a {config.model_type!r}; expected a 'program_seq2seq'.")
+        config = load_config(name, ["program_seq2seq"])
         try:
             model, info = ProgramSeq2SeqForConditionalGeneration.from_pretrained(
                 name, config=config, use_safetensors=True, output_loading_info=True
             )
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         except Exception as error:  # the type of the error depends on the library that reads the damaged file
-            raise ValueError(f"The model {name!r} cannot be loaded ({_sentence(error)}).") from error
+            raise ValueError(f"The model {name!r} cannot be loaded ({one_line(error)}).") from error
         if info["missing_keys"]:
             raise ValueError(f"The model {name!r} lacks {len(info['missing_keys'])} tensors; save it again.")
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -553,7 +543,3 @@ class MathProgramPipeline:
             return_dict=True,
         )
         return output.cross_attentions[0][0, 0].float().cpu()
-
-
-def _sentence(error: Exception) -> str:
-    return " ".join(str(error).split())[:200].rstrip(".")

@@ -1,0 +1,37 @@
+"""Load the config of a model for a pipeline, with errors that say what is wrong."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from transformers import AutoConfig, PreTrainedConfig
+
+
+def load_config(name_or_path: str | os.PathLike, model_types: Sequence[str]) -> PreTrainedConfig:
+    """Load a config and check its model type. Code in the repository is not run.
+
+    Args:
+        name_or_path: A folder or a Hub id.
+        model_types: The model types that the pipeline accepts. The error names the first one.
+
+    Raises:
+        ValueError: If the model is missing, damaged, or of another type.
+    """
+    name = str(name_or_path)
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:
+        if not Path(name).is_dir() and not isinstance(error, ValueError):
+            raise ValueError(
+                f"The model {name!r} was not found. Expected a folder with a config.json, or the Hub id of a "
+                "model that you can access."
+            ) from error
+        raise ValueError(f"The model {name!r} cannot be used ({one_line(error)}).") from error
+    if config.model_type not in model_types:
+        raise ValueError(f"The model {name!r} is a {config.model_type!r}; expected a {model_types[0]!r}.")
+    return config
+
+
+def one_line(error: Exception) -> str:
+    """Return the message of an error as one line of at most 200 characters, without the final period."""
+    return " ".join(str(error).split())[:200].rstrip(".")
