@@ -18,6 +18,7 @@ from transformers import (
     AutoVideoProcessor,
     ViTImageProcessor,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_SEGMENTATION_MAPPING_NAMES
 
 from .classic_cnn import ClassicCNNConfig, ClassicCNNForImageClassification, ClassicCNNModel
 from .clip_segmenter import ClipSegmenterConfig, ClipSegmenterForImageSegmentation
@@ -28,6 +29,7 @@ from .program_seq2seq import ProgramSeq2SeqConfig, ProgramSeq2SeqForConditionalG
 from .recurrent_lm import RecurrentLMConfig, RecurrentLMForCausalLM, RecurrentLMModel
 from .slot_autoencoder import (
     SlotAutoencoderConfig,
+    SlotAutoencoderForImageSegmentation,
     SlotAutoencoderModel,
     SlotDecoderModel,
     SlotEncoderModel,
@@ -37,7 +39,11 @@ from .small_vit import SmallViTConfig, SmallViTForImageClassification, SmallViTI
 
 # One row per model type: the config, the model for each Auto class, and the image processor if it has one.
 REGISTERED = [
-    (SlotAutoencoderConfig, {AutoModel: SlotAutoencoderModel}, SlotImageProcessor),
+    (
+        SlotAutoencoderConfig,
+        {AutoModel: SlotAutoencoderModel, AutoModelForImageSegmentation: SlotAutoencoderForImageSegmentation},
+        SlotImageProcessor,
+    ),
     (ImageVaeConfig, {AutoModel: ImageVaeModel}, ImageVaeProcessor),
     (
         SmallViTConfig,
@@ -81,6 +87,11 @@ for _config, _models, _processor in REGISTERED:
             # of the image processor, and asks at the terminal whether to run this code.
             AutoVideoProcessor.register(_config, None)
 
+# The image-segmentation pipeline does not read the registrations, and logs an error for other classes than these.
+MODEL_FOR_IMAGE_SEGMENTATION_MAPPING_NAMES[SlotAutoencoderConfig.model_type] = (
+    SlotAutoencoderForImageSegmentation.__name__
+)
+
 _WITH_DIFFUSERS = {
     "SlotUNetModel": "slot_unet",
     "decode_latents": "latent_autoencoder",
@@ -117,6 +128,7 @@ __all__ = [
     "RecurrentLMForCausalLM",
     "RecurrentLMModel",
     "SlotAutoencoderConfig",
+    "SlotAutoencoderForImageSegmentation",
     "SlotAutoencoderModel",
     "SlotDecoderModel",
     "SlotEncoderModel",

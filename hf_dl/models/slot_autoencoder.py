@@ -27,7 +27,9 @@ The parts are in sibling files: `slot_config`, `slot_encoders`, `slot_inits`, `s
 `layers_frame_attention`, `slot_decoders` and `slot_segmentation`. `slot_losses` has more loss terms.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -84,6 +86,48 @@ class SlotImageProcessor(RgbImageProcessor):
     do_resize = True
     do_rescale = True
     do_normalize = True
+
+    def post_process_panoptic_segmentation(
+        self,
+        outputs: SlotAutoencoderOutput,
+        threshold: float = 0.5,
+        mask_threshold: float = 0.5,
+        overlap_mask_area_threshold: float = 0.5,
+        target_sizes: Sequence[tuple[int, int]] | None = None,
+    ) -> list[dict[str, Any]]:
+        """Turn masks into segments, with the arguments that transformers' image-segmentation pipeline passes.
+
+        Args:
+            outputs: Output of a `SlotAutoencoderForImageSegmentation`.
+            threshold: Lowest score of a segment. The score is the mean of the mask over the pixels of the segment.
+            mask_threshold: Pixels in which no mask reaches this value belong to no segment.
+            overlap_mask_area_threshold: Lowest fraction of the pixels of a mask, at `mask_threshold`, that are in the
+                segment. In the others, another mask is higher.
+            target_sizes: (height, width) of each image. Defaults to the size of the masks.
+
+        Returns:
+            For each image, `segmentation`, int64 (height, width), with the index of the slot or -1, and
+            `segments_info`, a list with `id`, `label_id` and `score` of each segment.
+        """
+        found = []
+        for index, masks in enumerate(outputs.masks):
+            if target_sizes is not None:
+                size = tuple(target_sizes[index])
+                masks = F.interpolate(masks[None], size=size, mode="bilinear", align_corners=False)[0]
+            highest, winner = masks.max(dim=0)
+            segmentation = winner.where(highest >= mask_threshold, -1)
+            infos = []
+            for slot, mask in enumerate(masks):
+                segment = segmentation == slot
+                pixels = int(segment.sum())
+                score = float(mask[segment].mean()) if pixels else 0.0
+                whole = pixels >= overlap_mask_area_threshold * int((mask >= mask_threshold).sum())
+                if pixels and whole and score >= threshold:
+                    infos.append({"id": slot, "label_id": slot, "score": score})
+                else:
+                    segmentation[segment] = -1
+            found.append({"segmentation": segmentation, "segments_info": infos})
+        return found
 
 
 class SlotAutoencoderPreTrainedModel(PreTrainedModel):
@@ -316,6 +360,14 @@ class SlotAutoencoderModel(SlotAutoencoderPreTrainedModel):
             keep=keep,
         )
 
+    def save_pretrained(self, *args, **kwargs):
+        """Save the model as `PreTrainedModel.save_pretrained` does, also for `AutoModelForImageSegmentation`."""
+        self.config.auto_map = {
+            "AutoModel": "slot_autoencoder.SlotAutoencoderModel",
+            "AutoModelForImageSegmentation": "slot_autoencoder.SlotAutoencoderForImageSegmentation",
+        }
+        return super().save_pretrained(*args, **kwargs)
+
     def paint(self, slots: torch.Tensor, keep: torch.Tensor | None = None) -> "SlotDecoderOutput":
         """Paint slots of an image, edited slots, or slots from a `SlotLibrary`; see `SlotDecoderModel.forward`."""
         slots = self._place(slots)
@@ -385,6 +437,27 @@ class SlotAutoencoderModel(SlotAutoencoderPreTrainedModel):
             )
             for mask, image in zip(masks, images, strict=True)
         ]
+
+
+class SlotAutoencoderForImageSegmentation(SlotAutoencoderModel):
+    """The same model for transformers' image-segmentation pipeline: the masks of its output are the `posterior`.
+
+    Example:
+        ```python
+        >>> model = SlotAutoencoderForImageSegmentation(SlotAutoencoderConfig()).eval()
+        >>> output = model(torch.zeros(1, 3, 64, 64))
+        >>> SlotImageProcessor().post_process_panoptic_segmentation(output)[0]["segmentation"].shape
+        torch.Size([64, 64])
+
+        ```
+    """
+
+    @can_return_tuple
+    def forward(self, pixel_values: torch.Tensor, **kwargs) -> SlotAutoencoderOutput:
+        """Encode images into slots, and segment them with the slots; see `SlotAutoencoderModel.forward`."""
+        output = super().forward(pixel_values, **kwargs, return_dict=True)
+        output.masks = self.posterior(pixel_values, output)
+        return output
 
 
 @dataclass

@@ -106,6 +106,9 @@ class SlotAutoencoderConfig(PreTrainedConfig):
         self.encoder_strides = list(self.encoder_strides)
         self.decoder_channels = list(self.decoder_channels)
         super().__post_init__(**kwargs)
+        # Slots have no names. transformers' image-segmentation pipeline labels the mask of a slot with these.
+        self.id2label = {index: f"slot {index + 1}" for index in range(self.num_slots)}
+        self.label2id = {label: index for index, label in self.id2label.items()}
 
     @property
     def frame_dim(self) -> int:

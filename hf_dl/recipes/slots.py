@@ -33,6 +33,7 @@ SUMMARY = (
     "Each slot paints a part of the image. The masks that combine the parts segment the image. The posterior segments "
     "it more exactly: it assigns each pixel to the slot that explains its color best."
 )
+TASK = "image-segmentation"  # its pipeline returns a mask, a label and a score for each slot that the image needs
 CALLS = """\
 image = Image.open("image.png")
 segments = model.segment(image)  # (height, width), the slot of each pixel
@@ -229,8 +230,8 @@ def draw_and_compose(
 def write_report(folder: Path) -> None:
     """Write the learning curves and the model card of a finished run into its folder, and print the paths."""
     plot_run(folder, folder / "curves.png", CURVES)
-    usage = usage_snippet(folder, "SlotAutoencoderModel", calls=CALLS)
-    card = run_card(folder, summary=SUMMARY, usage=usage, limits=LIMITS, tags=TAGS)
+    usage = usage_snippet(folder, "SlotAutoencoderModel", calls=CALLS, task=TASK)
+    card = run_card(folder, summary=SUMMARY, usage=usage, limits=LIMITS, tags=TAGS, task=TASK)
     card.save(folder / "README.md")
     print(f"checkpoint  {folder}  (SlotAutoencoderModel.from_pretrained)")
     print(f"report      {folder / 'README.md'}")

@@ -28,10 +28,12 @@ LOCAL_ID = "."  # the usage snippet of a local card loads from the folder of the
 TRUST = "# After `import hf_dl`, trust_remote_code is not needed."
 COUNTS = ("images", "examples", "problems", "sentences", "tokens")
 PICTURES = (".png", ".svg", ".jpg", ".jpeg", ".webp", ".gif")
-# Tasks whose pipeline of transformers loads the model, by the ending of the model's class, with an example call.
-TASKS = {
-    "ForImageClassification": ("image-classification", '"image.png"'),
-    "ForCausalLM": ("text-generation", '"the", max_new_tokens=20'),
+# Tasks whose pipeline of transformers loads the model, by the ending of the model's class
+TASKS = {"ForImageClassification": "image-classification", "ForCausalLM": "text-generation"}
+EXAMPLES = {  # arguments of an example call of the pipeline
+    "image-classification": '"image.png"',
+    "image-segmentation": '"image.png"',
+    "text-generation": '"the", max_new_tokens=20',
 }
 # flags of a person's own run
 NOT_REPRODUCED = ("output_dir", "resume", "accept_changed_data", "push_to_hub", "hub_model_id", "hub_strategy")
@@ -147,8 +149,8 @@ def _metrics_table(metrics: Mapping[str, float]) -> str:
     return _rows(["metric", "split", "n", "value"], rows)
 
 
-def _task(model_class: str) -> tuple[str, str] | None:
-    """Return the task of a class, and an example call of its pipeline."""
+def _task(model_class: str) -> str | None:
+    """Return the task of a class."""
     return next((task for ending, task in TASKS.items() if model_class.endswith(ending)), None)
 
 
@@ -205,7 +207,7 @@ def with_repository(text: str, repo_id: str | Path) -> str:
     return re.sub(loading, lambda match: f'{match[1]}"{repo_id}"', text)
 
 
-def usage_snippet(folder: str | Path, model_class: str, *, calls: str | None = None) -> str:
+def usage_snippet(folder: str | Path, model_class: str, *, calls: str | None = None, task: str | None = None) -> str:
     """Write Python code that loads a saved model and uses it.
 
     Args:
@@ -213,6 +215,8 @@ def usage_snippet(folder: str | Path, model_class: str, *, calls: str | None = N
         model_class: The name of the saved class.
         calls: Code that uses `model`, and `processor` or `tokenizer` if its name occurs. Defaults to a pipeline of
             transformers for the classes in `TASKS`, and else to one call of the model.
+        task: Task whose pipeline of transformers also loads the model, if the class is not in `TASKS`. The code then
+            calls this pipeline first.
 
     Returns:
         Python source that loads from `LOCAL_ID`; publishing replaces this by the id of the repository.
@@ -223,11 +227,12 @@ def usage_snippet(folder: str | Path, model_class: str, *, calls: str | None = N
     model = max((name for name in autos if name.startswith("AutoModel")), key=len, default=model_class)
     trust = ", trust_remote_code=True" if auto_map else ""
     note = [TRUST] if auto_map else []
-    task = _task(model_class)
+    task = task or (_task(model_class) if calls is None else None)
+    piped = []
+    if task:
+        piped = [f'pipe = pipeline("{task}", "{LOCAL_ID}"{trust})', f"print(pipe({EXAMPLES[task]}))"]
     if task and calls is None:
-        lines = ["from transformers import pipeline", "", *note]
-        lines += [f'pipe = pipeline("{task[0]}", "{LOCAL_ID}"{trust})', f"print(pipe({task[1]}))"]
-        return "\n".join(lines)
+        return "\n".join(["from transformers import pipeline", "", *note, *piped])
     loader, name, call = None, "", ""
     if (folder / "preprocessor_config.json").is_file():
         loader, name, call = "AutoImageProcessor", "processor", 'processor(Image.open("image.png"), '
@@ -240,7 +245,8 @@ def usage_snippet(folder: str | Path, model_class: str, *, calls: str | None = N
     loads = {name: loader} if name and name in calls else {}
     loads["model"] = model
     lines = ["from PIL import Image"] if "Image.open" in calls else []
-    lines += [f"from transformers import {', '.join(sorted(loads.values()))}", "", *note]
+    lines += [f"from transformers import {', '.join([*sorted(loads.values()), *(['pipeline'] if task else [])])}"]
+    lines += ["", *note, *piped, *([""] if task else [])]
     lines += [f'{name} = {auto}.from_pretrained("{LOCAL_ID}"{trust})' for name, auto in loads.items()]
     return "\n".join([*lines, *calls.splitlines()])
 
@@ -332,6 +338,7 @@ def run_card(
     library: str = "transformers",
     tags: Sequence[str] = (),
     limits: Sequence[str] = (),
+    task: str | None = None,
 ) -> ModelCard:
     """Make the model card of a run from the files in its folder.
 
@@ -343,6 +350,7 @@ def run_card(
         library: The Hub's name of the library that loads the model.
         tags: More tags; "hf_dl" is always there.
         limits: Limits of the model, one sentence each. Limits that follow from results.json are added.
+        task: Task whose pipeline of transformers loads the model. Defaults to the task in `TASKS`.
 
     Returns:
         The card; `card.save(path)` writes it. Its `pipeline_tag` is set only if the pipeline of transformers for that
@@ -366,10 +374,10 @@ def run_card(
             )
     name = name or folder.resolve().name
     model_class, script = str(results.get("model_class") or "model"), Path(str(results["script"])).name
-    task, dataset = _task(model_class), _hub_dataset(results)
+    task, dataset = task or _task(model_class), _hub_dataset(results)
     evaluations = [
         EvalResult(
-            task_type=task[0] if task else "other",
+            task_type=task or "other",
             metric_type=metric_type(metric),
             metric_name=metric.replace("_", " "),
             metric_value=metrics[metric],
@@ -381,7 +389,7 @@ def run_card(
     card_data = ModelCardData(
         license=LICENSE,
         library_name=library,
-        pipeline_tag=task[0] if task else None,
+        pipeline_tag=task,
         datasets=[dataset] if dataset else None,
         tags=["hf_dl", *tags],
         model_name=name if evaluations else None,
@@ -454,7 +462,7 @@ def experiment_card(report: Report, *, figures: Sequence[str | Path] = ()) -> Mo
             setting = _setting(dict(zip(shown, group.key, strict=True)))
             evaluations.append(
                 EvalResult(
-                    task_type=(_task(str(group.finished[0].get("model_class"))) or ["other"])[0],
+                    task_type=_task(str(group.finished[0].get("model_class"))) or "other",
                     metric_type=metric_type(metric),
                     metric_name=f"mean {report.label(metric)} ({setting})",
                     metric_value=math.fsum(values) / len(values),

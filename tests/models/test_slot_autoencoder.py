@@ -1,11 +1,18 @@
+import json
 import math
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import pipeline
 
-from hf_dl.models import SlotAutoencoderConfig, SlotAutoencoderModel, SlotImageProcessor
+from hf_dl.models import (
+    SlotAutoencoderConfig,
+    SlotAutoencoderForImageSegmentation,
+    SlotAutoencoderModel,
+    SlotImageProcessor,
+)
 from hf_dl.models.slot_decoders import DECODERS, SlotDecoder, blend_slots
 from hf_dl.models.slot_segmentation import draw_cost, find_needed_slots, mixture_posterior
 from tests.models.contract import SAME_CODE, ModelContract
@@ -451,3 +458,67 @@ def test_all_methods_run_in_half_precision(dtype):
     torch.testing.assert_close(posterior.sum(1), torch.ones(1, 16, 16))
     painted = model.decode(output.slots, keep=output.keep)
     torch.testing.assert_close(painted, (output.reconstruction / 2 + 0.5).clamp(0, 1), rtol=0.02, atol=0.02)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A saved model, and a picture of another size with two rectangles."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("saved")
+    model = SlotAutoencoderModel(SlotAutoencoderConfig(**TINY, decoder_channels=(16,))).eval()
+    model.save_pretrained(folder)
+    SlotImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)
+    image = Image.new("RGB", (48, 40), "white")
+    image.paste("red", (4, 4, 20, 24))
+    image.paste("blue", (26, 12, 44, 36))
+    image.save(folder / "image.png")
+    return folder, model, image
+
+
+def test_the_segmentation_pipeline_returns_a_mask_per_slot(saved):
+    folder, model, image = saved
+    pipe = pipeline("image-segmentation", str(folder))
+    assert type(pipe.model) is SlotAutoencoderForImageSegmentation
+    found = pipe(image, threshold=0, mask_threshold=0, overlap_mask_area_threshold=0)
+    segments = model.segment(image)
+    for entry in found:
+        slot = model.config.label2id[entry["label"]]
+        assert np.array_equal(np.asarray(entry["mask"]) == 255, (segments == slot).numpy())
+        assert 0 < entry["score"] <= 1
+    assert len(found) == len(segments.unique())
+    (first, second) = pipe([image, str(folder / "image.png")])
+    assert [entry["label"] for entry in first] == [entry["label"] for entry in second]
+
+
+def test_the_segmentation_pipeline_without_the_package(saved, run_fresh):
+    folder, model, image = saved
+    program = """
+sys.modules["hf_dl"] = None  # from here on `import hf_dl` raises ImportError
+import json
+from transformers import pipeline
+pipe = pipeline("image-segmentation", ".", trust_remote_code=True)
+print(json.dumps([[entry["label"], entry["score"]] for entry in pipe("image.png", threshold=0)]))
+"""
+    found = json.loads(run_fresh(f"import sys\n{program}", cwd=folder).splitlines()[-1])
+    here = pipeline("image-segmentation", str(folder))(image, threshold=0)
+    assert [label for label, _ in found] == [entry["label"] for entry in here] != []
+    assert [score for _, score in found] == pytest.approx([entry["score"] for entry in here], abs=1e-4)
+
+
+def test_thresholds_of_segments():
+    masks = torch.tensor([[0.9, 0.6, 0.3, 0.3], [0.1, 0.4, 0.4, 0.7], [0.0, 0.0, 0.3, 0.0]])[None, :, None]
+    output, processor = type("Output", (), {"masks": masks}), SlotImageProcessor()
+
+    def segments(**options):
+        (found,) = processor.post_process_panoptic_segmentation(output, **options)
+        return found["segmentation"].tolist(), [
+            (info["id"], round(info["score"], 3)) for info in found["segments_info"]
+        ]
+
+    assert segments() == ([[0, 0, -1, 1]], [(0, 0.75), (1, 0.7)])  # no mask reaches 0.5 in the third pixel
+    assert segments(mask_threshold=0.0) == ([[0, 0, 1, 1]], [(0, 0.75), (1, 0.55)])
+    assert segments(threshold=0.72) == ([[0, 0, -1, -1]], [(0, 0.75)])
+    # slot 1 has three pixels above 0.35, and wins two of them
+    options = {"mask_threshold": 0.35, "overlap_mask_area_threshold": 0.7}
+    assert segments(**options) == ([[0, 0, -1, -1]], [(0, 0.75)])
+    assert segments(target_sizes=[(2, 8)])[0][1] == [0, 0, 0, 0, -1, -1, 1, 1]

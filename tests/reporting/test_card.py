@@ -204,6 +204,14 @@ def test_a_task_of_transformers_is_used_through_its_pipeline(folder, auto_map):
     compile(usage, "usage", "exec")
 
 
+def test_a_pipeline_comes_before_the_calls_of_a_class_without_a_task(folder):
+    usage = usage_snippet(folder, "FakeModel", calls="model.segment()", task="image-segmentation")
+    compile(usage, "usage", "exec")
+    assert "from transformers import FakeModel, pipeline\n" in usage
+    assert usage.index('print(pipe("image.png"))') < usage.index("model = FakeModel") < usage.index("model.segment()")
+    assert run_card(folder, usage=usage, task="image-segmentation").data.pipeline_tag == "image-segmentation"
+
+
 def test_damaged_files_are_one_sentence(folder, tmp_path):
     (folder / "config.json").write_text('{"auto')
     with pytest.raises(ValueError, match="config.json is cut short"):

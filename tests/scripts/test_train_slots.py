@@ -59,8 +59,11 @@ def test_the_folder_is_all_that_a_person_needs(finished):
             assert min(image.size) > 200 and np.asarray(image.convert("L")).std() > 5
     assert SlotLibrary.from_pretrained(folder / "slot_library").vectors.shape[1] == 64
     card = read_card(folder / "README.md")
-    assert card.data.pipeline_tag is None and "slots.png" in card.text
+    assert card.data.pipeline_tag == "image-segmentation" and "slots.png" in card.text
     said = run_snippet(folder)
+    found = said["pipe"](said["image"], threshold=0, mask_threshold=0, overlap_mask_area_threshold=0)
+    masks = [np.asarray(segment["mask"], dtype=int) for segment in found]
+    assert (sum(masks) == 255).all() and masks[0].shape == (40, 48)
     assert said["segments"].shape == (40, 48) and said["outputs"].masks.shape == (1, 5, 32, 32)
 
 
