@@ -8,6 +8,7 @@
 - `labeled_images`: labeled images from any source: generated, folders, parquet, idx files, the Hub
 - `masked_images`: images with instance masks from any source; `clevrtex` and `coco` read those two formats
 - `captions`: images with captions
+- `phrasecut`: images with phrases and one mask per phrase
 - `zero_shot`: images and prompts for zero-shot classification
 - `text`: a generated language, text files, or the Hub, with tokenizers and batches
 - `math_programs`: word problems with programs: generated, MathQA files, or the Hub

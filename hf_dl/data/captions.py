@@ -120,7 +120,7 @@ def load(
         raise ValueError(f"num_pairs={num_pairs} must be at least 1.")
     count = SPLITS.get(split, 1) if num_pairs is None else num_pairs
     check_arguments(split, style=style, size=size, num_objects=num_objects, num_scenes=count)
-    held_out = _check_held_out(held_out or ())
+    held_out = check_held_out(held_out or ())
     arguments = {
         "shards": [(start, min(start + 256, count)) for start in range(0, count, 256)],
         "split": split,
@@ -146,7 +146,8 @@ def load(
     return rows.add_column("captions", texts, feature=FEATURES["captions"]).select_columns(list(FEATURES))
 
 
-def _check_held_out(held_out: Sequence[Combination]) -> tuple[Combination, ...]:
+def check_held_out(held_out: Sequence[Combination]) -> tuple[Combination, ...]:
+    """Return combinations as tuples. Raise ValueError if one is unknown, or if none is left."""
     pairs = tuple(tuple(pair) if isinstance(pair, (tuple, list)) else pair for pair in held_out)
     for pair in pairs:
         if pair not in COMBINATIONS:
@@ -183,7 +184,7 @@ def recombine(scene: Scene, combinations: dict[int, Combination]) -> Scene | Non
     return replace(scene, objects=tuple(objects))
 
 
-def _avoid(scene: Scene, held_out: tuple[Combination, ...]) -> Scene | None:
+def avoid_held_out(scene: Scene, held_out: tuple[Combination, ...]) -> Scene | None:
     """Replace each combination that is held out by a random other one, before anything is rendered."""
     allowed = [pair for pair in COMBINATIONS if pair not in held_out]
     drawn = {}
@@ -203,7 +204,7 @@ def _make_rows(
     seed: int,
 ) -> list[dict]:
     drawn = visible_scenes(
-        indices, split, style, size, num_objects, seed, adapt=lambda index, scene: _avoid(scene, held_out)
+        indices, split, style, size, num_objects, seed, adapt=lambda index, scene: avoid_held_out(scene, held_out)
     )
     images = shade(SceneBatch([scene for scene, _ in drawn], size, "cpu")).numpy()
     rows = []

@@ -97,14 +97,27 @@ def _generate(
 
 def _paint(segmentations: list, size: tuple[int, int], name: str) -> Image.Image:
     """Paint all objects into one mask, small ones last: objects overlap, and small ones are usually in front."""
-    shapes = [_rasterize(segmentation, size, name) for segmentation in segmentations]
+    shapes = [rasterize(segmentation, size, name) for segmentation in segmentations]
     mask = np.zeros(size[::-1], dtype=np.int32)
     for label in sorted(range(len(shapes)), key=lambda i: -shapes[i].sum()):
         mask[shapes[label]] = label + 1
     return Image.fromarray(mask)
 
 
-def _rasterize(segmentation: list | dict, size: tuple[int, int], name: str) -> np.ndarray:
+def rasterize(segmentation: list | dict, size: tuple[int, int], name: str) -> np.ndarray:
+    """Draw the segmentation of a COCO annotation.
+
+    Args:
+        segmentation: Polygons, each as x, y, x, y, ..., or uncompressed run lengths.
+        size: Width and height of the image in pixels.
+        name: Name of the image in error messages.
+
+    Returns:
+        The mask, bool (height, width).
+
+    Raises:
+        ValueError: If the run lengths are compressed, or have another number of pixels.
+    """
     width, height = size
     if isinstance(segmentation, list):
         canvas = Image.new("1", size)
