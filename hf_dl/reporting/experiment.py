@@ -470,11 +470,11 @@ def read_results(folder: str | Path) -> dict[str, Any]:
 
 
 def find_run(root: str | Path, flag: str, seed: int, *, script: str | None = None) -> Path:
-    """Find a finished run by a flag and the seed.
+    """Find a finished run by its flags and the seed.
 
     Args:
         root: A folder of runs, such as `runs/norms`.
-        flag: The flag and its value, such as "norm=batch".
+        flag: A flag and its value, such as "norm=batch". Commas separate several flags.
         seed: The seed.
         script: Name of the script, such as "train_slots.py", if the folder has runs of several scripts.
 
@@ -484,20 +484,22 @@ def find_run(root: str | Path, flag: str, seed: int, *, script: str | None = Non
     Raises:
         ValueError: If `flag` is not a flag with a value, or no run matches.
     """
-    name, equals, value = flag.partition("=")
-    if not name or not equals:
+    parts = [part.strip().partition("=") for part in flag.split(",")]
+    wanted = {name: value for name, _, value in parts}
+    if not all(name and equals for name, equals, _ in parts):
         raise ValueError(f"run={flag!r} is not a flag with a value. Write it like norm=batch.")
     for path in sorted(Path(root).glob("*/results.json")):
         results = read_results(path.parent)
         args = results["args"]
         if script is not None and results["script"] != script:
             continue
-        if name in args and str(args[name]) == value and args.get("seed") == seed:
+        found = {name: str(args[name]) for name in wanted if name in args}
+        if found == wanted and args.get("seed") == seed:
             return path.parent
     of = f" of {script}" if script else ""
+    words = " ".join(f"--{name} {value}" for name, value in wanted.items())
     raise ValueError(
-        f"model={str(root)!r} contains no finished run{of} with --{name} {value} --seed {seed}. Run its experiment "
-        "first."
+        f"model={str(root)!r} contains no finished run{of} with {words} --seed {seed}. Run its experiment first."
     )
 
 

@@ -211,6 +211,13 @@ def test_a_run_is_found_by_its_flags(toml, tmp_path):
         assert args["width"] == 8 and args["seed"] == seed
     script = read_results(find_run(root, "width=8", 0))["script"]
     assert find_run(root, "width=8", 0, script=script) == find_run(root, "width=8", 0)
+    both = read_results(find_run(root, "norm=group, width=4", 1))["args"]
+    assert (both["width"], both["norm"], both["seed"]) == (4, "group", 1)
+    with pytest.raises(ValueError, match="with --width 4 --norm bath --seed 0. Run its experiment first"):
+        find_run(root, "width=4,norm=bath", 0)
+    for wrong in ("width=8,", "width=8,norm", "=8"):
+        with pytest.raises(ValueError, match=f"run='{wrong}' is not a flag with a value"):
+            find_run(root, wrong, 0)
     with pytest.raises(ValueError, match="contains no finished run of other.py with --width 8 --seed 0"):
         find_run(root, "width=8", 0, script="other.py")
     with pytest.raises(ValueError, match="contains no finished run with --width 5 --seed 0. Run its experiment first"):
