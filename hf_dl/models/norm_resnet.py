@@ -13,7 +13,8 @@ Differences from the paper:
 
 - `norm` is a key of `NORMS` in layers_norm.py. With "none", the convolutions have a bias instead.
 - `shortcut="projection"` uses a strided 1x1 convolution if a shortcut changes the size (option B of the paper). The
-  default strides and pads with zeros (option A).
+  default strides and pads with zeros (option A). `shortcut="none"` makes the plain network of the paper, without
+  residual connections.
 - Images may have any size, because of the mean over the pixels.
 
 `NormResNetConfig.receptive_field` is the size of the image area that a pixel of the last feature map depends on:
@@ -52,7 +53,7 @@ class NormResNetConfig(PreTrainedConfig):
         image_size: Height and width to which the processor resizes images, in pixels. The model accepts any size.
         num_channels: Channels of the images.
         shortcut: Shortcut where the size changes: "identity" (stride, and zeros for new channels) or "projection"
-            (1x1 convolution).
+            (1x1 convolution). "none" removes all residual connections.
         num_labels: Number of classes. `id2label` names them.
 
     Example:
@@ -73,7 +74,7 @@ class NormResNetConfig(PreTrainedConfig):
     widths: list[int] | tuple[int, ...] = (16, 32, 64)
     image_size: int = 32
     num_channels: int = 3
-    shortcut: Literal["identity", "projection"] = "identity"
+    shortcut: Literal["identity", "projection", "none"] = "identity"
 
     def __post_init__(self, **kwargs):
         """Convert fields to JSON types, so that a config that was saved and loaded is equal to the original."""
@@ -146,13 +147,16 @@ class ConvNorm(nn.Sequential):
 
 
 class ResidualBlock(nn.Module):
-    """A residual block, relu(shortcut(x) + norm(conv(relu(norm(conv(x)))))); `size` is the size of its output."""
+    """A residual block, relu(shortcut(x) + norm(conv(relu(norm(conv(x)))))).
+
+    `size` is the size of its output. Without shortcut, it is a plain block of two convolutions.
+    """
 
     def __init__(self, config: NormResNetConfig, inputs: int, outputs: int, *, stride: int, size: int):
         super().__init__()
         self.first = ConvNorm(config, inputs, outputs, kernel=3, stride=stride, size=size)
         self.second = ConvNorm(config, outputs, outputs, kernel=3, stride=1, size=size)
-        self.stride, self.new_channels = stride, outputs - inputs
+        self.stride, self.new_channels, self.plain = stride, outputs - inputs, config.shortcut == "none"
         self.projection = None
         if config.shortcut == "projection" and (stride > 1 or inputs != outputs):
             self.projection = ConvNorm(config, inputs, outputs, kernel=1, stride=stride, size=size)
@@ -160,6 +164,8 @@ class ResidualBlock(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Transform x, (batch, inputs, height, width)."""
         residual = self.second(F.relu(self.first(x)))
+        if self.plain:
+            return F.relu(residual)
         if self.projection is not None:
             x = self.projection(x)
         elif self.stride > 1 or self.new_channels:

@@ -146,7 +146,8 @@ class ModelFlags(HeadFlags):
         default=None, metadata={"help": "norm_resnet, conv_classifier: channels of each stage."}
     )
     shortcut: str | None = field(
-        default=None, metadata={"help": "norm_resnet: shortcut between stages, identity or projection."}
+        default=None,
+        metadata={"help": "norm_resnet: shortcut between stages, identity or projection; none for a plain network."},
     )
     patch_size: int | None = field(default=None, metadata={"help": "small_vit: side of a patch in pixels."})
     hidden_size: int | None = field(

@@ -39,6 +39,14 @@ class TestBatchInstanceWithProjections(TestBatch):
         return NormResNetConfig(**TINY, norm="batch_instance", shortcut="projection")
 
 
+class TestPlain(TestBatch):
+    skipped = SAME_CODE
+    test_loads_in_a_fresh_process_without_the_package = None  # tested above with the same code
+
+    def config(self):
+        return NormResNetConfig(**TINY, shortcut="none")
+
+
 class TestGroup(TestBatch):
     skipped = SAME_CODE
     test_loads_in_a_fresh_process_without_the_package = None  # tested above with the same code
@@ -131,7 +139,7 @@ def test_hidden_states_on_request():
 
 
 @pytest.mark.parametrize("size", [(256, 256), (33, 47), (8, 8)])
-@pytest.mark.parametrize("shortcut", ["identity", "projection"])
+@pytest.mark.parametrize("shortcut", ["identity", "projection", "none"])
 def test_images_of_any_size(size, shortcut):
     model = NormResNetForImageClassification(NormResNetConfig(num_labels=4, shortcut=shortcut)).eval()
     with torch.no_grad():
@@ -148,6 +156,16 @@ def test_identity_shortcuts_stride_and_pad_with_zeros():
         x = torch.rand(1, 16, 8, 8)
         y = block(x)
     assert torch.equal(y[:, :16], x[:, :, ::2, ::2]) and not y[:, 16:].any()
+
+
+def test_a_plain_network_has_the_same_weights_and_no_shortcuts():
+    config = NormResNetConfig(num_labels=10, shortcut="none", widths=(32, 16, 64))  # the channels may decrease
+    plain = NormResNetModel(config).eval()
+    assert count(num_labels=10, shortcut="none") == count(num_labels=10)
+    for stage in plain.stages:
+        x = torch.rand(1, stage[0].first[0].in_channels, 8, 8)
+        with torch.no_grad():
+            torch.testing.assert_close(stage[0](x), stage[0].second(stage[0].first(x).relu()).relu())
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -283,7 +301,7 @@ def test_pixel_affine_accepts_one_size_only():
         ({"widths": (16, 32)}, "must be three numbers of channels"),
         ({"widths": (32, 16, 64)}, "must not decrease, because shortcut='identity' can only add channels"),
         ({"norm": "group", "num_groups": 12}, "do not fit norm='group': num_groups=12 must divide num_channels=16"),
-        ({"shortcut": "none"}, "shortcut"),
+        ({"shortcut": "zeros"}, "shortcut"),
     ],
 )
 def test_invalid_fields_raise_an_error(fields, sentence):
