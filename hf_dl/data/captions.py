@@ -13,12 +13,15 @@ the words and looks that it knows.
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import datasets
 
+from .captioned_images import FEATURES, load_captioned
+from .decoded_images import CORRUPT
 from .generation import counted, row_bar
 from .object_crops import CLASSES
 from .png import encode_png
@@ -27,6 +30,7 @@ from .raycast_geometry import SceneBatch
 from .scene_annotations import find_box, listing
 from .scene_description import SHAPES, Scene
 from .scenes import check_arguments, has_room, run_chunks, visible_scenes
+from .splits import Source
 from .surfaces import COLORS, LINEAR_COLORS, pick, recolor
 
 Combination = tuple[str, str]  # color and shape
@@ -54,57 +58,73 @@ _TEMPLATES = (
 )
 _REPEATS = 20  # attempts to write a caption that the image does not have yet
 
-FEATURES = datasets.Features({
-    "image_id": datasets.Value("string"),
-    "image": datasets.Image(),
-    "captions": datasets.List(datasets.Value("string")),
-    "objects": datasets.List({
-        "color": datasets.Value("string"),
-        "shape": datasets.Value("string"),
-        "size": datasets.Value("string"),
-        "box": datasets.List(datasets.Value("int32"), length=4),
-    }),
-})  # fmt: skip
-
 
 def load(
     split: str = "train",
-    source: str = "synthetic",
+    source: Source = "synthetic",
     *,
+    annotations: str | os.PathLike | None = None,
     detail: str = "rich",
     style: str = "plain",
-    size: int = 64,
+    size: int | None = None,
     num_objects: tuple[int, int] = (1, 2),
     num_pairs: int | None = None,
     num_captions: int = 4,
     held_out: Sequence[Combination] | None = HELD_OUT,
     seed: int = 0,
+    holdout: float = 0.1,
+    image_column: str | None = None,
+    caption_column: str | None = None,
+    corrupt: str = "refuse",
     streaming: bool = False,
 ) -> datasets.Dataset | datasets.IterableDataset:
     """Load images with captions.
 
+    The kind of `source` is detected from its content:
+
+    * "synthetic": generated scenes, see `hf_dl.data.scenes`;
+    * a folder of images, if `annotations` names the file of their captions: COCO captions (JSON), a table such as
+      results.csv or captions.txt, or a token file of Flickr;
+    * a folder with such a file, or the folder of COCO that has `annotations/captions_train2017.json`;
+    * a folder of parquet files, a dataset saved by `save_to_disk`, or images with a metadata.jsonl;
+    * a `Dataset` that you already have, or a dictionary of splits;
+    * anything else is a Hub id.
+
+    If the source has no validation or test split, `holdout` of the training images are held out for it. The choice
+    depends on `seed` only. A COCO file in `annotations` is one split, so `split` only names the result.
+
     Args:
-        split: "train", "validation" or "test".
-        source: "synthetic": generated scenes, see `hf_dl.data.scenes`.
+        split: "train", "validation" or "test". Usual aliases in the source, such as "val", are recognized.
+        source: "synthetic", a path, a Hub id, or a dataset that you already have. An `IterableDataset` is streamed.
+        annotations: File of the captions, if `source` is a folder of images.
         detail: Information in the captions of generated scenes: "rich", "partial" or "poor", see `DETAILS`. The images
             are the same for each.
         style: Style of generated scenes, "plain" or "textured".
-        size: Width and height of the images in pixels.
+        size: Width and height of the images in pixels. Real images are cropped to a centered square and resized.
+            Defaults to 64 for generated scenes, and to whole images in their own size otherwise.
         num_objects: Smallest and largest number of objects per generated scene.
-        num_pairs: Number of images. Defaults to the count in `SPLITS`. A longer dataset starts with the images of a
-            shorter one.
+        num_pairs: Number of images. Defaults to all, and to the count in `SPLITS` for generated scenes. A longer
+            dataset starts with the images of a shorter one.
         num_captions: Number of captions per generated scene. They differ as far as possible.
         held_out: Combinations (color, shape) that the training and validation scenes do not contain. The test scenes
             contain all combinations. None holds out nothing.
-        seed: Seed of the generated scenes and captions.
-        streaming: Render while iterating, instead of once into the cache of `datasets`.
+        seed: Seed of the generated scenes and captions, and of the choice of held-out images.
+        holdout: Share of the training images to hold out for a missing split, above 0 and below 0.5.
+        image_column: Column of the images. Defaults to the first column with images.
+        caption_column: Column with a text, or with a list of texts. Defaults to "captions", "caption", "text" and
+            similar names, and to all of "caption_0", "caption_1", and so on.
+        corrupt: Handling of rows whose image cannot be read or that have no caption. "refuse" raises an error that
+            lists them. "skip" removes them and warns with a list.
+        streaming: Render or decode while iterating, instead of once into the cache of `datasets`.
 
     Returns:
         A dataset with the columns of `FEATURES`: `image_id`, `image` (RGB), `captions` (list of texts) and `objects`.
         Objects have a color, a shape, a size, and the box x0, y0, x1, y1 of their visible part in pixels, half-open.
+        Real images have no objects.
 
     Raises:
-        ValueError: If an argument is not one of the values above.
+        FileNotFoundError: If a folder or file does not exist.
+        ValueError: If an argument, a column or a caption is invalid, or an image cannot be read.
 
     Example:
         >>> from hf_dl.data import captions
@@ -112,12 +132,31 @@ def load(
         >>> dataset[0]["captions"][0]
         'a photo of a cyan sphere right of a yellow cylinder'
     """
-    if detail not in DETAILS:
-        raise ValueError(f"detail={detail!r} is unknown; choose one of {', '.join(DETAILS)}.")
-    if num_captions < 1:
-        raise ValueError(f"num_captions={num_captions} must be at least 1.")
-    if num_pairs is not None and num_pairs < 1:
-        raise ValueError(f"num_pairs={num_pairs} must be at least 1.")
+    for name, value, known in (("split", split, SPLITS), ("detail", detail, DETAILS), ("corrupt", corrupt, CORRUPT)):
+        if value not in known:
+            raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(known)}.")
+    for name, value in (("num_captions", num_captions), ("num_pairs", num_pairs), ("size", size)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name}={value} must be at least 1.")
+    if not 0 < holdout < 0.5:
+        raise ValueError(f"holdout={holdout} must be above 0 and below 0.5: the share of images to hold out.")
+    if not isinstance(source, str) or source != "synthetic":
+        return load_captioned(
+            split,
+            source,
+            annotations=annotations,
+            image_column=image_column,
+            caption_column=caption_column,
+            size=size,
+            num_images=num_pairs,
+            holdout=holdout,
+            corrupt=corrupt,
+            seed=seed,
+            streaming=streaming,
+        )
+    if annotations is not None:
+        raise ValueError(f"annotations={str(annotations)!r} needs a folder of images, but got source='synthetic'.")
+    size = 64 if size is None else size
     count = SPLITS.get(split, 1) if num_pairs is None else num_pairs
     check_arguments(split, style=style, size=size, num_objects=num_objects, num_scenes=count)
     held_out = check_held_out(held_out or ())

@@ -5,37 +5,35 @@ Examples of Hub ids: `uoft-cs/cifar10`, `uoft-cs/cifar100`, `zalando-datasets/fa
 
 from __future__ import annotations
 
-import io
-import warnings
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from pathlib import Path
 
 import datasets
 import numpy as np
-import torch
-from PIL import Image, ImageOps
 
-from ..models.image_input import open_image
 from . import object_images
-from .class_folders import count_classes, read_class_folders, real_path
-from .generation import counted, row_bar
+from .class_folders import count_classes, read_class_folders
+from .decoded_images import CORRUPT, decode_rows, decode_stream, image_columns
 from .idx_files import read_idx_folder
 from .object_images import SPLITS
-from .png import encode_png
-from .splits import Rows, Source, find_split, given_splits, hold_out, name_source, read_tables, streamed_split
-
-_VERSION = 2  # increase it when pixels or columns change: `datasets` caches by arguments, not by code
-
-_SHARD = 512  # rows that are decoded together
-_NAMED = 10  # corrupt files that an error message lists
+from .splits import (
+    Rows,
+    Source,
+    find_local,
+    find_split,
+    given_splits,
+    hold_out,
+    name_source,
+    read_tables,
+    streamed_split,
+)
 
 
 def load(
     split: str = "train",
     source: Source = "synthetic",
     *,
-    size: int = 64,
+    size: int | None = 64,
     num_classes: int = 25,
     num_images: int | None = None,
     seed: int = 0,
@@ -45,7 +43,7 @@ def load(
     corrupt: str = "refuse",
     streaming: bool = False,
 ) -> datasets.Dataset | datasets.IterableDataset:
-    """Load square images with labels.
+    """Load images with labels.
 
     The kind of `source` is detected from its content:
 
@@ -57,14 +55,16 @@ def load(
     * a `Dataset` that you already have, or a dictionary of splits;
     * anything else is a Hub id.
 
-    Images of any size are cropped to a centered square and resized. If the source has no validation or test split,
-    `holdout` of the training images of each class are held out for it. The choice depends on `seed` only.
+    Images of any size are cropped to a centered square and resized, unless `size` is None. If the source has no
+    validation or test split, `holdout` of the training images of each class are held out for it. The choice depends on
+    `seed` only.
 
     Args:
         split: "train", "validation" or "test". Usual aliases in the source, such as "val" or "dev", are recognized.
         source: "synthetic", a path, a Hub id, or a dataset that you already have. A single `Dataset` without a split
             is the training split. An `IterableDataset` is streamed.
-        size: Width and height of the results in pixels. Synthetic images support 32 to 256.
+        size: Width and height of the results in pixels. Synthetic images support 32 to 256. None keeps whole images
+            in their own size.
         num_classes: Number of classes of synthetic images, 25 or 100.
         num_images: Number of images. Defaults to all, and to the count in `SPLITS` for synthetic images. The class
             frequencies stay the same, and a longer dataset starts with the images of a shorter one.
@@ -92,7 +92,7 @@ def load(
         >>> dataset.features["label"].names[1]
         'striped sphere'
     """
-    for name, value, known in (("split", split, SPLITS), ("corrupt", corrupt, ("refuse", "skip"))):
+    for name, value, known in (("split", split, SPLITS), ("corrupt", corrupt, CORRUPT)):
         if value not in known:
             raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(known)}.")
     if num_images is not None and num_images < 1:
@@ -100,50 +100,32 @@ def load(
     if not 0 < holdout < 0.5:
         raise ValueError(f"holdout={holdout} must be above 0 and below 0.5: the share of images to hold out.")
     if isinstance(source, str) and source == "synthetic":
+        size = 64 if size is None else size
         options = {"size": size, "num_classes": num_classes, "num_images": num_images, "seed": seed}
         return object_images.load(split, streaming=streaming, **options)
-    if size < 1:
+    if size is not None and size < 1:
         raise ValueError(f"size={size} must be at least 1 pixel.")
     options = {"size": size, "corrupt": corrupt}
     given, name, skipped = given_splits(source), name_source(source), ""
-    root = Path(name).expanduser()
     if given is not None and any(isinstance(rows, datasets.IterableDataset) for rows in given.values()):
         return _stream(split, given, source, image_column, label_column, num_images, options)
     if given is not None:
         found = _labeled(given, name, image_column, label_column)
-    elif root.exists():
-        found, skipped = _read_folder(root.resolve(), image_column, label_column)
-    elif root.is_absolute() or name.startswith((".", "~")) or len(root.parts) > 2:
-        raise FileNotFoundError(f"source={name!r} does not exist. Expected a folder of images or parquet files.")
+    elif (root := find_local(name, "a folder of images or parquet files")) is not None:
+        found, skipped = _read_folder(root, image_column, label_column)
     elif streaming:
         found = datasets.load_dataset(name, streaming=True)
         return _stream(split, found, source, image_column, label_column, num_images, options)
     else:
         found = _labeled(datasets.load_dataset(name), name, image_column, label_column)
     rows, indices = _choose(found, split, name, holdout, seed, num_images)
-    arguments = {
-        "shards": [(start, min(start + _SHARD, len(indices))) for start in range(0, len(indices), _SHARD)],
-        "rows": rows,
-        "indices": indices,
-        "size": size,
-        "version": _VERSION,
-    }
     label = rows.features["label"]
+    features = datasets.Features(image=datasets.Image(), label=label)
+    options |= {"split": split, "source": name}
+    dataset, unreadable = decode_rows(rows, indices, features, streaming=streaming, **options)
     if streaming:
-        features = datasets.Features(image=datasets.Image(), label=label)
-        arguments |= {"corrupt": corrupt, "source": name}
-        stream = datasets.IterableDataset.from_generator(
-            _decode_strictly, features=features, gen_kwargs=arguments, split=datasets.NamedSplit(split)
-        )
-        stream.info.description = skipped
-        return stream
-    text = datasets.Value("string")
-    features = datasets.Features(image=datasets.Image(), label=label, problem=text)
-    with row_bar(len(indices), f"Reading {split} images"):
-        dataset = datasets.Dataset.from_generator(
-            _decode, features=features, gen_kwargs=arguments, split=datasets.NamedSplit(split)
-        )
-    dataset, unreadable = _settle(dataset, corrupt, name)
+        dataset.info.description = skipped
+        return dataset
     notes = [count_classes(dataset.with_format("numpy")["label"][:].tolist(), label.names), skipped, unreadable]
     dataset.info.description = " ".join(filter(None, notes))
     return dataset
@@ -170,23 +152,16 @@ def _columns(
     features: datasets.Features, source: str, image_column: str | None, label_column: str | None
 ) -> tuple[str, str]:
     """Return the names of the image column and the label column."""
-    for option, column in (("image_column", image_column), ("label_column", label_column)):
-        if column is not None and column not in features:
-            raise ValueError(f"{option}={column!r} is not a column of {source!r}. Its columns: {', '.join(features)}.")
-    pictures = [
-        name
-        for name, kind in features.items()
-        if isinstance(kind, datasets.Image) or (isinstance(kind, dict) and "bytes" in kind)
-    ]
+    pictures = image_columns(features, source, image_column)
+    if label_column is not None and label_column not in features:
+        raise ValueError(
+            f"label_column={label_column!r} is not a column of {source!r}. Its columns: {', '.join(features)}."
+        )
     usual = [name for name in ("fine_label", "label", "labels") if name in features]
     usual += [name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
-    if image_column is not None and image_column not in pictures:
-        raise ValueError(f"image_column={image_column!r} of {source!r} has no images. Expected datasets.Image.")
-    if not pictures:
-        raise ValueError(f"{source!r} has no column with images. Its columns: {', '.join(features)}.")
     if label_column is None and not usual:
         raise ValueError(f"{source!r} has the columns {', '.join(features)}. Set label_column to one of them.")
-    return image_column or pictures[0], label_column or usual[0]
+    return pictures[0], label_column or usual[0]
 
 
 def _labeled(
@@ -252,71 +227,6 @@ def _choose(
     return rows, tuple(order[:num_images].tolist())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Decoding
-
-
-def _square(record: dict | None, size: int) -> tuple[dict | None, str | None]:
-    """Return an image as a PNG of size x size, or the reason why it cannot be read."""
-    try:
-        if record is None or (record["bytes"] is None and record["path"] is None):
-            return None, "the image is missing"
-        file = io.BytesIO(record["bytes"]) if record["bytes"] is not None else real_path(record["path"])
-        image = open_image(file, min_side=2 * size)
-    except (OSError, ValueError) as error:
-        text = str(error).rstrip(".")
-        return None, text[0].lower() + text[1:]
-    image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
-    return encode_png(np.asarray(image)), None
-
-
-@counted
-def _decode(
-    shards: list[tuple[int, int]], rows: datasets.Dataset, indices: tuple[int, ...], size: int, version: int
-) -> Iterator[dict]:
-    """Yield rows with their image, or with the problem of a corrupt one."""
-    with ThreadPoolExecutor(min(4, torch.get_num_threads())) as pool:
-        for first, last in shards:
-            chunk = rows.select(indices[first:last])[:]
-            squares = pool.map(_square, chunk["image"], [size] * (last - first))
-            for index, record, label, (image, problem) in zip(
-                indices[first:last], chunk["image"], chunk["label"], squares, strict=True
-            ):
-                if problem is not None:
-                    problem = f"{(record or {}).get('path') or f'row {index}'} ({problem})"
-                yield {"image": image, "label": label, "problem": problem}
-
-
-def _decode_strictly(corrupt: str, source: str, **arguments) -> Iterator[dict]:
-    """Yield rows with their image; skip corrupt ones or raise an error."""
-    for row in _decode(**arguments):
-        problem = row.pop("problem")
-        if problem is None:
-            yield row
-        elif corrupt == "skip":
-            warnings.warn(f"An image of {source!r} cannot be read and is skipped: {problem}.", stacklevel=2)
-        else:
-            raise ValueError(f"An image of {source!r} cannot be read: {problem}. Skip it with corrupt='skip'.")
-
-
-def _settle(dataset: datasets.Dataset, corrupt: str, source: str) -> tuple[datasets.Dataset, str]:
-    """Keep the rows with an image. List the others, also when the dataset comes from the cache."""
-    text = ""
-    problems = dataset["problem"][:]
-    bad = [problem for problem in problems if problem is not None]
-    if bad:
-        names = "; ".join(bad[:_NAMED]) + (f"; and {len(bad) - _NAMED} more" if len(bad) > _NAMED else "")
-        count = f"{len(bad)} of {len(problems)} images of {source!r} ({dataset.split})"
-        if corrupt == "refuse" or len(bad) == len(problems):
-            raise ValueError(
-                f"{count} cannot be read: {names}. Repair or remove them, or skip them with corrupt='skip'."
-            )
-        text = f"{count} cannot be read and are skipped: {names}."
-        warnings.warn(text, stacklevel=3)
-        dataset = dataset.select([index for index, problem in enumerate(problems) if problem is None])
-    return dataset.remove_columns("problem"), text
-
-
 def _stream(
     split: str,
     found: Mapping[str, Rows],
@@ -333,19 +243,8 @@ def _stream(
     kind = stream.features[label]
     if not isinstance(kind, datasets.ClassLabel):
         raise ValueError(f"label_column={label!r} of {source!r} has no class names. Use streaming=False.")
-    stream = stream.select_columns([image, label]).cast_column(image, datasets.Image(decode=False))
+    stream = stream.select_columns([image, label]).rename_columns({image: "image", label: "label"})
+    stream = stream.cast_column("image", datasets.Image(decode=False))
     stream = stream if num_images is None else stream.take(num_images)
-
-    def rows() -> Iterator[dict]:
-        for index, row in enumerate(stream):
-            picture, problem = _square(row[image], options["size"])
-            if problem is None:
-                yield {"image": picture, "label": row[label]}
-                continue
-            problem = f"{(row[image] or {}).get('path') or f'row {index}'} ({problem})"
-            if options["corrupt"] == "refuse":
-                raise ValueError(f"An image of {source!r} cannot be read: {problem}. Skip it with corrupt='skip'.")
-            warnings.warn(f"An image of {source!r} cannot be read and is skipped: {problem}.", stacklevel=2)
-
     features = datasets.Features(image=datasets.Image(), label=kind)
-    return datasets.IterableDataset.from_generator(rows, features=features, split=datasets.NamedSplit(split))
+    return decode_stream(stream, features, split=split, source=source, **options)

@@ -63,6 +63,28 @@ def name_source(source: Source) -> str:
     return str(source) if isinstance(source, (str, os.PathLike)) else type(source).__name__
 
 
+def find_local(source: str, expected: str) -> Path | None:
+    """Return the absolute path of a local source, or None if the source is a Hub id.
+
+    Args:
+        source: Path or Hub id.
+        expected: Description of valid sources, for the message.
+
+    Raises:
+        FileNotFoundError: If the source is written as a path that does not exist.
+
+    Example:
+        >>> find_local("tanganke/stl10", "a folder") is None
+        True
+    """
+    root = Path(source).expanduser()
+    if root.exists():
+        return root.resolve()
+    if root.is_absolute() or source.startswith((".", "~")) or len(root.parts) > 2:
+        raise FileNotFoundError(f"source={source!r} does not exist. Expected {expected}.")
+    return None
+
+
 def read_tables(root: Path, *, streaming: bool = False) -> dict[str, Rows] | None:
     """Return the splits of a parquet file, a folder of parquet files, or a dataset saved by `save_to_disk`.
 

@@ -12,13 +12,15 @@ from collections.abc import Iterator, Sequence
 
 import datasets
 
-from .captions import COMBINATIONS, HELD_OUT, Combination, recombine
+from . import labeled_images
+from .captions import COMBINATIONS, HELD_OUT, recombine
 from .generation import counted, row_bar
 from .object_crops import CLASSES
 from .png import encode_png
 from .raycast import chunk_size, shade
 from .raycast_geometry import SceneBatch
 from .scenes import check_arguments, run_chunks, visible_scenes
+from .splits import Rows, Source
 
 SPLITS = {"train": 3200, "validation": 640, "test": 1600}  # default numbers of generated images
 
@@ -27,32 +29,42 @@ VERSION = 1  # increase it when pixels or columns change: `datasets` caches by a
 
 def load(
     split: str = "test",
-    source: str = "synthetic",
+    source: Source = "synthetic",
     *,
     size: int | None = None,
     num_images: int | None = None,
     style: str = "plain",
     seed: int = 0,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    corrupt: str = "refuse",
     streaming: bool = False,
 ) -> datasets.Dataset | datasets.IterableDataset:
     """Load labeled images for zero-shot classification.
 
     Args:
         split: "train", "validation" or "test".
-        source: "synthetic": generated scenes with one object. The 32 classes are its color and shape, such as
-            "red cube", in equal numbers.
-        size: Width and height of the images in pixels. Defaults to 64 for generated images.
-        num_images: Number of images. Defaults to the count in `SPLITS` for generated images.
+        source: "synthetic", or any source of `hf_dl.data.labeled_images.load`, such as `tanganke/stl10`, a folder with
+            the parquet files of CIFAR, or a folder with one folder of images per class. "synthetic" means generated
+            scenes with one object. The 32 classes are its color and shape, such as "red cube", in equal numbers.
+        size: Width and height of the images in pixels. Real images are cropped to a centered square and resized.
+            Defaults to 64 for generated scenes, and to whole images in their own size otherwise.
+        num_images: Number of images. Defaults to all, and to the count in `SPLITS` for generated scenes.
         style: Style of generated scenes, "plain" or "textured".
-        seed: Seed of the generated images.
-        streaming: Render while iterating, instead of once into the cache of `datasets`.
+        seed: Seed of the generated images, and of the choice and order of real ones.
+        image_column: As in `hf_dl.data.labeled_images.load`, like `label_column` and `corrupt`.
+        label_column: Column of the labels.
+        corrupt: Handling of images that cannot be decoded.
+        streaming: Render or decode while iterating, instead of once into the cache of `datasets`.
 
     Returns:
         A dataset with the columns `image` (RGB), `label` (`ClassLabel` with the class names) and `seen`. `seen` is
-        False for the combinations in `hf_dl.data.captions.HELD_OUT`, which training scenes do not contain.
+        False for the combinations in `hf_dl.data.captions.HELD_OUT`, which training scenes do not contain. It is True
+        for all other classes.
 
     Raises:
-        ValueError: If an argument is not one of the values above.
+        FileNotFoundError: If the folder or file does not exist.
+        ValueError: If an argument, a column or a label is invalid, or an image cannot be read.
 
     Example:
         >>> from hf_dl.data import zero_shot
@@ -60,6 +72,10 @@ def load(
         >>> dataset.features["label"].names[5]
         'red cube'
     """
+    if not isinstance(source, str) or source != "synthetic":
+        options = {"image_column": image_column, "label_column": label_column, "corrupt": corrupt, "seed": seed}
+        rows = labeled_images.load(split, source, size=size, num_images=num_images, streaming=streaming, **options)
+        return _mark_seen(rows)
     count = SPLITS.get(split, 1) if num_images is None else num_images
     size = 64 if size is None else size
     if count < 1:
@@ -71,17 +87,30 @@ def load(
         "style": style,
         "size": size,
         "seed": seed,
-        "held_out": HELD_OUT,
         "version": VERSION,
     }
-    features = datasets.Features(
-        image=datasets.Image(), label=datasets.ClassLabel(names=list(CLASSES)), seen=datasets.Value("bool")
-    )
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=list(CLASSES)))
     options = {"features": features, "gen_kwargs": arguments, "split": datasets.NamedSplit(split)}
     if streaming:
-        return datasets.IterableDataset.from_generator(_render, **options)
+        return _mark_seen(datasets.IterableDataset.from_generator(_render, **options))
     with row_bar(count, f"Rendering {split} images"):
-        return datasets.Dataset.from_generator(_render, **options)
+        return _mark_seen(datasets.Dataset.from_generator(_render, **options))
+
+
+def _mark_seen(rows: Rows) -> Rows:
+    """Add the column `seen`."""
+    label, kind = rows.features["label"], datasets.Value("bool")
+    seen = [tuple(name.split()) not in HELD_OUT for name in label.names]
+    if isinstance(rows, datasets.Dataset):
+        marks = [seen[number] for number in rows.with_format("numpy")["label"][:]]
+        description = rows.info.description
+        rows = rows.add_column("seen", marks, feature=kind)
+        rows.info.description = description
+        return rows
+    features = datasets.Features({**rows.features, "seen": kind})
+    # undecoded, so that the images are not encoded again
+    undecoded = rows.cast_column("image", datasets.Image(decode=False))
+    return undecoded.map(lambda row: {"seen": seen[row["label"]]}).cast(features)
 
 
 def _label(index: int, split: str, seed: int) -> int:
@@ -91,9 +120,7 @@ def _label(index: int, split: str, seed: int) -> int:
     return sorted(range(len(CLASSES)), key=lambda _: rng.random())[place]
 
 
-def _make_rows(
-    indices: range, split: str, style: str, size: int, seed: int, held_out: tuple[Combination, ...]
-) -> list[dict]:
+def _make_rows(indices: range, split: str, style: str, size: int, seed: int) -> list[dict]:
     labels = {index: _label(index, split, seed) for index in indices}
     drawn = visible_scenes(
         indices,
@@ -105,10 +132,7 @@ def _make_rows(
         adapt=lambda index, scene: recombine(scene, {0: COMBINATIONS[labels[index]]}),
     )
     images = shade(SceneBatch([scene for scene, _ in drawn], size, "cpu")).numpy()
-    return [
-        {"image": encode_png(image), "label": label, "seen": COMBINATIONS[label] not in held_out}
-        for image, label in zip(images, labels.values(), strict=True)
-    ]
+    return [{"image": encode_png(image), "label": label} for image, label in zip(images, labels.values(), strict=True)]
 
 
 @counted
@@ -154,7 +178,7 @@ PROMPTS: dict[str, tuple[str, ...]] = {
 
 _PLACEHOLDER = re.compile(r"\{(.*?)\}")
 _ARTICLES = ("a", "an", "the")
-_PLURALS = {"people", "children", "men", "women", "mice", "geese", "teeth", "feet"}
+_PLURALS = {"people", "children", "cattle", "men", "women", "mice", "geese", "teeth", "feet"}
 _SINGULARS = {"atlas", "canvas", "christmas", "gas", "lens", "pancreas", "rhinoceros", "series", "species"}
 _SINGULAR_ENDINGS = ("ss", "us", "is")
 # words that are written with a vowel and spoken with a consonant, such as "unicorn" and "one-way sign"

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hf_dl.data import labeled_images, object_images
+from hf_dl.data import decoded_images, labeled_images, object_images
 from hf_dl.data.labeled_images import SPLITS, load
 
 from .errors import failure
@@ -117,8 +117,8 @@ def test_streaming_a_folder_gives_the_same_rows(tmp_path):
 
 def test_images_are_decoded_once_and_again_when_a_file_changed(tmp_path, monkeypatch):
     write_folder(tmp_path, count=4)
-    decoded, square = [], labeled_images._square
-    monkeypatch.setattr(labeled_images, "_square", lambda *given: decoded.append(given) or square(*given))
+    decoded, decode_image = [], decoded_images.decode_image
+    monkeypatch.setattr(decoded_images, "decode_image", lambda *given: decoded.append(given) or decode_image(*given))
     for _ in range(2):
         load("train", tmp_path, size=16)
     assert len(decoded) == 6

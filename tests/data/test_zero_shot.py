@@ -3,8 +3,9 @@
 import datasets
 import numpy as np
 import pytest
+from PIL import Image
 
-from hf_dl.data import zero_shot
+from hf_dl.data import labeled_images, zero_shot
 from hf_dl.data.captions import HELD_OUT
 from hf_dl.data.zero_shot import PROMPTS, add_article, load, prompts
 
@@ -95,3 +96,66 @@ def test_mistakes_in_prompts_are_explained():
     assert "templates is empty. Expected texts with {}" in failure(lambda: prompts(["a"], []))
     assert "names[1] is empty. Expected a name for each class" in failure(lambda: prompts(["a", "_"], "plain"))
     assert zero_shot.clean_names(["Cat", "DOG"]) == ["cat", "DOG"]
+
+
+# --- real images -----------------------------------------------------------------------------------------------------
+
+
+def write_classes(root, names=("Sea_Lion", "red cube")):
+    for number, name in enumerate(names):
+        (root / name).mkdir(parents=True)
+        for i in range(4):
+            Image.new("RGB", (12 + i, 10), (0, 100 * number, 10 * i)).save(root / name / f"{i}.png")
+    return root
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_class_folders(tmp_path, streaming):
+    root = write_classes(tmp_path)
+    rows = load("train", root, streaming=streaming)
+    names = rows.features["label"].names
+    assert names == ["Sea_Lion", "red cube"]
+    found = list(rows)
+    assert len(found) == 4 and {row["image"].size for row in found} <= {(12 + i, 10) for i in range(4)}
+    for row in found:
+        assert np.asarray(row["image"])[0, 0, 1] == 100 * row["label"]
+        assert row["seen"] == (names[row["label"]] != "red cube")  # the name of a combination that is held out
+    assert next(iter(load("train", root, size=6, streaming=streaming)))["image"].size == (6, 6)
+
+
+def test_tables_and_ids(tmp_path, monkeypatch):
+    images = [Image.new("RGB", (32, 32), (20 * i, 0, 0)) for i in range(6)]
+    features = datasets.Features(
+        img=datasets.Image(),
+        fine_label=datasets.ClassLabel(names=["maple_tree", "apple"]),
+        coarse_label=datasets.ClassLabel(names=["plant"]),
+    )
+    labels = [0, 1, 0, 1, 0, 1]
+    data = datasets.Dataset.from_dict({"img": images, "fine_label": labels, "coarse_label": [0] * 6}, features)
+    data.to_parquet(tmp_path / "test-00000-of-00001.parquet")
+    rows = load("test", tmp_path)
+    assert rows.features["label"].names == ["maple_tree", "apple"] and rows["seen"][:] == [True] * 6
+    assert "6 images of 2 classes" in rows.info.description
+    assert load("test", tmp_path, label_column="coarse_label").features["label"].names == ["plant"]
+    assert "label_column='x' is not a column" in failure(lambda: load("test", tmp_path, label_column="x"))
+    assert "image_column='x' is not a column" in failure(lambda: load("test", tmp_path, image_column="x"))
+    assert "source='./nothing' does not exist" in failure(lambda: load("test", "./nothing"))
+
+    def load_dataset(name, streaming=False):
+        assert name == "tanganke/stl10"
+        return {"test": data.to_iterable_dataset() if streaming else data}
+
+    monkeypatch.setattr(labeled_images.datasets, "load_dataset", load_dataset)
+    hub, stream = load("test", "tanganke/stl10", num_images=4), load("test", "tanganke/stl10", streaming=True)
+    assert stream.features == hub.features and len(hub) == 4 and sorted(hub["label"][:]) == [0, 0, 1, 1]
+    assert [row["label"] for row in stream] == labels
+    assert [np.asarray(row["image"])[0, 0, 0] for row in stream] == [20 * i for i in range(6)]
+
+
+def test_images_that_cannot_be_read(tmp_path):
+    root = write_classes(tmp_path / "test")
+    (root / "red cube" / "0.png").write_bytes(b"")
+    assert "1 of 8 images of" in failure(lambda: load("test", tmp_path))
+    with pytest.warns(UserWarning, match="0.png"):
+        rows = load("test", tmp_path, corrupt="skip")
+    assert len(rows) == 7 and "skipped" in rows.info.description
