@@ -46,7 +46,7 @@ def find_caption_files(root: Path) -> dict[str, tuple[Path, Path]]:
             captions, such as captions.txt or results.csv.
 
     Returns:
-        From the name of a split to the caption file and the folder of its images. Empty if the folder has no caption file.
+        From the name of a split to the caption file and the folder of its images. Empty if no caption file is found.
 
     Raises:
         ValueError: If there are several tables.

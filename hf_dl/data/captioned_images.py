@@ -15,7 +15,6 @@ import numpy as np
 from .caption_files import CAPTION_NAMES, TEXT_KEYS, clean_captions, find_caption_files, read_caption_file
 from .decoded_images import decode_rows, decode_stream, image_columns
 from .splits import (
-    SPLIT_NAMES,
     SPLIT_OF,
     Rows,
     Source,
@@ -72,10 +71,7 @@ def load_captioned(
     if annotations is not None:
         if root is None:
             raise ValueError(f"annotations={str(annotations)!r} needs a folder of images, but got source={name!r}.")
-        path = Path(annotations).expanduser().resolve()
-        rows = read_caption_file(path, root, **columns)
-        # a COCO file is the split that the user asks for; the missing splits of a table are held out
-        found = dict.fromkeys(SPLIT_NAMES, rows) if path.suffix == ".json" else {"train": rows}
+        found = {"train": read_caption_file(Path(annotations).expanduser().resolve(), root, **columns)}
     elif root is not None and root.is_dir() and (files := find_caption_files(root)):
         found = {part: read_caption_file(path, folder, **columns) for part, (path, folder) in files.items()}
     else:

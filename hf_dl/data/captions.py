@@ -91,7 +91,8 @@ def load(
     * anything else is a Hub id.
 
     If the source has no validation or test split, `holdout` of the training images are held out for it. The choice
-    depends on `seed` only. A COCO file in `annotations` is one split, so `split` only names the result.
+    depends on `seed` only. A file in `annotations` has no splits, and the folder of COCO has training and validation
+    images.
 
     Args:
         split: "train", "validation" or "test". Usual aliases in the source, such as "val", are recognized.

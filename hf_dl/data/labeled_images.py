@@ -12,6 +12,7 @@ import datasets
 import numpy as np
 
 from . import object_images
+from .binary_images import read_binary_folder
 from .class_folders import count_classes, read_class_folders
 from .decoded_images import CORRUPT, decode_rows, decode_stream, image_columns
 from .idx_files import read_idx_folder
@@ -51,7 +52,7 @@ def load(
     * a folder with one folder of images per class, or with one folder per split that has such class folders. Outer
       folders, as archives have them, are skipped, and so are empty, hidden and `__MACOSX` folders;
     * a parquet file, a folder of parquet files, or a dataset saved by `save_to_disk`;
-    * a folder with the idx files of MNIST or Fashion-MNIST;
+    * a folder with the idx files of MNIST or Fashion-MNIST, or the binary files of STL-10 or CIFAR;
     * a `Dataset` that you already have, or a dictionary of splits;
     * anything else is a Hub id.
 
@@ -144,7 +145,7 @@ def _read_folder(
     found = read_tables(root)
     if found is not None:
         return _labeled(found, str(root), image_column, label_column), ""
-    found = read_idx_folder(root)
+    found = read_idx_folder(root) or read_binary_folder(root)
     return (found, "") if found else read_class_folders(root)
 
 

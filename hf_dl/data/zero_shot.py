@@ -44,9 +44,10 @@ def load(
 
     Args:
         split: "train", "validation" or "test".
-        source: "synthetic", or any source of `hf_dl.data.labeled_images.load`, such as `tanganke/stl10`, a folder with
-            the parquet files of CIFAR, or a folder with one folder of images per class. "synthetic" means generated
-            scenes with one object. The 32 classes are its color and shape, such as "red cube", in equal numbers.
+        source: "synthetic", or any source of `hf_dl.data.labeled_images.load`, such as `tanganke/stl10`, the folder
+            of STL-10 or CIFAR (binary or parquet files), or a folder with one folder of images per class. "synthetic"
+            means generated scenes with one object. The 32 classes are its color and shape, such as "red cube", in
+            equal numbers.
         size: Width and height of the images in pixels. Real images are cropped to a centered square and resized.
             Defaults to 64 for generated scenes, and to whole images in their own size otherwise.
         num_images: Number of images. Defaults to all, and to the count in `SPLITS` for generated scenes.

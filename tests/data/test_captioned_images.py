@@ -74,19 +74,14 @@ def test_a_coco_folder(tmp_path):
     assert load("train", root, num_pairs=4)["image_id"][:] == parts["train"]["image_id"][:4]
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-def test_a_coco_file_is_one_split(tmp_path, streaming):
+def test_splits_of_one_coco_file_never_share_an_image(tmp_path):
     root = write_coco(tmp_path / "coco")
-    for split in SPLITS:
-        rows = load(
-            split,
-            root / "val2017",
-            annotations=root / "annotations" / "captions_val2017.json",
-            size=8,
-            streaming=streaming,
-        )
-        assert numbers(rows) == [10, 11, 12] and rows.split == split
-        assert next(iter(rows))["image"].size == (8, 8)
+    options = {"annotations": root / "annotations" / "captions_train2017.json", "size": 8}
+    parts = {split: numbers(load(split, root / "train2017", **options)) for split in SPLITS}
+    assert [len(part) for part in parts.values()] == [8, 1, 1] and sorted(sum(parts.values(), [])) == list(range(10))
+    stream = load("train", root / "train2017", **options, streaming=True)
+    assert isinstance(stream, datasets.IterableDataset) and numbers(stream) == parts["train"]
+    assert next(iter(stream))["image"].size == (8, 8)
 
 
 def test_images_keep_their_size_and_content(tmp_path):
@@ -105,12 +100,12 @@ def test_images_keep_their_size_and_content(tmp_path):
 
 
 def test_mistakes_in_coco_files_are_explained(tmp_path):
-    root = write_images(tmp_path / "images", 2)
+    root = write_images(tmp_path / "images", 3)
     path = tmp_path / "captions.json"
 
     def message(content=None, **changes):
-        path.write_text(json.dumps({**coco(2), **changes}) if content is None else content)
-        return failure(lambda: load("test", root, annotations=path))
+        path.write_text(json.dumps({**coco(3), **changes}) if content is None else content)
+        return failure(lambda: [load(split, root, annotations=path) for split in SPLITS])
 
     assert f"annotations='{tmp_path}/x.json' does not exist. Expected COCO captions" in failure(
         lambda: load("test", root, annotations=tmp_path / "x.json")
@@ -122,7 +117,8 @@ def test_mistakes_in_coco_files_are_explained(tmp_path):
     assert "Image 0 of " in (text := message(images=[{"id": 1}])) and "has no file_name" in text
     assert "has no images. Expected COCO captions" in message(images=[])
     annotated = [{"image_id": 100, "caption": "number 0"}, {"image_id": 101, "caption": " "}]
-    assert "1 of 2 images of " in (text := message(annotations=annotated)) and "1.png (it has no caption)" in text
+    text = message(annotations=annotated)
+    assert "1 of 1 images of " in text and (".png (it has no caption)") in text
     assert "needs a folder of images, but got source='synthetic'" in failure(lambda: load(annotations=path))
     assert "needs a folder of images, but got source='a/b'" in failure(lambda: load(source="a/b", annotations=path))
     assert "is not a folder. Expected the folder of the images" in failure(
