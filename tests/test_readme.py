@@ -135,3 +135,21 @@ def test_the_example_runs(tmp_path, monkeypatch):
 
 def test_each_system_has_a_result():
     assert json.loads(systems.RESULTS.read_text()).keys() == {system.name for system in systems.read_systems()}
+
+
+def test_a_quiet_launch_adds_nothing_to_the_sentence_of_an_error(tmp_path, capfd):
+    from accelerate.commands.launch import launch_command, launch_command_parser
+
+    script = tmp_path / "train.py"
+    script.write_text(
+        "from hf_dl.training.errors import explain_errors\n"
+        "explain_errors('train.py')\n"
+        "raise FileNotFoundError('a.json does not exist.')\n"
+    )
+    words = ["--quiet", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no"]
+    words += ["--dynamo_backend", "no", str(script)]
+    assert "`--quiet`" in (ROOT / "README.md").read_text()
+    with pytest.raises(SystemExit) as ended:
+        launch_command(launch_command_parser().parse_args(words))
+    assert ended.value.code == 1
+    assert capfd.readouterr().err == "train.py: error: a.json does not exist.\n"
