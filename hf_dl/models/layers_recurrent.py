@@ -149,8 +149,9 @@ class BidirectionalLSTM(nn.Module):
             one.
 
         Raises:
-            ValueError: If the mask has the wrong shape or masks all tokens of a row.
+            ValueError: If the sequence is empty, or the mask has the wrong shape or masks all tokens of a row.
         """
+        _check_length(x)
         keep, lengths = _kept(x, attention_mask)
         slow_backward = x.device.type == "cpu" and torch.is_grad_enabled()
         if (self.fused and lengths is not None and not slow_backward) or type(self.lstm) is not nn.LSTM:
@@ -244,8 +245,10 @@ class LSTM(nn.Module):
             the last token that is not masked.
 
         Raises:
-            ValueError: If the mask or the state has the wrong shape, or the mask masks all tokens of a row.
+            ValueError: If an argument has the wrong shape, the sequence is empty, or the mask masks all tokens of a
+                row.
         """
+        _check_length(x)
         shape = (x.shape[0], self.lstm.num_layers, self.lstm.hidden_size)
         if state is None:
             state = (x.new_zeros(shape), x.new_zeros(shape))
@@ -287,6 +290,12 @@ class LSTM(nn.Module):
         return x, (h, c)
 
 
+def _check_length(x):
+    if x.ndim != 3 or x.shape[1] == 0:
+        shape = tuple(x.shape[:-1])
+        raise ValueError(f"The tokens have shape {shape}. Expected (batch, length) with at least one token per row.")
+
+
 def _kept(x, attention_mask):
     """Return the mask of the tokens to read, bool (batch, length), and their number per row, on the CPU.
 
@@ -302,7 +311,7 @@ def _kept(x, attention_mask):
     if torch.compiler.is_exporting():
         return keep, None  # the values are unknown
     lengths = keep.sum(dim=1).cpu()
-    if length == 0 or bool((lengths == 0).any()):
+    if bool((lengths == 0).any()):
         rows = (lengths == 0).nonzero().flatten().tolist()
         raise ValueError(f"attention_mask keeps no token of rows {rows}; each needs at least one.")
     return keep, lengths

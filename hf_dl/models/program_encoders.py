@@ -159,8 +159,11 @@ class ProgramEncoder(nn.Module):
             **kwargs: Ignored; `generate` passes further arguments to every encoder.
 
         Raises:
-            ValueError: If the mask has another shape, or keeps no word of a row.
+            ValueError: If a row has no words, or the mask has another shape or keeps no word of a row.
         """
+        if input_ids.ndim != 2 or input_ids.shape[1] == 0:
+            shape = tuple(input_ids.shape)
+            raise ValueError(f"input_ids has shape {shape}. Expected (batch, words) with at least one word per row.")
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         requested = {"output_attentions": bool(output_attentions), "output_hidden_states": bool(output_hidden_states)}
         output = self.read(input_ids, mask, token_type_ids, **requested)

@@ -31,7 +31,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import BertModel, GenerationMixin, LogitsProcessorList, PreTrainedModel
+from transformers import BertModel, GenerationConfig, GenerationMixin, LogitsProcessorList, PreTrainedModel
 from transformers import initialization as init
 from transformers.generation import EosTokenCriteria, GenerateBeamEncoderDecoderOutput, MaxLengthCriteria
 from transformers.utils import ModelOutput, can_return_tuple
@@ -82,7 +82,8 @@ class ProgramSeq2SeqForConditionalGeneration(PreTrainedModel, GenerationMixin):
     """Read a word problem and write its program.
 
     There are three ways to search, with the same results. `beam_search` keeps the encoder's outputs once per problem
-    and returns n-best lists. `generate` of transformers supports all of its options.
+    and returns n-best lists. `generate` of transformers supports all of its options but three, see
+    `_get_logits_processor`.
     `generate(custom_generate=beam_generate)` runs `beam_search` behind the interface of `generate`.
 
     Example:
@@ -471,6 +472,22 @@ class ProgramSeq2SeqForConditionalGeneration(PreTrainedModel, GenerationMixin):
             "encoder_outputs": encoder_outputs,
             "use_cache": use_cache,
         }
+
+    def _get_logits_processor(
+        self, generation_config: GenerationConfig, *args: Any, **kwargs: Any
+    ) -> LogitsProcessorList:
+        # These options compare the tokens of the problem and of the program, which have different vocabularies, or
+        # call the decoder without a problem.
+        for name, off in (
+            ("encoder_repetition_penalty", 1), ("encoder_no_repeat_ngram_size", 0), ("guidance_scale", 1),
+        ):  # fmt: skip
+            value = getattr(generation_config, name)
+            if value not in (None, off):
+                raise ValueError(
+                    f"{name}={value} is not supported: words and programs have different vocabularies, and a program "
+                    "needs its problem. Remove it."
+                )
+        return super()._get_logits_processor(generation_config, *args, **kwargs)
 
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **kwargs):
         model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)

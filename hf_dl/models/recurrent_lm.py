@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import nn
-from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import ModelOutput, can_return_tuple
@@ -422,6 +422,16 @@ class RecurrentLMForCausalLM(RecurrentLMPreTrainedModel, GenerationMixin):
         # `next_sequence_length` is the number of tokens to read, which depends on the state here.
         others = {name: value for name, value in kwargs.items() if name not in ("labels", "next_sequence_length")}
         return {**others, **inputs, "state": state, "attention_mask": attention_mask, "logits_to_keep": 1}
+
+    def _get_logits_processor(
+        self, generation_config: GenerationConfig, *args: Any, **kwargs: Any
+    ) -> LogitsProcessorList:
+        if generation_config.guidance_scale not in (None, 1):
+            raise ValueError(
+                f"guidance_scale={generation_config.guidance_scale} is not supported: the LSTM would need a second "
+                "state for the text without a prompt. Remove it."
+            )
+        return super()._get_logits_processor(generation_config, *args, **kwargs)
 
     def _update_model_kwargs_for_generation(
         self, outputs: ModelOutput, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any

@@ -521,6 +521,13 @@ def test_calls_that_do_not_fit_are_refused(encoder):
         model(words, torch.tensor([[1, 1, 0], [0, 0, 0]]), labels=words)
     with pytest.raises(ValueError, match="attention_mask has shape \\(2, 2\\), expected \\(2, 3\\)"):
         model(words, torch.ones(2, 2), labels=words)
+    with pytest.raises(ValueError, match=r"input_ids has shape \(2, 0\). Expected .* at least one word"):
+        model.generate(words[:, :0])
+    for name, value in (("encoder_repetition_penalty", 1.5), ("encoder_no_repeat_ngram_size", 2)):
+        with pytest.raises(ValueError, match=f"{name}={value} is not supported: .* different vocabularies"):
+            model.generate(words, **{name: value})
+    with pytest.raises(ValueError, match="guidance_scale=2.0 is not supported"):
+        model.generate(words, guidance_scale=2.0)
 
 
 def test_names_of_the_vocabulary_come_in_the_order_that_the_grammar_takes():

@@ -429,6 +429,14 @@ def test_invalid_inputs_raise_an_error():
         model(ids, inputs_embeds=torch.zeros(1, 3, 6))
     with pytest.raises(ValueError, match="labels contains 12"):
         model(ids, shift_labels=ids + 12)
+    nothing = torch.ones(1, 0, dtype=torch.long)
+    for call in (model, model.generate):
+        with pytest.raises(ValueError, match=r"tokens have shape \(1, 0\). Expected \(batch, length\) with at least"):
+            call(nothing)
+    with pytest.raises(ValueError, match=r"tokens have shape \(3,\). Expected \(batch, length\)"):
+        model(torch.ones(3, dtype=torch.long))
+    with pytest.raises(ValueError, match="guidance_scale=2.0 is not supported"):
+        model.generate(torch.ones(1, 3, dtype=torch.long), guidance_scale=2.0)
     with pytest.raises(ValueError, match="state has shape"):
         model(ids, state=(torch.zeros(1, 1, 8), torch.zeros(1, 1, 8)))
 
