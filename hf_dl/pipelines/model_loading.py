@@ -1,4 +1,4 @@
-"""Load the config of a model for a pipeline, with errors that say what is wrong."""
+"""Load the config of a model for a pipeline, with error messages of one sentence."""
 
 import os
 from collections.abc import Sequence

@@ -1,0 +1,482 @@
+"""Segmentation from phrases: the flags, data, model, evaluation and report that the scripts and Spaces share.
+
+A frozen CLIP encodes images and phrases, and a decoder draws a mask for each phrase; see
+`hf_dl.models.clip_segmenter`. The training loop is in scripts/train_phrase_segmentation.py. Because CLIP is frozen,
+its tokens are computed once and kept in memory, if they fit.
+"""
+
+import copy
+import csv
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import datasets
+import numpy as np
+import torch
+from transformers import CLIPModel, CLIPProcessor
+
+from hf_dl.data import phrasecut
+from hf_dl.data.image_arrays import ImageTensors
+from hf_dl.metrics.phrase_segmentation import PhraseCounts, best_threshold, phrase_segmentation_scores
+from hf_dl.models.clip_decoders import DECODERS
+from hf_dl.models.clip_segmenter import ClipSegmenterForImageSegmentation
+from hf_dl.pipelines.phrase_segmentation import draw_heat_map
+from hf_dl.progress import activity
+from hf_dl.reporting.card import run_card, usage_snippet
+from hf_dl.reporting.grids import image_grid
+from hf_dl.reporting.plots import plot_run
+
+from .classifier import to_pixel_values
+from .clip import load_clip
+from .evaluation import checked_config, hide_progress_bars, report_data, split_size
+
+CLIP_FOLDER = "runs/train_clip"
+SUMMARY = (
+    "A model that segments an image from phrases such as 'red cube' (Lüddecke & Ecker 2022, CLIPSeg): a frozen CLIP "
+    "and a small trained decoder."
+)
+LIMITS = (
+    "It knows the words that its CLIP knows.",
+    "A phrase that is partly true of an object, such as a wrong color, sometimes gets a mask.",
+)
+CURVES = {
+    "loss": {"training": "loss"},
+    "mean IoU": {"validation": "val_miou"},
+    "average precision": {"validation": "val_ap"},
+    "area of absent phrases": {"validation": "val_false_area"},
+}
+BATCH_IMAGES = 16  # images per batch during evaluation
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Flags
+
+
+@dataclass
+class PhraseFlags:
+    """Flags that select the images and phrases. The training and the evaluation script share them."""
+
+    source: str = field(
+        default="synthetic",
+        metadata={"help": "synthetic (generated scenes), or a folder or Hub id that hf_dl.data.phrasecut reads."},
+    )
+    style: Literal["plain", "textured"] = field(default="plain", metadata={"help": "Look of the synthetic scenes."})
+    num_objects: list[int] = field(
+        default_factory=lambda: [1, 2], metadata={"help": "Fewest and most objects per synthetic scene."}
+    )
+    image_size: int = field(
+        default=64, metadata={"help": "Height and width to which images and masks are resized, in pixels."}
+    )
+    num_train: int = field(
+        default=4000, metadata={"help": "Maximum number of training images. 0 uses all images of the source."}
+    )
+    num_test: int | None = field(
+        default=None,
+        metadata={
+            "help": "Maximum number of validation images, and of test images. 0 uses all images. Defaults to all, and "
+            "to at most half of num_train."
+        },
+    )
+    negatives: float = field(
+        default=0.2, metadata={"help": "Share of the phrases that are false of their image, from 0 to below 1."}
+    )
+
+
+@dataclass
+class ModelFlags:
+    """Flags that select CLIP and the decoder."""
+
+    clip: str = field(default=CLIP_FOLDER, metadata={"help": "Folder or Hub id of a CLIPModel."})
+    untrained_clip: bool = field(
+        default=False, metadata={"help": "Replace the weights of CLIP by random ones, as a control."}
+    )
+    decoder_type: Literal[tuple(DECODERS)] = field(default="unet", metadata={"help": "Kind of decoder."})
+    refined: bool = field(
+        default=False, metadata={"help": "clipseg and deconv: draw a patch in two steps instead of one."}
+    )
+    layers: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "Blocks of the image encoder that the decoder reads, from 0. Defaults to one quarter, half "
+            "and three quarters of the depth, which is 3 6 9 for ViT-B. The paper uses 3 7 9."
+        },
+    )
+    reduce_dim: int = field(default=64, metadata={"help": "Channels of the decoder."})
+    num_attention_heads: int = field(default=4, metadata={"help": "clipseg: attention heads per block."})
+    intermediate_size: int = field(
+        default=256, metadata={"help": "clipseg: hidden units of the MLP of a block. The paper uses 2048."}
+    )
+
+
+@dataclass
+class SegmentationFlags:
+    """Flags of the training; placed before `TrainingArgs`."""
+
+    phrases_per_image: int = field(
+        default=4, metadata={"help": "Number of phrases of each image of a batch. All share one pass of CLIP."}
+    )
+    dice_weight: float = field(
+        default=0.0, metadata={"help": "Weight of the Dice loss, which is added to the binary cross-entropy."}
+    )
+    cache_gb: float = field(
+        default=2.0,
+        metadata={
+            "help": "Memory for the tokens of all training images, in GB. If they need more, each step encodes its "
+            "images. 0 disables the cache."
+        },
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.phrases_per_image < 1:
+            raise ValueError(f"phrases_per_image={self.phrases_per_image} must be at least 1.")
+        if not 0 <= self.negatives < 1:
+            raise ValueError(f"negatives={self.negatives} must be at least 0 and below 1.")
+        if not self.cache_gb >= 0:
+            raise ValueError(f"cache_gb={self.cache_gb} must be at least 0.")
+        if not (self.dice_weight >= 0 and math.isfinite(self.dice_weight)):
+            raise ValueError(f"dice_weight={self.dice_weight} must be at least 0.")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Model
+
+
+def make_model(args: Any) -> tuple[ClipSegmenterForImageSegmentation, CLIPProcessor]:
+    """Create the model that the flags select, with an untrained decoder.
+
+    Args:
+        args: Flags with the fields of `ModelFlags` and `image_size`.
+
+    Returns:
+        The model and its processor, which resizes images to `image_size` and crops nothing.
+
+    Raises:
+        ValueError: If CLIP is missing or not a CLIPModel, or a flag is invalid.
+    """
+    if args.clip == CLIP_FOLDER and not Path(args.clip).is_dir():
+        raise ValueError(
+            f"clip={args.clip!r} does not exist. Train it with `scripts/run accelerate launch scripts/train_clip.py`, "
+            "or name the folder or Hub id of another CLIP with --clip."
+        )
+    clip, image_processor, tokenizer = load_clip(args.clip)
+    if not isinstance(clip, CLIPModel):
+        raise ValueError(f"clip={args.clip!r} is a {type(clip).__name__}. Expected a CLIPModel.")
+    if args.untrained_clip:
+        clip = CLIPModel(clip.config)
+    names = ("decoder_type", "refined", "layers", "reduce_dim", "num_attention_heads", "intermediate_size")
+    fields = {name: getattr(args, name) for name in (*names, "dice_weight") if hasattr(args, name)}
+    model = checked_config(ClipSegmenterForImageSegmentation.from_clip, clip=clip, **fields)
+    model._grid((args.image_size, args.image_size))  # before any data is loaded
+    image_processor = copy.deepcopy(image_processor)
+    image_processor.size = {"height": args.image_size, "width": args.image_size}
+    image_processor.do_center_crop = False
+    return model, CLIPProcessor(image_processor=image_processor, tokenizer=tokenizer)
+
+
+@torch.no_grad()
+def embed_phrases(
+    model: ClipSegmenterForImageSegmentation, tokenizer: Any, phrases: Sequence[str], *, batch_size: int = 256
+) -> torch.Tensor:
+    """Embed phrases in batches. Long phrases are truncated.
+
+    Args:
+        model: The model.
+        tokenizer: The tokenizer of its CLIP.
+        phrases: The phrases.
+        batch_size: Phrases per batch.
+
+    Returns:
+        (phrases, projection_dim), on the device of the model.
+    """
+    longest = model.clip.config.text_config.max_position_embeddings
+    options = {"padding": True, "truncation": True, "max_length": longest, "return_tensors": "pt"}
+    embeds = []
+    for start in range(0, len(phrases), batch_size):
+        tokens = tokenizer(list(phrases[start : start + batch_size]), **options).to(model.device)
+        embeds.append(model.encode_prompts(tokens["input_ids"], tokens["attention_mask"]))
+    return torch.cat(embeds)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data
+
+
+class PhraseImages(torch.utils.data.Dataset):
+    """Images with their phrases and masks. One item is one image.
+
+    Pixels are uint8 tensors, and a mask takes one bit per pixel.
+
+    Attributes:
+        first: Row of the first phrase of each image, and the number of rows, int (images + 1,).
+        phrases: The different phrases.
+        phrase_index: For each row, the index of its phrase in `phrases`, int (rows,).
+        subsets: For each row, the names of its subsets, with "seen" or "unseen".
+        features: Tokens of all images, float16 (images, layers, 1 + patches, channels), or None.
+
+    Args:
+        dataset: Rows with `image_id`, `image`, `phrase`, `mask` and optionally `seen` and `subsets`. The rows of an
+            image follow each other, see `hf_dl.data.phrasecut`.
+
+    Raises:
+        ValueError: If the dataset is empty, or images or masks differ in size.
+    """
+
+    def __init__(self, dataset: datasets.Dataset):
+        if not len(dataset):
+            raise ValueError("The data has no phrase. Expected at least one image with a phrase.")
+        ids = list(dataset["image_id"])
+        starts = [row for row, name in enumerate(ids) if not row or name != ids[row - 1]]
+        self.first = torch.tensor([*starts, len(ids)])
+        texts = list(dataset["phrase"])
+        self.phrases = list(dict.fromkeys(texts))
+        number = {phrase: index for index, phrase in enumerate(self.phrases)}
+        self.phrase_index = torch.tensor([number[text] for text in texts])
+        seen = dataset["seen"][:] if "seen" in dataset.column_names else [True] * len(ids)
+        named = dataset["subsets"][:] if "subsets" in dataset.column_names else [[]] * len(ids)
+        self.subsets = [[*names, "seen" if each else "unseen"] for names, each in zip(named, seen, strict=True)]
+        self.pixels = ImageTensors(dataset.select(starts).select_columns(["image"])).kept["image"]
+        self.size = tuple(self.pixels.shape[-2:])
+        self._bits = np.stack([self._pack(mask) for mask in dataset.select_columns(["mask"])["mask"]])
+        self.features: torch.Tensor | None = None
+
+    def _pack(self, mask: Any) -> np.ndarray:
+        inside = np.asarray(mask) > 0
+        if inside.shape != self.size:
+            raise ValueError(f"A mask has shape {inside.shape}. Expected the size of the images, {self.size}.")
+        return np.packbits(inside)
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __getitems__(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
+        """Return images: index (images,), and image uint8 (images, 3, height, width)."""
+        index = torch.as_tensor(indices)
+        return {"index": index, "image": self.pixels[index]}
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        """Return one image, without the first dimension."""
+        return {name: tensor[0] for name, tensor in self.__getitems__([index]).items()}
+
+    def masks(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return the masks of rows, float32 (rows, height, width), with the values 0 and 1."""
+        bits = np.unpackbits(self._bits[rows.cpu().numpy()], axis=1, count=math.prod(self.size))
+        return torch.from_numpy(bits).view(-1, *self.size).float()
+
+    def pick_rows(self, index: torch.Tensor, draws: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Choose phrases for a batch of images: successive ones from a random one on, so that they differ.
+
+        Args:
+            index: The images, int (images,).
+            draws: Uniform numbers in [0, 1), (images,).
+            count: Phrases per image. An image with fewer phrases repeats them.
+
+        Returns:
+            Rows of the phrases, and for each of them its position in `index`, int (images * count,) each.
+        """
+        first, number = self.first[index], self.first[index + 1] - self.first[index]
+        step = (draws * number).long()[:, None] + torch.arange(count)
+        rows = first[:, None] + step % number[:, None]
+        return rows.flatten(), torch.arange(len(index)).repeat_interleave(count)
+
+    def all_rows(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return all rows of a batch of images, and for each of them its position in `index`."""
+        number = self.first[index + 1] - self.first[index]
+        rows = torch.cat([torch.arange(self.first[i], self.first[i + 1]) for i in index])
+        return rows, torch.arange(len(index)).repeat_interleave(number)
+
+    @torch.no_grad()
+    def cache(self, model: ClipSegmenterForImageSegmentation, processor: CLIPProcessor, *, max_gb: float) -> bool:
+        """Compute the tokens of all images, if they fit into `max_gb` of memory.
+
+        Returns:
+            Whether the tokens are in memory.
+        """
+        device, images = model.device, range(0, len(self), BATCH_IMAGES)
+        one = model.encode_images(to_pixel_values(self.pixels[:1], processor.image_processor, device))
+        if 2 * one.numel() * len(self) > max_gb * 1e9:
+            return False
+        features = torch.empty(len(self), *one.shape[1:], dtype=torch.float16)
+        for start in images:
+            pixels = to_pixel_values(self.pixels[start : start + BATCH_IMAGES], processor.image_processor, device)
+            features[start : start + BATCH_IMAGES] = model.encode_images(pixels).cpu()
+        self.features = features
+        return True
+
+    def vision_inputs(
+        self, batch: Mapping[str, torch.Tensor], processor: CLIPProcessor, device: torch.device
+    ) -> dict[str, Any]:
+        """Return the arguments of the model for the images of a batch: tokens from the cache, or pixels."""
+        if self.features is not None:
+            features = self.features[batch["index"].cpu()].to(device).float()
+            return {"vision_features": features, "image_size": self.size}
+        return {"pixel_values": to_pixel_values(batch["image"], processor.image_processor, device)}
+
+
+def load_phrases(args: PhraseFlags, split: str) -> PhraseImages:
+    """Load one split of the images and phrases that the flags select.
+
+    Args:
+        args: The flags.
+        split: "train", "validation" or "test".
+    """
+    hide_progress_bars()
+    synthetic = args.source == "synthetic"
+    count = split_size(args, split, phrasecut.SPLITS[split] if synthetic else None)
+    options = {"style": args.style, "num_objects": tuple(args.num_objects)} if synthetic else {}
+    data = phrasecut.load(
+        split, args.source, max_images=count, size=args.image_size, negatives=args.negatives, **options
+    )
+    report_data(data, split)
+    return PhraseImages(data)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluation
+
+
+@torch.no_grad()
+def predict(
+    model: ClipSegmenterForImageSegmentation, processor: CLIPProcessor, data: PhraseImages
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield rows, and the probabilities of their pixels, float32 (rows, height, width), on the CPU."""
+    model.eval()
+    embeds = embed_phrases(model, processor.tokenizer, data.phrases)
+    for start in range(0, len(data), BATCH_IMAGES):
+        batch = data.__getitems__(range(start, min(start + BATCH_IMAGES, len(data))))
+        rows, image_index = data.all_rows(batch["index"])
+        logits = model(
+            prompt_embeds=embeds[data.phrase_index[rows].to(embeds.device)],
+            image_index=image_index.to(embeds.device),
+            **data.vision_inputs(batch, processor, model.device),
+        ).logits
+        yield rows, logits.float().sigmoid().cpu()
+
+
+def count_pixels(
+    model: ClipSegmenterForImageSegmentation, processor: CLIPProcessor, data: PhraseImages
+) -> PhraseCounts:
+    """Count the pixels from which all scores are computed. Every process counts all phrases."""
+    counts = PhraseCounts()
+    for rows, probabilities in predict(model, processor, data):
+        counts.update(probabilities, data.masks(rows), subsets=[data.subsets[row] for row in rows.tolist()])
+    return counts
+
+
+def scores(counts: PhraseCounts, *, threshold: float | None = None, all_subsets: bool = False) -> dict[str, float]:
+    """Compute the scores of `hf_dl.metrics.phrase_segmentation`, with the conventions of CLIPSeg.
+
+    Args:
+        counts: The counts of one split.
+        threshold: Threshold of the masks. Defaults to the best one of these counts; use this on validation data only.
+        all_subsets: Whether to score all subsets. By default, these are phrases of seen and unseen combinations.
+
+    Returns:
+        The scores that are defined. `seen` and `unseen` are left out if they have no phrases.
+    """
+    threshold = best_threshold(counts) if threshold is None else threshold
+    found = phrase_segmentation_scores(counts, threshold=threshold, compat="clipseg")
+    overall = {"miou", "cum_iou", "ap", "pr", "false", "absent", "phrases", "threshold", "clipseg"}
+    several = found.get("unseen_phrases", 0) and found.get("seen_phrases", 0)
+    kept = overall | ({"seen", "unseen"} if several else set())
+    return {
+        name: value
+        for name, value in found.items()
+        if math.isfinite(value) and (all_subsets or name.split("_")[0] in kept or name == "cum_iou")
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Report
+
+
+def draw_examples(
+    model: ClipSegmenterForImageSegmentation,
+    processor: CLIPProcessor,
+    data: PhraseImages,
+    path: Path,
+    *,
+    num_images: int = 5,
+) -> Path:
+    """Draw images with their phrases: the image, the true mask, the probabilities and the predicted mask.
+
+    Each image is shown with its longest phrase of at most 14 characters, and with a false phrase if it has one.
+
+    Args:
+        model: The model, whose config has the threshold.
+        processor: Its processor.
+        data: The images. The first ones are drawn.
+        path: The PNG file to write.
+        num_images: Number of images.
+
+    Returns:
+        The path.
+    """
+    from PIL import Image
+
+    rows, labels = [], []
+    few = copy.copy(data)
+    few.first = data.first[: min(num_images, len(data)) + 1]
+    few.pixels = data.pixels[: len(few.first) - 1]
+    for numbers, probabilities in predict(model, processor, few):
+        masks = data.masks(numbers)
+        for image in range(len(few)):
+            first, last = few.first[image].item(), few.first[image + 1].item()
+            present = [row for row in range(first, last) if masks[row].any()]
+            absent = [row for row in range(first, last) if not masks[row].any()]
+            short = [row for row in present if len(data.phrases[data.phrase_index[row]]) <= 14] or present[:1]
+            chosen = [max(short, key=lambda row: len(data.phrases[data.phrase_index[row]]))] if short else []
+            for row in chosen + absent[:1]:
+                picture = few.pixels[image].permute(1, 2, 0).numpy()
+                probability, mask = probabilities[row].numpy(), masks[row].numpy() > 0
+                predicted = probability > model.config.threshold
+                heat = np.asarray(draw_heat_map(Image.fromarray(picture), probability))
+                rows.append([picture, _cut_out(picture, mask), heat, _cut_out(picture, predicted)])
+                labels.append(data.phrases[data.phrase_index[row]][:16])
+        break  # all images are in the first batch
+    half = math.ceil(len(rows) / 2)
+    titles = ["image", "true mask", "probability", "predicted"]
+    return image_grid(rows[: 2 * half], path, titles=titles, labels=labels, cell=1.1)
+
+
+def _cut_out(picture: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Keep the pixels of a mask, and make the others light gray."""
+    return np.where(mask[..., None], picture, np.uint8(225))
+
+
+def write_subsets(found: Mapping[str, float], folder: Path) -> list[list[str]]:
+    """Write the scores of all subsets to subsets.csv, and return its rows as text, the header first."""
+    names = ("phrases", "miou", "cum_iou", "pr_50", "pr_70", "pr_90", "ap")
+    subsets = [name.removesuffix("_miou") for name in found if name.endswith("_miou") and name != "clipseg_miou"]
+    rows = [["all", *(found.get(name, "") for name in names)]]
+    rows += [[subset, *(found.get(f"{subset}_{name}", "") for name in names)] for subset in subsets]
+    lines = [["subset", *names], *([row[0], str(int(row[1])), *(f"{value:.4f}" for value in row[2:])] for row in rows)]
+    with open(folder / "subsets.csv", "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(lines)
+    return lines
+
+
+def usage(folder: Path) -> str:
+    """Return Python code that loads a trained model and segments an image."""
+    calls = (
+        'phrases = ["red cube", "blue sphere"]\n'
+        'inputs = processor(text=phrases, images=Image.open("image.png"), padding=True, truncation=True, '
+        'return_tensors="pt")\n'
+        "masks = model(**inputs).logits.sigmoid() > model.config.threshold  # (phrases, height, width)"
+    )
+    return usage_snippet(folder, "ClipSegmenterForImageSegmentation", calls=calls)
+
+
+@activity("Writing the report")
+def write_report(folder: Path) -> None:
+    """Write the learning curves and the model card of a finished run into its folder, and print the paths."""
+    plot_run(folder, folder / "curves.png", CURVES)
+    tags = ("clip", "clipseg", "image-segmentation", "phrase-segmentation")
+    card = run_card(folder, summary=SUMMARY, usage=usage(folder), limits=LIMITS, tags=tags)
+    card.save(folder / "README.md")
+    print(f"checkpoint  {folder}  (PhraseSegmentationPipeline.from_pretrained)")
+    print(f"report      {folder / 'README.md'}")
+    print(f"pictures    {folder / 'examples.png'}, curves.png")

@@ -1,0 +1,208 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import CLIPConfig, CLIPModel, CLIPProcessor
+
+from hf_dl.data import captions, phrasecut
+from hf_dl.models.clip_segmenter import dice_loss
+from hf_dl.pipelines.phrase_segmentation import PhraseSegmentationPipeline
+from hf_dl.recipes import clip as clip_recipe
+from hf_dl.recipes import phrase_segmentation as recipe
+from hf_dl.reporting.card import read_card
+from scripts import evaluate_phrase_segmentation, train_phrase_segmentation
+from tests.models.test_clip_segmenter import TOWER
+from tests.scripts.runs import killed_after, reset
+from tests.snippets import run_snippet
+
+IMAGES = "--num_train=32 --num_test=8 --image_size=32 --negatives=0.2".split()
+SMALL = "--reduce_dim=8 --num_attention_heads=2 --intermediate_size=8 --layers 0 1".split()
+STEPS = "--max_steps=6 --batch_size=8 --phrases_per_image=2 --warmup_steps=0 --eval_every=3 --save_every=3".split()
+STEPS += "--log_every=1 --cpu_threads=1".split()
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory):
+    """A folder as scripts/train_clip.py writes it, with random weights."""
+    folder = tmp_path_factory.mktemp("clip")
+    pairs = captions.load("train", num_pairs=16, size=32)
+    tokenizer = clip_recipe.make_tokenizer(text for texts in pairs["captions"] for text in texts)
+    image_processor = clip_recipe.make_processor(clip_recipe.ImageCaptions(pairs), tokenizer).image_processor
+    text = {**TOWER, "vocab_size": len(tokenizer), "max_position_embeddings": 16, "eos_token_id": 3}
+    vision = {**TOWER, "image_size": 32, "patch_size": 8}
+    torch.manual_seed(7)
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(folder)
+    CLIPProcessor(image_processor=image_processor, tokenizer=tokenizer).save_pretrained(folder)
+    return folder
+
+
+def train(folder, clip_folder, *flags):
+    return train_phrase_segmentation.main(
+        [f"--output_dir={folder}", f"--clip={clip_folder}", *IMAGES, *SMALL, *STEPS, *flags]
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, clip_folder):
+    threads = torch.get_num_threads()
+    folder = tmp_path_factory.mktemp("train") / "run"
+    metrics = train(folder, clip_folder)
+    reset()
+    yield folder, metrics
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def images():
+    return recipe.PhraseImages(phrasecut.load("test", max_images=8, size=32, negatives=0.2))
+
+
+def read_log(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_the_folder_is_all_that_a_person_needs(finished):
+    folder, metrics = finished
+    names = {path.name for path in folder.iterdir()}
+    assert names >= {
+        "config.json", "model.safetensors", "clip_segmenter.py", "clip_decoders.py", "tokenizer.json", "results.json",
+        "README.md", "examples.png", "curves.png",
+    }  # fmt: skip
+    with Image.open(folder / "examples.png") as picture:
+        assert min(picture.size) > 200 and np.asarray(picture.convert("L")).std() > 5
+    assert read_card(folder / "README.md").data.tags == [
+        "hf_dl", "clip", "clipseg", "image-segmentation", "phrase-segmentation"
+    ]  # fmt: skip
+    assert run_snippet(folder)["masks"].shape[1:] == (32, 32)
+    assert json.loads((folder / "results.json").read_text())["metrics"] == metrics
+
+
+def test_the_scores_are_complete_and_the_threshold_comes_from_validation_images(finished):
+    folder, metrics = finished
+    for split in ("val", "test"):
+        for name in ("miou", "cum_iou", "pr_50", "ap", "false_area", "absent_auroc", "clipseg_miou", "clipseg_ap"):
+            assert 0 <= metrics[f"{split}_{name}"] <= 1
+    assert metrics["test_threshold"] == metrics["val_threshold"]
+    assert json.loads((folder / "config.json").read_text())["threshold"] == metrics["val_threshold"]
+    assert metrics["test_seen_phrases"] + metrics["test_unseen_phrases"] == metrics["test_phrases"]
+    assert metrics["test_unseen_phrases"] > 0 and "val_unseen_phrases" not in metrics
+    lines = [line for line in read_log(folder) if "loss" in line]
+    assert len(lines) == 6 and all(line["loss"] == pytest.approx(line["cross_entropy"]) for line in lines)
+    assert [line["step"] for line in read_log(folder) if "val_miou" in line] == [3, 6]
+
+
+def test_the_pipeline_takes_the_folder(finished, images):
+    folder, metrics = finished
+    pipe = PhraseSegmentationPipeline.from_pretrained(folder, device="cpu")
+    assert pipe.model.config.threshold == metrics["val_threshold"]
+    picture = Image.fromarray(images.pixels[0].permute(1, 2, 0).numpy())
+    row = images.first[0].item()
+    [result] = pipe(picture, images.phrases[images.phrase_index[row]])
+    processor = CLIPProcessor(image_processor=pipe.image_processor, tokenizer=pipe.tokenizer)
+    rows, probabilities = next(iter(recipe.predict(pipe.model, processor, images)))
+    assert rows[0] == row
+    np.testing.assert_allclose(result["probability"], probabilities[0].numpy(), rtol=1e-3, atol=1e-5)
+
+
+def test_clip_is_not_changed(finished, clip_folder):
+    folder, _ = finished
+    before, after = load_file(clip_folder / "model.safetensors"), load_file(folder / "model.safetensors")
+    assert all(torch.equal(after[f"clip.{name}"], weight) for name, weight in before.items())
+
+
+def test_evaluating_the_folder_gives_the_same_scores(finished, tmp_path):
+    folder, metrics = finished
+    found = evaluate_phrase_segmentation.main([f"--model={folder}", f"--output_dir={tmp_path}"])
+    assert found["miou"] == pytest.approx(metrics["test_miou"], abs=1e-3)
+    assert found["unseen_ap"] == pytest.approx(metrics["test_unseen_ap"], abs=1e-3)
+    lines = (tmp_path / "subsets.csv").read_text().splitlines()
+    assert lines[0] == "subset,phrases,miou,cum_iou,pr_50,pr_70,pr_90,ap" and lines[1].startswith("all,")
+    assert {line.split(",")[0] for line in lines} >= {"seen", "unseen", "p_name", "s_mid"}
+    assert (tmp_path / "examples.png").is_file()
+    assert json.loads((tmp_path / "evaluation.json").read_text())["metrics"] == found
+
+
+def test_killed_and_resumed_it_ends_the_same(finished, clip_folder, tmp_path):
+    folder, metrics = finished
+    with killed_after(4):
+        train(tmp_path, clip_folder)
+    assert train(tmp_path, clip_folder, "--resume") == metrics
+    left, right = load_file(folder / "model.safetensors"), load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_without_a_cache_the_run_is_nearly_the_same(finished, clip_folder, tmp_path):
+    _, metrics = finished
+    found = train(tmp_path, clip_folder, "--cache_gb=0", "--save_every=0")
+    assert found["test_ap"] == pytest.approx(metrics["test_ap"], abs=0.02)
+
+
+def test_all_decoders_an_untrained_clip_and_dice(clip_folder, tmp_path):
+    one = ["--max_steps=1", "--save_every=0", "--eval_every=0", "--num_train=8", "--num_test=4"]
+    for flags in (["--decoder_type=clipseg", "--refined"], ["--decoder_type=deconv", "--untrained_clip"]):
+        found = train(tmp_path, clip_folder, *one, *flags, "--dice_weight=0.5")
+        reset()
+        assert 0 <= found["test_miou"] <= 1
+        (line,) = [line for line in read_log(tmp_path) if "loss" in line]
+        assert line["loss"] == pytest.approx(line["cross_entropy"] + 0.5 * line["dice"])
+    before, after = load_file(clip_folder / "model.safetensors"), load_file(tmp_path / "model.safetensors")
+    name = "visual_projection.weight"
+    assert not torch.equal(before[name], after[f"clip.{name}"])
+
+
+def test_masks_and_phrases_of_images(images):
+    data = phrasecut.load("test", max_images=8, size=32, negatives=0.2)
+    rows, place = images.all_rows(torch.tensor([2, 0]))
+    assert rows.tolist() == [*range(images.first[2], images.first[3]), *range(images.first[1])]
+    for row in rows.tolist()[:4]:
+        assert images.phrases[images.phrase_index[row]] == data[row]["phrase"]
+        assert np.array_equal(images.masks(torch.tensor([row]))[0].numpy(), np.asarray(data[row]["mask"]) > 0)
+    assert place.tolist() == [0] * (images.first[3] - images.first[2]) + [1] * images.first[1]
+    picked, place = images.pick_rows(torch.tensor([1]), torch.tensor([0.999]), 3)
+    first, last = images.first[1].item(), images.first[2].item()
+    assert picked.tolist() == [last - 1, first, first + 1] and place.tolist() == [0, 0, 0]
+
+
+def test_the_loss_of_the_script_is_the_loss_of_the_model(clip_folder, images):
+    args = train_phrase_segmentation.Args(clip=str(clip_folder), image_size=32, dice_weight=0.5, layers=[0, 1])
+    model, processor = recipe.make_model(args)
+    rows, image_index = images.all_rows(torch.tensor([0, 1]))
+    embeds = recipe.embed_phrases(model, processor.tokenizer, images.phrases)[images.phrase_index[rows]]
+    inputs = images.vision_inputs(images.__getitems__([0, 1]), processor, "cpu")
+    masks = images.masks(rows)
+    output = model(prompt_embeds=embeds, image_index=image_index, labels=masks, **inputs)
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(output.logits, masks)
+    torch.testing.assert_close(output.loss, expected + 0.5 * dice_loss(output.logits, masks))
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ({"clip": "runs/train_clip"}, "clip='runs/train_clip' does not exist. Train it with `scripts/run accelerate"),
+        ({"clip": "missing"}, "model='missing' is not a folder"),
+        ({"image_size": 30}, "height 30 and width 30. Expected multiples of patch_size=8."),
+        ({"layers": [5]}, "must be different blocks of the image tower"),
+    ],
+)
+def test_invalid_flags_of_the_model(flags, sentence, clip_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = train_phrase_segmentation.Args(**{"clip": str(clip_folder), "image_size": 32, **flags})
+    with pytest.raises(ValueError, match=sentence.replace("[", r"\[")):
+        recipe.make_model(args)
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ({"phrases_per_image": 0}, "phrases_per_image=0 must be at least 1."),
+        ({"negatives": 1.0}, "negatives=1.0 must be at least 0 and below 1."),
+        ({"cache_gb": -1.0}, "cache_gb=-1.0 must be at least 0."),
+        ({"dice_weight": -1.0}, "dice_weight=-1.0 must be at least 0."),
+    ],
+)
+def test_invalid_flags_of_the_training(flags, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        train_phrase_segmentation.Args(**flags)
