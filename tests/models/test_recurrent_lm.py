@@ -430,13 +430,13 @@ def test_invalid_inputs_raise_an_error():
     with pytest.raises(ValueError, match="labels contains 12"):
         model(ids, shift_labels=ids + 12)
     nothing = torch.ones(1, 0, dtype=torch.long)
-    for call in (model, model.generate):
+    for call in (model, lambda ids: model.generate(ids, max_new_tokens=2)):
         with pytest.raises(ValueError, match=r"tokens have shape \(1, 0\). Expected \(batch, length\) with at least"):
             call(nothing)
     with pytest.raises(ValueError, match=r"tokens have shape \(3,\). Expected \(batch, length\)"):
         model(torch.ones(3, dtype=torch.long))
     with pytest.raises(ValueError, match="guidance_scale=2.0 is not supported"):
-        model.generate(torch.ones(1, 3, dtype=torch.long), guidance_scale=2.0)
+        model.generate(torch.ones(1, 3, dtype=torch.long), guidance_scale=2.0, max_new_tokens=2)
     with pytest.raises(ValueError, match="state has shape"):
         model(ids, state=(torch.zeros(1, 1, 8), torch.zeros(1, 1, 8)))
 
