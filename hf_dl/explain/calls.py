@@ -11,6 +11,18 @@ from torch import nn
 MAX_PREFIX_TOKENS = 16  # most CLS, distillation and register tokens, if the patch size is unknown
 
 
+def to_model(model: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
+    """Copy images to the device of a model, outside of inference mode, so that they can have gradients."""
+    parameter = next(model.parameters(), pixel_values)
+    with torch.inference_mode(False):
+        return pixel_values.detach().clone().to(parameter.device)
+
+
+def per_channel(values: float | Sequence[float], pixel_values: torch.Tensor) -> torch.Tensor:
+    """Return one value or one value per channel as a tensor that broadcasts to images."""
+    return torch.as_tensor(values, dtype=pixel_values.dtype, device=pixel_values.device).reshape(-1, 1, 1)
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Put a model into evaluation mode, and restore the mode of each module at the end."""
@@ -208,6 +220,55 @@ def default_layers(model: nn.Module, pixel_values: torch.Tensor, count: int = 1)
     if not 1 <= count <= len(found):
         raise ValueError(f"count={count} layers of model={type(model).__name__} must be 1 to {len(found)}.")
     return found[-count:]
+
+
+def find_layers(
+    model: nn.Module, pixel_values: torch.Tensor, layers: object, *, flag: str = "layers"
+) -> dict[str, nn.Module]:
+    """Return the modules of layers by their names.
+
+    Args:
+        model: Classifier.
+        pixel_values: Images, (batch, channels, height, width), to find the default layers.
+        layers: Names or modules. An integer is the number of `default_layers`.
+        flag: Name of the argument, for error messages.
+
+    Raises:
+        ValueError: If a layer is unknown, or the list is empty.
+    """
+    if isinstance(layers, int):
+        layers = default_layers(model, pixel_values, layers)
+    elif isinstance(layers, (str, nn.Module)):
+        layers = [layers]
+    by_name = dict(model.named_modules())
+    names = {module: name for name, module in by_name.items()}
+    found = {}
+    for layer in layers:
+        name = names.get(layer) if isinstance(layer, nn.Module) else layer
+        if name not in by_name:
+            shown = repr(layer) if isinstance(layer, str) else type(layer).__name__
+            raise ValueError(f"{flag}={shown} is not a layer of {type(model).__name__}. See model.named_modules().")
+        found[name] = by_name[name]
+    if not found:
+        raise ValueError(f"{flag}=[] must have at least one entry.")
+    return found
+
+
+def as_map(tensor: torch.Tensor, size: tuple[int, int], patch_size: tuple[int, int] | None) -> torch.Tensor:
+    """Arrange patch tokens (batch, tokens, channels) as (batch, channels, height, width); drop all other tokens.
+
+    Args:
+        tensor: Tokens, or a feature map, which is returned unchanged.
+        size: Height and width of the images in pixels.
+        patch_size: Height and width of the patches in pixels, if known.
+
+    Raises:
+        ValueError: If the tokens do not match a grid.
+    """
+    if tensor.ndim == 4:
+        return tensor
+    grid, prefix = token_grid(tensor.shape[1], size, patch_size)
+    return tensor[:, prefix:].transpose(1, 2).unflatten(2, grid)
 
 
 def normalize(maps: torch.Tensor) -> torch.Tensor:

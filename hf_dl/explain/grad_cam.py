@@ -14,16 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .calls import (
-    class_logits,
-    default_layers,
-    evaluating,
-    normalize,
-    patch_size_of,
-    pick_classes,
-    token_grid,
-    upsample,
-)
+from .calls import as_map, class_logits, evaluating, find_layers, normalize, patch_size_of, pick_classes, upsample
 
 ENGINES = ("hf_dl", "grad-cam")
 
@@ -81,30 +72,11 @@ def grad_cam(
     """
     if engine not in ENGINES:
         raise ValueError(f"engine={engine!r} is unknown; choose one of {', '.join(ENGINES)}.")
-    modules = _find_layers(model, pixel_values, layers)
+    modules = find_layers(model, pixel_values, layers)
     run = _run if engine == "hf_dl" else _run_package
     with evaluating(model):
         maps, picked, logits = run(model, pixel_values, modules, classes)
     return GradCamOutput(maps=maps, classes=picked, logits=logits, layers=tuple(modules))
-
-
-def _find_layers(model: nn.Module, pixel_values: torch.Tensor, layers: object) -> dict[str, nn.Module]:
-    if isinstance(layers, int):
-        layers = default_layers(model, pixel_values, layers)
-    elif isinstance(layers, (str, nn.Module)):
-        layers = [layers]
-    by_name = dict(model.named_modules())
-    names = {module: name for name, module in by_name.items()}
-    found = {}
-    for layer in layers:
-        name = names.get(layer) if isinstance(layer, nn.Module) else layer
-        if name not in by_name:
-            shown = repr(layer) if isinstance(layer, str) else type(layer).__name__
-            raise ValueError(f"layers={shown} is not a layer of {type(model).__name__}. See model.named_modules().")
-        found[name] = by_name[name]
-    if not found:
-        raise ValueError("layers=[] must have at least one entry.")
-    return found
 
 
 def _run(
@@ -151,20 +123,10 @@ def _run(
     for (name, activation), gradient in zip(activations.items(), gradients, strict=True):
         if gradient is None:
             raise ValueError(f"layers={name!r} does not affect the logits.")
-        activation, gradient = (
-            _as_map(tensor.detach(), size, patch_size).float() for tensor in (activation, gradient)
-        )
+        activation, gradient = (as_map(tensor.detach(), size, patch_size).float() for tensor in (activation, gradient))
         alphas = gradient.mean(dim=(2, 3))
         maps.append(upsample(normalize(torch.einsum("bk,bkij->bij", alphas, activation).relu()), size))
     return normalize(torch.stack(maps).mean(dim=0)), picked, logits.detach()
-
-
-def _as_map(tensor: torch.Tensor, size: tuple[int, int], patch_size: tuple[int, int] | None) -> torch.Tensor:
-    """Arrange patch tokens (batch, tokens, channels) as (batch, channels, height, width); drop all other tokens."""
-    if tensor.ndim == 4:
-        return tensor
-    grid, prefix = token_grid(tensor.shape[1], size, patch_size)
-    return tensor[:, prefix:].transpose(1, 2).unflatten(2, grid)
 
 
 class _Logits(nn.Module):
@@ -195,7 +157,7 @@ def _run_package(
         targets = [ClassifierOutputTarget(c) for c in picked.tolist()]
     weights = [(p, p.grad) for p in model.parameters()]
     with torch.enable_grad():
-        cam = GradCAM(wrapped, list(modules.values()), reshape_transform=lambda x: _as_map(x, size, patch_size))
+        cam = GradCAM(wrapped, list(modules.values()), reshape_transform=lambda x: as_map(x, size, patch_size))
         try:
             # the input requires gradients, because a frozen model would have no graph
             maps = cam(pixel_values.detach().clone().requires_grad_(), targets=targets)

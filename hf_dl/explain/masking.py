@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torchvision.transforms.v2.functional import gaussian_blur
 
 from .attention import attention_maps, self_attention_shape
-from .calls import class_logits, evaluating, find_blocks, patch_size_of, pick_classes
+from .calls import class_logits, evaluating, find_blocks, patch_size_of, per_channel, pick_classes
 
 FILLS = ("black", "gray", "mean", "blur", "noise")
 WAYS = (*FILLS, "attention", "tokens")
@@ -85,21 +85,17 @@ def ranked_patches(maps: torch.Tensor, count: int, *, largest: bool = True) -> t
 # Removing patches
 
 
-def _per_channel(values: float | Sequence[float], pixel_values: torch.Tensor) -> torch.Tensor:
-    return torch.as_tensor(values, dtype=pixel_values.dtype, device=pixel_values.device).reshape(-1, 1, 1)
-
-
-def _replacement(
+def replacement(
     pixel_values: torch.Tensor,
     fill: str,
     image_mean: float | Sequence[float],
     image_std: float | Sequence[float],
     generator: torch.Generator | None,
 ) -> torch.Tensor:
-    """Return the pixels of a fill, which can be broadcast to the images."""
+    """Return the pixels of a fill, which can be broadcast to the images. See `fill_patches`."""
     if fill not in FILLS:
         raise ValueError(f"fill={fill!r} is unknown; choose one of {', '.join(FILLS)}.")
-    mean, std = _per_channel(image_mean, pixel_values), _per_channel(image_std, pixel_values)
+    mean, std = per_channel(image_mean, pixel_values), per_channel(image_std, pixel_values)
     if fill == "mean":
         return pixel_values.mean(dim=(2, 3), keepdim=True)
     if fill == "blur":
@@ -147,7 +143,7 @@ def fill_patches(
     masks = masks.to(pixel_values.device).float()
     masks = masks.expand(len(pixel_values), *masks.shape[-2:]).unsqueeze(1)
     masks = F.interpolate(masks, size=pixel_values.shape[-2:], mode="nearest-exact") > 0.5
-    return torch.where(masks, _replacement(pixel_values, fill, image_mean, image_std, generator), pixel_values)
+    return torch.where(masks, replacement(pixel_values, fill, image_mean, image_std, generator), pixel_values)
 
 
 class _KeyMask(TorchFunctionMode):
@@ -467,7 +463,7 @@ def curve(
             f"{(len(pixel_values), *pixel_values.shape[-2:])}."
         )
     fill = fill or {"deletion": "gray", "insertion": "blur"}[mode]
-    nothing = _replacement(pixel_values, fill, image_mean, image_std, generator).expand_as(pixel_values)
+    nothing = replacement(pixel_values, fill, image_mean, image_std, generator).expand_as(pixel_values)
     before, after = (pixel_values, nothing) if mode == "deletion" else (nothing, pixel_values)
     order = maps.to(pixel_values.device).flatten(1).argsort(dim=1, descending=True, stable=True)
     place = order.argsort(dim=1).view_as(maps).unsqueeze(1)  # position of each pixel in the order

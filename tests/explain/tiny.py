@@ -2,6 +2,8 @@
 
 import torch
 from torch import nn
+from torchvision.models import ResNet
+from torchvision.models.resnet import BasicBlock
 from transformers import (
     DeiTConfig,
     DeiTForImageClassification,
@@ -13,7 +15,14 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from hf_dl.models import SmallViTConfig, SmallViTForImageClassification
+from hf_dl.models import (
+    ClassicCNNConfig,
+    ClassicCNNForImageClassification,
+    NormResNetConfig,
+    NormResNetForImageClassification,
+    SmallViTConfig,
+    SmallViTForImageClassification,
+)
 
 SIZES = {"image_size": 16, "patch_size": 4, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
 MLP = {"intermediate_size": 24}
@@ -69,3 +78,47 @@ def make_convnet(*, inplace=True):
 
 def make_images(batch=2, height=16, width=16, seed=1):
     return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(seed))
+
+
+def make_norm_resnet():
+    torch.manual_seed(0)
+    config = NormResNetConfig(n=1, widths=[4, 6, 8], image_size=16, num_labels=5)
+    return shake(NormResNetForImageClassification(config))
+
+
+def make_vgg():
+    torch.manual_seed(0)
+    config = ClassicCNNConfig(architecture="vgg11", width_multiplier=0.05, image_size=32, num_labels=5)
+    return shake(ClassicCNNForImageClassification(config))
+
+
+def make_torchvision():
+    torch.manual_seed(0)
+    return shake(ResNet(BasicBlock, [1, 1, 1, 1], num_classes=5))
+
+
+# Networks of timm are modules that return logits, as ConvNet and the network of torchvision.
+NETWORKS = {
+    "norm_resnet": make_norm_resnet,
+    "vgg": make_vgg,
+    "small_vit": lambda: make_vit("small_vit"),
+    "vit": lambda: make_vit("vit"),
+    "resnet": make_resnet,
+    "torchvision": make_torchvision,
+    "module": make_convnet,
+}
+TRANSFORMERS = ("small_vit", "vit")
+
+
+def make_network(kind):
+    """A network of a kind in double precision, with images of a size that it takes."""
+    side = 32 if kind in ("vgg", "resnet") else 16
+    return NETWORKS[kind]().double(), make_images(2, side, side).double()
+
+
+def assert_untouched(model, modes):
+    """The modes and gradients are as before, and no hook is left."""
+    assert [module.training for module in model.modules()] == modes
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+    assert not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in model.modules())
+    assert torch.is_grad_enabled()
