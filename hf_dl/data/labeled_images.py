@@ -244,7 +244,9 @@ def _stream(
     kind = stream.features[label]
     if not isinstance(kind, datasets.ClassLabel):
         raise ValueError(f"label_column={label!r} of {source!r} has no class names. Use streaming=False.")
-    stream = stream.select_columns([image, label]).rename_columns({image: "image", label: "label"})
+    stream = stream.select_columns([image, label])
+    for old, new in ((image, "image"), (label, "label")):  # a stream cannot rename a column to its own name
+        stream = stream if old == new else stream.rename_column(old, new)
     stream = stream.cast_column("image", datasets.Image(decode=False))
     stream = stream if num_images is None else stream.take(num_images)
     features = datasets.Features(image=datasets.Image(), label=kind)

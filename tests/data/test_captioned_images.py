@@ -2,6 +2,9 @@
 
 import io
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -10,11 +13,13 @@ from PIL import Image
 
 from hf_dl.data import captioned_images, captions
 from hf_dl.data.captions import load
+from tests.loopback_hub import LoopbackHub
 
 from .errors import failure
 
 pytestmark = pytest.mark.usefixtures("private_cache")
 
+ROOT = Path(__file__).resolve().parents[2]
 SPLITS = ("train", "validation", "test")
 
 
@@ -345,3 +350,31 @@ def test_images_given_as_bytes_with_many_rows_per_image():
     with pytest.warns(UserWarning, match=r"3\.png \(it has no caption\)"):
         rows = load("train", {"train": data, "val": data, "test": data}, corrupt="skip")
     assert numbers(rows) == [3]
+
+
+PUBLISH = """
+import numpy as np
+from hf_dl.data import captions, zero_shot
+
+pairs = {split: captions.load(split, num_pairs=3, size=32) for split in ("train", "validation", "test")}
+images = zero_shot.load("test", num_images=8, size=32)
+for rows in pairs.values():
+    rows.push_to_hub("me/pairs")
+images.push_to_hub("me/images")
+for streaming in (False, True):
+    versions = [(captions.load(split, "me/pairs", streaming=streaming), rows) for split, rows in pairs.items()]
+    if streaming:  # another order would be loaded otherwise
+        versions.append((zero_shot.load("test", "me/images", streaming=True), images))
+    for rows, expected in versions:
+        assert rows.features == expected.features
+        for row, other in zip(rows, expected, strict=True):
+            assert np.array_equal(row.pop("image"), other.pop("image")) and row == other
+"""
+
+
+@pytest.mark.slow
+def test_pairs_and_labeled_images_come_back_from_the_hub(tmp_path):
+    with LoopbackHub() as hub:
+        env = {**hub.env(tmp_path), "PYTHONPATH": str(ROOT)}
+        done = subprocess.run([sys.executable, "-c", PUBLISH], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]

@@ -311,6 +311,8 @@ def test_datasets_that_the_user_already_has():
     stream = load("train", data.to_iterable_dataset(), size=16, num_images=7)
     assert isinstance(stream, datasets.IterableDataset) and len(list(stream)) == 7
     check_colors(stream)
+    named = load("train", load("train", data, size=16).to_iterable_dataset(), size=16)  # its columns: image, label
+    assert [row["label"] for row in named] == parts["train"]["label"][:]
     message = failure(lambda: load("test", data.to_iterable_dataset(), size=16))
     assert "'IterableDataset' has no test split to stream, only train" in message
     unknown = datasets.IterableDataset.from_generator(lambda: iter(()))
