@@ -64,7 +64,7 @@ SPECIAL = ("<pad>", "<start>", "<unk>", "<end>")  # CLIPTextModel pools at the w
 FIRST_TEMPERATURE = 0.07
 LOWEST_TEMPERATURE = 0.01  # CLIP does not multiply cosines by more than 100
 BATCH_SIZE = 128  # examples per batch during evaluation
-RECALL_PAIRS = 1000  # recall at 1 depends on the number of candidates, so it has a fixed limit
+RECALL_PAIRS = 1000  # candidates for recall at 1, which depends on their number
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -565,7 +565,7 @@ def _in_batches(values: Iterable[Any], size: int) -> Iterator[list[Any]]:
 
 def _unit(features: Sequence[torch.Tensor]) -> torch.Tensor:
     if not features:
-        raise ValueError("There is nothing to encode. Expected at least one image or text.")
+        raise ValueError("The list is empty. Expected at least one image or text to encode.")
     return F.normalize(torch.cat(list(features)), dim=1)
 
 
@@ -660,8 +660,8 @@ class ZeroShotResult:
         """Compute the accuracy of each class.
 
         Returns:
-            One row per class: its name, whether it is unseen, its number of images, its accuracy for each style, and
-            the most frequent wrong prediction of the first style.
+            One row per class: its name, whether it is unseen, its number of images, and its accuracy for each style.
+            "mistaken for" is the most frequent wrong prediction of the first style.
         """
         rows, first = [], next(iter(self.predictions.values()))
         for label, name in enumerate(self.names):
@@ -725,6 +725,12 @@ def load_clip(name: str | Path) -> tuple[PreTrainedModel, Any, Any]:
             "openai/clip-vit-base-patch32, google/siglip-base-patch16-224, or a folder of scripts/train_clip.py."
         )
     return model, load_model(AutoImageProcessor, name), load_model(AutoTokenizer, name)
+
+
+def scene_size(model: PreTrainedModel) -> int:
+    """Return the size of the images of a model, within the limits of generated scenes, in pixels."""
+    size = getattr(model.config.vision_config, "image_size", 224)
+    return min(max(size if isinstance(size, int) else max(size), 32), 256)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

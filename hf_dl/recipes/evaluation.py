@@ -151,25 +151,28 @@ def make_output_folder(args: Any) -> Path:
     """Create the folder for the results of an evaluation.
 
     Args:
-        args: Flags with `output_dir` and `model`, both text. An empty `output_dir` selects the model's folder.
+        args: Flags with `output_dir` and `model`, both text. An empty `output_dir` selects the model's folder, and
+            for a Hub id a folder in runs/: a folder with the name of the id would be loaded instead of the id.
 
     Returns:
         The folder.
     """
-    folder = Path(args.output_dir or args.model)
+    model = Path(args.model)
+    folder = Path(args.output_dir or (model if model.is_dir() else f"runs/{model.name}"))
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
-def write_evaluation(folder: Path, args: Any, metrics: Mapping[str, float]) -> None:
+def write_evaluation(folder: Path, args: Any, metrics: Mapping[str, float], **more: Any) -> None:
     """Write evaluation.json, and print the metrics as a table.
 
     Args:
         folder: The folder of the results.
         args: The flags, a dataclass. Absolute paths are cut to their last part, see `portable`.
         metrics: The scores by name.
+        **more: Additional entries of evaluation.json; must be serializable as JSON.
     """
-    found = {"args": portable(asdict(args)), "metrics": dict(metrics)}
+    found = {"args": portable(asdict(args)), "metrics": dict(metrics), **more}
     (folder / "evaluation.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     for name, value in metrics.items():
         print(f"{name:45s} {value:.4f}")

@@ -113,20 +113,25 @@ def test_progress_bars_are_for_terminals(terminal, monkeypatch):
         (datasets.enable_progress_bars if was_enabled else datasets.disable_progress_bars)()
 
 
-def test_the_output_folder_defaults_to_the_models(tmp_path):
+def test_the_output_folder_defaults_to_the_models(tmp_path, monkeypatch):
     model = tmp_path / "model"
+    model.mkdir()
     assert evaluation.make_output_folder(Args(model=str(model))) == model
     other = tmp_path / "some" / "where"
     assert evaluation.make_output_folder(Args(model=str(model), output_dir=str(other))) == other
-    assert model.is_dir() and other.is_dir()
+    assert other.is_dir()
+    monkeypatch.chdir(tmp_path)
+    assert evaluation.make_output_folder(Args(model="openai/clip")).as_posix() == "runs/clip"
+    assert not (tmp_path / "openai").exists()  # the next run would load this folder instead of the Hub id
 
 
 def test_write_evaluation(tmp_path, capsys):
     args = Args(model=str(tmp_path / "model"), num_slots=[2])
-    evaluation.write_evaluation(tmp_path, args, {"test_loss": 0.25, "test_images": 16.0})
+    evaluation.write_evaluation(tmp_path, args, {"test_loss": 0.25, "test_images": 16.0}, pairs=[1])
     assert json.loads((tmp_path / "evaluation.json").read_text()) == {
         "args": {"model": "model", "num_slots": [2], "output_dir": ""},  # without the folders of this machine
         "metrics": {"test_loss": 0.25, "test_images": 16.0},
+        "pairs": [1],
     }
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert lines == [["test_loss", "0.2500"], ["test_images", "16.0000"]]

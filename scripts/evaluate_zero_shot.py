@@ -1,0 +1,92 @@
+r"""Classify images with a CLIP or SigLIP model and text prompts, without training on the classes.
+
+    scripts/run python scripts/evaluate_zero_shot.py --model runs/train_clip
+    scripts/run python scripts/evaluate_zero_shot.py --model openai/clip-vit-base-patch32 --source tanganke/stl10 \
+        --prompts plain photo openai photo+openai "a drawing of {a}"
+
+Each prompt style has an accuracy. "+" joins styles and templates to an ensemble. Each pair of styles is compared on
+the same images, with McNemar's exact test and a bootstrap interval. A sentence says whether a difference is noise.
+`classes.csv` has the accuracy of each class.
+"""
+
+from dataclasses import asdict, dataclass, field
+from typing import Literal
+
+from hf_dl.data import zero_shot
+from hf_dl.metrics.paired import compare
+from hf_dl.recipes import clip
+from hf_dl.recipes.evaluation import hide_progress_bars, make_output_folder, report_data, write_evaluation
+from hf_dl.training.args import parse_flags
+
+
+@dataclass
+class Args:
+    """Flags of this script."""
+
+    model: str = field(default="runs/train_clip", metadata={"help": "Folder or Hub id of a CLIP or SigLIP model."})
+    source: str = field(
+        default="synthetic",
+        metadata={"help": "synthetic (scenes with one object), a Hub dataset id, or a folder of labeled images."},
+    )
+    split: Literal["train", "validation", "test"] = field(default="test", metadata={"help": "Split to evaluate on."})
+    num_images: int = field(default=0, metadata={"help": "Number of images. 0 uses all, 1600 for source=synthetic."})
+    style: Literal["plain", "textured"] = field(default="plain", metadata={"help": "Look of the synthetic scenes."})
+    prompts: list[str] = field(
+        default_factory=lambda: list(clip.STYLES),
+        metadata={
+            "help": f"Prompt styles to compare: {', '.join(zero_shot.PROMPTS)}, or templates such as "
+            "'a drawing of {a}'. Join several by + for an ensemble."
+        },
+    )
+    confidence: float = field(default=0.95, metadata={"help": "Confidence level of the intervals and tests."})
+    seed: int = field(default=0, metadata={"help": "Seed of the bootstrap."})
+    output_dir: str = field(
+        default="", metadata={"help": "Folder for the results. Defaults to the folder of the model."}
+    )
+
+    def __post_init__(self):
+        for style in self.prompts:
+            clip.find_templates(style)
+        if not self.prompts or len(set(self.prompts)) < len(self.prompts):
+            raise ValueError(f"prompts={self.prompts} must be different prompt styles, at least one.")
+        if not 0 < self.confidence < 1:
+            raise ValueError(f"confidence={self.confidence} must be between 0 and 1, such as 0.95.")
+
+
+def main(argv: list[str] | None = None) -> dict[str, float]:
+    """Evaluate a model, and write evaluation.json and classes.csv.
+
+    Args:
+        argv: The flags. Defaults to the command line.
+
+    Returns:
+        The scores, with keys such as `test_photo_accuracy`.
+    """
+    args = parse_flags(Args, argv)
+    model, processor, tokenizer = clip.load_clip(args.model)
+    folder = make_output_folder(args)
+    hide_progress_bars()
+    # Generated images are rendered at the size of the model. The processor resizes all others.
+    options = {"size": clip.scene_size(model), "style": args.style} if args.source == "synthetic" else {}
+    data = zero_shot.load(args.split, args.source, num_images=args.num_images or None, **options)
+    report_data(data, args.split)
+
+    result = clip.classify(model, processor, data, args.prompts, tokenizer=tokenizer)
+    comparisons = compare(result.correct, confidence=args.confidence, seed=args.seed)
+    prefix = "val" if args.split == "validation" else args.split
+    metrics = {f"{prefix}_{name}": value for name, value in result.scores().items()}
+
+    rows = clip.write_classes(result, folder)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    found = [asdict(each) | {"noise": each.is_noise, "sentence": each.sentence} for each in comparisons]
+    write_evaluation(folder, args, metrics, comparisons=found)
+    for each in comparisons:
+        print(each.sentence)
+    print(f"classes.csv and evaluation.json are in {folder}.")
+    return metrics
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+import pytest
+import torch
+from transformers import CLIPConfig, CLIPModel, SiglipConfig, SiglipModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from hf_dl.models.clip_features import as_features
+
+SIZES = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+TEXT, IMAGE = {**SIZES, "vocab_size": 9}, {**SIZES, "image_size": 16, "patch_size": 8}
+
+
+@pytest.mark.parametrize("family", ["clip", "siglip"])
+def test_the_features_are_the_unnormalized_embeddings(family):
+    torch.manual_seed(0)
+    if family == "clip":
+        model = CLIPModel(CLIPConfig(text_config=TEXT | {"eos_token_id": 3}, vision_config=IMAGE, projection_dim=6))
+    else:
+        model = SiglipModel(SiglipConfig(text_config=TEXT, vision_config=IMAGE))
+    pixel_values, input_ids = torch.randn(2, 3, 16, 16), torch.tensor([[1, 5, 3], [1, 6, 3]])
+    with torch.no_grad():
+        output = model.eval()(pixel_values=pixel_values, input_ids=input_ids)
+        images = as_features(model.get_image_features(pixel_values=pixel_values))
+        texts = as_features(model.get_text_features(input_ids=input_ids))
+    for features, embeds in ((images, output.image_embeds), (texts, output.text_embeds)):
+        assert features.shape == embeds.shape and not torch.allclose(features, embeds)
+        assert torch.allclose(torch.nn.functional.normalize(features, dim=1), embeds, atol=1e-6)
+
+
+def test_tensors_of_transformers_4_pass_through():
+    features = torch.ones(2, 3)
+    assert as_features(features) is features
+
+
+@pytest.mark.parametrize(
+    ("output", "sentence"),
+    [
+        (BaseModelOutputWithPooling(last_hidden_state=torch.ones(1, 2, 3)), "BaseModelOutputWithPooling without"),
+        (torch.ones(2, 3, 4), r"a Tensor of shape \(2, 3, 4\) without features \(examples, dim\)"),
+        (None, "a NoneType without features"),
+    ],
+)
+def test_other_outputs_are_refused(output, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        as_features(output)

@@ -1,0 +1,287 @@
+import csv
+import math
+from types import SimpleNamespace
+
+import datasets
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from transformers import (
+    AutoTokenizer,
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    SiglipConfig,
+    SiglipImageProcessor,
+    SiglipModel,
+)
+
+from hf_dl.data import zero_shot
+from hf_dl.recipes import clip
+
+SIZES = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+WORDS = ["a photo of red blue green cube sphere there is in this picture"]
+
+
+def make_clip(tokenizer, seed=0):
+    torch.manual_seed(seed)
+    return clip.make_model(clip_flags(), tokenizer)
+
+
+def make_images(count=6, size=32):
+    rng = np.random.default_rng(0)
+    return [Image.fromarray(rng.integers(0, 256, (size, size, 3), dtype=np.uint8)) for _ in range(count)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return clip.make_tokenizer(WORDS)
+
+
+def image_processor(kind=CLIPImageProcessor):
+    size = {"shortest_edge": 32} if kind is CLIPImageProcessor else {"height": 32, "width": 32}
+    crop = {"crop_size": {"height": 32, "width": 32}} if kind is CLIPImageProcessor else {}
+    return kind(size=size, **crop)
+
+
+@pytest.fixture(scope="module", params=["clip", "siglip"])
+def family(request, tokenizer):
+    torch.manual_seed(0)
+    text, image = SIZES | {"vocab_size": len(tokenizer)}, SIZES | {"image_size": 32, "patch_size": 16}
+    if request.param == "clip":
+        config = CLIPConfig(text_config=text | {"eos_token_id": 3}, vision_config=image, projection_dim=8)
+        return CLIPModel(config), image_processor()
+    text |= {"max_position_embeddings": 12}
+    return SiglipModel(SiglipConfig(text_config=text, vision_config=image)), image_processor(SiglipImageProcessor)
+
+
+class TestTokenizer:
+    def test_one_token_per_word_without_case_and_punctuation(self, tokenizer):
+        ids = tokenizer("A Photo of a red-blue CUBE.")["input_ids"]
+        names = tokenizer.convert_ids_to_tokens(ids)
+        assert names == ["<start>", "a", "photo", "of", "a", "red", "blue", "cube", "<end>"]
+
+    def test_an_unknown_word_is_one_token(self, tokenizer):
+        assert tokenizer.convert_ids_to_tokens(tokenizer("a zebra")["input_ids"])[2] == "<unk>"
+
+    def test_the_most_frequent_words_are_kept(self):
+        small = clip.make_tokenizer(["b b b a c", "a c c c c"], vocab_size=2)
+        assert set(small.get_vocab()) == {*clip.SPECIAL, "b", "c"}
+
+    def test_it_is_saved_and_loaded_beside_a_model(self, tokenizer, tmp_path):
+        make_clip(tokenizer).save_pretrained(tmp_path)
+        tokenizer.save_pretrained(tmp_path)
+        loaded = AutoTokenizer.from_pretrained(tmp_path)
+        texts = ["a red cube", "a photo of a blue sphere, there"]
+        expected = tokenizer(texts, padding=True)
+        assert dict(loaded(texts, padding=True)) == dict(expected) and set(expected) == {"input_ids", "attention_mask"}
+        assert loaded.model_max_length == 32 and loaded.eos_token_id == 3
+
+    def test_long_texts_keep_the_end_token(self):
+        short = clip.make_tokenizer(WORDS, max_length=4)
+        ids = short("a photo of red cube", truncation=True)["input_ids"]
+        assert len(ids) == 4 and ids[-1] == short.eos_token_id
+
+    def test_texts_without_words_are_refused(self):
+        with pytest.raises(ValueError, match="The captions have no words"):
+            clip.make_tokenizer(["...", ""])
+
+
+class TestModel:
+    def test_text_features_are_read_at_the_end_token(self, tokenizer):
+        """With an id of 2, CLIP would read them at the highest id, and words after the end token would count."""
+        model = make_clip(tokenizer).eval()
+        ids = tokenizer(["a red cube"], return_tensors="pt")["input_ids"]
+        output = model.text_model(input_ids=ids)
+        assert torch.equal(output.pooler_output[0], output.last_hidden_state[0, -1])
+        longer = torch.cat([ids, torch.full((1, 2), max(tokenizer.get_vocab().values()))], dim=1)
+        features = [model.get_text_features(input_ids=each).pooler_output for each in (ids, longer)]
+        assert torch.allclose(*features, atol=1e-6)
+
+    def test_the_temperature_is_learned_or_fixed(self, tokenizer):
+        args = clip_flags(temperature=None)
+        learned = clip.make_model(args, tokenizer)
+        assert learned.logit_scale.requires_grad and 1 / learned.logit_scale.exp().item() == pytest.approx(0.07)
+        args.temperature = 0.5
+        fixed = clip.make_model(args, tokenizer)
+        assert not fixed.logit_scale.requires_grad and fixed.logit_scale.exp().item() == pytest.approx(2)
+
+    def test_a_learned_temperature_is_clamped(self, tokenizer):
+        model = clip.make_model(clip_flags(temperature=None), tokenizer)
+        model.logit_scale.data.fill_(9.0)
+        clip.clamp_temperature(model)
+        assert model.logit_scale.exp().item() == pytest.approx(100)
+        fixed = clip.make_model(clip_flags(temperature=0.001), tokenizer)
+        clip.clamp_temperature(fixed)
+        assert fixed.logit_scale.exp().item() == pytest.approx(1000, rel=1e-4)
+
+    @pytest.mark.parametrize(
+        ("flags", "sentence"),
+        [
+            ({"patch_size": 5}, "image_size=32 must be a multiple of patch_size=5"),
+            ({"hidden_size": 0}, "hidden_size=0 must be at least 1"),
+            ({"hidden_size": 10, "num_heads": 4}, r"hidden size \(10\) is not a multiple"),
+            ({"max_length": 2}, "max_length=2 must be at least 3"),
+            ({"vocab_size": 0}, "vocab_size=0 must be at least 1"),
+        ],
+    )
+    def test_sizes_that_do_not_fit_are_refused(self, flags, sentence):
+        with pytest.raises(ValueError, match=sentence):
+            clip.make_config(clip_flags(**flags), vocab_size=9)
+
+
+def clip_flags(**changes):
+    known = {"patch_size": 8, "hidden_size": 16, "num_hidden_layers": 1, "text_layers": 1, "num_heads": 2}
+    known |= {"projection_dim": 8, "image_size": 32, "max_length": 8, "vocab_size": 9, "temperature": None}
+    return SimpleNamespace(**(known | changes))
+
+
+class TestBatches:
+    def test_each_image_gets_one_of_its_own_captions(self, tokenizer):
+        texts = [["a red cube"], ["a blue sphere", "sphere", "a photo of a blue sphere"]]
+        tokens = clip.CaptionTokens(texts, tokenizer)
+        for index, choice, text in ((0, 0.99, "a red cube"), (1, 0.0, "a blue sphere"), (1, 0.5, "sphere")):
+            found = tokens.pick(torch.tensor([index]), torch.tensor([choice]))
+            assert {name: value.tolist() for name, value in found.items()} == dict(tokenizer([text]))
+        both = tokens.pick(torch.tensor([1, 0]), torch.tensor([0.999, 0.0]))
+        expected = tokenizer([texts[1][2], texts[0][0]], padding=True)
+        assert {name: value.tolist() for name, value in both.items()} == dict(expected)
+
+    def test_words_are_dropped_and_special_tokens_are_not(self, tokenizer):
+        tokens = clip.CaptionTokens([["a red cube"], ["sphere"]], tokenizer)
+        batch = tokens.pick(torch.tensor([0, 1]), torch.zeros(2))
+        dropped = tokens.drop_words(batch, 0.5, torch.tensor([[0.9, 0.1, 0.6, 0.1, 0.1, 0.3], [0.0] * 6]))
+        names = [tokenizer.convert_ids_to_tokens(row) for row in dropped["input_ids"].tolist()]
+        assert names == [
+            ["<start>", "<unk>", "red", "<unk>", "<end>"],
+            ["<start>", "<unk>", "<end>", "<pad>", "<pad>"],
+        ]
+        assert torch.equal(dropped["attention_mask"], batch["attention_mask"])
+
+    def test_shifts_move_each_image_and_repeat_its_border(self):
+        image = torch.arange(9).view(1, 1, 3, 3).repeat(3, 2, 1, 1)
+        draws = torch.tensor([[0.5, 0.5], [0.0, 0.5], [0.99, 0.99]])  # unmoved, one row down, one up and left
+        same, down, corner = clip.shift_images(image, draws, 1)
+        assert torch.equal(same, image[0])
+        assert down[0].tolist() == [[0, 1, 2], [0, 1, 2], [3, 4, 5]] and torch.equal(down[0], down[1])
+        assert corner[0].tolist() == [[4, 5, 5], [7, 8, 8], [7, 8, 8]]
+
+    def test_the_draws_are_the_same_for_any_number_of_processes(self):
+        def draws(processes, index):
+            place = SimpleNamespace(num_processes=processes, process_index=index)
+            args = SimpleNamespace(seed=1, batch_size=8)
+            return clip.draw_for_batch(SimpleNamespace(args=args, accelerator=place, steps=3, restarts=0), 4)
+
+        assert torch.equal(torch.cat([draws(2, 0), draws(2, 1)]), draws(1, 0))
+        assert draws(1, 0).unique().numel() == 32
+
+
+class TestFeatures:
+    def test_features_equal_the_embeddings_of_the_model(self, family, tokenizer):
+        model, processor = family
+        images, texts = make_images(5), ["a red cube", "a photo of a blue sphere"]
+        siglip = isinstance(model, SiglipModel)
+        padding = {"padding": "max_length", "max_length": 12} if siglip else {"padding": True}
+        tokens = tokenizer(texts, return_tensors="pt", **padding)
+        if siglip:
+            tokens.pop("attention_mask")
+        with torch.no_grad():
+            output = model.eval()(**tokens, **processor(images=images, return_tensors="pt"))
+        found = clip.encode_images(model, images, processor, batch_size=2)
+        assert torch.allclose(found, output.image_embeds, atol=1e-5)
+        assert torch.allclose(clip.encode_texts(model, texts, tokenizer), output.text_embeds, atol=1e-5)
+        assert torch.allclose(found.norm(dim=1), torch.ones(5))
+
+    def test_a_text_has_the_same_features_in_any_batch(self, family, tokenizer):
+        model, _ = family
+        texts = ["cube", "a photo of a blue sphere", "there is a red cube in this picture"]
+        alone = torch.cat([clip.encode_texts(model, [text], tokenizer) for text in texts])
+        assert torch.allclose(clip.encode_texts(model, texts, tokenizer), alone, atol=1e-5)
+
+    def test_the_features_of_a_class_are_the_mean_of_its_prompts(self, family, tokenizer):
+        model, _ = family
+        prompts = [["cube", "a cube"], ["a red sphere", "sphere"]]
+        found = clip.class_features(model, prompts, tokenizer)
+        for features, texts in zip(found, prompts, strict=True):
+            mean = clip.encode_texts(model, texts, tokenizer).mean(0)
+            assert torch.allclose(features, F.normalize(mean, dim=0), atol=1e-6)
+
+    def test_nothing_to_encode_is_refused(self, family, tokenizer):
+        with pytest.raises(ValueError, match="The list is empty"):
+            clip.encode_texts(family[0], [], tokenizer)
+
+
+class TestZeroShot:
+    def test_styles_are_names_templates_and_ensembles(self):
+        assert clip.find_templates("photo") == zero_shot.PROMPTS["photo"]
+        both = clip.find_templates("plain+photo + a drawing of {a}")
+        assert both == (*zero_shot.PROMPTS["plain"], *zero_shot.PROMPTS["photo"], "a drawing of {a}")
+        with pytest.raises(ValueError, match="unknown part 'foto'. Choose from plain, photo"):
+            clip.find_templates("plain+foto")
+
+    def test_scores_and_class_rows(self, tmp_path):
+        result = clip.ZeroShotResult(
+            names=["cat", "dog", "owl"],
+            labels=torch.tensor([0, 0, 1, 1]),
+            seen=torch.tensor([True, True, False, False]),
+            predictions={"plain": torch.tensor([0, 1, 2, 2]), "photo": torch.tensor([0, 0, 1, 2])},
+            top_5={"plain": torch.ones(4), "photo": torch.ones(4)},
+        )
+        assert result.scores() == {
+            **{"plain_accuracy": 0.25, "plain_seen_accuracy": 0.5, "plain_unseen_accuracy": 0.0},
+            **{"photo_accuracy": 0.75, "photo_seen_accuracy": 1.0, "photo_unseen_accuracy": 0.5},
+            **{"images": 4.0, "unseen_images": 2.0},
+        }
+        rows = clip.write_classes(result, tmp_path)
+        assert rows == [
+            ["class", "unseen", "images", "plain", "photo", "mistaken for"],
+            ["cat", "no", "2", "0.5", "1.0", "dog"],
+            ["dog", "yes", "2", "0.0", "0.5", "owl"],
+            ["owl", "no", "0", "", "", ""],
+        ]
+        with open(tmp_path / "classes.csv", newline="") as file:
+            assert list(csv.reader(file)) == rows
+
+    def test_the_nearest_prompt_wins(self, tokenizer):
+        model, processor = make_clip(tokenizer), image_processor()
+        images = make_images(4)
+        names = datasets.ClassLabel(names=["red_cube", "blue_sphere"])
+        features = datasets.Features(image=datasets.Image(), label=names)
+        data = datasets.Dataset.from_dict({"image": images, "label": [0, 1, 1, 0]}, features=features)
+        result = clip.classify(model, processor, data, ["photo"], tokenizer=tokenizer)
+        prompts = ["a photo of a red cube", "a photo of a blue sphere"]
+        nearest = clip.encode_images(model, images, processor) @ clip.encode_texts(model, prompts, tokenizer).T
+        assert torch.equal(result.predictions["photo"], nearest.argmax(1))
+        assert result.names == ["red cube", "blue sphere"] and result.seen.all()
+        assert list(result.scores()) == ["photo_accuracy", "images", "unseen_images"]
+
+
+class TestPairScores:
+    def test_the_loss_of_perfect_and_of_equal_features(self):
+        perfect = clip.pair_scores(torch.eye(4), torch.eye(4), 100.0)
+        assert perfect["loss"] < 1e-6 and perfect["centroid_distance"] == 0
+        equal = F.normalize(torch.ones(4, 8) + 1e-6 * torch.eye(4, 8), dim=1)
+        assert clip.pair_scores(equal, equal, 1.0)["loss"] == pytest.approx(math.log(4), abs=1e-4)
+
+    def test_the_same_caption_counts_as_found(self):
+        images, texts = torch.eye(3), torch.eye(3)[[1, 0, 2]]
+        assert clip.image_recall(images, texts, ["a", "b", "c"]) == pytest.approx(1 / 3)
+        assert clip.image_recall(images, texts, ["a", "a", "c"]) == 1
+
+
+class TestLoading:
+    def test_a_model_without_texts_is_refused(self, tmp_path):
+        from hf_dl.models.image_vae import ImageVaeConfig, ImageVaeModel
+
+        ImageVaeModel(ImageVaeConfig(image_size=8, hidden_sizes=[4], latent_size=2)).save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match="is a ImageVaeModel. Expected a model of images and texts"):
+            clip.load_clip(tmp_path)
+        with pytest.raises(ValueError, match="is not a folder, and cannot be loaded"):
+            clip.load_clip(tmp_path / "missing")
+
+    @pytest.mark.parametrize(("size", "expected"), [(64, 64), (224, 224), (16, 32), (336, 256), ([48, 64], 64)])
+    def test_scenes_are_rendered_at_the_size_of_the_model(self, size, expected):
+        config = SimpleNamespace(vision_config=SimpleNamespace(image_size=size))
+        assert clip.scene_size(SimpleNamespace(config=config)) == expected
