@@ -31,6 +31,9 @@ class Args:
     split: Literal["train", "validation", "test"] = field(default="test", metadata={"help": "Split to evaluate on."})
     num_images: int = field(default=0, metadata={"help": "Number of images. 0 uses all, 1600 for source=synthetic."})
     style: Literal["plain", "textured"] = field(default="plain", metadata={"help": "Look of the synthetic scenes."})
+    corrupt: Literal["refuse", "skip"] = field(
+        default="refuse", metadata={"help": "Damaged images: refuse stops with an error, skip leaves them out."}
+    )
     prompts: list[str] = field(
         default_factory=lambda: list(clip.STYLES),
         metadata={
@@ -67,8 +70,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     folder = make_output_folder(args)
     hide_progress_bars()
     # Generated images are rendered at the size of the model. The processor resizes all others.
-    options = {"size": clip.scene_size(model), "style": args.style} if args.source == "synthetic" else {}
-    data = zero_shot.load(args.split, args.source, num_images=args.num_images or None, **options)
+    size = clip.scene_size(model) if args.source == "synthetic" else None
+    options = {"num_images": args.num_images or None, "style": args.style, "corrupt": args.corrupt}
+    data = zero_shot.load(args.split, args.source, size=size, **options)
     report_data(data, args.split)
 
     result = clip.classify(model, processor, data, args.prompts, tokenizer=tokenizer)

@@ -100,6 +100,12 @@ class PairFlags:
             "to at most half of num_train."
         },
     )
+    holdout: float = field(
+        default=0.1, metadata={"help": "Fraction of the training images that replaces a missing split."}
+    )
+    corrupt: Literal["refuse", "skip"] = field(
+        default="refuse", metadata={"help": "Damaged images: refuse stops with an error, skip leaves them out."}
+    )
     zero_shot: str = field(
         default="",
         metadata={
@@ -343,12 +349,18 @@ def load_pairs(args: PairFlags, split: str) -> ImageCaptions:
     """
     hide_progress_bars()
     count = split_size(args, split, captions.SPLITS[split] if args.source == "synthetic" else None)
-    options = {"size": args.image_size, "num_pairs": count}
-    if args.source == "synthetic":
-        options |= {"detail": args.detail, "style": args.style, "num_objects": tuple(args.num_objects)}
-    elif args.annotations:
-        options |= {"annotations": args.annotations}
-    data = captions.load(split, args.source, **options)
+    data = captions.load(
+        split,
+        args.source,
+        annotations=args.annotations or None,
+        detail=args.detail,
+        style=args.style,
+        size=args.image_size,
+        num_objects=tuple(args.num_objects),
+        num_pairs=count,
+        holdout=args.holdout,
+        corrupt=args.corrupt,
+    )
     report_data(data, split)
     return ImageCaptions(data)
 
@@ -367,8 +379,8 @@ def load_labeled(args: PairFlags, split: str) -> datasets.Dataset | None:
     if not source:
         return None
     count = split_size(args, split, zero_shot.SPLITS[split] if source == "synthetic" else None)
-    style = {"style": args.style} if source == "synthetic" else {}
-    return zero_shot.load(split, source, size=args.image_size, num_images=count, **style)
+    options = {"size": args.image_size, "style": args.style, "corrupt": args.corrupt}
+    return zero_shot.load(split, source, num_images=count, **options)
 
 
 class CaptionTokens:
