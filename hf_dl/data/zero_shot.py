@@ -44,10 +44,9 @@ def load(
 
     Args:
         split: "train", "validation" or "test".
-        source: "synthetic", or any source of `hf_dl.data.labeled_images.load`, such as `tanganke/stl10`, the folder
-            of STL-10 or CIFAR (binary or parquet files), or a folder with one folder of images per class. "synthetic"
-            means generated scenes with one object. The 32 classes are its color and shape, such as "red cube", in
-            equal numbers.
+        source: "synthetic" means generated scenes with one object. The 32 classes are its color and shape, such as
+            "red cube", in equal numbers. Other sources are read by `hf_dl.data.labeled_images.load`: Hub ids such as
+            `tanganke/stl10`, binary or parquet files of STL-10 and CIFAR, and class folders of images.
         size: Width and height of the images in pixels. Real images are cropped to a centered square and resized.
             Defaults to 64 for generated scenes, and to whole images in their own size otherwise.
         num_images: Number of images. Defaults to all, and to the count in `SPLITS` for generated scenes.
@@ -193,7 +192,8 @@ def prompts(names: Sequence[str], templates: Sequence[str] | str) -> list[list[s
     """Write the prompts of each class.
 
     Underscores become spaces. If all names start with a capital letter, the words become lower case, except words in
-    capital letters such as "MRI". Otherwise, names with a capital letter are proper names, and have no article.
+    capital letters such as "MRI". Otherwise, names whose first and last word start with a capital letter are proper
+    names, and have no article.
 
     Args:
         names: Names of the classes.
@@ -257,9 +257,11 @@ def add_article(name: str) -> str:
         >>> [add_article(name) for name in ("hour glass", "unicorn", "MRI scan", "scissors", "Paris")]
         ['an hour glass', 'a unicorn', 'an MRI scan', 'scissors', 'Paris']
     """
-    first, last = name.split()[0], name.split()[-1].lower()
+    first, last = name.split()[0], name.split()[-1]
+    # "Golden Gate Bridge" is a proper name, but "Persian cat" and "T-shirt" are not
+    proper = all(word[0].isupper() and word[1:2].islower() for word in (first, last))
+    last = last.lower()
     plural = last in _PLURALS or (last.endswith("s") and not last.endswith(_SINGULAR_ENDINGS))
-    proper = first[0].isupper() and not first.isupper()
     if first.lower() in _ARTICLES or proper or (plural and last not in _SINGULARS):
         return name
     if first.isupper() and len(first) > 1:

@@ -51,9 +51,9 @@ def test_arguments_are_checked():
 # --- prompts ---------------------------------------------------------------------------------------------------------
 
 NAMES = {
-    "a": "bus horse uniform unicorn one-way_sign ufo user eucalyptus glass cactus lens TV USB 10_cent_coin",
-    "an": "airplane umbrella urn hourglass honest_person x-ray MRI_scan 8-ball 18-wheeler iris unidentified_bird",
-    "": "oranges people scissors Paris Golden_Gate_bridge the_moon a_cat",
+    "a": "bus horse uniform unicorn one-way_sign ufo eucalyptus cactus lens TV USB 10_cent_coin T-shirt Persian_cat",
+    "an": "airplane umbrella urn hourglass honest_person x-ray MRI_scan 8-ball 18-wheeler iris X-ray African_elephant",
+    "": "oranges people scissors Paris Golden_Gate_Bridge the_moon a_cat",
 }
 
 
