@@ -150,7 +150,7 @@ def decode_rows(
             gen_kwargs=arguments,
             split=name,
         )
-    return _settle(dataset, corrupt, source)
+    return settle(dataset, corrupt, source, split)
 
 
 def decode_stream(
@@ -169,7 +169,7 @@ def decode_stream(
         for index, row in enumerate(stream):
             image, problem = decode_image(row["image"], size)
             problem = _locate(row, index, problem, check)
-            if _is_fine(problem, corrupt, source):
+            if is_fine(problem, corrupt, source):
                 yield {**{name: row[name] for name in features}, "image": image}
 
     return datasets.IterableDataset.from_generator(examples, features=features, split=datasets.NamedSplit(split))
@@ -205,12 +205,12 @@ def _decode(
 def _decode_strictly(corrupt: str, source: str, **arguments) -> Iterator[dict]:
     """Yield rows with their image; skip corrupt ones or raise an error."""
     for row in _decode(**arguments):
-        if _is_fine(row.pop("problem"), corrupt, source):
+        if is_fine(row.pop("problem"), corrupt, source):
             yield row
 
 
-def _is_fine(problem: str | None, corrupt: str, source: str) -> bool:
-    """Return whether a row of a stream has no problem. Warn about a row that is skipped."""
+def is_fine(problem: str | None, corrupt: str, source: str) -> bool:
+    """Return whether a row of a stream has no problem. Warn about a row that is skipped, or raise a ValueError."""
     if problem is not None and corrupt == "refuse":
         raise ValueError(f"An image of {source!r} cannot be read: {problem}. Skip it with corrupt='skip'.")
     if problem is not None:
@@ -218,14 +218,27 @@ def _is_fine(problem: str | None, corrupt: str, source: str) -> bool:
     return problem is None
 
 
-def _settle(dataset: datasets.Dataset, corrupt: str, source: str) -> tuple[datasets.Dataset, str]:
-    """Keep the rows with an image. List the others, also when the dataset comes from the cache."""
+def settle(dataset: datasets.Dataset, corrupt: str, source: str, split: str) -> tuple[datasets.Dataset, str]:
+    """Keep the rows with an image, and list the others, also when the dataset comes from the cache.
+
+    Args:
+        dataset: A dataset with the column `problem`: why the row cannot be read, or None.
+        corrupt: As in `decode_rows`.
+        source: Name of the source, for messages.
+        split: Name of the split.
+
+    Returns:
+        The dataset without the column, and a sentence about rows that were skipped, or an empty text.
+
+    Raises:
+        ValueError: If rows cannot be read, and `corrupt` is "refuse" or no others are left.
+    """
     text = ""
     problems = dataset["problem"][:]
     bad = [problem for problem in problems if problem is not None]
     if bad:
         names = "; ".join(bad[:_NAMED]) + (f"; and {len(bad) - _NAMED} more" if len(bad) > _NAMED else "")
-        count = f"{len(bad)} of {len(problems)} images of {source!r} ({dataset.split})"
+        count = f"{len(bad)} of {len(problems)} images of {source!r} ({split})"
         if corrupt == "refuse" or len(bad) == len(problems):
             raise ValueError(
                 f"{count} cannot be read: {names}. Repair or remove them, or skip them with corrupt='skip'."

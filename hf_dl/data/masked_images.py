@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import datasets
 import numpy as np
@@ -14,12 +16,12 @@ from PIL import Image
 from ..models.image_input import open_image, to_rgb
 from . import clevrtex, coco
 from .class_folders import real_path
+from .decoded_images import CORRUPT, is_fine, settle
 from .instance_masks import check_arguments, crop_square, make_example
-from .instance_masks import open_image as open_mask
 from .mask_folders import read_mask_folder
 from .splits import Rows, Source, find_split, given_splits, hold_out, name_source, read_tables, streamed_split
 
-_VERSION = 3  # increase it when pixels or columns change: `datasets` caches by arguments, not by code
+_VERSION = 4  # increase it when pixels or columns change: `datasets` caches by arguments, not by code
 
 
 def load(
@@ -34,6 +36,7 @@ def load(
     image_column: str | None = None,
     mask_column: str | None = None,
     annotations: str | os.PathLike | None = None,
+    corrupt: str = "refuse",
     streaming: bool = False,
 ) -> datasets.Dataset | datasets.IterableDataset:
     """Load images with instance masks, cropped to a centered square and resized.
@@ -65,6 +68,8 @@ def load(
         mask_column: Column of the masks: images of mode L, P, I or 1 whose pixel values are object indices. Defaults
             to "mask" if it exists; otherwise, the images have no masks.
         annotations: COCO file with polygons or uncompressed run lengths.
+        corrupt: Handling of rows whose image or mask cannot be read. "refuse" raises an error. "skip" removes them and
+            warns with a list. CLEVRTex and COCO support only "refuse".
         streaming: Read while iterating, instead of once into the cache of `datasets`.
 
     Returns:
@@ -82,6 +87,8 @@ def load(
         >>> dataset = masked_images.load("validation", "/data/clevrtex_full")  # doctest: +SKIP
     """
     check_arguments(split, size, crop or None)
+    if corrupt not in CORRUPT:
+        raise ValueError(f"corrupt={corrupt!r} is unknown; choose one of {', '.join(CORRUPT)}.")
     if num_images is not None and num_images < 1:
         raise ValueError(f"num_images={num_images} must be at least 1.")
     if not 0 < holdout < 0.5:
@@ -91,10 +98,14 @@ def load(
     local = root.is_absolute() or name.startswith((".", "~")) or len(root.parts) > 2
     if given is None and local and not root.is_dir() and not (root.is_file() and root.suffix == ".parquet"):
         raise FileNotFoundError(f"source={name!r} is not a folder. Expected a folder of CLEVRTex or of images.")
+    is_clevrtex = given is None and annotations is None and clevrtex.find_variant(root) is not None
+    if corrupt != "refuse" and (annotations is not None or is_clevrtex):
+        kind = "CLEVRTex" if is_clevrtex else "COCO annotations"
+        raise ValueError(f"corrupt={corrupt!r} does not work with {kind}. Use corrupt='refuse'.")
     if annotations is not None:
         data = coco.load(split, name, annotations=annotations, size=size, crop=crop or None, streaming=streaming)
         return _first(data, num_images)
-    if given is None and clevrtex.find_variant(root) is not None:
+    if is_clevrtex:
         options = {} if crop is None else {"crop": crop or None}
         return _first(clevrtex.load(split, name, size=size, streaming=streaming, **options), num_images)
     skipped = ""
@@ -111,10 +122,11 @@ def load(
     else:
         rows = _select(found, split, name, holdout, seed, num_images)
         rows = rows.to_iterable_dataset() if streaming else rows
-    data = _crop_rows(rows, name, image_column, mask_column, size=size, crop=crop or None)
+    options = {"split": split, "size": size, "crop": crop or None, "corrupt": corrupt}
+    data, unreadable = _crop_rows(rows, name, image_column, mask_column, **options)
     count = f"{len(data)} images" if isinstance(data, datasets.Dataset) else "Images"
     masks = "with masks" if "mask" in data.features else "without masks"
-    data.info.description = " ".join(filter(None, (f"{count} {masks}.", skipped)))
+    data.info.description = " ".join(filter(None, (f"{count} {masks}.", skipped, unreadable)))
     return data
 
 
@@ -145,9 +157,17 @@ def _select(
 
 
 def _crop_rows(
-    rows: Rows, source: str, image_column: str | None, mask_column: str | None, *, size: int, crop: int | None
-) -> Rows:
-    """Crop and resize all images and masks of a split."""
+    rows: Rows,
+    source: str,
+    image_column: str | None,
+    mask_column: str | None,
+    *,
+    split: str,
+    size: int,
+    crop: int | None,
+    corrupt: str,
+) -> tuple[Rows, str]:
+    """Crop and resize all images and masks of a split; return them, and a sentence about skipped rows."""
     if rows.features is None:  # a stream whose columns are known after its first row
         kinds = {name: isinstance(value, Image.Image) for name, value in next(iter(rows)).items()}
     else:
@@ -164,26 +184,73 @@ def _crop_rows(
                 listed = ", ".join(pictures) or "none"
                 raise ValueError(f"{option}={column!r} of {source!r} {problem}. Its columns with images: {listed}.")
         rows = rows.with_format(None) if isinstance(rows, datasets.Dataset) else rows
+        for column in filter(None, (image, mask)) if rows.features is not None else ():
+            rows = rows.cast_column(column, datasets.Image(decode=False))
     features = datasets.Features(image=datasets.Image()) if mask is None else coco.FEATURES
-    function = partial(_crop_row, image=image, mask=mask, size=size, crop=crop, version=_VERSION)
-    return rows.map(function, remove_columns=list(kinds), features=features)
+    options = {"image": image, "mask": mask, "size": size, "crop": crop, "version": _VERSION}
+    table = {"remove_columns": list(kinds), "with_indices": True}
+    if corrupt == "refuse":
+        return rows.map(partial(_read_row, **options), **table, features=features), ""
+    features = datasets.Features({**features, "problem": datasets.Value("string")})
+    data = rows.map(partial(_try_row, **options), **table, features=features)
+    if isinstance(data, datasets.Dataset):
+        return settle(data, corrupt, source, split)
+    fine = partial(is_fine, corrupt=corrupt, source=source)
+    return data.filter(fine, input_columns="problem").remove_columns("problem"), ""
 
 
-def _crop_row(row: dict, image: str, mask: str | None, size: int, crop: int | None, version: int) -> dict:
-    picture, labels = row[image], None if mask is None else row[mask]
-    if isinstance(picture, str):
-        try:
-            picture = open_image(real_path(picture))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{row[image]} cannot be read as an image. {error} Repair or remove it.") from error
-    if picture is None or (mask is not None and labels is None):
-        raise ValueError("A row has no image or no mask. Expected both in each row.")
+class _UnreadableError(ValueError):
+    """An image or a mask that cannot be read."""
+
+
+def _read_row(row: dict, index: int, **options: Any) -> dict:
+    try:
+        return _crop_row(row, index, **options)
+    except _UnreadableError as error:
+        raise ValueError(f"{error} Repair or remove it, or skip it with corrupt='skip'.") from error
+
+
+def _try_row(row: dict, index: int, mask: str | None, **options: Any) -> dict:
+    try:
+        return {**_crop_row(row, index, mask=mask, **options), "problem": None}
+    except _UnreadableError as error:
+        empty = {"image": None} if mask is None else {"image": None, "mask": None, "objects": []}
+        return {**empty, "problem": str(error).rstrip(".")}
+
+
+def _crop_row(row: dict, index: int, image: str, mask: str | None, size: int, crop: int | None, version: int) -> dict:
+    picture = _open(row[image], f"The image of row {index}", open_image)
     if mask is None:
         return {"image": crop_square(to_rgb(picture), crop, size, Image.Resampling.BILINEAR)}
-    name = f"the mask in column {mask!r}"
-    if isinstance(labels, str):
-        name, labels = f"the mask {labels}", open_mask(Path(os.fsdecode(real_path(labels))), "a mask")
+    labels = _open(row[mask], f"The mask of row {index}", _open_mask)
+    name = f"the mask {row[mask]}" if isinstance(row[mask], str) else f"the mask in column {mask!r}"
     example, _ = make_example(picture, labels, name, crop, size)
     for item in example["objects"]:
         item["label"] = None
     return example
+
+
+def _open(
+    given: str | dict | Image.Image | None, place: str, read: Callable[[BinaryIO | str | bytes], Image.Image]
+) -> Image.Image:
+    """Open an image that is a path, a value of an undecoded column, or decoded; `place` describes it."""
+    if isinstance(given, Image.Image):
+        return given
+    record = {"path": given, "bytes": None} if isinstance(given, str) else given
+    if record is None or (record["path"] is None and record["bytes"] is None):
+        raise _UnreadableError(f"{place} is missing. Expected an image in each row.")
+    place = record["path"] or place
+    try:
+        return read(real_path(record["path"]) if record["bytes"] is None else io.BytesIO(record["bytes"]))
+    except (OSError, ValueError) as error:
+        raise _UnreadableError(f"{place} cannot be read as an image. {error}") from error
+
+
+def _open_mask(file: BinaryIO | str | bytes) -> Image.Image:
+    """Read a mask with its stored values."""
+    try:
+        with Image.open(file) as image:
+            image.load()
+            return image
+    except Exception as error:  # decoders raise many types of errors for damaged files
+        raise ValueError(f"The mask is damaged: {str(error).rstrip('.')}.") from error

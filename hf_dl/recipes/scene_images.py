@@ -52,6 +52,9 @@ class SceneFlags:
             "to at most half of num_train."
         },
     )
+    corrupt: Literal["refuse", "skip"] = field(
+        default="refuse", metadata={"help": "Damaged image files: refuse stops with an error, skip leaves them out."}
+    )
 
 
 def load_images(flags: SceneFlags, split: str) -> ImageTensors:
@@ -74,7 +77,8 @@ def load_images(flags: SceneFlags, split: str) -> ImageTensors:
         options = {"style": flags.style, "size": flags.image_size, "num_objects": tuple(flags.num_objects)}
         data = scenes.load(split, num_scenes=count, **options)
     else:
-        data = masked_images.load(split, flags.source, size=flags.image_size, crop=flags.crop, num_images=count)
+        options = {"size": flags.image_size, "crop": flags.crop, "num_images": count, "corrupt": flags.corrupt}
+        data = masked_images.load(split, flags.source, **options)
     if len(data) < 2:  # the scores compare images
         raise ValueError(f"The {split} split of source={flags.source!r} has 1 image. At least 2 are needed.")
     report_data(data, split)

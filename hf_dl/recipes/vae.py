@@ -105,6 +105,9 @@ class ImageFlags:
     holdout: float = field(
         default=0.02, metadata={"help": "Fraction of the training images that replaces a missing split."}
     )
+    corrupt: Literal["refuse", "skip"] = field(
+        default="refuse", metadata={"help": "Damaged image files: refuse stops with an error, skip leaves them out."}
+    )
 
 
 @dataclass
@@ -186,7 +189,7 @@ def load_images(flags: ImageFlags, split: str) -> LabeledImages:
     """
     hide_progress_bars()
     count = split_size(flags, split, labeled_images.SPLITS[split] if flags.source == "synthetic" else None)
-    options = {"size": flags.image_size, "num_images": count, "holdout": flags.holdout}
+    options = {"size": flags.image_size, "num_images": count, "holdout": flags.holdout, "corrupt": flags.corrupt}
     if is_flat(flags.source):  # all images get the same label
         data = masked_images.load(split, flags.source, **options).select_columns("image")
         data = data.add_column("label", [0] * len(data)).cast_column("label", datasets.ClassLabel(names=["image"]))

@@ -158,6 +158,38 @@ def test_images_without_masks(tmp_path):
         read("train", tmp_path)
 
 
+@pytest.mark.parametrize("masks", [True, False])
+def test_damaged_files_are_skipped_and_listed(tmp_path, masks):
+    for number in range(10):
+        write_image(tmp_path / "images" / f"{number}.png", number)
+        if masks:
+            write_image(tmp_path / "masks" / f"{number}.png", number, mode="L")
+    order = numbers(read("train", tmp_path))
+    gone = order[1:4:2]
+    (tmp_path / "images" / f"{gone[0]}.png").write_bytes(b"damaged")
+    (tmp_path / ("masks" if masks else "images") / f"{gone[1]}.png").write_bytes(b"")
+    with pytest.raises(ValueError, match=rf"{gone[0]}.png cannot be read as an image.*remove it, or.* corrupt='skip'"):
+        read("train", tmp_path)
+    with pytest.warns(UserWarning, match=f"2 of 8 images of .*(train).* are skipped: .*{gone[0]}.png.*{gone[1]}.png"):
+        rows = read("train", tmp_path, corrupt="skip")
+    assert numbers(rows) == [number for number in order if number not in gone]
+    assert "6 images with" in rows.info.description and f"{gone[0]}.png" in rows.info.description
+    assert list(rows.features) == (["image", "mask", "objects"] if masks else ["image"])
+    with pytest.warns(UserWarning, match="cannot be read and is skipped"):
+        assert numbers(read("train", tmp_path, corrupt="skip", streaming=True)) == numbers(rows)
+
+
+def test_damaged_images_of_a_table_are_skipped(tmp_path):
+    write_image(tmp_path / "1.png", 1)
+    records = [{"bytes": (tmp_path / "1.png").read_bytes(), "path": None}, {"bytes": b"damaged", "path": None}, None]
+    data = datasets.Dataset.from_dict({"image": records}, datasets.Features(image=datasets.Image(decode=False)))
+    data = {"test": data.cast_column("image", datasets.Image())}
+    with pytest.raises(ValueError, match="The image of row 1 cannot be read as an image"):
+        read("test", data)
+    with pytest.warns(UserWarning, match="2 of 3 images .*The image of row 1 cannot.*The image of row 2 is missing"):
+        assert numbers(read("test", data, corrupt="skip")) == [1]
+
+
 def test_folders_that_do_not_fit_are_explained(tmp_path):
     assert "has no images. Expected images/ and masks/" in failure(lambda: read("train", tmp_path))
     write_image(tmp_path / "images" / "1.png", 1)
@@ -199,6 +231,9 @@ def test_annotations_mean_coco(tmp_path):
 
 
 def test_arguments_are_checked(tmp_path):
+    assert "corrupt='drop' is unknown; choose one of refuse, skip" in failure(
+        lambda: masked_images.load("train", tmp_path, corrupt="drop")
+    )
     assert "split='val' is unknown" in failure(lambda: masked_images.load("val", tmp_path))
     assert "size=0" in failure(lambda: masked_images.load("test", tmp_path, size=0))
     assert "is not a folder" in failure(lambda: masked_images.load("test", tmp_path / "nowhere"))

@@ -236,6 +236,13 @@ def test_a_folder_of_small_images(tmp_path, masks, monkeypatch, capsys):
     assert (tmp_path / "run" / "README.md").is_file() and (tmp_path / "run" / "curves.png").is_file()
     scores = evaluate_slots.main([f"--model={tmp_path / 'run'}", f"--output_dir={tmp_path}"])
     assert scores["test_loss"] == pytest.approx(metrics["test_loss"], rel=1e-4)
+    if not masks:
+        (tmp_path / "shapes" / "images" / "5.png").write_bytes(b"damaged")
+        with pytest.raises(ValueError, match="5.png cannot be read as an image.* corrupt='skip'"):
+            train(tmp_path / "other", source, "--max_steps=1")
+        with pytest.warns(UserWarning, match="1 of 16 images of .* are skipped: .*5.png"):
+            train(tmp_path / "other", source, "--max_steps=1", "--corrupt=skip", "--binding_step=0")
+        assert "train: 15 images without masks. 1 of 16 images" in capsys.readouterr().err
 
 
 @pytest.mark.slow
