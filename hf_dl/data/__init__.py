@@ -8,7 +8,7 @@
 - `labeled_images`: labeled images from any source: generated, folders, parquet, idx files, the Hub
 - `masked_images`: images with instance masks from any source; `clevrtex` and `coco` read those two formats
 - `captions`: images with captions: generated scenes, COCO, Flickr, tables, the Hub
-- `phrasecut`: images with phrases and one mask per phrase
+- `phrasecut`: images with phrases and one mask per phrase: generated, PhraseCut, COCO, or the Hub
 - `zero_shot`: images and prompts for zero-shot classification
 - `text`: a generated language, text files, or the Hub, with tokenizers and batches
 - `math_programs`: word problems with programs: generated, MathQA files, or the Hub
@@ -16,6 +16,6 @@
 The other files are parts of these: `image_arrays` and `collate` feed training loops, `raycast` renders scenes,
 `counterfactual` edits scenes and renders them again, and `scene_annotations` writes captions.
 `word_problems` writes problems, `superclasses` groups classes, `splits` finds and holds out splits,
-`class_folders` and `mask_folders` list the images of folders. `decoded_images` decodes them.
+`class_folders` and `mask_folders` list the images of folders, and `json_records` reads large files. `decoded_images` decodes them.
 `captioned_images` and `caption_files` read captions, and `binary_images` reads STL-10 and CIFAR.
 """

@@ -47,7 +47,7 @@ def load(
     annotations = Path(annotations).expanduser()
     if not annotations.is_file():
         raise FileNotFoundError(f"annotations={str(annotations)!r} does not exist. Expected a COCO file (JSON).")
-    count = len(_read_coco(annotations)["images"])
+    count = len(read_coco(annotations)["images"])
     stat = annotations.stat()
     return build_dataset(
         _generate,
@@ -63,7 +63,8 @@ def load(
     )
 
 
-def _read_coco(path: Path) -> dict:
+def read_coco(path: Path) -> dict:
+    """Read an annotation file. Raise ValueError if it has no images and annotations."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:  # also of the encoding
@@ -78,7 +79,7 @@ def _read_coco(path: Path) -> dict:
 def _generate(
     shards: list[tuple[int, int]], root: str, annotations: str, crop: int | None, size: int, stamp: tuple, version: int
 ) -> Iterator[dict]:
-    content = _read_coco(Path(annotations))
+    content = read_coco(Path(annotations))
     names = {category["id"]: category["name"] for category in content.get("categories", ())}
     parts: dict[int, list[dict]] = {}
     for record in content["annotations"]:

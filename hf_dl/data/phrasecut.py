@@ -7,29 +7,37 @@ https://arxiv.org/abs/2008.01187.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 import datasets
 
-from . import phrasecut_scenes
+from . import phrasecut_coco, phrasecut_files, phrasecut_scenes
 from .captions import HELD_OUT, SPLITS, Combination, check_held_out
 from .generation import row_bar
-from .phrasecut_features import make_features
+from .phrasecut_coverage import ON_MISSING, Coverage, FoundRows
+from .phrasecut_features import make_features, materialize
+from .phrasecut_phrases import KINDS, count_negatives, name_subsets
+from .phrasecut_rows import load_rows
 from .phrasecut_scenes import render_scenes, scene_negatives, scene_phrases
+from .phrasecut_writer import write_phrasecut
 from .scenes import check_arguments
+from .splits import Source, given_splits, name_source, read_tables
 
 VERSION = 1  # increase it when pixels or columns change: `datasets` caches by arguments, not by code
 
-KINDS = ("name", "attribute", "relation", "verbose", "negative")
+__all__ = ["KINDS", "Coverage", "find_coverage", "load", "materialize", "push_to_hub", "write_phrasecut"]
 
 
 def load(
     split: str = "train",
-    source: str = "synthetic",
+    source: Source = "synthetic",
     *,
+    on_missing: str = "skip",
     max_images: int | None = None,
     size: int | None = None,
     negatives: float = 0.0,
+    holdout: float = 0.1,
     style: str = "plain",
     num_objects: tuple[int, int] = (1, 2),
     held_out: Sequence[Combination] | None = HELD_OUT,
@@ -38,17 +46,31 @@ def load(
 ) -> datasets.Dataset | datasets.IterableDataset:
     """Load images with phrases and masks: one row per image and phrase. The rows of an image follow each other.
 
+    The kind of `source` is detected from its content:
+
+    * "synthetic": generated scenes. The images of a split are the images of `hf_dl.data.captions`;
+    * a folder with files of PhraseCut, see `hf_dl.data.phrasecut_files`. The dataset has the images that are on disk;
+    * a folder with COCO instances, whose phrases are the names of their categories, see `hf_dl.data.phrasecut_coco`;
+    * a folder of parquet files, a dataset saved by `save_to_disk`, a `Dataset` that you already have, or a Hub id. Its
+      columns are `image`, `phrase` and `mask`, and optionally the others below.
+
+    If the validation or test split is missing, `holdout` of the training images are held out for it.
+
     Args:
-        split: "train", "validation" or "test".
-        source: "synthetic": generated scenes. The images of a split are the images of `hf_dl.data.captions`.
+        split: "train", "validation" or "test". Files of PhraseCut also have "miniv".
+        source: As above.
+        on_missing: "skip" leaves out images that are not on disk. "raise" raises an error.
         max_images: Maximum number of images. For generated scenes it defaults to `hf_dl.data.captions.SPLITS`.
-        size: Width and height of images and masks in pixels. Defaults to 64 for generated scenes.
+        size: Width and height of images and masks in pixels. Defaults to 64 for generated scenes, and to the size of
+            each image for other sources.
         negatives: Share of the rows whose phrase is false of the image, from 0 to below 1. Their masks are empty. Each
-            phrase is checked against the annotation of the image.
+            phrase is checked: no object, phrase or category of the image has its name. The annotation of PhraseCut
+            lists a part of the objects only. With the files scene_graphs_*.json on disk it lists more.
+        holdout: Share of the training images to hold out for a missing split, above 0 and below 0.5.
         style: Style of generated scenes, "plain" or "textured".
         num_objects: Smallest and largest number of objects per generated scene.
         held_out: Combinations (color, shape) that training and validation scenes and their phrases do not contain.
-        seed: Seed of generated scenes, and of the choice of negative phrases.
+        seed: Seed of generated scenes, of negative phrases and of the choice of images.
         streaming: Read or render while iterating, instead of once into the cache of `datasets`.
 
     Returns:
@@ -57,7 +79,7 @@ def load(
 
         * `image_id` (string) and `image` (RGB);
         * `phrase`, and `mask` (8-bit, 255 on all pixels of the phrase and 0 elsewhere);
-        * `kind`: one of `KINDS`, the type of the phrase in PhraseCut, or "negative";
+        * `kind`: one of `KINDS`: the type of the phrase in PhraseCut, or "negative". None if it is unknown;
         * `seen`: False if the phrase names a combination that is held out from training;
         * `subsets`: names of the subsets of PhraseCut, for scores by subset.
 
@@ -72,11 +94,95 @@ def load(
     """
     if not 0 <= negatives < 1:
         raise ValueError(f"negatives={negatives} must be from 0 to below 1: the share of rows with a false phrase.")
-    if max_images is not None and max_images < 1:
-        raise ValueError(f"max_images={max_images} must be at least 1.")
-    if source != "synthetic":
-        raise ValueError(f"source={source!r} is unknown; use 'synthetic'.")
-    size = 64 if size is None else size
+    for name, value in (("max_images", max_images), ("size", size)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name}={value} must be at least 1.")
+    if on_missing not in ON_MISSING:
+        raise ValueError(f"on_missing={on_missing!r} is unknown; choose one of {', '.join(ON_MISSING)}.")
+    if not 0 < holdout < 0.5:
+        raise ValueError(f"holdout={holdout} must be above 0 and below 0.5: the share of images to hold out.")
+    if source == "synthetic":
+        scenes = {"style": style, "num_objects": num_objects, "held_out": check_held_out(held_out or ())}
+        return _load_scenes(split, size or 64, max_images, negatives, seed, streaming, **scenes)
+    found = given_splits(source) or _find(source, split, on_missing, max_images, holdout, seed, streaming)
+    options = {"size": size, "negatives": negatives, "seed": seed, "streaming": streaming, "version": VERSION}
+    if isinstance(found, FoundRows):
+        return found.build(split, **options)
+    return load_rows(found, split, name_source(source), max_images=max_images, holdout=holdout, **options)
+
+
+def find_coverage(source: str | Path, split: str = "train") -> Coverage:
+    """Count the images and phrases of a folder of PhraseCut or COCO that are on disk.
+
+    Args:
+        source: The folder.
+        split: As in `load`.
+
+    Raises:
+        FileNotFoundError: If no image is on disk, or the file of the split is missing.
+        ValueError: If `source` is another kind of folder, or a file is damaged.
+    """
+    found = _find(source, split, "skip", None, 0.1, 0, False)
+    if not isinstance(found, FoundRows):
+        raise ValueError(f"source={str(source)!r} is not a folder of PhraseCut or COCO, which have images on disk.")
+    return found.coverage
+
+
+def push_to_hub(splits: Mapping[str, datasets.Dataset], repo_id: str, **options: object) -> None:
+    """Push datasets to the Hub with ordinary columns of images, which can be read without hf_dl.
+
+    Args:
+        splits: Results of `load` by the names of their splits.
+        repo_id: The repository, as owner/name.
+        options: Further arguments of `datasets.DatasetDict.push_to_hub`, such as `private`.
+
+    Example:
+        >>> push_to_hub({"test": load("test")}, "me/scene-phrases")  # doctest: +SKIP
+    """
+    datasets.DatasetDict({name: materialize(data) for name, data in splits.items()}).push_to_hub(repo_id, **options)
+
+
+def _find(
+    source: str | Path,
+    split: str,
+    on_missing: str,
+    max_images: int | None,
+    holdout: float,
+    seed: int,
+    streaming: bool,
+) -> FoundRows | Mapping[str, datasets.Dataset | datasets.IterableDataset]:
+    """Return the rows of a folder of PhraseCut or COCO, or the splits of another dataset."""
+    root, name = Path(source).expanduser(), name_source(source)
+    for files in (phrasecut_files, phrasecut_coco):
+        folder = files.find_folder(root)
+        if folder is not None:
+            options = {"on_missing": on_missing, "max_images": max_images, "holdout": holdout, "seed": seed}
+            return files.find_rows(folder, split, **options)
+    if not root.exists():
+        if root.is_absolute() or name.startswith((".", "~")) or len(root.parts) > 2:
+            raise FileNotFoundError(f"source={name!r} does not exist. Expected a folder of PhraseCut or COCO.")
+        return datasets.load_dataset(name, streaming=streaming)
+    found = read_tables(root.resolve(), streaming=streaming)
+    if found is None:
+        raise ValueError(
+            f"source={name!r} has no refer_*.json of PhraseCut, no annotations/instances_*.json of COCO, and no "
+            "parquet files. Expected one of them."
+        )
+    return found
+
+
+def _load_scenes(
+    split: str,
+    size: int,
+    max_images: int | None,
+    negatives: float,
+    seed: int,
+    streaming: bool,
+    *,
+    style: str,
+    num_objects: tuple[int, int],
+    held_out: tuple[Combination, ...],
+) -> datasets.Dataset | datasets.IterableDataset:
     count = SPLITS.get(split, 1) if max_images is None else max_images
     check_arguments(split, style=style, size=size, num_objects=num_objects, num_scenes=count)
     arguments = {
@@ -85,15 +191,14 @@ def load(
         "style": style,
         "size": size,
         "num_objects": tuple(num_objects),
-        "held_out": () if split == "test" else check_held_out(held_out or ()),
+        "held_out": () if split == "test" else held_out,
         "seed": seed,
         "version": VERSION,
     }
-    phrases = {"negatives": negatives, "unseen": check_held_out(held_out or ()), "hide": split != "test"}
+    phrases = {"negatives": negatives, "unseen": held_out, "hide": split != "test"}
     name = datasets.NamedSplit(split)
     if streaming:
-        arguments |= {"phrases": phrases}
-        options = {"features": make_features(), "gen_kwargs": arguments, "split": name}
+        options = {"features": make_features(), "gen_kwargs": arguments | {"phrases": phrases}, "split": name}
         return datasets.IterableDataset.from_generator(_stream_scenes, **options)
     options = {"features": phrasecut_scenes.FEATURES, "gen_kwargs": arguments, "split": name}
     with row_bar(count, f"Rendering {split} scenes"):
@@ -143,40 +248,3 @@ def _scene_rows(
             "seen": not phrase.names_one_of(unseen),
             "subsets": name_subsets(phrase.kind, len(phrase.objects), phrase.attributes, phrase.relations),
         }
-
-
-def count_negatives(positives: int, share: float, rng: random.Random) -> int:
-    """Return the number of negative phrases of an image. Its mean gives them a share of all phrases."""
-    expected = positives * share / (1 - share)
-    return int(expected) + (rng.random() < expected % 1)
-
-
-def name_subsets(kind: str, instances: int, attributes: Sequence[str], relations: Sequence) -> list[str]:
-    """Return the names of the subsets of PhraseCut that a phrase belongs to.
-
-    Args:
-        kind: One of `KINDS`.
-        instances: Number of objects that the phrase is true of.
-        attributes: Attributes of the phrase.
-        relations: Relations of the phrase.
-
-    Returns:
-        The kind ("p_name", "p_att+", "p_rel+" or "p_verbose"), "p_att" and "p_rel" for phrases with an attribute or a
-        relation, and "i_single", "i_multi" and "i_many" (five and more). Negative phrases are in no subset.
-
-    Example:
-        >>> name_subsets("attribute", 2, ["red"], [])
-        ['p_att+', 'p_att', 'i_multi']
-    """
-    if kind == "negative":
-        return []
-    names = [{"name": "p_name", "attribute": "p_att+", "relation": "p_rel+", "verbose": "p_verbose"}[kind]]
-    for name, holds in (
-        ("p_att", bool(attributes)),
-        ("p_rel", bool(relations)),
-        ("i_single", instances == 1),
-        ("i_multi", instances > 1),
-        ("i_many", instances >= 5),
-    ):
-        names += [name] * holds
-    return names

@@ -55,7 +55,8 @@ class _LazyImage:
     * `path`: an image file, or, with `row` and `column`, an Arrow file of `datasets` with a column of images.
 
     `drawing` is a JSON object. Its `size` is the width and height that the image must have. For a mask, it also has
-    `polygons`, COCO `segmentations`, or `labels` of the objects in a stored mask of object indices.
+    `polygons`, COCO `segmentations`, or `labels` of the objects in a stored mask of object indices. `empty` erases the
+    mask.
     """
 
     size: int | None = None
@@ -68,8 +69,11 @@ class _LazyImage:
     def encode_example(self, value: dict | Image.Image) -> dict:
         """Return the stored form of a value of this column."""
         if isinstance(value, Image.Image):
-            value = encode_png(np.asarray(value))
+            value = encode_png(np.asarray(self._convert(value)))
         return {name: value.get(name) for name in _STORAGE.names}
+
+    def _convert(self, image: Image.Image) -> Image.Image:
+        return image
 
     def cast_storage(self, storage: pa.Array) -> pa.Array:
         """Convert a column of ordinary images, or return a column of this kind unchanged."""
@@ -94,6 +98,9 @@ class PhraseImage(_LazyImage):
     """
 
     _type: str = field(default="PhraseImage", init=False, repr=False)
+
+    def _convert(self, image: Image.Image) -> Image.Image:
+        return to_rgb(image)
 
     def decode_example(self, value: Any, token_per_repo_id: dict | None = None) -> Image.Image:
         """Return the image of a stored value. Values that are images already are returned unchanged."""
@@ -132,6 +139,8 @@ class PhraseMask(_LazyImage):
                 raise ValueError(
                     f"A mask has the shape {inside.shape}. Expected a gray image, nonzero on the pixels of the phrase."
                 )
+        if drawing.get("empty"):
+            inside = np.zeros_like(inside)
         mask = Image.fromarray(inside.astype(np.uint8) * 255)
         return mask if self.size is None else _resize_mask(mask, self.size)
 
@@ -168,7 +177,7 @@ def draw_polygons(polygons: list[list[list[float]]], width: int, height: int) ->
 def materialize(dataset: datasets.Dataset) -> datasets.Dataset:
     """Read and draw all images and masks once, so that the result has ordinary columns of images.
 
-    Each row then has its own copy of the image. Files are copied as they are, if the dataset does not resize them.
+    Each row then has its own copy of the image. Files are copied without changes, if the dataset does not resize them.
 
     Args:
         dataset: A result of `hf_dl.data.phrasecut.load`.
@@ -253,7 +262,7 @@ def _check_size(image: Image.Image, drawing: dict, value: dict) -> None:
 
 
 def _resize_mask(mask: Image.Image, size: int) -> Image.Image:
-    """Resize a mask to the pixels of which at least half belongs to it, or to the best ones if there are none."""
+    """Resize a mask. A pixel belongs to it if half of its area does; a mask with pixels keeps at least one."""
     part = np.asarray(mask.resize((size, size), Image.Resampling.BOX))
     least = min(128, max(1, int(part.max())))
     return Image.fromarray((part >= least).astype(np.uint8) * 255)
