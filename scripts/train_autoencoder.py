@@ -13,7 +13,6 @@ Synthesis with Latent Diffusion Models", section 3.1. Differences:
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch.nn.functional as F
 
@@ -33,7 +32,7 @@ class Args(latent_autoencoder.AutoencoderFlags, SceneFlags, TrainingArgs):
 
     max_steps: int = 3000
     batch_size: int = 16
-    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
+    optimizer: str = "adam"
     learning_rate: float = 3e-3
     beta2: float = 0.99
     schedule: Schedule = "cosine"

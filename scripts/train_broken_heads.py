@@ -55,8 +55,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     """
     args = parse_args(Args, argv)
     train, validation, test = (classifier.load_images(args, split) for split in ("train", "validation", "test"))
-    processor = classifier.make_processor(train)
     model = classifier.make_model(args, train)
+    processor = classifier.make_processor(args, train, model)
     name = "head" if hasattr(model, "head") else "classifier"  # the name of the output layer in the model
     setattr(model, name, find_mistake(args.mistake).make(getattr(model, name)))
     run = TrainingRun(args, model, train, collate=as_is, processor=processor)

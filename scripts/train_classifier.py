@@ -9,12 +9,16 @@ r"""Train an image classifier.
 The first command trains a residual network with 14 layers on generated images with one object each. It takes a few
 minutes on two CPU cores. model_cards/norms.md lists times and scores for several normalizations.
 
+The flag `--model` also accepts classifiers of transformers and timm:
+
+    scripts/run accelerate launch scripts/train_classifier.py --model timm/resnet18.a1_in1k --image_size 64
+    scripts/run accelerate launch scripts/train_classifier.py --model timm/resnet18.a1_in1k --pretrained false
+
 The second command trains a small vision transformer. Its accuracy stays near chance, 0.04, in the first epochs. See
 model_cards/small_vit.md. The third command compares output layers, see model_cards/softmax_heads.md.
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
 
 from torch.utils.data import Subset
 
@@ -22,12 +26,15 @@ from hf_dl.data.collate import as_is
 from hf_dl.data.image_arrays import augment
 from hf_dl.publishing.runs import push_run
 from hf_dl.recipes import classifier
+from hf_dl.recipes.augmentation import Augmentation, AugmentationFlags
 from hf_dl.training.args import Schedule, TrainingArgs, parse_args
 from hf_dl.training.run import TrainingRun
 
 
 @dataclass
-class Args(classifier.ModelFlags, classifier.ImageFlags, classifier.ImageTrainingFlags, TrainingArgs):
+class Args(
+    classifier.ModelFlags, classifier.ImageFlags, classifier.ImageTrainingFlags, AugmentationFlags, TrainingArgs
+):
     """Flags of this script. The defaults train for a few minutes on two CPU cores."""
 
     label_smoothing: float = field(
@@ -39,7 +46,7 @@ class Args(classifier.ModelFlags, classifier.ImageFlags, classifier.ImageTrainin
     max_steps: int = 0
     epochs: float = 10.0
     batch_size: int = 128
-    optimizer: Literal["adam", "adamw", "sgd"] = "sgd"
+    optimizer: str = "sgd"
     learning_rate: float = 0.1
     weight_decay: float = 1e-4
     schedule: Schedule = "cosine"
@@ -67,8 +74,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     """
     args = parse_args(Args, argv)
     train, validation, test = (classifier.load_images(args, split) for split in ("train", "validation", "test"))
-    processor = classifier.make_processor(train)
     model = classifier.make_model(args, train)
+    processor = classifier.make_processor(args, train, model)
+    augmentation = Augmentation(args, len(train.names))
     run = TrainingRun(args, model, train, collate=as_is, processor=processor)
 
     splits = {"train": train, "val": validation, "test": test}
@@ -77,19 +85,24 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     watched = {"train": run.shard(part, classifier.BATCH_SIZE), "val": loaders["val"]}
 
     for batch in run:
-        pixel_values = classifier.to_pixel_values(batch["image"], processor, run.device)
+        pictures = augmentation.change_pictures(batch["image"])
+        pixel_values = classifier.to_pixel_values(pictures, processor, run.device)
         pixel_values = augment(pixel_values, padding=args.crop_padding, flip=args.flip, generator=run.generator)
+        pixel_values, targets = augmentation.mix(pixel_values, batch["labels"])  # targets: (batch, classes)
 
-        # head=gumbel adds noise whose temperature falls from 1 to args.temperature. Other heads ignore it.
+        # head=gumbel adds noise whose temperature falls from 1 to args.temperature.
         temperature = 1 + (args.temperature - 1) * run.progress
-        noise = {"temperature": temperature, "generator": run.generator}
+        noise = {"temperature": temperature, "generator": run.generator} if args.head == "gumbel" else {}
         output = run.model(pixel_values, labels=batch["labels"], **noise)
 
         loss = output.loss  # the mean of -log P(label) over the batch
+        log_prob = output.logits.float().log_softmax(dim=1)
+        if args.mixup or args.cutmix:
+            # Mixup (Zhang et al. 2017) and CutMix (Yun et al. 2019). The target of a mixed image has two classes.
+            loss = -(targets * log_prob).sum(dim=1).mean()
         if args.label_smoothing:
-            # Label smoothing (Szegedy et al. 2016, section 7). The target is (1 - s) * one_hot(label) + s / classes.
-            # With the mean over the batch, the loss is (1 - s) * -log P(label) + s * mean over classes of -log P.
-            log_prob = output.logits.float().log_softmax(dim=1)
+            # Label smoothing (Szegedy et al. 2016, section 7). The target is (1 - s) * target + s / classes.
+            # With the mean over the batch, the loss is (1 - s) * loss + s * mean over classes of -log P.
             loss = (1 - args.label_smoothing) * loss - args.label_smoothing * log_prob.mean()
         run.step(loss, temperature=temperature)
 

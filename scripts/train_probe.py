@@ -7,7 +7,6 @@ run takes about four minutes on one CPU core. Scores to expect: model_cards/obje
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 from hf_dl.data.collate import as_is
 from hf_dl.data.image_arrays import augment
@@ -24,7 +23,7 @@ class Args(object_probe.ProbeFlags, TrainingArgs):
 
     max_steps: int = 3000
     batch_size: int = 64
-    optimizer: Literal["adam", "adamw", "sgd"] = "adamw"
+    optimizer: str = "adamw"
     learning_rate: float = 1.5e-3
     weight_decay: float = 1e-2
     schedule: Schedule = "cosine"

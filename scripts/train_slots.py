@@ -55,7 +55,7 @@ class Args(slots.SlotFlags, SceneFlags, TrainingArgs):
     )
     max_steps: int = 3000
     batch_size: int = 16
-    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
+    optimizer: str = "adam"
     learning_rate: float = 2e-3
     schedule: Literal["constant", "linear", "cosine", "halving"] = "cosine"
     warmup_steps: int = 200

@@ -12,7 +12,6 @@ Bayes".
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
 
 from hf_dl.data.collate import as_is
 from hf_dl.metrics.latents import posterior_collapse
@@ -35,7 +34,7 @@ class Args(vae.VaeFlags, vae.ImageFlags, TrainingArgs):
     max_steps: int = 0
     epochs: float = 10.0
     batch_size: int = 128
-    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
+    optimizer: str = "adam"
     learning_rate: float | None = field(
         default=None, metadata={"help": "Peak learning rate; default: 1e-3 for mlp, 2e-3 for conv."}
     )

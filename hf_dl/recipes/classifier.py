@@ -31,6 +31,7 @@ from hf_dl.reporting.card import run_card
 from hf_dl.reporting.plots import plot_run
 
 from .evaluation import checked_config, hide_progress_bars, report_data, split_size
+from .library_classifiers import is_library_model, make_library_model, pixel_statistics
 from .output_heads import HEADS, HeadFlags, accepted_options, split_head
 
 
@@ -135,7 +136,14 @@ class ModelFlags(HeadFlags):
     """Flags that select the network. A flag without a value uses the default of the model's config."""
 
     model: str = field(
-        default="norm_resnet", metadata={"help": f"Kind of network. Choose one of: {', '.join(CLASSIFIERS)}."}
+        default="norm_resnet",
+        metadata={
+            "help": f"Kind of network. Choose one of: {', '.join(CLASSIFIERS)}; or a folder, or the Hub id of a "
+            "classifier of transformers or timm, such as timm/resnet18.a1_in1k."
+        },
+    )
+    pretrained: bool = field(
+        default=True, metadata={"help": "Models of transformers and timm: start from the weights of the Hub id."}
     )
     n: int | None = field(default=None, metadata={"help": "norm_resnet: depth; the network has 6n+2 layers."})
     norm: str | None = field(
@@ -222,7 +230,10 @@ def find_classifier(name: str) -> Classifier:
         ValueError: If the name is unknown.
     """
     if name not in CLASSIFIERS:
-        raise ValueError(f"model={name!r} is unknown. Choose one of: {', '.join(CLASSIFIERS)}.")
+        raise ValueError(
+            f"model={name!r} is unknown. Choose one of: {', '.join(CLASSIFIERS)}; or a folder or Hub id with a slash, "
+            "such as timm/resnet18.a1_in1k."
+        )
     return CLASSIFIERS[name]
 
 
@@ -240,13 +251,17 @@ def config_fields(args: Any) -> dict[str, Any]:
     Raises:
         ValueError: If a flag has an invalid value or belongs to another model.
     """
-    kind = find_classifier(args.model)
-    for name in {name for other in CLASSIFIERS.values() for name in other.flags} - set(kind.flags):
+    library = is_library_model(args.model)
+    flags = () if library else find_classifier(args.model).flags
+    for name in {name for other in CLASSIFIERS.values() for name in other.flags} - set(flags):
         if getattr(args, name) is not None:
+            accepted = ", ".join(("pretrained",) if library else flags)
             raise ValueError(
-                f"{name}={getattr(args, name)} is not a flag of model={args.model!r}, which accepts: "
-                f"{', '.join(kind.flags)}."
+                f"{name}={getattr(args, name)} is not a flag of model={args.model!r}, which accepts: {accepted}."
             )
+    if library:
+        return {}
+    kind = find_classifier(args.model)
     defaults = kind.config()
     for name in kind.flags:
         if getattr(args, name) is None:
@@ -318,6 +333,11 @@ def make_model(args: Any, train: LabeledImages) -> PreTrainedModel:
     Returns:
         The model, in channels-last memory format because its convolutions are faster in it.
     """
+    if is_library_model(args.model):
+        model = make_library_model(
+            args.model, pretrained=args.pretrained, image_size=args.image_size, names=train.names
+        )
+        return model.to(memory_format=torch.channels_last)
     kind = find_classifier(args.model)
     fields = config_fields(args) | {
         "id2label": dict(enumerate(train.names)),
@@ -384,18 +404,23 @@ def tree_options(tree: str, names: Sequence[str], class_counts: Sequence[int]) -
     return {"tree": "given", "groups": cluster_classes(layer.weight)}
 
 
-def make_processor(train: LabeledImages) -> CLIPImageProcessor:
+def make_processor(args: Any, train: LabeledImages, model: PreTrainedModel) -> CLIPImageProcessor:
     """Create the image processor to save with the model.
 
     For any image, it computes the same pixel values as `load_images` followed by `to_pixel_values`.
 
     Args:
+        args: Flags with the fields of `ModelFlags`.
         train: The training images, whose channel mean and standard deviation are used.
+        model: The model. A pretrained model of another library keeps its mean and standard deviation.
 
     Returns:
         The processor.
     """
-    mean, std = train.channel_statistics()
+    if is_library_model(args.model) and args.pretrained:
+        mean, std = pixel_statistics(args.model, model)
+    else:
+        mean, std = train.channel_statistics()
     size = train.pixels.shape[-1]
     return CLIPImageProcessor(
         size={"shortest_edge": size},
@@ -579,14 +604,15 @@ def write_report(folder: Path, model: str) -> None:
 
     Args:
         folder: The folder of the run.
-        model: A key of `CLASSIFIERS`.
+        model: A key of `CLASSIFIERS`, or the name of a model of another library.
     """
+    library = is_library_model(model)
     plot_run(folder, folder / "curves.png", CURVES)
     card = run_card(
         folder,
-        summary=CLASSIFIERS[model].summary,
+        summary=f"An image classifier: {model}." if library else CLASSIFIERS[model].summary,
         limits=LIMITS,
-        tags=[model, "vision"],
+        tags=[*(("timm",) if model.startswith("timm/") else () if library else (model,)), "vision"],
     )
     with open(folder / "classes.csv", newline="", encoding="utf-8") as file:
         rows = [[cell.replace("|", "\\|") for cell in row] for row in csv.reader(file)]

@@ -39,6 +39,7 @@ _GROUPS = {
 }
 
 Schedule = Literal[tuple(SCHEDULES)]
+OPTIMIZERS = ("adam", "adamw", "sgd")
 
 
 @dataclass
@@ -77,7 +78,10 @@ class TrainingArgs:
         default=0, metadata={"help": "Number of processes that load data; 0 loads in the main process."}
     )
 
-    optimizer: Literal["adam", "adamw", "sgd"] = field(default="adamw", metadata={"help": "Update rule."})
+    optimizer: str = field(
+        default="adamw",
+        metadata={"help": f"Update rule: {', '.join(OPTIMIZERS)}, or timm:NAME for one of timm, such as timm:lamb."},
+    )
     learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate."})
     weight_decay: float = field(
         default=0.0, metadata={"help": "Weight decay for weights with two or more dimensions; decoupled in adamw."}
@@ -190,6 +194,11 @@ class TrainingArgs:
                 raise ValueError(
                     f"{name}={getattr(self, name)!r} is unknown; choose one of {', '.join(filter(None, choices))}."
                 )
+        if self.optimizer not in OPTIMIZERS and not self.optimizer.startswith("timm:"):
+            raise ValueError(
+                f"optimizer={self.optimizer!r} is unknown; choose one of {', '.join(OPTIMIZERS)}, or timm:NAME for an "
+                "optimizer of timm, such as timm:lamb."
+            )
         if self.batch_size % self.accumulation:
             raise ValueError(
                 f"batch_size={self.batch_size} must be a multiple of accumulation={self.accumulation}, so that all "

@@ -223,21 +223,29 @@ def keep_newest(root: Path, number: int) -> None:
 
 
 def pack_optimizer(state: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Split an optimizer's state dict into tensors named `<parameter>.<key>` and a rest for JSON."""
+    """Split an optimizer's state dict into tensors, `<parameter>.<key>` or `group_<i>.<key>`, and a rest for JSON."""
     tensors, numbers = {}, {}
     for index, entries in state["state"].items():
         for key, value in entries.items():
             (tensors if isinstance(value, torch.Tensor) else numbers)[f"{index}.{key}"] = value
-    return tensors, {"numbers": numbers, "param_groups": state["param_groups"]}
+    groups = []
+    for index, group in enumerate(state["param_groups"]):  # LAMB of timm counts its steps in a tensor of the group
+        tensors |= {f"group_{index}.{key}": value for key, value in group.items() if isinstance(value, torch.Tensor)}
+        groups.append({key: value for key, value in group.items() if not isinstance(value, torch.Tensor)})
+    return tensors, {"numbers": numbers, "param_groups": groups}
 
 
 def unpack_optimizer(tensors: dict[str, torch.Tensor], rest: dict[str, Any]) -> dict[str, Any]:
     """Rebuild the state dict from the output of `pack_optimizer`."""
     state: dict[int, dict[str, Any]] = {}
+    groups = [dict(group) for group in rest["param_groups"]]
     for name, value in {**tensors, **rest["numbers"]}.items():
         index, key = name.split(".", 1)
-        state.setdefault(int(index), {})[key] = value
-    return {"state": state, "param_groups": rest["param_groups"]}
+        if index.startswith("group_"):
+            groups[int(index.removeprefix("group_"))][key] = value
+        else:
+            state.setdefault(int(index), {})[key] = value
+    return {"state": state, "param_groups": groups}
 
 
 def _to_cpu(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

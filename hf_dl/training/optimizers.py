@@ -1,5 +1,6 @@
 """The optimizer that the flags describe, and several optimizers as one."""
 
+import difflib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -23,10 +24,11 @@ def make_optimizer(
         learning_rates: Peak learning rates by prefix of the parameter name; defaults to `args.learning_rate` for all.
 
     Returns:
-        Adam, AdamW or SGD over the trainable parameters.
+        Adam, AdamW, SGD or an optimizer of timm over the trainable parameters.
 
     Raises:
-        ValueError: If a prefix matches no parameter, a rate is not positive, or no parameter is trainable.
+        ValueError: If a prefix matches no parameter, a rate is not positive, no parameter is trainable, or timm does
+            not have the optimizer.
 
     Example:
         >>> len(make_optimizer(TrainingArgs(), nn.Linear(2, 2)).param_groups)
@@ -52,10 +54,27 @@ def make_optimizer(
     groups = [group for group in groups if group["params"]]
     if not groups:
         raise ValueError(f"{type(model).__name__} has no parameter that requires a gradient; nothing to train.")
+    if args.optimizer.startswith("timm:"):
+        return _timm_optimizer(args, groups)
     if args.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=args.learning_rate, momentum=args.momentum)
     kind = torch.optim.AdamW if args.optimizer == "adamw" else torch.optim.Adam
     return kind(groups, lr=args.learning_rate, betas=(args.momentum, args.beta2))
+
+
+def _timm_optimizer(args: TrainingArgs, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """Make an optimizer of timm with its own defaults, except for the learning rate, momentum and weight decay."""
+    from timm.optim import create_optimizer_v2, list_optimizers  # here, because other optimizers do not need timm
+
+    name, known = args.optimizer.removeprefix("timm:"), list_optimizers()
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=5) or known
+        raise ValueError(f"optimizer={args.optimizer!r} is unknown to timm; choose one of {', '.join(close)}.")
+    try:
+        return create_optimizer_v2(groups, opt=name, lr=args.learning_rate, momentum=args.momentum)
+    except (ImportError, RuntimeError, AssertionError) as error:
+        reason = str(error) or "it needs another library or another device"
+        raise ValueError(f"optimizer={args.optimizer!r} cannot be used here: {reason}.") from error
 
 
 def optimizer_kind(optimizer: torch.optim.Optimizer) -> str:

@@ -148,6 +148,34 @@ def test_killed_and_resumed_it_ends_the_same(tmp_path, monkeypatch):
     assert all(torch.equal(left[name], right[name]) for name in left)
 
 
+def test_a_network_with_the_optimizer_and_the_augmentation_of_timm(tmp_path, monkeypatch):
+    flags = (
+        "--model=timm/test_resnet.r160_in1k --pretrained=false --optimizer=timm:lamb --mixup=0.2 --cutmix=1 "
+        "--random_erasing=0.5 --rand_augment=rand-m5-n1 --epochs=2 --save_every=5 --log_every=1"
+    ).split()
+    metrics = train(tmp_path / "whole", *flags)
+    reset()
+    results = read_results(tmp_path / "whole")
+    assert results["args"]["model"] == "timm/test_resnet.r160_in1k"
+    assert read_card(tmp_path / "whole" / "README.md").data.tags[-2:] == ["timm", "vision"]
+
+    def die(run, *given):
+        if run.steps == 8:
+            raise MemoryError("killed")
+        return {}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_classifier.classifier, "watch", die)
+        with pytest.raises(MemoryError, match="killed"):
+            train(tmp_path / "cut", *flags, "--monitor=")
+    reset()
+    resumed = train(tmp_path / "cut", *flags, "--monitor=", "--resume")
+    assert resumed["test_loss"] == pytest.approx(train(tmp_path / "last", *flags, "--monitor=")["test_loss"], rel=1e-6)
+    reset()
+    scores = evaluate_classifier.main([f"--model={tmp_path / 'whole'}"])
+    assert scores["test_accuracy"] == metrics["test_accuracy"]
+
+
 def test_it_stops_when_the_validation_does_not_improve(tmp_path):
     # a rate so small that nothing changes
     train(tmp_path, *NARROW, "--epochs=9", "--learning_rate=1e-12", "--norm=none", "--patience=2", "--save_every=0")
@@ -193,6 +221,9 @@ def test_a_folder_of_images_of_two_classes(tmp_path, capsys):
         ),
         (["--model=small_vit", "--patch_size=5"], "image_size=32 must be a multiple of patch_size=5"),
         (["--model=resnet"], "model='resnet' is unknown. Choose one of: norm_resnet, small_vit"),
+        (["--model=timm/resnet18", "--n=2"], "n=2 is not a flag of model='timm/resnet18', which accepts: pretrained"),
+        (["--optimizer=lion"], "optimizer='lion' is unknown; choose one of adam, adamw, sgd, or timm:NAME"),
+        (["--model=classic_cnn"], "image_size=32 is too small for alexnet: in stage conv2"),
         (["--label_smoothing=1"], "label_smoothing=1.0 must be at least 0 and less than 1"),
         (["--crop_padding=-1"], "crop_padding=-1 must be 0 or greater"),
         (["--eval_train=0"], "eval_train=0 must be at least 1"),
