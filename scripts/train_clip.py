@@ -60,6 +60,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         with run.averaged():
             return clip.evaluate(run.unwrapped, processor, pairs[split], labeled[split], split=prefix)
 
+    if run.steps == 0 and args.eval_every:
+        run.log(**evaluate("validation", "val"))  # the modality gap before training
     for batch in run:
         # Random numbers of each example: two for its shift, one for the choice of its caption, the rest for its words.
         draws = clip.draw_for_batch(run, 3 + args.max_length)

@@ -42,6 +42,7 @@ from hf_dl.reporting.plots import plot_run
 from hf_dl.training.batches import mix_seed
 
 from .evaluation import checked_config, hide_progress_bars, load_model, report_data, split_size
+from .phrase_mismatch import mismatch_scores
 
 SUMMARY = (
     "A small CLIP model (Radford et al. 2021): an image encoder and a text encoder whose features match for an image "
@@ -636,6 +637,7 @@ class ZeroShotResult:
         seen: Whether the class of each image occurred in training, bool (images,).
         predictions: Predicted class of each image for each style.
         top_5: Whether the true class is among the five best ones, for each style.
+        cosines: Cosine of each image and each class (images, classes), for each style.
     """
 
     names: list[str]
@@ -643,6 +645,7 @@ class ZeroShotResult:
     seen: torch.Tensor
     predictions: dict[str, torch.Tensor]
     top_5: dict[str, torch.Tensor]
+    cosines: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def correct(self) -> dict[str, torch.Tensor]:
@@ -706,16 +709,16 @@ def classify(
     templates = {style: find_templates(style) for style in styles}
     features = encode_images(model, data["image"], processor)
     names = list(data.features["label"].names)
-    predictions, top_5 = {}, {}
+    predictions, top_5, cosines = {}, {}, {}
     labels = torch.tensor(data["label"][:])
     for style, texts in templates.items():
         prompts = zero_shot.prompts(names, texts)
         similarity = features @ class_features(model, prompts, tokenizer or processor).T
-        predictions[style] = similarity.argmax(dim=1)
+        cosines[style], predictions[style] = similarity, similarity.argmax(dim=1)
         top_5[style] = (similarity.topk(min(5, len(names))).indices == labels[:, None]).any(dim=1)
     seen = torch.tensor(data["seen"][:]) if "seen" in data.column_names else torch.ones(len(labels), dtype=torch.bool)
     names = zero_shot.clean_names(names)
-    return ZeroShotResult(names, labels, seen, predictions, top_5)
+    return ZeroShotResult(names, labels, seen, predictions, top_5, cosines)
 
 
 def load_clip(name: str | Path) -> tuple[PreTrainedModel, Any, Any]:
@@ -797,14 +800,15 @@ def evaluate(
 
     Returns:
         Scores such as `val_loss`, `val_recall_at_1`, `val_centroid_distance` and `val_plain_accuracy`; see
-        `pair_scores` and `ZeroShotResult.scores`.
+        `pair_scores`, `ZeroShotResult.scores` and `hf_dl.recipes.phrase_mismatch`.
     """
     texts = [each[0] for each in pairs.captions]
     images, captioned = encode_images(model, pairs.pixels, processor), encode_texts(model, texts, processor)
     scores = pair_scores(images, captioned, model.logit_scale.exp().item())
     scores["recall_at_1"] = image_recall(images, captioned, texts)
     if labeled is not None:
-        scores |= classify(model, processor, labeled, STYLES).scores()
+        result = classify(model, processor, labeled, STYLES)
+        scores |= result.scores() | mismatch_scores(result.cosines[STYLES[0]], result.labels, result.names)
     return {f"{split}_{name}": value for name, value in scores.items()}
 
 

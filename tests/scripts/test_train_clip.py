@@ -82,7 +82,7 @@ def test_the_scores_of_both_splits(finished):
         assert metrics[f"{split}_loss"] > 0 and 0 <= metrics[f"{split}_recall_at_1"] <= 1
         assert 0 < metrics[f"{split}_centroid_distance"] <= 2 and 0.5 <= metrics[f"{split}_separability"] <= 1
     steps = [line["step"] for line in read_log(folder) if "val_plain_accuracy" in line]
-    assert steps == [3, 6]
+    assert steps == [0, 3, 6]  # before training, too: the modality gap of the first weights
     assert metrics["val_loss"] == read_log(folder)[-1]["val_loss"]
 
 
