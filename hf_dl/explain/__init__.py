@@ -1,21 +1,27 @@
-"""Explanations of image classifiers: maps of the evidence for a class, and tests that remove parts of the image.
+"""Explanations of image classifiers: maps of evidence, pictures made from layers, and tests of the explanations.
+
+`explain(model, image, method=..., target=...)` calls each method of `METHODS`. The methods by file:
 
 - `grad_cam`: Grad-CAM for any network and several layers
 - `attention`: CLS attention, rollout and gradient rollout of vision transformers
 - `backprop`: gradient, deconvolution, guided backpropagation, integrated gradients and SmoothGrad
 - `occlusion`: drop of a class logit if a window covers part of the image
+- `optimization`: images of a class or a neuron, and images with the same features
+- `adversarial`: adversarial examples by FGSM and PGD, with success rates
 - `filters`: raw filters of the first layer
 - `patches`: patches of a data set that activate a channel most, cut out by the receptive field
 - `codes`: map of a data set by the codes of a layer, and nearest neighbors
 - `masking`: predictions without some patches, removed as pixels, from the attention or as tokens; deletion curves
+- `sanity`: comparison of maps with the maps of random networks
 - `scores`: agreement of a map with the known mask of the object
-- `calls`: shared code: calling a model, and the positions of its tokens
+- `calls`, `layer_reader`, `backward_rules`: shared code: calling a model, reading a layer, other backward passes
 
 A model is any `nn.Module` that maps pixel values (batch, channels, height, width) to logits (batch, classes). It may
 return the logits or an output of transformers with `logits`. Models run in evaluation mode, and their modes are
 restored afterwards.
 """
 
+from .adversarial import ATTACKS, AdversarialOutput, fgsm, pgd
 from .attention import AttentionOutput, attention_maps, gradient_rollout, record_attention, rollout
 from .backprop import (
     AttributionOutput,
@@ -42,29 +48,53 @@ from .masking import (
     random_patches,
     ranked_patches,
 )
+from .methods import METHODS, Explanation, Method, explain
 from .occlusion import OcclusionOutput, occlusion
+from .optimization import (
+    Ascent,
+    OptimizedOutput,
+    activation_maximization,
+    class_model,
+    class_score,
+    feature_inversion,
+)
 from .patches import PatchesOutput, receptive_fields, top_patches
+from .sanity import SanityOutput, sanity_check
 from .scores import pointing_game, share_inside
 
 __all__ = [
+    "ATTACKS",
+    "METHODS",
     "PLACES",
     "WAYS",
+    "AdversarialOutput",
+    "Ascent",
     "AttentionOutput",
     "AttributionOutput",
     "CodesOutput",
     "CurveOutput",
+    "Explanation",
     "FiltersOutput",
     "GradCamOutput",
     "LayerReader",
+    "Method",
     "OcclusionOutput",
+    "OptimizedOutput",
     "PatchesOutput",
+    "SanityOutput",
+    "activation_maximization",
     "attention_maps",
     "center_patches",
     "class_logits",
+    "class_model",
+    "class_score",
     "collect_codes",
     "curve",
     "deconvolution",
     "default_layers",
+    "explain",
+    "feature_inversion",
+    "fgsm",
     "fill_patches",
     "find_blocks",
     "grad_cam",
@@ -77,6 +107,7 @@ __all__ = [
     "nearest_neighbors",
     "normalize",
     "occlusion",
+    "pgd",
     "pointing_game",
     "project_codes",
     "random_patches",
@@ -85,6 +116,7 @@ __all__ = [
     "receptive_fields",
     "record_attention",
     "rollout",
+    "sanity_check",
     "share_inside",
     "smooth_grad",
     "thumbnail_map",
