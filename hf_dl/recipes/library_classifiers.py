@@ -20,7 +20,7 @@ IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def is_library_model(name: str) -> bool:
-    """Return whether a name is that of a model of another library, or a folder."""
+    """Return whether a name is a folder or the id of a model on the Hub."""
     return "/" in name
 
 
@@ -105,7 +105,7 @@ def pixel_statistics(name: str, model: PreTrainedModel) -> tuple[Sequence[float]
         model: The model.
 
     Returns:
-        Those of its image processor; without one, those of ImageNet.
+        The statistics of its image processor; without one, the statistics of ImageNet.
     """
     published = getattr(model.config, "pretrained_cfg", None) or {}
     if "mean" in published:

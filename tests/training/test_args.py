@@ -49,7 +49,8 @@ def test_help_shows_groups_and_defaults(capsys):
         *("this script:", "optimization:", "--num_slots INT Slots per image. (default: 5)", "(default: 0.0004)"),
         *("--sizes INT [INT ...] Sizes. (default: 1 2)", "(default: true; --no_shadows sets false)"),
         *("--seed INT Seed for weights", "--monitor TEXT Logged metric", "early stopping. (default: not set)"),
-        "--optimizer {adam,adamw,sgd} Update rule: adam, adamw, sgd, or timm:NAME",  # its own default, and the inherited text
+        "--optimizer {adam,adamw,sgd} Update rule: adam, adamw, sgd, or timm:NAME",  # the inherited text
+        "such as timm:lamb. (default: sgd)",  # its own default
     ):
         assert words in text
 
