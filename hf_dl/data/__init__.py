@@ -16,6 +16,8 @@
 The other files are parts of these: `image_arrays` and `collate` feed training loops, `raycast` renders scenes,
 `counterfactual` edits scenes and renders them again, and `scene_annotations` writes captions.
 `word_problems` writes problems, `superclasses` groups classes, `splits` finds and holds out splits,
-`class_folders` and `mask_folders` list the images of folders, and `json_records` reads large files. `decoded_images` decodes them.
+`class_folders` and `mask_folders` list the images of folders. `decoded_images` decodes them.
 `captioned_images` and `caption_files` read captions, and `binary_images` reads STL-10 and CIFAR.
+`phrasecut_files`, `phrasecut_coco`, `phrasecut_rows` and `phrasecut_scenes` are the sources of `phrasecut`, and
+`json_records` reads large files.
 """
