@@ -1,5 +1,9 @@
 """Images with phrases and masks from datasets that exist already, and datasets for the Hub."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import datasets
 import numpy as np
 import pytest
@@ -7,8 +11,32 @@ from PIL import Image
 
 from hf_dl.data import phrasecut
 from hf_dl.data.phrasecut_phrases import fold_words
+from tests.loopback_hub import LoopbackHub
 
 pytestmark = pytest.mark.usefixtures("private_cache")
+
+PUSH = """
+import sys
+import datasets
+import numpy as np
+from hf_dl.data import phrasecut
+options = {"max_images": 3, "size": 32, "negatives": 0.2}
+splits = {split: phrasecut.load(split, **options) for split in ("validation", "test")}
+phrasecut.push_to_hub(splits, "me/phrases", private=True)
+again = phrasecut.load("test", "me/phrases")
+assert all(np.array_equal(np.asarray(a[name]), np.asarray(b[name]))
+           for a, b in zip(splits["test"], again, strict=True) for name in a)
+assert next(iter(phrasecut.load("test", "me/phrases", streaming=True)))["phrase"] == again[0]["phrase"]
+assert "hf_dl" in sys.modules
+"""
+READ = """
+import sys
+sys.modules["hf_dl"] = None  # an import of hf_dl raises ImportError
+import datasets
+rows = datasets.load_dataset("me/phrases", split="test")
+assert rows.features["image"] == rows.features["mask"] == datasets.Image()
+print(len(rows), rows[0]["image"].size, rows[0]["mask"].getextrema())
+"""
 
 
 @pytest.fixture
@@ -77,6 +105,18 @@ def test_datasets_for_the_hub(tmp_path, monkeypatch):
         for name in one:
             assert np.array_equal(np.asarray(one[name]), np.asarray(other[name]))
             assert np.array_equal(np.asarray(one[name]), np.asarray(third[name]))
+
+
+@pytest.mark.slow
+def test_the_hub(tmp_path):
+    with LoopbackHub() as hub:
+        env = hub.env(tmp_path / "home") | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+        for code in (PUSH, READ):
+            done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr[-3000:]
+        assert hub.repos["dataset", "me/phrases"].private
+    data = phrasecut.load("test", max_images=3, size=32, negatives=0.2)
+    assert done.stdout.split("\n")[0] == f"{len(data)} (32, 32) (0, 255)"
 
 
 def test_saved_datasets(tmp_path):
