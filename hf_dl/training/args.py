@@ -343,9 +343,34 @@ def parse_flags(cls: type[FlagsT], argv: list[str] | None = None) -> FlagsT:
     elif "epochs" in given and "max_steps" in values and values["epochs"] > 0:
         values["max_steps"] = 0
     try:
-        return cls(**values)
+        args = cls(**values)
+        check_output_dir(getattr(args, "output_dir", ""))
     except ValueError as error:
         parser.error(str(error))
+    return args
+
+
+def check_output_dir(output_dir: str) -> None:
+    """Check that a folder exists or can be created, without creating it. An empty name passes.
+
+    Args:
+        output_dir: The folder.
+
+    Raises:
+        ValueError: If the folder, or the nearest folder above it that exists, is a file or is not writable.
+
+    Example:
+        >>> check_output_dir("runs/a_new_run")
+    """
+    if not output_dir:
+        return
+    folder = Path(output_dir)
+    above = next((path for path in (folder, *folder.absolute().parents) if path.exists()), folder)
+    problem = "is a file" if not above.is_dir() else "is not writable" if not os.access(above, os.W_OK) else ""
+    if problem:
+        raise ValueError(
+            f"output_dir={output_dir!r} cannot be written: {str(above)!r} {problem}. Choose another folder."
+        )
 
 
 def format_help(cls: type, program: str, doc: str | None = None) -> str:

@@ -77,6 +77,10 @@ def explanation(error: BaseException) -> str | None:
     if isinstance(error, OSError) and (error.errno in _FULL or "No space left on device" in text):
         if "--resume" not in text:
             text = f"The disk is full ({text}). Free some space. {_advice()}"
+    elif isinstance(error, OSError) and error.errno and error.filename and text.startswith("[Errno"):
+        reason = error.strerror[0].lower() + error.strerror[1:]
+        name = os.fsdecode(error.filename)
+        text = f"{name!r} cannot be opened or created: {reason}. Check the path and its permissions."
     if out_of_memory:
         text = f"The device has too little memory. Use a smaller batch_size or a larger accumulation. ({text})"
     if isinstance(error, ValueError) and package not in _OURS:

@@ -19,8 +19,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from pytorch_grad_cam import GradCAM
-from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from torch import nn
 from transformers import ResNetConfig, ResNetForImageClassification, ViTConfig, ViTForImageClassification
 
@@ -56,6 +54,12 @@ def time_steps(steps: dict[str, Callable[[], object]], repetitions: int, images:
 
 def compare_grad_cam(layers: int, repetitions: int, batch: int) -> dict[str, float]:
     """Measure Grad-CAM for the last blocks of a network of the size of ResNet-50."""
+    try:
+        from pytorch_grad_cam import GradCAM
+        from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+    except ModuleNotFoundError:
+        command = "scripts/run --group benchmark python scripts/benchmarks/explain.py"
+        raise ImportError(f"The package grad-cam is missing. Run `{command}`.") from None
     torch.manual_seed(0)
     model = ResNetForImageClassification(ResNetConfig(num_labels=1000)).eval()
     images = torch.randn(batch, 3, 224, 224)

@@ -18,7 +18,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from slot_attention import SlotAttention as PeerSlotAttention
 
 from hf_dl.data import scenes
 from hf_dl.models.layers_attention import SlotAttention
@@ -27,8 +26,13 @@ from hf_dl.training.errors import explain_errors
 BATCH, TOKENS, DIM, SLOTS, ITERATIONS = 16, 1024, 64, 7, 3
 
 
-def make_pair() -> tuple[PeerSlotAttention, SlotAttention]:
+def make_pair() -> tuple[torch.nn.Module, SlotAttention]:
     """Return the module of the package, and ours with the same weights."""
+    try:
+        from slot_attention import SlotAttention as PeerSlotAttention
+    except ModuleNotFoundError:
+        command = "scripts/run --group benchmark python scripts/benchmarks/slots.py"
+        raise ImportError(f"The package slot-attention is missing. Run `{command}`.") from None
     torch.manual_seed(0)
     peer = PeerSlotAttention(num_slots=SLOTS, dim=DIM, iters=ITERATIONS, hidden_dim=2 * DIM)
     ours = SlotAttention(DIM, DIM, mlp_dim=2 * DIM, qkv_bias=True)

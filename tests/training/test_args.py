@@ -151,3 +151,16 @@ def test_threads_are_set_although_the_launcher_asks_for_one(monkeypatch):
     assert torch.get_num_threads() == 1
     parse_args(TrainingArgs, ["--cpu_threads", "2"])
     assert torch.get_num_threads() == 2
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_read(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "run" / "a"):
+        with pytest.raises(SystemExit):
+            parse_args(TrainingArgs, [f"--output_dir={folder}"])
+        assert f"output_dir='{folder}' cannot be written: '{tmp_path}/file' is a file." in capsys.readouterr().err
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write everywhere
+    with pytest.raises(SystemExit):
+        parse_args(TrainingArgs, [f"--output_dir={tmp_path}/new/run"])
+    assert f"cannot be written: '{tmp_path}' is not writable. Choose another folder." in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()

@@ -1,5 +1,6 @@
 """Errors about the input end a program with one sentence, and defects with a traceback."""
 
+import ast
 import errno
 import os
 import re
@@ -7,6 +8,7 @@ import runpy
 import signal
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -49,7 +51,10 @@ def end(tmp_path, monkeypatch, capsys):
     [
         ("raise ValueError('source=1 is wrong.')", "program.py: error: source=1 is wrong.\n"),
         ("raise ValueError('two\\n  lines')", "program.py: error: two lines\n"),
-        ("open('missing.txt')", "program.py: error: [Errno 2] No such file"),
+        (
+            "open('missing.txt')",
+            "program.py: error: 'missing.txt' cannot be opened or created: no such file or directory.",
+        ),
         ("import no_such_package", "program.py: error: No module named 'no_such_package'\n"),
         ("raise FloatingPointError('The loss is nan.')", "program.py: error: The loss is nan.\n"),
         ("import httpx; raise httpx.ConnectError('The Hub is away.')", "program.py: error: The Hub is away.\n"),
@@ -134,3 +139,41 @@ def test_each_script_explains_its_errors(path):
         re.search(r"= parse_(args|flags)\(Args, argv\)", text) or "    explain_errors(Path(__file__).name)\n" in text
     )
     assert explains or path.name in ("publish.py", "run_experiment.py")
+
+
+@pytest.mark.parametrize("name", ["slots", "explain"])
+def test_a_benchmark_names_the_package_that_is_missing(name, monkeypatch):
+    for package in ("slot_attention", "pytorch_grad_cam"):
+        monkeypatch.setitem(sys.modules, package, None)  # its import fails, as without the package
+    main = runpy.run_path(str(SCRIPTS / "benchmarks" / f"{name}.py"))["main"]
+    threads = torch.get_num_threads()
+    try:
+        with pytest.raises(
+            ImportError, match=rf"is missing. Run `.*--group benchmark .*benchmarks/{name}.py`"
+        ) as error:
+            main([])
+    finally:
+        torch.set_num_threads(threads)
+    assert explanation(error.value) == str(error.value)
+
+
+@pytest.mark.parametrize("path", sorted(SCRIPTS.rglob("*.py")), ids=lambda path: path.stem)
+def test_a_script_begins_with_imports_of_required_packages(path):
+    """Before `explain_errors`, a missing package would end in a traceback."""
+    required = {re.match(r"[\w-]+", line)[0].lower() for line in metadata.requires("hf_dl") if "extra ==" not in line}
+    owners = metadata.packages_distributions()
+    for node in ast.parse(path.read_text()).body:
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module] if isinstance(node, ast.ImportFrom) else []
+        for name in {name.split(".")[0] for name in names} - sys.stdlib_module_names - {"hf_dl"}:
+            assert {owner.lower() for owner in owners.get(name, [])} & required, f"{path.name} imports {name}"
+
+
+def test_a_path_that_cannot_be_opened_is_a_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError) as error:
+        (tmp_path / "file" / "run").mkdir()
+    assert re.fullmatch(
+        r"'.*file/run' cannot be opened or created: not a directory. Check the path and its permissions.",
+        explanation(error.value),
+    )
