@@ -245,7 +245,7 @@ def evaluate(
         pool = embed_captioned(*parts, "train", most)
     elif args.fit_on == "classes":
         seen = 1 - len(captions.HELD_OUT) / len(captions.COMBINATIONS)
-        count = int(most / seen) + len(captions.COMBINATIONS) if synthetic else None
+        count = int(most / seen) + len(captions.COMBINATIONS) if synthetic else most
         pool, _, _ = embed_labeled(*parts, "train", count)
         pool = pool.pick(pool.seen.nonzero().flatten())
     if most > len(pool.ids) - (pool is test):
