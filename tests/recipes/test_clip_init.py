@@ -24,7 +24,7 @@ def test_each_head_attends_to_the_patch_at_its_offset():
             for row, column in ((1, 1), (3, 4), (6, 6)):
                 found = patches[:, head, row, column]
                 assert found.argmax(1).tolist() == [8 * (row + down) + column + right] * 2 and found.max() > 0.5
-        assert attention[:, :, 0].max() < 0.05  # the class token averages all
+        assert attention[:, :, 0].max() < 0.1  # the class token averages all patches
 
 
 @pytest.mark.parametrize("changes", [{"num_attention_heads": 32}, {"patch_size": 48}])
