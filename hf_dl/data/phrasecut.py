@@ -105,7 +105,9 @@ def load(
     if source == "synthetic":
         scenes = {"style": style, "num_objects": num_objects, "held_out": check_held_out(held_out or ())}
         return _load_scenes(split, size or 64, max_images, negatives, seed, streaming, **scenes)
-    found = given_splits(source) or _find(source, split, on_missing, max_images, holdout, seed, streaming)
+    found = given_splits(source)
+    if found is None:
+        found = _find(source, split, on_missing, max_images, holdout, seed, streaming)
     options = {"size": size, "negatives": negatives, "seed": seed, "streaming": streaming, "version": VERSION}
     if isinstance(found, FoundRows):
         return found.build(split, **options)
