@@ -134,6 +134,22 @@ class Arithmetic:
         """Return the number of parameters of one kind of layers, such as "linear"."""
         return sum(row.parameters for row in self.rows if row.kind == kind)
 
+    def largest(self, attribute: str, share: float = 0.5) -> list[tuple[Row, float]]:
+        """Return the fewest rows that hold a share of all parameters or bytes, each with its own share.
+
+        Args:
+            attribute: "parameters", "multiply_adds", "output_bytes" or "saved_bytes".
+            share: Share of the sum over all rows.
+        """
+        total = sum(getattr(row, attribute) for row in self.rows)
+        found, missing = [], share * total
+        for row in sorted(self.rows, key=lambda row: getattr(row, attribute), reverse=True):
+            if missing <= 0:
+                break
+            found.append((row, getattr(row, attribute) / total))
+            missing -= getattr(row, attribute)
+        return found
+
     def to_dict(self) -> dict[str, Any]:
         """Return rows and totals as JSON can hold them."""
         found = asdict(self)
