@@ -10,6 +10,7 @@ model_cards/phrase_segmentation.md. The images are resized to squares. Scores wi
 """
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from transformers import CLIPProcessor
 
@@ -27,6 +28,9 @@ class Args(recipe.PhraseFlags):
         default="runs/train_phrase_segmentation",
         metadata={"help": "Folder or Hub id of the model, or of a CLIPSeg of transformers."},
     )
+    split: Literal["test", "validation", "train", "miniv"] = field(
+        default="test", metadata={"help": "Split to evaluate. miniv is a part of PhraseCut only."}
+    )
     choose_threshold: bool = field(
         default=False,
         metadata={"help": "Choose the threshold on the validation images, instead of using the model's threshold."},
@@ -35,7 +39,7 @@ class Args(recipe.PhraseFlags):
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
-    """Score the test images, and write the results.
+    """Score the images of a split, and write the results.
 
     Args:
         argv: The flags. Defaults to the command line.
@@ -53,11 +57,11 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         validation = recipe.count_pixels(model, processor, recipe.load_phrases(args, "validation"))
         model.config.threshold = recipe.scores(validation)["threshold"]
 
-    test = recipe.load_phrases(args, "test")
-    counts = recipe.count_pixels(model, processor, test)
+    data = recipe.load_phrases(args, args.split)
+    counts = recipe.count_pixels(model, processor, data)
     metrics = recipe.scores(counts, threshold=model.config.threshold, all_subsets=True)
     recipe.write_subsets(metrics, folder)
-    recipe.draw_examples(model, processor, test, folder / "examples.png")
+    recipe.draw_examples(model, processor, data, folder / "examples.png")
 
     write_evaluation(folder, args, metrics)
     print(f"evaluation.json, subsets.csv and examples.png are in {folder}.")

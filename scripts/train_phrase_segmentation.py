@@ -3,7 +3,7 @@ r"""Train a decoder that segments images from phrases, on top of a frozen CLIP.
     scripts/run accelerate launch scripts/train_clip.py
     scripts/run accelerate launch scripts/train_phrase_segmentation.py
     scripts/run accelerate launch scripts/train_phrase_segmentation.py --source VGPhraseCut_v0 --image_size 352 \
-        --clip openai/clip-vit-base-patch16 --decoder_type clipseg --refined --reduce_dim 64 \
+        --clip openai/clip-vit-base-patch16 --decoder_type clipseg --refined --learning_rate 1e-3 \
         --intermediate_size 2048 --num_train 0 --max_steps 20000 --batch_size 16 --mixed_precision bf16
 
 The first command trains a small CLIP on generated scenes, and the second one a decoder for it. The third one is the
@@ -56,25 +56,21 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     train = data["train"]
     run = TrainingRun(args, model, train, collate=as_is, processor=processor)
     prompt_embeds = recipe.embed_phrases(model, processor.tokenizer, train.phrases)
-    for images in data.values():  # CLIP is frozen, so its tokens never change
-        images.cache(model, processor, max_gb=args.cache_gb)
+    for each in data.values():  # CLIP is frozen, so its tokens never change
+        each.cache(model, processor, max_gb=args.cache_gb)
 
     def evaluate(split: str, threshold: float | None = None) -> dict[str, float]:
         with run.averaged():
             counts = recipe.count_pixels(run.unwrapped, processor, data[split])
         return recipe.scores(counts, threshold=threshold)
 
+    latest: dict[str, float] = {}
     for batch in run:
         # Phrases c of each image, and their masks y, (phrases, height, width). False phrases have empty masks.
         draws = draw_for_batch(run, 1)[:, 0]
-        rows, image_index = train.pick_rows(batch["index"].cpu(), draws, args.phrases_per_image)
-        masks = train.masks(rows).to(run.device)
-
-        output = run.model(
-            prompt_embeds=prompt_embeds[train.phrase_index[rows].to(run.device)],
-            image_index=image_index.to(run.device),
-            **train.vision_inputs(batch, processor, run.device),
-        )
+        phrases, image_index, masks = train.pick(batch, draws, args.phrases_per_image)
+        images = train.vision_inputs(batch, processor, run.device)
+        output = run.model(prompt_embeds=prompt_embeds[phrases], image_index=image_index, **images)
         logits = output.logits.float()
 
         # Binary cross-entropy of each pixel: -y log p - (1 - y) log(1 - p), p = sigmoid(logits).
@@ -86,13 +82,15 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         loss = cross_entropy + args.dice_weight * dice
         run.step(loss, cross_entropy=cross_entropy, dice=dice)
 
-        if run.evaluation_due:
-            run.log(**{f"val_{name}": value for name, value in evaluate("validation").items()})
+        if run.evaluation_due:  # also after the last step
+            latest = evaluate("validation")
+            run.log(**{f"val_{name}": value for name, value in latest.items()})
 
     if args.monitor:
         run.load_best()
-    found = {f"val_{name}": value for name, value in evaluate("validation").items()}
-    model.config.threshold = found["val_threshold"]  # the test images have no influence on it
+    validation = evaluate("validation") if args.monitor or not latest else latest
+    model.config.threshold = validation["threshold"]  # the test images have no influence on it
+    found = {f"val_{name}": value for name, value in validation.items()}
     found |= {f"test_{name}": value for name, value in evaluate("test", model.config.threshold).items()}
     if run.is_main:
         with run.averaged():

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import datasets
 import numpy as np
 import torch
+from PIL import Image
 from transformers import CLIPModel, CLIPProcessor
 
 from hf_dl.data import phrasecut
@@ -206,26 +207,29 @@ def embed_phrases(
 
 
 class PhraseImages(torch.utils.data.Dataset):
-    """Images with their phrases and masks. One item is one image.
+    """Images with their phrases and masks. One item is one image with all its masks.
 
-    Pixels are uint8 tensors, and a mask takes one bit per pixel.
+    Images are uint8 tensors in memory, and a mask takes one bit per pixel. Data that does not fit into `max_gb` is
+    decoded at each access; use `num_workers` then.
 
     Attributes:
         first: Row of the first phrase of each image, and the number of rows, int (images + 1,).
         phrases: The different phrases.
         phrase_index: For each row, the index of its phrase in `phrases`, int (rows,).
         subsets: For each row, the names of its subsets, with "seen" or "unseen".
-        features: Tokens of all images, float16 (images, layers, 1 + patches, channels), or None.
+        size: Height and width of the images.
+        features: Tokens of all images, float16 (images, layers, 1 + patches, channels), or None; see `cache`.
 
     Args:
         dataset: Rows with `image_id`, `image`, `phrase`, `mask` and optionally `seen` and `subsets`. The rows of an
             image follow each other, see `hf_dl.data.phrasecut`.
+        max_gb: Memory for decoded images and masks, in GB.
 
     Raises:
         ValueError: If the dataset is empty, or images or masks differ in size.
     """
 
-    def __init__(self, dataset: datasets.Dataset):
+    def __init__(self, dataset: datasets.Dataset, *, max_gb: float = 8.0):
         if not len(dataset):
             raise ValueError("The data has no phrase. Expected at least one image with a phrase.")
         ids = list(dataset["image_id"])
@@ -238,55 +242,71 @@ class PhraseImages(torch.utils.data.Dataset):
         seen = dataset["seen"][:] if "seen" in dataset.column_names else [True] * len(ids)
         named = dataset["subsets"][:] if "subsets" in dataset.column_names else [[]] * len(ids)
         self.subsets = [[*names, "seen" if each else "unseen"] for names, each in zip(named, seen, strict=True)]
-        self.pixels = ImageTensors(dataset.select(starts).select_columns(["image"])).kept["image"]
-        self.size = tuple(self.pixels.shape[-2:])
-        self._bits = np.stack([self._pack(mask) for mask in dataset.select_columns(["mask"])["mask"]])
+        images = dataset.select(starts).select_columns(["image"])
+        self._masks = dataset.select_columns(["mask"])
+        self.size: tuple[int, int] = images[0]["image"].size[::-1]
+        pixels = math.prod(self.size)
+        keep = pixels * (3 * len(images) + len(ids) / 8) <= max_gb * 1e9
+        self._images = ImageTensors(images, keep=keep)
+        self._bits = np.stack([self._pack(mask) for mask in self._masks["mask"]]) if keep else None
         self.features: torch.Tensor | None = None
 
     def _pack(self, mask: Any) -> np.ndarray:
+        """Return a mask with eight pixels per byte."""
         inside = np.asarray(mask) > 0
         if inside.shape != self.size:
             raise ValueError(f"A mask has shape {inside.shape}. Expected the size of the images, {self.size}.")
         return np.packbits(inside)
 
     def __len__(self) -> int:
-        return len(self.pixels)
+        return len(self.first) - 1
+
+    def rows(self, index: torch.Tensor) -> torch.Tensor:
+        """Return the rows of images, one image after the other, int (rows,)."""
+        return torch.cat([torch.arange(self.first[i], self.first[i + 1]) for i in index])
 
     def __getitems__(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
-        """Return images: index (images,), and image uint8 (images, 3, height, width)."""
+        """Return several images.
+
+        Returns:
+            `index` (images,), `image` uint8 (images, 3, height, width), and `masks` uint8 (phrases, height, width) for
+            all phrases of the images, with the values 0 and 1.
+        """
         index = torch.as_tensor(indices)
-        return {"index": index, "image": self.pixels[index]}
+        rows = self.rows(index).numpy()
+        if self._bits is None:
+            bits = np.stack([self._pack(mask) for mask in self._masks[rows]["mask"]])
+        else:
+            bits = self._bits[rows]
+        masks = np.unpackbits(bits, axis=1, count=math.prod(self.size)).reshape(-1, *self.size)
+        return {"index": index, **self._images.__getitems__(indices), "masks": torch.from_numpy(masks)}
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """Return one image, without the first dimension."""
-        return {name: tensor[0] for name, tensor in self.__getitems__([index]).items()}
+        """Return one image with its masks."""
+        found = self.__getitems__([index])
+        return {"index": found["index"][0], "image": found["image"][0], "masks": found["masks"]}
 
-    def masks(self, rows: torch.Tensor) -> torch.Tensor:
-        """Return the masks of rows, float32 (rows, height, width), with the values 0 and 1."""
-        bits = np.unpackbits(self._bits[rows.cpu().numpy()], axis=1, count=math.prod(self.size))
-        return torch.from_numpy(bits).view(-1, *self.size).float()
-
-    def pick_rows(self, index: torch.Tensor, draws: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def pick(
+        self, batch: Mapping[str, torch.Tensor], draws: torch.Tensor, count: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Choose phrases for a batch of images: successive ones from a random one on, so that they differ.
 
         Args:
-            index: The images, int (images,).
+            batch: The images, from `__getitems__`.
             draws: Uniform numbers in [0, 1), (images,).
             count: Phrases per image. An image with fewer phrases repeats them.
 
         Returns:
-            Rows of the phrases, and for each of them its position in `index`, int (images * count,) each.
+            Three tensors, on the device of the batch: the index in `phrases` and the position of the image in the
+            batch, int (images * count,) each, and the masks, float32 (images * count, height, width).
         """
-        first, number = self.first[index], self.first[index + 1] - self.first[index]
-        step = (draws * number).long()[:, None] + torch.arange(count)
-        rows = first[:, None] + step % number[:, None]
-        return rows.flatten(), torch.arange(len(index)).repeat_interleave(count)
-
-    def all_rows(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return all rows of a batch of images, and for each of them its position in `index`."""
+        index, device = batch["index"].cpu(), batch["masks"].device
         number = self.first[index + 1] - self.first[index]
-        rows = torch.cat([torch.arange(self.first[i], self.first[i + 1]) for i in index])
-        return rows, torch.arange(len(index)).repeat_interleave(number)
+        chosen = ((draws * number).long()[:, None] + torch.arange(count)) % number[:, None]
+        place = ((number.cumsum(0) - number)[:, None] + chosen).flatten()  # in the masks of the batch
+        phrases = self.phrase_index[self.rows(index)[place]]
+        position = torch.arange(len(index)).repeat_interleave(count)
+        return phrases.to(device), position.to(device), batch["masks"][place.to(device)].float()
 
     @torch.no_grad()
     def cache(self, model: ClipSegmenterForImageSegmentation, processor: CLIPProcessor, *, max_gb: float) -> bool:
@@ -295,14 +315,17 @@ class PhraseImages(torch.utils.data.Dataset):
         Returns:
             Whether the tokens are in memory.
         """
-        device, images = model.device, range(0, len(self), BATCH_IMAGES)
-        one = model.encode_images(to_pixel_values(self.pixels[:1], processor.image_processor, device))
+
+        def encode(places: range) -> torch.Tensor:
+            pixels = self._images.__getitems__(places)["image"]
+            return model.encode_images(to_pixel_values(pixels, processor.image_processor, model.device))
+
+        one = encode(range(1))
         if 2 * one.numel() * len(self) > max_gb * 1e9:
             return False
         features = torch.empty(len(self), *one.shape[1:], dtype=torch.float16)
-        for start in images:
-            pixels = to_pixel_values(self.pixels[start : start + BATCH_IMAGES], processor.image_processor, device)
-            features[start : start + BATCH_IMAGES] = model.encode_images(pixels).cpu()
+        for start in range(0, len(self), BATCH_IMAGES):
+            features[start : start + BATCH_IMAGES] = encode(range(start, min(start + BATCH_IMAGES, len(self)))).cpu()
         self.features = features
         return True
 
@@ -325,7 +348,7 @@ def load_phrases(args: PhraseFlags, split: str) -> PhraseImages:
     """
     hide_progress_bars()
     synthetic = args.source == "synthetic"
-    count = split_size(args, split, phrasecut.SPLITS[split] if synthetic else None)
+    count = split_size(args, split, phrasecut.SPLITS.get(split) if synthetic else None)
     options = {"style": args.style, "num_objects": tuple(args.num_objects)} if synthetic else {}
     data = phrasecut.load(
         split, args.source, max_images=count, size=args.image_size, negatives=args.negatives, **options
@@ -340,20 +363,38 @@ def load_phrases(args: PhraseFlags, split: str) -> PhraseImages:
 
 @torch.no_grad()
 def predict(
-    model: ClipSegmenterForImageSegmentation, processor: CLIPProcessor, data: PhraseImages
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield rows, and the probabilities of their pixels, float32 (rows, height, width), on the CPU."""
+    model: ClipSegmenterForImageSegmentation,
+    processor: CLIPProcessor,
+    data: PhraseImages,
+    *,
+    num_images: int | None = None,
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Predict the masks of images in batches.
+
+    Args:
+        model: The model.
+        processor: Its processor.
+        data: The images and phrases.
+        num_images: Number of images, from the first one on. Defaults to all.
+
+    Yields:
+        For each batch `rows` (phrases,), `probabilities` float32 (phrases, height, width), `image` and `masks`, see
+        `PhraseImages`. All are on the CPU.
+    """
     model.eval()
     embeds = embed_phrases(model, processor.tokenizer, data.phrases)
-    for start in range(0, len(data), BATCH_IMAGES):
-        batch = data.__getitems__(range(start, min(start + BATCH_IMAGES, len(data))))
-        rows, image_index = data.all_rows(batch["index"])
+    count = len(data) if num_images is None else min(num_images, len(data))
+    for start in range(0, count, BATCH_IMAGES):
+        batch = data.__getitems__(range(start, min(start + BATCH_IMAGES, count)))
+        index = batch["index"]
+        rows = data.rows(index)
+        image_index = torch.arange(len(index)).repeat_interleave(data.first[index + 1] - data.first[index])
         logits = model(
             prompt_embeds=embeds[data.phrase_index[rows].to(embeds.device)],
             image_index=image_index.to(embeds.device),
             **data.vision_inputs(batch, processor, model.device),
         ).logits
-        yield rows, logits.float().sigmoid().cpu()
+        yield {**batch, "rows": rows, "probabilities": logits.float().sigmoid().cpu()}
 
 
 def count_pixels(
@@ -361,8 +402,9 @@ def count_pixels(
 ) -> PhraseCounts:
     """Count the pixels from which all scores are computed. Every process counts all phrases."""
     counts = PhraseCounts()
-    for rows, probabilities in predict(model, processor, data):
-        counts.update(probabilities, data.masks(rows), subsets=[data.subsets[row] for row in rows.tolist()])
+    for batch in predict(model, processor, data):
+        subsets = [data.subsets[row] for row in batch["rows"].tolist()]
+        counts.update(batch["probabilities"], batch["masks"], subsets=subsets)
     return counts
 
 
@@ -415,31 +457,24 @@ def draw_examples(
     Returns:
         The path.
     """
-    from PIL import Image
-
     rows, labels = [], []
-    few = copy.copy(data)
-    few.first = data.first[: min(num_images, len(data)) + 1]
-    few.pixels = data.pixels[: len(few.first) - 1]
-    for numbers, probabilities in predict(model, processor, few):
-        masks = data.masks(numbers)
-        for image in range(len(few)):
-            first, last = few.first[image].item(), few.first[image + 1].item()
-            present = [row for row in range(first, last) if masks[row].any()]
-            absent = [row for row in range(first, last) if not masks[row].any()]
-            short = [row for row in present if len(data.phrases[data.phrase_index[row]]) <= 14] or present[:1]
-            chosen = [max(short, key=lambda row: len(data.phrases[data.phrase_index[row]]))] if short else []
-            for row in chosen + absent[:1]:
-                picture = few.pixels[image].permute(1, 2, 0).numpy()
-                probability, mask = probabilities[row].numpy(), masks[row].numpy() > 0
-                predicted = probability > model.config.threshold
+    for batch in predict(model, processor, data, num_images=num_images):
+        texts = [data.phrases[number] for number in data.phrase_index[batch["rows"]].tolist()]
+        begin = 0
+        for index, pixels in zip(batch["index"].tolist(), batch["image"], strict=True):
+            mine = range(begin, begin + int(data.first[index + 1] - data.first[index]))
+            begin = mine.stop
+            present = [row for row in mine if batch["masks"][row].any()]
+            short = [row for row in present if len(texts[row]) <= 14] or present[:1]
+            absent = [row for row in mine if row not in present][:1]
+            for row in [*([max(short, key=lambda row: len(texts[row]))] if short else []), *absent]:
+                picture, probability = pixels.permute(1, 2, 0).numpy(), batch["probabilities"][row].numpy()
                 heat = np.asarray(draw_heat_map(Image.fromarray(picture), probability))
-                rows.append([picture, _cut_out(picture, mask), heat, _cut_out(picture, predicted)])
-                labels.append(data.phrases[data.phrase_index[row]][:16])
-        break  # all images are in the first batch
-    half = math.ceil(len(rows) / 2)
+                true, predicted = batch["masks"][row].numpy() > 0, probability > model.config.threshold
+                rows.append([picture, _cut_out(picture, true), heat, _cut_out(picture, predicted)])
+                labels.append(texts[row][:16])
     titles = ["image", "true mask", "probability", "predicted"]
-    return image_grid(rows[: 2 * half], path, titles=titles, labels=labels, cell=1.1)
+    return image_grid(rows, path, titles=titles, labels=labels, cell=1.1)
 
 
 def _cut_out(picture: np.ndarray, mask: np.ndarray) -> np.ndarray:

@@ -1,5 +1,6 @@
 import json
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -98,13 +99,11 @@ def test_the_pipeline_takes_the_folder(finished, images):
     folder, metrics = finished
     pipe = PhraseSegmentationPipeline.from_pretrained(folder, device="cpu")
     assert pipe.model.config.threshold == metrics["val_threshold"]
-    picture = Image.fromarray(images.pixels[0].permute(1, 2, 0).numpy())
-    row = images.first[0].item()
-    [result] = pipe(picture, images.phrases[images.phrase_index[row]])
+    picture = Image.fromarray(images[0]["image"].permute(1, 2, 0).numpy())
+    [result] = pipe(picture, images.phrases[images.phrase_index[0]])
     processor = CLIPProcessor(image_processor=pipe.image_processor, tokenizer=pipe.tokenizer)
-    rows, probabilities = next(iter(recipe.predict(pipe.model, processor, images)))
-    assert rows[0] == row
-    np.testing.assert_allclose(result["probability"], probabilities[0].numpy(), rtol=1e-3, atol=1e-5)
+    batch = next(iter(recipe.predict(pipe.model, processor, images)))
+    np.testing.assert_allclose(result["probability"], batch["probabilities"][0].numpy(), rtol=1e-3, atol=1e-5)
 
 
 def test_clip_is_not_changed(finished, clip_folder):
@@ -153,26 +152,45 @@ def test_all_decoders_an_untrained_clip_and_dice(clip_folder, tmp_path):
     assert not torch.equal(before[name], after[f"clip.{name}"])
 
 
-def test_masks_and_phrases_of_images(images):
-    data = phrasecut.load("test", max_images=8, size=32, negatives=0.2)
-    rows, place = images.all_rows(torch.tensor([2, 0]))
-    assert rows.tolist() == [*range(images.first[2], images.first[3]), *range(images.first[1])]
-    for row in rows.tolist()[:4]:
+@pytest.mark.parametrize("max_gb", [8.0, 0.0])
+def test_masks_and_phrases_of_images(max_gb):
+    data = phrasecut.load("test", max_images=4, size=32, negatives=0.2)
+    images = recipe.PhraseImages(data, max_gb=max_gb)
+    batch = images.__getitems__([2, 0])
+    rows = [*range(images.first[2], images.first[3]), *range(images.first[1])]
+    assert images.rows(batch["index"]).tolist() == rows and len(images) == 4
+    for row, mask in zip(rows, batch["masks"], strict=True):
         assert images.phrases[images.phrase_index[row]] == data[row]["phrase"]
-        assert np.array_equal(images.masks(torch.tensor([row]))[0].numpy(), np.asarray(data[row]["mask"]) > 0)
-    assert place.tolist() == [0] * (images.first[3] - images.first[2]) + [1] * images.first[1]
-    picked, place = images.pick_rows(torch.tensor([1]), torch.tensor([0.999]), 3)
-    first, last = images.first[1].item(), images.first[2].item()
-    assert picked.tolist() == [last - 1, first, first + 1] and place.tolist() == [0, 0, 0]
+        assert np.array_equal(mask.numpy(), np.asarray(data[row]["mask"]) > 0)
+    assert np.array_equal(batch["image"][0].permute(1, 2, 0).numpy(), np.asarray(data[rows[0]]["image"]))
+    phrases, position, masks = images.pick(batch, torch.tensor([0.0, 0.999]), 2)
+    last = images.first[1].item() - 1  # of image 0; the next one is its first phrase again
+    chosen = [rows[0], rows[1], last, 0]
+    assert phrases.tolist() == images.phrase_index[chosen].tolist() and position.tolist() == [0, 0, 1, 1]
+    expected = [np.asarray(data[row]["mask"]) > 0 for row in chosen]
+    assert masks.dtype == torch.float32 and np.array_equal(masks.numpy(), np.stack(expected))
+    assert torch.equal(images[1]["masks"], images.__getitems__([1])["masks"])
+
+
+def test_data_with_several_sizes_is_refused():
+    data = phrasecut.load("test", max_images=1, size=32)
+    rows = [{**row, "mask": row["mask"].resize((16, 16))} for row in data]
+    features = {name: data.features[name] for name in ("image_id", "phrase")}
+    features = datasets.Features({**features, "image": datasets.Image(), "mask": datasets.Image()})
+    rows = datasets.Dataset.from_list([{name: row[name] for name in features} for row in rows], features=features)
+    with pytest.raises(ValueError, match=r"A mask has shape \(16, 16\). Expected the size of the images, \(32, 32\)"):
+        recipe.PhraseImages(rows)
+    with pytest.raises(ValueError, match="The data has no phrase"):
+        recipe.PhraseImages(rows.select([]))
 
 
 def test_the_loss_of_the_script_is_the_loss_of_the_model(clip_folder, images):
     args = train_phrase_segmentation.Args(clip=str(clip_folder), image_size=32, dice_weight=0.5, layers=[0, 1])
     model, processor = recipe.make_model(args)
-    rows, image_index = images.all_rows(torch.tensor([0, 1]))
-    embeds = recipe.embed_phrases(model, processor.tokenizer, images.phrases)[images.phrase_index[rows]]
-    inputs = images.vision_inputs(images.__getitems__([0, 1]), processor, "cpu")
-    masks = images.masks(rows)
+    batch = images.__getitems__([0, 1])
+    phrases, image_index, masks = images.pick(batch, torch.tensor([0.0, 0.5]), 3)
+    embeds = recipe.embed_phrases(model, processor.tokenizer, images.phrases)[phrases]
+    inputs = images.vision_inputs(batch, processor, "cpu")
     output = model(prompt_embeds=embeds, image_index=image_index, labels=masks, **inputs)
     expected = torch.nn.functional.binary_cross_entropy_with_logits(output.logits, masks)
     torch.testing.assert_close(output.loss, expected + 0.5 * dice_loss(output.logits, masks))
