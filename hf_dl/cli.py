@@ -309,6 +309,19 @@ def explain(words: list[str]) -> int:
     return run_script(find_root() / "scripts" / "explain_image.py", words)
 
 
+def arithmetic(words: list[str]) -> int:
+    """Show sizes, parameters, operations, memory and receptive fields of a network, with formulas.
+
+    hf-dl arithmetic vgg16
+    hf-dl arithmetic resnet50 --image_size 64 --stages --chart resnet50.svg
+    hf-dl arithmetic FOLDER_OR_HUB_ID [--format table|markdown|json]
+    hf-dl arithmetic --help
+    """
+    if not words[0].startswith("-"):
+        words = ["--model", *words]
+    return run_script(find_root() / "scripts" / "show_arithmetic.py", words)
+
+
 def publish(words: list[str]) -> int:
     """Check a model, a Space or a metric, or render a dataset, and push it to the Hub.
 
@@ -361,6 +374,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "evaluate": evaluate,
     "experiment": experiment,
     "explain": explain,
+    "arithmetic": arithmetic,
     "publish": publish,
     "demo": demo,
     "launch": launch_program,
@@ -421,7 +435,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         name = choose("command", words[0], COMMANDS)
         asked = words[1:2] and words[1] in asks
-        if (asked and name not in ("explain", "publish")) or (len(words) == 1 and name != "list"):
+        if (asked and name not in ("explain", "arithmetic", "publish")) or (len(words) == 1 and name != "list"):
             print(describe(name))
             return 0 if asked else 2
         return COMMANDS[name](words[1:])

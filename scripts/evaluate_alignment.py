@@ -7,8 +7,9 @@ Takes about 10 seconds on one core. The second command fits the alignment on tes
 The accuracy then rises on the images of the fit, and not on new images. The scores are described in
 hf_dl/recipes/modality.py, and model_cards/clip_alignment.md compares all methods.
 
-The script writes alignment.png and evaluation.json. With `--output_dir`, it also writes results.json, so that it can
-be the script of an experiment. `--run detail=rich --seed 0` selects a run in a folder of runs.
+The script writes alignment.png, its points in points.json, and evaluation.json. With `--output_dir`, it also writes
+results.json, so that it can be the script of an experiment. `--run detail=rich --seed 0` selects a run in a folder of
+runs.
 """
 
 import time
@@ -62,10 +63,11 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     folder = Path(args.output_dir or "runs/evaluate_alignment")
     folder.mkdir(parents=True, exist_ok=True)
     modality.draw_pairs(panels, folder / "alignment.png")
+    modality.write_points(panels, folder / "points.json")
     write_evaluation(folder, args, metrics)
     if args.output_dir:
         write_results(folder, __file__, portable(asdict(args)), metrics, seconds=time.monotonic() - started)
-    print(f"alignment.png and evaluation.json are in {folder}.")
+    print(f"alignment.png, points.json and evaluation.json are in {folder}.")
     return metrics
 
 

@@ -25,9 +25,9 @@ from hf_dl.training.run import TrainingRun
 class Args(clip.ModelFlags, clip.PairFlags, clip.ContrastiveFlags, TrainingArgs):
     """Flags of this script. The defaults train for a few minutes on two CPU cores."""
 
-    max_steps: int = 1500
-    batch_size: int = 128
-    learning_rate: float = 1e-3
+    max_steps: int = 3000
+    batch_size: int = 64
+    learning_rate: float = 2e-3
     weight_decay: float = 0.05
     beta2: float = 0.98
     schedule: Schedule = "cosine"

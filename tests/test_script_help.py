@@ -14,15 +14,16 @@ from hf_dl.training.args import format_help
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = [*(ROOT / "scripts").glob("train_*.py"), *(ROOT / "scripts").glob("evaluate_*.py")]
+SHOWN = [ROOT / "scripts" / name for name in ("explain_image.py", "show_arithmetic.py")]
 
 
-@pytest.mark.parametrize("path", [*sorted(SCRIPTS), ROOT / "scripts/explain_image.py"], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*sorted(SCRIPTS), *SHOWN], ids=lambda path: path.stem)
 def test_the_quick_help_is_the_help_of_the_script(path):
     module = runpy.run_path(str(path))
     assert quick_help(path) == format_help(module["Args"], path.name, module["__doc__"])
 
 
-@pytest.mark.parametrize("path", [*sorted(SCRIPTS), ROOT / "scripts/explain_image.py"], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*sorted(SCRIPTS), *SHOWN], ids=lambda path: path.stem)
 def test_every_flag_has_a_type_a_default_and_a_text(path):
     parts = re.split(r"^  --", quick_help(path), flags=re.M)[1:]
     assert len(parts) > 5

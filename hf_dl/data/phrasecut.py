@@ -26,7 +26,7 @@ from .splits import Source, given_splits, name_source, read_tables
 
 VERSION = 1  # increase it when pixels or columns change: `datasets` caches by arguments, not by code
 
-__all__ = ["KINDS", "Coverage", "find_coverage", "load", "materialize", "push_to_hub", "write_phrasecut"]
+__all__ = ["KINDS", "SPLITS", "Coverage", "find_coverage", "load", "materialize", "push_to_hub", "write_phrasecut"]
 
 
 def load(
@@ -84,7 +84,8 @@ def load(
         * `subsets`: names of the subsets of PhraseCut, for scores by subset.
 
     Raises:
-        ValueError: If an argument is not one of the values above.
+        FileNotFoundError: If a folder, a file of a split or, with on_missing="raise", an image is missing.
+        ValueError: If an argument is not one of the values above, or a file or column is invalid.
 
     Example:
         >>> from hf_dl.data import phrasecut
@@ -104,7 +105,9 @@ def load(
     if source == "synthetic":
         scenes = {"style": style, "num_objects": num_objects, "held_out": check_held_out(held_out or ())}
         return _load_scenes(split, size or 64, max_images, negatives, seed, streaming, **scenes)
-    found = given_splits(source) or _find(source, split, on_missing, max_images, holdout, seed, streaming)
+    found = given_splits(source)
+    if found is None:
+        found = _find(source, split, on_missing, max_images, holdout, seed, streaming)
     options = {"size": size, "negatives": negatives, "seed": seed, "streaming": streaming, "version": VERSION}
     if isinstance(found, FoundRows):
         return found.build(split, **options)

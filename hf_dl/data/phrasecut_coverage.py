@@ -124,7 +124,10 @@ def choose_images(
 
     Raises:
         FileNotFoundError: If no image is on disk, or if one is missing and `on_missing` is "raise".
+        ValueError: If the annotation has no images, or if all images are damaged or have another size.
     """
+    if not sizes:
+        raise ValueError(f"The annotation in {where} has no images for this split. Choose another split.")
     found = [name for name in sizes if name in paths]
     missing = len(sizes) - len(found)
     if missing and (on_missing == "raise" or not found):

@@ -96,6 +96,7 @@ def read_index(root: Path, split: str) -> datasets.Dataset:
 
 def _index(path: str, sizes: str, stamp: str, version: int) -> Iterator[dict]:
     known = {record["image_id"]: [record["width"], record["height"]] for record in stream_records(Path(sizes))}
+    number = -1
     for number, task in enumerate(stream_records(Path(path))):
         try:
             structure, size = task["phrase_structure"], known[task["image_id"]]
@@ -117,6 +118,8 @@ def _index(path: str, sizes: str, stamp: str, version: int) -> Iterator[dict]:
                 "image_id, phrase, phrase_structure, instance_boxes and Polygons, and its image in "
                 f"{Path(sizes).name}."
             ) from None
+    if number < 0:
+        raise ValueError(f"{path} has no phrases. Copy it again, or choose another split.")
 
 
 def find_rows(
@@ -145,7 +148,7 @@ def find_rows(
     options = {"on_missing": on_missing, "max_images": max_images, "seed": seed, "where": str(root / "images")}
     kept, found, wrong = choose_images(sizes, paths, **options)
     images = [(name, paths[name], groups[name]) for name in kept]
-    extra = root / f"scene_graphs_{FILES[split][6:]}"
+    extra = root / FILES[str(index.split)].replace("refer", "scene_graphs")
     arguments = {"index": index, "root": str(root.resolve()), "scene_graphs": str(extra.resolve()),
                  "stamp": f"{file_stamp(root / COUNTS)} {file_stamp(extra)}"}  # fmt: skip
     count, total = sum(len(rows) for _, _, rows in images), sum(map(len, groups.values()))

@@ -57,7 +57,7 @@ def load_rows(
     missing = [name for name in ("validation", "test") if find_split(found, name) is None]
     rows = find_split(found, "train" if split in missing else split)
     if rows is None:
-        raise ValueError(f"{source!r} has no {split} split. Its splits: {', '.join(found)}.")
+        raise ValueError(f"{source!r} has no {split} split. Its splits: {', '.join(found) or 'none'}.")
     columns = rows.column_names or list(next(iter(rows)))
     absent = [column for column in _REQUIRED if column not in columns]
     if absent:

@@ -14,6 +14,7 @@
 - `masking`: predictions without some patches, removed as pixels, from the attention or as tokens; deletion curves
 - `sanity`: comparison of maps with the maps of random networks
 - `scores`: agreement of a map with the known mask of the object
+- `arithmetic`: sizes, parameters, multiply-adds, memory and receptive fields of any network, with their formulas
 - `calls`, `layer_reader`, `backward_rules`: shared code: calling a model, reading a layer, other backward passes
 
 A model is any `nn.Module` that maps pixel values (batch, channels, height, width) to logits (batch, classes). It may
@@ -22,6 +23,7 @@ restored afterwards.
 """
 
 from .adversarial import ATTACKS, AdversarialOutput, fgsm, pgd
+from .arithmetic import Arithmetic, Row, arithmetic
 from .attention import AttentionOutput, attention_maps, gradient_rollout, record_attention, rollout
 from .backprop import (
     AttributionOutput,
@@ -69,6 +71,7 @@ __all__ = [
     "WAYS",
     "AdversarialOutput",
     "Ascent",
+    "Arithmetic",
     "AttentionOutput",
     "AttributionOutput",
     "CodesOutput",
@@ -83,6 +86,8 @@ __all__ = [
     "PatchesOutput",
     "SanityOutput",
     "activation_maximization",
+    "Row",
+    "arithmetic",
     "attention_maps",
     "center_patches",
     "class_logits",

@@ -41,6 +41,7 @@ from hf_dl.reporting.card import run_card, usage_snippet
 from hf_dl.reporting.plots import plot_run
 from hf_dl.training.batches import mix_seed
 
+from .clip_init import init_like_convolution
 from .evaluation import checked_config, hide_progress_bars, load_model, report_data, split_size
 from .phrase_mismatch import mismatch_scores
 
@@ -148,7 +149,7 @@ class ContrastiveFlags:
         default=4, metadata={"help": "Maximum random shift of the training images in pixels. 0 disables it."}
     )
     word_dropout: float = field(
-        default=0.0,
+        default=0.1,
         metadata={
             "help": "Probability that a word of a training caption becomes the unknown token, from 0 to below 1."
         },
@@ -230,13 +231,18 @@ def make_config(args: Any, *, vocab_size: int) -> CLIPConfig:
             raise ValueError(f"{name}={getattr(args, name)} must be at least 1.")
     if args.image_size % args.patch_size:
         raise ValueError(f"image_size={args.image_size} must be a multiple of patch_size={args.patch_size}.")
+    if args.image_size < 2 * args.patch_size or args.hidden_size < 4 * args.num_heads:
+        raise ValueError(
+            f"image_size={args.image_size} must be at least 2 x patch_size={args.patch_size}, and "
+            f"hidden_size={args.hidden_size} at least 4 x num_heads={args.num_heads}."
+        )
     if args.max_length < 3:
         raise ValueError(f"max_length={args.max_length} must be at least 3: the start token, a word, the end token.")
     if args.vocab_size < 1:
         raise ValueError(f"vocab_size={args.vocab_size} must be at least 1.")
     both = {
         "hidden_size": args.hidden_size,
-        "intermediate_size": 4 * args.hidden_size,
+        "intermediate_size": 2 * args.hidden_size,
         "num_attention_heads": args.num_heads,
         "hidden_act": "gelu",  # one fused operation on CPUs, unlike quick_gelu
         "projection_dim": args.projection_dim,
@@ -262,9 +268,11 @@ def make_model(args: Any, tokenizer: PreTrainedTokenizerFast) -> CLIPModel:
         tokenizer: The tokenizer of the captions.
 
     Returns:
-        The model. Its `logit_scale`, the logarithm of 1 / temperature, is trainable if `temperature` is None.
+        The model. Its image encoder starts as a convolutional network. Its `logit_scale`, the logarithm of
+        1 / temperature, is trainable if `temperature` is None.
     """
     model = CLIPModel(make_config(args, vocab_size=len(tokenizer)))
+    init_like_convolution(model.vision_model)
     with torch.no_grad():
         model.logit_scale.fill_(-math.log(args.temperature or FIRST_TEMPERATURE))
     model.logit_scale.requires_grad_(args.temperature is None)
@@ -728,7 +736,7 @@ def load_clip(name: str | Path) -> tuple[PreTrainedModel, Any, Any]:
         name: Folder or Hub id.
 
     Returns:
-        The model, the image processor and the tokenizer.
+        The model, on the GPU if there is one, the image processor and the tokenizer.
 
     Raises:
         ValueError: If the model cannot be loaded, or it has no features of images and texts.
@@ -739,6 +747,7 @@ def load_clip(name: str | Path) -> tuple[PreTrainedModel, Any, Any]:
             f"model={str(name)!r} is a {type(model).__name__}. Expected a model of images and texts, such as "
             "openai/clip-vit-base-patch32, google/siglip-base-patch16-224, or a folder of scripts/train_clip.py."
         )
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     return model, load_model(AutoImageProcessor, name), load_model(AutoTokenizer, name)
 
 

@@ -9,6 +9,7 @@ An alignment is fitted on pairs of an image and a text, from one of three source
 The scores on the images of the fit and on new test images stand side by side.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -245,7 +246,7 @@ def evaluate(
         pool = embed_captioned(*parts, "train", most)
     elif args.fit_on == "classes":
         seen = 1 - len(captions.HELD_OUT) / len(captions.COMBINATIONS)
-        count = int(most / seen) + len(captions.COMBINATIONS) if synthetic else None
+        count = int(most / seen) + len(captions.COMBINATIONS) if synthetic else most
         pool, _, _ = embed_labeled(*parts, "train", count)
         pool = pool.pick(pool.seen.nonzero().flatten())
     if most > len(pool.ids) - (pool is test):
@@ -292,6 +293,26 @@ def project(images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
     axes = axes * axes.gather(1, axes.abs().argmax(1, keepdim=True)).sign()  # the sign of an axis is arbitrary
     points = both @ axes.T
     return points[: len(images)].float(), points[len(images) :].float()
+
+
+def write_points(panels: dict[str, tuple[Tensor, Tensor]], path: str | Path) -> Path:
+    """Write the points of `draw_pairs` as JSON, with the scores of the modality gap, for pages that draw them.
+
+    Args:
+        panels: Title, and embeddings of images and texts.
+        path: The file to write.
+
+    Returns:
+        The path.
+    """
+    found = {}
+    for title, pair in panels.items():
+        images, texts = ([[round(x, 3) for x in point] for point in points.tolist()] for points in project(*pair))
+        scores = {name: round(value, 4) for name, value in modality_gap_scores(*pair).items()}
+        found[title] = {"images": images, "texts": texts, "scores": scores}
+    path = Path(path)
+    path.write_text(json.dumps(found) + "\n", encoding="utf-8")
+    return path
 
 
 def draw_pairs(panels: dict[str, tuple[Tensor, Tensor]], path: str | Path) -> Path:

@@ -90,3 +90,10 @@ def test_photographs():
         assert present == (row["kind"] == "name") == bool(np.asarray(row["mask"]).any())
         assert row["image"].size == row["mask"].size and row["image"].mode == "RGB"
     assert len(set(data["image_id"])) == 6
+
+
+def test_an_annotation_without_objects(folder):
+    path = folder / "annotations" / "instances_val2017.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"annotations": []}))
+    with pytest.raises(ValueError, match="has no images for this split. Choose another split"):
+        phrasecut.load("validation", folder)

@@ -200,6 +200,11 @@ def test_missing_splits_are_held_out_by_image(folder):
     assert [len(part) for part in parts.values()] == [6, 2]
     assert parts["train"] | parts["validation"] == {str(i) for i in range(1, 9)}
     assert set(phrasecut.load("test", folder)["image_id"]) == {"11", "12"}
+    graphs = [{"image_id": i, "objects": [{"names": ["object", "cube", "cone"]}]} for i in range(1, 9)]
+    (folder / "scene_graphs_train.json").write_text(json.dumps(graphs))  # belongs to the images that are held out, too
+    false = {row["phrase"].split()[-1] for row in phrasecut.load("validation", folder, holdout=0.25, negatives=0.9)
+             if row["kind"] == "negative"}  # fmt: skip
+    assert not false & {"object", "cube", "cone"}
     (folder / "refer_train.json").unlink()
     with pytest.raises(FileNotFoundError, match="no refer_val.json for split='validation'. Its splits: test, miniv"):
         phrasecut.load("validation", folder)
@@ -263,6 +268,8 @@ def test_mistakes(folder):
     assert "refer_train.json is damaged or ends too early" in failure(lambda: phrasecut.load("train", folder))
     (folder / "name_att_rel_count.json").write_text("[]")
     assert "name_att_rel_count.json is damaged. Copy it again" in failure(lambda: phrasecut.load("test", folder))
+    (folder / "refer_miniv.json").write_text("[]")
+    assert "refer_miniv.json has no phrases. Copy it again" in failure(lambda: phrasecut.load("miniv", folder))
     (folder / "image_data_split.json").unlink()
     assert "has no image_data_split.json" in failure(lambda: phrasecut.load("test", folder))
     empty = folder.parent / "empty"

@@ -134,6 +134,8 @@ def test_mistakes(plain):
     ):
         phrasecut.load("train", plain)
     data = plain.rename_column("text", "phrase")
+    with pytest.raises(ValueError, match="'dict' has no train split. Its splits: none."):
+        phrasecut.load("train", {})
     with pytest.raises(ValueError, match="'dict' has no test split. Its splits: dev"):
         phrasecut.load("test", {"dev": data})
     with pytest.raises(ValueError, match="split='validation' would be empty: the source has 1 images"):

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 from torch.nn.functional import normalize
@@ -5,7 +7,7 @@ from torch.nn.functional import normalize
 from hf_dl.metrics.alignment import METHODS, fit_nothing, fit_rotation
 from hf_dl.metrics.modality_gap import modality_gap_scores
 from hf_dl.metrics.paired import mcnemar
-from hf_dl.recipes.modality import Embeddings, draw_pairs, project, score_alignment
+from hf_dl.recipes.modality import Embeddings, draw_pairs, project, score_alignment, write_points
 from hf_dl.recipes.phrase_mismatch import mismatch_scores, split_names
 
 COLORS, SHAPES = ("red", "green", "blue"), ("cube", "cone", "sphere")
@@ -62,6 +64,9 @@ def test_the_projection_is_a_principal_component_analysis(tmp_path):
     left, right = project(images, texts)
     expected = PCA(2).fit_transform(torch.cat([images, texts]).numpy())
     torch.testing.assert_close(torch.cat([left, right]).abs().double(), torch.from_numpy(expected).abs())
+    points = json.loads(write_points({"one": (images, texts)}, tmp_path / "points.json").read_text())["one"]
+    torch.testing.assert_close(torch.tensor(points["images"]), left, atol=6e-4, rtol=0)
+    assert len(points["texts"]) == 20 and points["scores"]["pairs"] == 20 and 0 < points["scores"]["rmg"] < 1
     assert draw_pairs({"one": (images, texts), "two": (texts, images)}, tmp_path / "pairs.png").stat().st_size > 1000
 
 

@@ -3,6 +3,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 from transformers import CLIPImageProcessor
 
 from hf_dl.metrics.alignment import METHODS
@@ -69,6 +70,24 @@ def test_captions_are_pairs_to_fit_on(runs, tmp_path, monkeypatch):
     for fit in METHODS.values():
         scores, _ = modality.score_alignment(fit, pairs, test, classes, test, labeled=False)
         assert scores["new_images"] == 32
+
+
+def test_a_folder_of_classes(runs, tmp_path):
+    """Own images have no captions: the gap is measured between new images and the texts of their classes."""
+    for split in ("train", "test"):
+        for label, name in enumerate(("airplane", "sea_lion")):
+            folder = tmp_path / "images" / split / name
+            folder.mkdir(parents=True)
+            for number in range(8):
+                shade = 100 * label + 8 * number + (split == "train")
+                Image.new("RGB", (40, 36), (shade, 60, 90)).save(folder / f"{number}.png")
+    flags = [f"--model={runs / 'rich'}", f"--source={tmp_path / 'images'}", "--num_test=0", "--num_fit", "3", "6"]
+    for fit_on, new_images in (("classes", 16), ("test", 10)):
+        found = evaluate_alignment.main([*flags, f"--fit_on={fit_on}", f"--output_dir={tmp_path / fit_on}"])
+        assert found["new_images_6"] == new_images and 0 <= found["fit_accuracy_3"] <= 1
+        assert "unseen_accuracy_6" not in found and "auroc_all" not in found and "rmg_6" in found
+    with pytest.raises((ValueError, SystemExit), match="has no captions. Use fit_on=classes, or source=synthetic"):
+        evaluate_alignment.main([*flags, "--fit_on=captions"])
 
 
 def modality_flags():

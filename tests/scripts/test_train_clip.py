@@ -28,7 +28,8 @@ from transformers import (
 from hf_dl.data import captions, zero_shot
 from hf_dl.recipes import clip
 from hf_dl.reporting.card import read_card
-from scripts import evaluate_zero_shot, train_clip
+from hf_dl.reporting.experiment import read_experiment
+from scripts import evaluate_zero_shot, run_experiment, train_clip
 from tests.scripts.runs import killed_after, reset
 from tests.snippets import run_snippet
 
@@ -296,6 +297,14 @@ def test_wrong_flags_of_the_evaluation_are_refused(flags, sentence, capsys):
     with pytest.raises(SystemExit):
         evaluate_zero_shot.main(flags)
     assert sentence in capsys.readouterr().err
+
+
+def test_the_experiment_names_flags_and_scores_that_there_are(finished):
+    path = ROOT / "scripts" / "experiments" / "zero_shot.toml"
+    experiment = read_experiment(path)
+    run_experiment.check_flags(experiment, run_experiment.find_scripts(experiment, path))
+    assert len(experiment.cells("runs")) == 3
+    assert set(experiment.table.value) <= {*finished[1], "cpu_seconds"}
 
 
 @pytest.mark.slow

@@ -1,0 +1,33 @@
+import pytest
+import torch
+from transformers import CLIPVisionConfig, CLIPVisionModel
+
+from hf_dl.recipes.clip_init import OFFSETS, init_like_convolution
+
+
+def make_encoder(**changes):
+    fields = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    encoder = CLIPVisionModel(CLIPVisionConfig(**(fields | {"image_size": 48, "patch_size": 6} | changes)))
+    encoder.set_attn_implementation("eager")
+    return encoder.eval()
+
+
+def test_each_head_attends_to_the_patch_at_its_offset():
+    encoder = make_encoder()
+    init_like_convolution(encoder, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        output = encoder(pixel_values=torch.randn(2, 3, 48, 48), output_attentions=True)
+    for attention, offsets in zip(output.attentions, OFFSETS, strict=True):
+        patches = attention[:, :, 1:, 1:].unflatten(2, (8, 8))
+        for head, (down, right) in enumerate(offsets):
+            for row, column in ((1, 1), (3, 4), (6, 6)):
+                found = patches[:, head, row, column]
+                assert found.argmax(1).tolist() == [8 * (row + down) + column + right] * 2 and found.max() > 0.5
+        assert attention[:, :, 0].max() < 0.1  # the class token averages all patches
+
+
+@pytest.mark.parametrize("changes", [{"num_attention_heads": 32}, {"patch_size": 48}])
+def test_encoders_without_room_for_positions_are_refused(changes):
+    with pytest.raises(ValueError, match="Expected at least 4 channels and 2x2 patches"):
+        init_like_convolution(make_encoder(**changes))
