@@ -273,26 +273,27 @@ def evaluate(
     return metrics, {"without alignment": (shown.images, shown.texts), "with alignment": aligned}
 
 
-def project(images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
-    """Project images and texts on the first two principal components of both together.
+def project(panels: dict[str, tuple[Tensor, Tensor]]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Project images and texts on the first two principal components of the first panel, so that panels compare.
 
     Args:
-        images: Embeddings of images (images, dim).
-        texts: Embeddings of texts (texts, dim).
+        panels: Title, and embeddings of images (images, dim) and texts (texts, dim).
 
     Returns:
-        Coordinates (images, 2) and (texts, 2). The first axis has the largest variance.
+        Coordinates of the images (images, 2) and of the texts (texts, 2), for each title.
 
     Example:
-        >>> project(torch.tensor([[1.0, 0.0], [1.0, 0.1]]), torch.tensor([[-1.0, 0.0]]))[0].shape
+        >>> project({"pairs": (torch.tensor([[1.0, 0.0], [1.0, 0.1]]), torch.tensor([[-1.0, 0.0]]))})["pairs"][0].shape
         torch.Size([2, 2])
     """
-    both = torch.cat([images, texts]).double()
-    both = both - both.mean(0)
-    axes = torch.linalg.svd(both, full_matrices=False).Vh[:2]
+    first = torch.cat(next(iter(panels.values()))).double()
+    center = first.mean(0)
+    axes = torch.linalg.svd(first - center, full_matrices=False).Vh[:2]
     axes = axes * axes.gather(1, axes.abs().argmax(1, keepdim=True)).sign()  # the sign of an axis is arbitrary
-    points = both @ axes.T
-    return points[: len(images)].float(), points[len(images) :].float()
+    return {
+        title: tuple(((points.double() - center) @ axes.T).float() for points in pair)
+        for title, pair in panels.items()
+    }
 
 
 def write_points(panels: dict[str, tuple[Tensor, Tensor]], path: str | Path) -> Path:
@@ -306,8 +307,8 @@ def write_points(panels: dict[str, tuple[Tensor, Tensor]], path: str | Path) -> 
         The path.
     """
     found = {}
-    for title, pair in panels.items():
-        images, texts = ([[round(x, 3) for x in point] for point in points.tolist()] for points in project(*pair))
+    for (title, pair), points in zip(panels.items(), project(panels).values(), strict=True):
+        images, texts = ([[round(x, 3) for x in point] for point in each.tolist()] for each in points)
         scores = {name: round(value, 4) for name, value in modality_gap_scores(*pair).items()}
         found[title] = {"images": images, "texts": texts, "scores": scores}
     path = Path(path)
@@ -328,10 +329,9 @@ def draw_pairs(panels: dict[str, tuple[Tensor, Tensor]], path: str | Path) -> Pa
     from matplotlib.figure import Figure  # here, because this import takes most of a second
 
     figure = Figure(figsize=(4.2 * len(panels), 4), layout="constrained")
-    for axes, (title, (images, texts)) in zip(
-        figure.subplots(1, len(panels), squeeze=False).ravel(), panels.items(), strict=True
+    for axes, (title, (left, right)) in zip(
+        figure.subplots(1, len(panels), squeeze=False).ravel(), project(panels).items(), strict=True
     ):
-        left, right = project(images, texts)
         for first, second in zip(left.tolist(), right.tolist(), strict=True):
             axes.plot(*zip(first, second, strict=True), color="#bbbbbb", linewidth=0.3, zorder=1)
         axes.scatter(*left.T.tolist(), s=7, color="#0072B2", label="images", zorder=2)

@@ -61,9 +61,11 @@ def test_the_projection_is_a_principal_component_analysis(tmp_path):
 
     images, texts = torch.randn(2, 20, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     texts[:, 2] += 5
-    left, right = project(images, texts)
+    found = project({"one": (images, texts), "two": (texts, images)})
+    left, right = found["one"]
     expected = PCA(2).fit_transform(torch.cat([images, texts]).numpy())
     torch.testing.assert_close(torch.cat([left, right]).abs().double(), torch.from_numpy(expected).abs())
+    assert torch.equal(found["two"][0], right)  # both panels have the same axes
     points = json.loads(write_points({"one": (images, texts)}, tmp_path / "points.json").read_text())["one"]
     torch.testing.assert_close(torch.tensor(points["images"]), left, atol=6e-4, rtol=0)
     assert len(points["texts"]) == 20 and points["scores"]["pairs"] == 20 and 0 < points["scores"]["rmg"] < 1
