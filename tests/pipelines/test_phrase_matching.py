@@ -3,7 +3,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from PIL import Image
-from transformers import SiglipConfig, SiglipModel
+from transformers import CLIPImageProcessor, SiglipConfig, SiglipModel
 
 from hf_dl.pipelines.phrase_matching import (
     GROUPS,
@@ -15,7 +15,7 @@ from hf_dl.pipelines.phrase_matching import (
     standard_margin,
     unknown_words,
 )
-from hf_dl.recipes.clip import encode_images, encode_texts, make_tokenizer
+from hf_dl.recipes.clip import ModelFlags, encode_images, encode_texts, make_model, make_tokenizer
 
 COLORS, SHAPES = ("red", "green", "blue", "yellow"), ("sphere", "cube", "cylinder", "cone")
 TOKENIZER = make_tokenizer([f"a {color} {shape}" for color in COLORS for shape in SHAPES])
@@ -105,6 +105,19 @@ def test_siglip_has_its_own_probability():
     assert [each.cosine for each in found] == pytest.approx(cosines.tolist(), abs=1e-6)
     expected = (torch.tensor(1.0).exp() * cosines - 1.5).sigmoid()
     assert [each.probability for each in found] == pytest.approx(expected.tolist(), abs=1e-5)
+
+
+def test_clip_with_an_image_processor_and_a_tokenizer():
+    flags = ModelFlags(hidden_size=16, num_hidden_layers=1, text_layers=1, num_heads=2, projection_dim=8)
+    model = make_model(SimpleNamespace(**vars(flags), image_size=32, temperature=None), TOKENIZER).eval()
+    size = {"height": 32, "width": 32}
+    process = CLIPImageProcessor(size=size, crop_size=size)
+    image = Image.new("RGBA", (40, 30), (200, 0, 0, 255))  # match converts it to RGB
+    found = match(model, process, image, ["a red cube", "a blue cone"], tokenizer=TOKENIZER)
+    images = encode_images(model, [image.convert("RGB")], process)
+    cosines = (images @ encode_texts(model, ["a red cube", "a blue cone"], TOKENIZER).T)[0]
+    assert [each.cosine for each in found] == pytest.approx(cosines.tolist(), abs=1e-6)
+    assert all(0 < each.probability < 1 for each in found)
 
 
 class SimpleTensors(dict):

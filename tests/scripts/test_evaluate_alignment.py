@@ -18,7 +18,7 @@ SMALL = "--num_test=32 --num_fit 4 12 --cpu_threads=1".split()
 def runs(tmp_path_factory):
     """A folder of two runs of train_clip.py, whose models are not trained."""
     root = tmp_path_factory.mktemp("runs")
-    flags = clip.ModelFlags(hidden_size=8, num_hidden_layers=1, text_layers=1, num_heads=1, projection_dim=8)
+    flags = clip.ModelFlags(hidden_size=16, num_hidden_layers=1, text_layers=1, num_heads=2, projection_dim=8)
     options = {**vars(flags), "image_size": 32, "temperature": None}
     for detail in ("rich", "poor"):
         torch.manual_seed(0)
