@@ -12,6 +12,11 @@ classes. The generated images have masks of the objects. For them it also measur
 the object, and how often the maximum of the map is on the object. A study takes about a minute on two CPU cores.
 model_cards/explain_resnet.md and model_cards/explain_vit.md list the scores to expect.
 
+With `--methods`, it draws one page for each way to look inside the network, such as filters, patches, class models and
+adversarial examples:
+
+    scripts/run python scripts/explain_image.py --model runs/train_classifier --methods filters guided_backprop pgd
+
 The script writes the figures and explanations.json. With `--output_dir`, a study also writes results.json, so that it
 can be the script of an experiment. `--run norm=batch --seed 0` then selects the model in a folder of runs.
 """
@@ -27,6 +32,7 @@ from hf_dl.data.class_folders import is_flat
 from hf_dl.recipes.classifier import ImageFlags
 from hf_dl.recipes.evaluation import use_training_data
 from hf_dl.recipes.explanation import Explainer, ExplanationFlags, explain_files, explain_study
+from hf_dl.recipes.inside import draw_pages
 from hf_dl.reporting.experiment import find_run, portable
 from hf_dl.training.args import parse_flags
 from hf_dl.training.provenance import write_results
@@ -68,7 +74,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     folder.mkdir(parents=True, exist_ok=True)
 
     named = bool(args.images) or is_flat(args.source)
-    if named:
+    if args.methods:
+        metrics, entries = draw_pages(explainer, folder)
+    elif named:
         metrics, entries = explain_files(explainer, folder)
     else:
         metrics, entries = explain_study(explainer, folder)

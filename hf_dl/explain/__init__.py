@@ -37,7 +37,7 @@ from .calls import class_logits, default_layers, find_blocks, normalize, token_g
 from .codes import CodesOutput, collect_codes, nearest_neighbors, project_codes, thumbnail_map
 from .filters import FiltersOutput, raw_filters
 from .grad_cam import GradCamOutput, grad_cam
-from .layer_reader import LayerReader
+from .layer_reader import LayerReader, spread_layers
 from .masking import (
     PLACES,
     WAYS,
@@ -124,6 +124,7 @@ __all__ = [
     "sanity_check",
     "share_inside",
     "smooth_grad",
+    "spread_layers",
     "thumbnail_map",
     "token_grid",
     "top_patches",

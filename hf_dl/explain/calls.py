@@ -1,7 +1,7 @@
 """Shared by all explanations: call a model, find the positions of its tokens, and choose its layers."""
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -167,6 +167,25 @@ def find_blocks(model: nn.Module) -> list[nn.Module]:
     if not found:
         raise ValueError(f"model={type(model).__name__} has no list of transformer blocks.")
     return max(found, key=len)
+
+
+def modules_in_order(model: nn.Module, pixel_values: torch.Tensor, modules: Iterable[nn.Module]) -> list[nn.Module]:
+    """Run a model, and return the modules in the order of their calls. A module occurs once for each call.
+
+    Args:
+        model: Classifier.
+        pixel_values: Images, (batch, channels, height, width). The first image runs.
+        modules: Modules to watch.
+    """
+    order: list[nn.Module] = []
+    handles = [module.register_forward_pre_hook(lambda module, _: order.append(module)) for module in modules]
+    try:
+        with torch.no_grad(), evaluating(model):
+            class_logits(model, pixel_values[:1])
+    finally:
+        for handle in handles:
+            handle.remove()
+    return order
 
 
 def default_layers(model: nn.Module, pixel_values: torch.Tensor, count: int = 1) -> list[str]:

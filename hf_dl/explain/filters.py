@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .calls import class_logits, evaluating
+from .calls import modules_in_order
 
 
 @dataclass
@@ -50,15 +50,8 @@ def raw_filters(model: nn.Module, pixel_values: torch.Tensor) -> FiltersOutput:
         ```
     """
     names = {module: name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
-    found = []
-    handles = [module.register_forward_hook(lambda module, *_: found.append(module)) for module in names]
-    try:
-        with torch.no_grad(), evaluating(model):
-            class_logits(model, pixel_values[:1])
-    finally:
-        for handle in handles:
-            handle.remove()
     channels = pixel_values.shape[1]
+    found = modules_in_order(model, pixel_values, names)
     first = next((module for module in found if module.weight.shape[1] == channels), None)
     if first is None:
         raise ValueError(

@@ -6,7 +6,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from .calls import as_map, class_logits, evaluating, find_layers, patch_size_of
+from .calls import (
+    as_map,
+    class_logits,
+    evaluating,
+    find_blocks,
+    find_layers,
+    modules_in_order,
+    patch_size_of,
+)
 
 
 class _Reached(Exception):  # noqa: N818
@@ -92,6 +100,34 @@ class LayerReader:
         if output.ndim == 2:
             return output[:, :, None, None]
         return as_map(output, tuple(pixel_values.shape[-2:]), patch_size_of(self.model))
+
+
+def spread_layers(model: nn.Module, pixel_values: torch.Tensor, count: int) -> list[str]:
+    """Return layers at even distances: transformer blocks, or convolutions larger than 1x1.
+
+    Args:
+        model: Classifier.
+        pixel_values: Image, (1, channels, height, width).
+        count: Largest number of layers. The first and the last layer are always returned, if `count` is at least 2.
+
+    Returns:
+        Names of the layers, from the first to the last.
+
+    Raises:
+        ValueError: If the model has no such layer.
+    """
+    names = {module: name for name, module in model.named_modules()}
+    try:
+        layers = find_blocks(model)
+    except ValueError:
+        convolutions = [m for m in names if isinstance(m, nn.Conv2d) and max(m.kernel_size) > 1]
+        order = modules_in_order(model, pixel_values, convolutions)
+        layers = [module for module in dict.fromkeys(order) if order.count(module) == 1]
+    if not layers:
+        raise ValueError(f"model={type(model).__name__} has no convolution larger than 1x1 and no transformer block.")
+    last = len(layers) - 1
+    places = {round(i * last / max(count - 1, 1)) for i in range(count)}
+    return [names[layers[place]] for place in sorted(places)]
 
 
 def _as_tensor(output: Any) -> Any:

@@ -83,7 +83,7 @@ class Ascent:
     steps: int = 150
     learning_rate: float = 0.03
     decay: float = 1.0
-    tv: float = 10.0
+    tv: float = 500.0
     jitter: int = 2
     blur: float = 0.5
     blur_every: int = 4
@@ -193,7 +193,8 @@ def class_model(
     Example:
         ```python
         >>> model = nn.Sequential(nn.Flatten(), nn.Linear(48, 5))
-        >>> output = class_model(model, torch.zeros(1, 3, 4, 4), classes=2, ascent=Ascent(steps=20))
+        >>> ascent = Ascent(steps=20, tv=0, jitter=0)
+        >>> output = class_model(model, torch.zeros(1, 3, 4, 4), classes=2, ascent=ascent)
         >>> bool(output.scores > output.history[0]), output.pictures.shape
         (True, torch.Size([1, 3, 4, 4]))
 
@@ -263,7 +264,7 @@ def feature_inversion(
     steps: int = 200,
     learning_rate: float = 0.05,
     alpha: float = 1.0,
-    tv: float = 0.5,
+    tv: float = 3.0,
     seed: int = 0,
     image_mean: float | Sequence[float] = 0.5,
     image_std: float | Sequence[float] = 0.5,

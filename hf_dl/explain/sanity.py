@@ -17,7 +17,7 @@ import torch
 from scipy.stats import rankdata
 from torch import nn
 
-from .calls import class_logits, evaluating, pick_classes
+from .calls import modules_in_order, pick_classes
 from .methods import METHODS, explain
 
 PASSES_BELOW = 0.5  # largest rank correlation with a random network of a method that passes
@@ -72,14 +72,7 @@ def _layers_in_order(model: nn.Module, pixel_values: torch.Tensor) -> list[str]:
     """Return the names of the modules that have parameters of their own, in the order in which they run."""
     names = {module: name for name, module in model.named_modules()}
     own = [module for module in names if any(True for _ in module.parameters(recurse=False))]
-    order: dict[nn.Module, None] = {}
-    handles = [module.register_forward_pre_hook(lambda module, _: order.setdefault(module)) for module in own]
-    try:
-        with torch.no_grad(), evaluating(model):
-            class_logits(model, pixel_values[:1])
-    finally:
-        for handle in handles:
-            handle.remove()
+    order = dict.fromkeys(modules_in_order(model, pixel_values, own))
     # heads that are not called as modules run last
     return [names[module] for module in (*order, *(module for module in own if module not in order))]
 

@@ -7,6 +7,7 @@ correct and some wrong predictions per class, and scores the maps by the masks o
 import json
 import re
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from hf_dl import explain
 from hf_dl.data import class_folders, labeled_images
-from hf_dl.explain.attention import METHODS
+from hf_dl.explain import Explanation
 from hf_dl.explain.grad_cam import ENGINES
 from hf_dl.models.image_input import open_image
 from hf_dl.reporting.grids import color_heat
@@ -27,6 +28,7 @@ from hf_dl.reporting.grids import color_heat
 from .evaluation import load_model, report_data
 
 TOP_K = 5
+MAPS = tuple(name for name, method in explain.METHODS.items() if method.kind == "map")
 
 
 @dataclass
@@ -39,11 +41,33 @@ class ExplanationFlags:
     )
     method: str = field(
         default="grad_cam",
-        metadata={"help": f"Kind of map: grad_cam, or for vision transformers one of {', '.join(METHODS)}."},
+        metadata={"help": f"Kind of map. Choose one of: {', '.join(MAPS)}."},
+    )
+    methods: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Draw one page for each of these methods, instead of maps of all images. Choose from: "
+            f"{', '.join(explain.METHODS)}."
+        },
+    )
+    page_images: int = field(default=6, metadata={"help": "Pages: number of images."})
+    channels: list[int] = field(
+        default_factory=lambda: [0, 1, 2, 3, 4, 5],
+        metadata={"help": "Pages activation and patches: channels of the layer in --layers."},
+    )
+    epsilon: float = field(
+        default=8 / 255, metadata={"help": "Pages fgsm and pgd: largest change of a pixel, in units from 0 to 1."}
+    )
+    sanity: bool = field(
+        default=False,
+        metadata={"help": "Study: compare the maps with the maps of random networks (Adebayo et al. 2018)."},
     )
     layers: list[str] = field(
         default_factory=list,
-        metadata={"help": "grad_cam: names of layers, or a number of last layers. Defaults to the last layer."},
+        metadata={
+            "help": "grad_cam: names of layers, or a number of last layers. Defaults to the last layer. Pages "
+            "activation, patches, codes and inversion: names of layers."
+        },
     )
     layer: int = field(default=-1, metadata={"help": "cls: index of the layer whose attention is shown."})
     head: int = field(default=-1, metadata={"help": "cls: index of the attention head. -1 averages all heads."})
@@ -63,7 +87,9 @@ class ExplanationFlags:
         metadata={"help": f"How patches are masked. Choose from: {', '.join(explain.WAYS)}."},
     )
     mask_seeds: int = field(default=20, metadata={"help": "Number of random choices of patches."})
-    mask_images: int = field(default=20, metadata={"help": "Maximum number of images whose patches are masked."})
+    mask_images: int = field(
+        default=20, metadata={"help": "Maximum number of images whose patches are masked, or checked by --sanity."}
+    )
     source: str = field(
         default="synthetic",
         metadata={
@@ -83,9 +109,13 @@ class ExplanationFlags:
     batch_size: int = field(default=32, metadata={"help": "Number of images per forward pass."})
 
     def __post_init__(self):
-        known = ("grad_cam", *METHODS)
-        if self.method not in known:
-            raise ValueError(f"method={self.method!r} is unknown. Choose one of: {', '.join(known)}.")
+        if self.method not in MAPS:
+            raise ValueError(f"method={self.method!r} is unknown. Choose one of: {', '.join(MAPS)}.")
+        for method in self.methods:
+            if method not in explain.METHODS:
+                raise ValueError(f"methods={method!r} is unknown. Choose from: {', '.join(explain.METHODS)}.")
+        if self.page_images < 1:
+            raise ValueError(f"page_images={self.page_images} must be at least 1.")
         for way in self.mask_ways:
             if way not in explain.WAYS:
                 raise ValueError(f"mask_ways={way!r} is unknown. Choose from: {', '.join(explain.WAYS)}.")
@@ -118,7 +148,7 @@ class Explainer:
         self.std = self.processor.image_std if normalized else 1.0
         self.layers = [int(x) for x in args.layers] if "".join(args.layers).isdigit() else args.layers
         self.target = None if not args.label else self.find_class(args.label, "label")
-        if args.method != "grad_cam":
+        if explain.METHODS[args.method].attention:
             explain.find_blocks(self.model)  # raises ValueError early if the model has no transformer blocks
 
     def find_class(self, name: str, flag: str) -> int:
@@ -136,6 +166,12 @@ class Explainer:
         if name.isdigit() and int(name) < len(self.names):
             return int(name)
         raise ValueError(f"{flag}={name!r} is not a class of the model, which has {', '.join(self.names[:10])}, ...")
+
+    def study_classes(self) -> list[int]:
+        """Return the numbers of the classes to draw: `args.study_classes`, or 7 classes at even distances."""
+        classes = [self.find_class(name, "study_classes") for name in self.args.study_classes]
+        number = min(7, len(self.names))
+        return classes or [round(i * (len(self.names) - 1) / max(number - 1, 1)) for i in range(number)]
 
     def prepare(self, images: Sequence[Image.Image]) -> torch.Tensor:
         """Convert images to pixel values (batch, channels, height, width)."""
@@ -170,23 +206,33 @@ class Explainer:
         Returns:
             Maps in [0, 1], (batch, height, width), and probabilities (batch, classes).
         """
+        found = self.look(pixel_values, self.args.method)
+        return found.maps, found.logits.softmax(-1)
+
+    def options(self, method: str) -> dict[str, Any]:
+        """Return the options of a kind of map that have flags."""
         args = self.args
-        if args.method == "grad_cam":
-            layers = self.layers[0] if self.layers and isinstance(self.layers[0], int) else (self.layers or 1)
-            output = explain.grad_cam(self.model, pixel_values, layers=layers, classes=self.target, engine=args.engine)
-            if isinstance(layers, int):
-                self.layers = list(output.layers)  # later batches use the same layers
-            return output.maps, output.logits.softmax(-1)
-        maps, output = explain.attention_maps(
-            self.model,
-            pixel_values,
-            method=args.method,
-            layer=args.layer,
-            head=None if args.head < 0 else args.head,
-            classes=self.target,
+        if method == "cls":
+            return {"layer": args.layer, "head": None if args.head < 0 else args.head}
+        if method != "grad_cam":
+            return {}
+        layers = self.layers[0] if self.layers and isinstance(self.layers[0], int) else (self.layers or 1)
+        return {"layers": layers, "engine": args.engine}
+
+    def look(self, pixel_values: torch.Tensor, method: str) -> Explanation:
+        """Compute maps by a method, with all details.
+
+        Args:
+            pixel_values: (batch, channels, height, width).
+            method: Name of a kind of map.
+        """
+        pixels = {"image_mean": self.mean, "image_std": self.std}
+        found = explain.explain(
+            self.model, pixel_values, method=method, target=self.target, **pixels, **self.options(method)
         )
-        maps = explain.normalize(explain.upsample(maps, pixel_values.shape[-2:]))
-        return maps, output.logits.softmax(-1)
+        if method == "grad_cam" and not all(isinstance(layer, str) for layer in self.layers or [1]):
+            self.layers = list(found.output.layers)  # later batches use the same layers
+        return found
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -314,6 +360,31 @@ def find_images(paths: Sequence[str]) -> list[Path]:
     return found
 
 
+def open_images(explainer: Explainer, skipped: list[dict[str, Any]]) -> Iterator[tuple[str, Image.Image]]:
+    """Open the images in `args.images`, or in a flat folder `args.source`.
+
+    Args:
+        explainer: The classifier, with the flags.
+        skipped: Gets one entry, `file` and `error`, for each file that cannot be read.
+
+    Yields:
+        Name and image.
+
+    Raises:
+        ValueError: If a path does not exist.
+    """
+    args = explainer.args
+    for path in find_images(args.images or [args.source]):
+        name = class_folders.shown_path(path.name)
+        try:
+            image = open_image(path)
+        except (OSError, ValueError) as error:
+            skipped.append({"file": name, "error": str(error)})
+            print(f"{name:30s} skipped: {error}", file=sys.stderr)
+            continue
+        yield name, image
+
+
 def explain_files(explainer: Explainer, folder: Path) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Explain the images in `args.images`, or in a flat folder `args.source`, and draw one figure per image.
 
@@ -331,14 +402,7 @@ def explain_files(explainer: Explainer, folder: Path) -> tuple[dict[str, float],
         ValueError: If a path does not exist, or no file can be read.
     """
     args, entries, used, kept = explainer.args, [], set(), []
-    for path in find_images(args.images or [args.source]):
-        name = class_folders.shown_path(path.name)
-        try:
-            image = open_image(path)
-        except (OSError, ValueError) as error:
-            entries.append({"file": name, "error": str(error)})
-            print(f"{name:30s} skipped: {error}", file=sys.stderr)
-            continue
+    for name, image in open_images(explainer, entries):
         pixel_values = explainer.prepare([image])
         maps, probabilities = explainer.explain(pixel_values)
         values, order = probabilities[0].topk(min(TOP_K, len(explainer.names)))
@@ -415,16 +479,17 @@ def explain_study(explainer: Explainer, folder: Path) -> tuple[dict[str, float],
         The metrics over all images, correct images (`_right`) and wrong images (`_wrong`); and one entry per drawn
         image. Masks add three metrics. `share_inside` is the fraction of the map on the object. `pointing_game` is
         how often the maximum of the map is on the object. `object_share` is the fraction of pixels on the object.
+        `milliseconds` is the CPU time per map, and `sanity_correlation` the result of `check_sanity`.
     """
     args = explainer.args
-    classes = [explainer.find_class(name, "study_classes") for name in args.study_classes]
-    number = min(7, len(explainer.names))
-    classes = classes or [round(i * (len(explainer.names) - 1) / max(number - 1, 1)) for i in range(number)]
+    classes = explainer.study_classes()
     shown = {c: {"right": [], "wrong": []} for c in classes}
-    entries, sums, some = [], {}, []
+    entries, sums, some, seconds = [], {}, [], 0.0
     for batch in load_study(explainer):
         pixel_values = explainer.prepare(batch["image"])
+        started = clock(explainer.model.device)
         maps, probabilities = explainer.explain(pixel_values)
+        seconds += clock(explainer.model.device) - started
         confidence, predicted = probabilities.max(dim=-1)
         label = torch.as_tensor(batch["label"], device=predicted.device)
         scores = {"correct": predicted == label, "confidence": confidence}
@@ -456,15 +521,42 @@ def explain_study(explainer: Explainer, folder: Path) -> tuple[dict[str, float],
     columns = {name: torch.cat(values) for name, values in sums.items()}
     right = columns.pop("correct") > 0
     metrics = {"images": float(len(right)), "accuracy": right.float().mean().item()}
+    metrics["milliseconds"] = 1000 * seconds / len(right)
     rename = {"inside": "share_inside", "pointing": "pointing_game", "object": "object_share"}
     for name, values in columns.items():
         for suffix, rows in (("", right | True), ("_right", right), ("_wrong", ~right)):
             found = values[rows & ~values.isnan()]  # the share of a map of zeros is NaN
             if len(found):
                 metrics[rename.get(name, name) + suffix] = found.mean().item()
+    if args.sanity:
+        metrics["sanity_correlation"] = check_sanity(explainer, torch.cat(some)[: args.mask_images])
     if args.mask_counts:
         metrics |= mask_patches(explainer, torch.cat(some)[: args.mask_images], folder)
     return metrics, entries
+
+
+def clock(device: torch.device) -> float:
+    """Return CPU seconds of this process, or seconds of a GPU after its work is finished."""
+    if device.type == "cpu":
+        return time.process_time()
+    torch.accelerator.synchronize(device)
+    return time.perf_counter()
+
+
+def check_sanity(explainer: Explainer, pixel_values: torch.Tensor) -> float:
+    """Compare the maps with the maps of networks with random weights.
+
+    Args:
+        explainer: The classifier and the kind of map.
+        pixel_values: (batch, channels, height, width).
+
+    Returns:
+        The mean rank correlation of the maps after all layers are randomized.
+    """
+    pixels = {"image_mean": explainer.mean, "image_std": explainer.std}
+    method = explainer.args.method
+    options = {"target": explainer.target, **pixels, **explainer.options(method)}
+    return explain.sanity_check(explainer.model, pixel_values, method=method, stages=1, **options).final
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -47,6 +47,7 @@ def image_grid(
     *,
     titles: Sequence[str] = (),
     labels: Sequence[str] = (),
+    captions: Sequence[Sequence[str]] = (),
     cell: float = 1.1,
 ) -> Path:
     """Draw rows of images as one figure.
@@ -56,6 +57,7 @@ def image_grid(
         path: The figure to write; the suffix sets the format.
         titles: One title per column, above the first row.
         labels: One label per row, to its left.
+        captions: One text per image, below it, for each row. A row without texts is less high.
         cell: Width of an image in inches, at 120 pixels per inch.
 
     Returns:
@@ -70,7 +72,9 @@ def image_grid(
     if not columns:
         raise ValueError("rows contains no image. Expected at least one row with at least one image.")
     head, side = 0.25 if titles else 0.02, 0.25 if labels else 0.0
-    width, height = columns * cell + side, len(rows) * cell + head
+    below = [0.16 if y < len(captions) and captions[y] else 0.0 for y in range(len(rows))]
+    tops = [head + y * cell + sum(below[:y]) for y in range(len(rows))]  # distance of each row from the top
+    width, height = columns * cell + side, len(rows) * cell + sum(below) + head
     figure = Figure(figsize=(width, height), dpi=120)
     axes = figure.add_axes((0, 0, 1, 1))  # in inches; axes per image take five times as long
     axes.set_axis_off()
@@ -79,15 +83,20 @@ def image_grid(
         for x, image in enumerate(row):
             scale = 0.97 * cell / max(image.shape[:2])
             high, wide = scale * image.shape[0] / 2, scale * image.shape[1] / 2
-            middle, center = side + (x + 0.485) * cell, height - head - (y + 0.515) * cell
+            middle, center = side + (x + 0.485) * cell, height - tops[y] - 0.515 * cell
             place = (middle - wide, middle + wide, center - high, center + high)
             axes.imshow(image, interpolation="nearest", extent=place, aspect="auto")
     for x, title in enumerate(titles):
         place = (side + (x + 0.485) * cell) / width
         figure.text(place, 1 - 0.6 * head / height, title, ha="center", va="center", fontsize=8)
     for y, label in enumerate(labels):
-        place = 1 - (head + (y + 0.515) * cell) / height
+        place = 1 - (tops[y] + 0.515 * cell) / height
         figure.text(0.5 * side / width, place, label, ha="center", va="center", fontsize=8, rotation=90)
+    for y, row in enumerate(captions):
+        place = 1 - (tops[y] + cell + 0.06) / height
+        for x, text in enumerate(row):
+            fontsize = min(7, 125 * cell / max(len(text), 1))  # long texts are smaller
+            figure.text((side + (x + 0.485) * cell) / width, place, text, ha="center", va="center", fontsize=fontsize)
     path = Path(path)
     figure.savefig(path, facecolor="white", metadata={"Software": None} if path.suffix == ".png" else None)
     return path

@@ -60,6 +60,16 @@ class TestImageGrid:
         assert side[:120].min() == 255 and side[125:].min() < 128
         assert sheet.getpixel((30 + 58, 60)) == (0, 255, 0) and sheet.getpixel((30 + 58, 180)) == (0, 0, 255)
 
+    def test_captions_are_drawn_below_their_image(self, tmp_path):
+        rows = [[plain((0, 255, 0))] * 2, [plain((0, 0, 255))] * 2, [plain((255, 0, 0))]]
+        path = image_grid(rows, tmp_path / "a.png", captions=[["", "a text that is a little longer"], []], cell=1.0)
+        sheet = Image.open(path).convert("RGB")
+        assert sheet.size == (240, 2 + 3 * 120 + 19)  # only the first row is higher
+        gap = np.asarray(sheet.convert("L"))[122:139]
+        assert gap[:, :118].min() == 255 and gap[:, 122:].min() < 128 and gap[:, 238:].min() == 255
+        assert sheet.getpixel((58, 60)) == (0, 255, 0) and sheet.getpixel((58, 2 + 139 + 60)) == (0, 0, 255)
+        assert sheet.getpixel((58, 2 + 139 + 180)) == (255, 0, 0)
+
     def test_an_image_is_not_smoothed(self, tmp_path):
         checks = np.where(np.indices((4, 4)).sum(0)[..., None] % 2, 255, 0).astype(np.uint8).repeat(3, axis=2)
         sheet = np.asarray(Image.open(image_grid([[checks]], tmp_path / "a.png", cell=1.0)).convert("L"))

@@ -9,9 +9,20 @@ from PIL import Image
 from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessor
 
 from hf_dl.data import labeled_images, object_images
-from hf_dl.explain import attention_maps, grad_cam, normalize, pointing_game, share_inside, upsample
+from hf_dl.explain import (
+    attention_maps,
+    fgsm,
+    grad_cam,
+    integrated_gradients,
+    normalize,
+    pointing_game,
+    sanity_check,
+    share_inside,
+    upsample,
+)
 from hf_dl.models import SmallViTConfig, SmallViTForImageClassification, SmallViTImageProcessor
 from hf_dl.recipes.explanation import Explainer
+from hf_dl.recipes.inside import PAGES
 from hf_dl.reporting.experiment import read_results
 from scripts import explain_image, run_experiment
 
@@ -211,6 +222,8 @@ def test_an_experiment_can_study_a_run_of_another(vit, tmp_path):
     ("flags", "sentence"),
     [
         (["--method=cam"], "method='cam' is unknown. Choose one of: grad_cam, cls, rollout"),
+        (["--methods", "filters", "cam"], "methods='cam' is unknown. Choose from: grad_cam, cls"),
+        (["--page_images", "0"], "page_images=0 must be at least 1"),
         (["--mask_ways", "blue"], "mask_ways='blue' is unknown. Choose from: black"),
         (["--modle=x"], "--modle is an unknown flag. Did you mean --model?"),
     ],
@@ -221,7 +234,57 @@ def test_wrong_flags_end_the_program_with_a_sentence(flags, sentence, capsys):
     assert sentence in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["explain_resnet", "explain_vit", "mask_vit"])
+def test_a_page_for_each_method(vit, tmp_path, capsys):
+    flags = ["--num_images", "8", "--page_images", "2", "--channels", "1", "3", "--study_classes", "1", "2"]
+    methods = ["grad_cam", "rollout", "occlusion", "guided_backprop", *PAGES, "smooth_grad"]
+    metrics, found = run(vit[0], tmp_path, *flags, "--layers", "small_vit.blocks.1", "--methods", *methods)
+    drawn = {entry["method"]: entry for entry in found["images"]}
+    assert list(drawn) == methods and metrics["pages"] == len(methods) - 1
+    assert drawn["guided_backprop"]["error"].startswith("model=SmallViTForImageClassification has no ReLU")
+    assert "guided_backprop        skipped: model=" in capsys.readouterr().out
+    for name in [*(e["figure"] for e in drawn.values() if "figure" in e), "codes_neighbors.png"]:
+        with Image.open(tmp_path / "out" / name) as figure:
+            assert np.asarray(figure.convert("RGB")).std() > 5
+    data = labeled_images.load("validation", size=32, num_images=8)
+    pixels = torch.stack([torch.tensor(np.array(i)).permute(2, 0, 1) for i in data["image"]]) / 127.5 - 1
+    output = fgsm(vit[1], pixels, labels=data["label"], epsilon=8 / 255)
+    if output.success_rate == output.success_rate:  # at least one image is classified correctly
+        assert metrics["fgsm_success_8"] == pytest.approx(output.success_rate, abs=0.01)
+    assert metrics["patch_pixels"] == 8 and 0 < metrics["inversion_error_1"] < 1 and metrics["filters"] == 16
+
+
+def test_pages_of_files(resnet, pictures, tmp_path):
+    (pictures / "cut.png").write_bytes((pictures / "one.png").read_bytes()[:200])
+    flags = ["--images", str(pictures), "--methods", "guided_backprop", "filters"]
+    metrics, found = run(resnet[0], tmp_path, *flags)
+    assert metrics == {"pages": 2.0, "filters": 8.0}
+    assert [entry.get("figure", entry.get("file")) for entry in found["images"]] == [
+        "guided_backprop.png",
+        "filters.png",
+        "cut.png",
+    ]
+    with pytest.raises(ValueError, match="ResNetForImageClassification has attention over no tokens"):
+        run(resnet[0], tmp_path, "--images", str(pictures), "--methods", "cls")
+    with pytest.raises(ValueError, match="None of 1 files can be read. 'cut.png': The file is not an image"):
+        run(resnet[0], tmp_path, "--images", str(pictures / "cut.png"), "--methods", "filters")
+
+
+def test_the_study_checks_the_sanity_of_maps(vit, tmp_path):
+    flags = ["--method", "integrated_gradients", "--num_images", "10", "--sanity", "true", "--mask_images", "4"]
+    metrics, _ = run(vit[0], tmp_path, *flags)
+    data = labeled_images.load("validation", size=32, num_images=10)
+    pixels = torch.stack([torch.tensor(np.array(i)).permute(2, 0, 1) for i in data["image"]]) / 127.5 - 1
+    output = sanity_check(vit[1], pixels[:4], method="integrated_gradients", stages=1)
+    assert metrics["sanity_correlation"] == pytest.approx(output.final, abs=1e-3)
+    masks = torch.stack([torch.tensor(np.array(m)) > 0 for m in data["mask"]])
+    maps = integrated_gradients(vit[1], pixels).maps
+    assert metrics["share_inside"] == pytest.approx(share_inside(maps, masks).mean().item(), abs=1e-3)
+    assert metrics["milliseconds"] > 0
+
+
+@pytest.mark.parametrize(
+    "name", ["explain_resnet", "explain_vit", "mask_vit", "inside_networks", "inside", "inside_guided"]
+)
 def test_the_flags_of_the_experiments(name, capsys):
     path = Path(__file__).parents[2] / "scripts" / "experiments" / f"{name}.toml"
     assert run_experiment.main([str(path), "--dry_run"]) == 0, capsys.readouterr().err
