@@ -203,6 +203,8 @@ class ProgramSeq2SeqForConditionalGeneration(PreTrainedModel, GenerationMixin):
         old = self.get_input_embeddings()
         size = old.num_embeddings if new_num_tokens is None else new_num_tokens
         if pad_to_multiple_of is not None:
+            if not isinstance(pad_to_multiple_of, int) or pad_to_multiple_of < 1:
+                raise ValueError(f"pad_to_multiple_of={pad_to_multiple_of} must be an integer above 0.")
             size = -(-size // pad_to_multiple_of) * pad_to_multiple_of
         least = max(self.encoder.numbers or [0]) + 1
         if size < least:

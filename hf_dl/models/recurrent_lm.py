@@ -304,6 +304,8 @@ class RecurrentLMForCausalLM(RecurrentLMPreTrainedModel, GenerationMixin):
         current = self.get_input_embeddings().num_embeddings
         size = current if new_num_tokens is None else new_num_tokens
         if pad_to_multiple_of is not None:
+            if not isinstance(pad_to_multiple_of, int) or pad_to_multiple_of < 1:
+                raise ValueError(f"pad_to_multiple_of={pad_to_multiple_of} must be an integer above 0.")
             size = -(-size // pad_to_multiple_of) * pad_to_multiple_of
         if size < 1:
             raise ValueError(f"new_num_tokens={new_num_tokens} must be at least 1.")

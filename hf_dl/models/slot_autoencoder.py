@@ -182,9 +182,9 @@ class SlotAutoencoderPreTrainedModel(PreTrainedModel):
             mlp_dim=config.slot_mlp_dim,
             epsilon=config.epsilon,
             qkv_bias=config.qkv_bias,
-        )
+        ).float()  # as `_keep_in_fp32_modules_strict` says, also in a new model of half precision
         if config.frames:
-            self.frame_readout = FrameReadout(config.token_dim, config.appearance_dim)
+            self.frame_readout = FrameReadout(config.token_dim, config.appearance_dim).float()
             self.seed_noise = FixedNoise(torch.rand, (config.num_slots, CANDIDATES), config.num_draws)
 
     def _bind(

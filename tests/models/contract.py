@@ -14,7 +14,7 @@ from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 from torch.ao.quantization import quantize_dynamic
-from transformers import AutoConfig, AutoImageProcessor, Trainer, TrainingArguments
+from transformers import AutoConfig, AutoImageProcessor, PreTrainedModel, Trainer, TrainingArguments
 
 from hf_dl.models.layers_problem_type import PROBLEM_TYPES
 from tests.memory import aligned
@@ -230,6 +230,11 @@ if {self.processor_class is not None}:
                 loaded = self.load(tmp_path, dtype)
                 converted = copy.deepcopy(model).to(dtype)
                 assert loaded.dtype == dtype and not loaded.training
+                if issubclass(self.model_class, PreTrainedModel):
+                    # Parts that stay in float32 do so in a new model, too.
+                    new = self.model_class._from_config(self.config(), dtype=dtype)
+                    kinds = [{name: each.dtype for name, each in m.state_dict().items()} for m in (new, loaded)]
+                    assert kinds[0] == kinds[1]
                 for each in (loaded, converted):
                     found = self.smooth_answer(each, cast(self.inputs(2), dtype))
                     error = (found.float() - expected).norm() / expected.norm()

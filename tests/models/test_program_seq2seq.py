@@ -371,6 +371,8 @@ def test_resizing_keeps_the_words_of_numbers_and_rounds_up():
         make().resize_token_embeddings(0)
     assert model.get_input_embeddings().weight is weight and model.config.encoder_vocab_size == 20
     assert model.resize_token_embeddings(pad_to_multiple_of=16).num_embeddings == 32
+    with pytest.raises(ValueError, match="pad_to_multiple_of=1.5 must be an integer above 0"):
+        model.resize_token_embeddings(32, pad_to_multiple_of=1.5)
 
 
 def test_bert_has_the_attention_implementation_of_the_model(tmp_path):

@@ -381,6 +381,9 @@ def test_resizing_rounds_up_and_keeps_sparse_gradients():
     assert model.resize_token_embeddings() is model.get_input_embeddings() and model.head.weight is weight
     with pytest.raises(ValueError, match="new_num_tokens=0 must be at least 1"):
         model.resize_token_embeddings(0)
+    for multiple in (1.3, 0):
+        with pytest.raises(ValueError, match=f"pad_to_multiple_of={multiple} must be an integer above 0"):
+            model.resize_token_embeddings(20, pad_to_multiple_of=multiple)
 
 
 @pytest.mark.parametrize("head", ["hierarchical", "two_level", "adaptive"])
