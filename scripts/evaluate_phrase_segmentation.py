@@ -5,8 +5,10 @@
         --source VGPhraseCut_v0 --image_size 352 --choose_threshold
 
 Writes evaluation.json, subsets.csv and examples.png into the model's folder. Scores to expect:
-model_cards/phrase_segmentation.md. The images are resized to squares. Scores with the prefix "clipseg" follow Lüddecke
-& Ecker 2022, and the others follow PhraseCut (Wu et al. 2020).
+model_cards/phrase_segmentation.md.
+
+The scores follow PhraseCut (Wu et al. 2020), and those with the prefix "clipseg" follow Lüddecke & Ecker 2022. Images
+and masks are resized to squares, as in the latter. PhraseCut scores the original pixels, which needs --original_size.
 """
 
 from dataclasses import dataclass, field
@@ -14,6 +16,7 @@ from typing import Literal
 
 from transformers import CLIPProcessor
 
+from hf_dl.metrics.phrase_segmentation import PhraseCounts
 from hf_dl.pipelines.phrase_segmentation import PhraseSegmentationPipeline
 from hf_dl.recipes import phrase_segmentation as recipe
 from hf_dl.recipes.evaluation import make_output_folder, use_training_data, write_evaluation
@@ -35,6 +38,10 @@ class Args(recipe.PhraseFlags):
         default=False,
         metadata={"help": "Choose the threshold on the validation images, instead of using the model's threshold."},
     )
+    original_size: bool = field(
+        default=False,
+        metadata={"help": "Score the pixels at the original size of each image, as PhraseCut does. This is slower."},
+    )
     output_dir: str = field(default="", metadata={"help": "Folder for the results; default: the model's folder."})
 
 
@@ -53,15 +60,18 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     model = pipeline.model
     processor = CLIPProcessor(image_processor=pipeline.image_processor, tokenizer=pipeline.tokenizer)
     folder = make_output_folder(args)
-    if args.choose_threshold:
-        validation = recipe.count_pixels(model, processor, recipe.load_phrases(args, "validation"))
-        model.config.threshold = recipe.scores(validation)["threshold"]
 
-    data = recipe.load_phrases(args, args.split)
-    counts = recipe.count_pixels(model, processor, data)
-    metrics = recipe.scores(counts, threshold=model.config.threshold, all_subsets=True)
+    def count(split: str) -> PhraseCounts:
+        if args.original_size:
+            return recipe.count_original_pixels(pipeline, recipe.load_rows(args, split, size=None), args.image_size)
+        return recipe.count_pixels(model, processor, recipe.load_phrases(args, split))
+
+    if args.choose_threshold:
+        model.config.threshold = recipe.scores(count("validation"))["threshold"]
+
+    metrics = recipe.scores(count(args.split), threshold=model.config.threshold, all_subsets=True)
     recipe.write_subsets(metrics, folder)
-    recipe.draw_examples(model, processor, data, folder / "examples.png")
+    recipe.draw_examples(model, processor, recipe.load_phrases(args, args.split), folder / "examples.png")
 
     write_evaluation(folder, args, metrics)
     print(f"evaluation.json, subsets.csv and examples.png are in {folder}.")

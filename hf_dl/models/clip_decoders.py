@@ -222,14 +222,16 @@ class DeconvDecoder(PhraseDecoder):
 
 
 class UNetDecoder(PhraseDecoder):
-    """Convolutions that double the resolution up to the pixels, and join shallower tokens on the way.
+    """Convolutions that double the resolution up to the pixels, and join shallower tokens at the last resolutions.
 
-    With scales 1, 2, 4, ... up to the patch size, and x_0 from the deepest tokens t_0 and the phrase c:
+    With scales 1, 2, 4, ... up to the patch size, x_0 from the deepest tokens t_0 and the phrase c, and tokens t_s of
+    shallower blocks, the shallowest one at the resolution of the pixels:
 
         x_0 = relu(conv(FiLM(reduce(t_0), c)))
         x_s = relu(conv([enlarge(x_(s-1)), transposed_conv(reduce(t_s))]))
 
-    The last scales have no tokens t_s left. Channels start at `reduce_dim`, and halve from the second stage on.
+    The tokens before the first block contain the pixels of each patch, so shallow tokens have the sharpest edges.
+    Channels start at `reduce_dim`, and halve from the second stage on.
     """
 
     def __init__(
@@ -245,17 +247,16 @@ class UNetDecoder(PhraseDecoder):
         super().__init__()
         self.scales = _scales(patch_size)
         widths = [max(reduce_dim >> max(stage - 1, 0), 8) for stage in range(len(self.scales))]
+        self.first_join = len(self.scales) - num_layers + 1  # the stage of the second deepest tokens
         self.film = FiLM(prompt_dim, reduce_dim)
         self.reduces = nn.ModuleList(nn.Linear(token_dim, reduce_dim) for _ in range(num_layers))  # deepest first
-        self.enlarge = nn.ModuleList(
-            nn.ConvTranspose2d(reduce_dim, width, scale, stride=scale)
-            for scale, width in list(zip(self.scales, widths, strict=True))[1:num_layers]
-        )
         self.bottleneck = nn.Conv2d(reduce_dim, widths[0], 3, padding=1)
-        self.stages = nn.ModuleList(
-            nn.Conv2d(widths[stage - 1] + (widths[stage] if stage < num_layers else 0), widths[stage], 3, padding=1)
-            for stage in range(1, len(self.scales))
-        )
+        self.enlarge, self.stages = nn.ModuleList(), nn.ModuleList()
+        for stage in range(1, len(self.scales)):
+            scale, width, joins = self.scales[stage], widths[stage], stage >= self.first_join
+            if joins:
+                self.enlarge.append(nn.ConvTranspose2d(reduce_dim, width, scale, stride=scale))
+            self.stages.append(nn.Conv2d(widths[stage - 1] + joins * width, width, 3, padding=1))
         self.output = nn.Conv2d(widths[-1], 1, 3, padding=1)
 
     @classmethod
@@ -285,8 +286,9 @@ class UNetDecoder(PhraseDecoder):
         for stage, conv in enumerate(self.stages, start=1):
             scale = self.scales[stage]
             x = F.interpolate(x, size=(grid[0] * scale, grid[1] * scale), mode="nearest")
-            if stage < len(tokens):
-                skip = self.enlarge[stage - 1](to_grid(tokens[stage], grid))
+            join = stage - self.first_join
+            if join >= 0:
+                skip = self.enlarge[join](to_grid(tokens[1 + join], grid))
                 x = torch.cat([x, _per_phrase(skip, image_index)], dim=1)
             x = F.relu(conv(x))
         return self.output(x).squeeze(1)

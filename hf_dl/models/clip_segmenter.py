@@ -78,7 +78,7 @@ class ClipSegmenterConfig(PreTrainedConfig):
         num_attention_heads: Attention heads of a block of the decoder "clipseg".
         intermediate_size: Hidden units of the MLP of a block of the decoder "clipseg".
         dice_weight: Weight of the Dice term, which is added to the binary cross-entropy.
-        threshold: Probability from which on a pixel belongs to the mask, for pipelines. Defaults to the value of the
+        threshold: Probability above which a pixel belongs to the mask, for pipelines. Defaults to the value of the
             paper.
 
     Example:

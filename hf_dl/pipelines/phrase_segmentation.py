@@ -239,7 +239,7 @@ class PhraseSegmentationPipeline:
         Args:
             image: The image, or the path of a file.
             phrases: One phrase or several, such as "red cube". Optional with `support`.
-            threshold: Probability from which on a pixel belongs to the mask. Defaults to the `threshold` of the
+            threshold: Probability above which a pixel belongs to the mask. Defaults to the `threshold` of the
                 config, which the training script chooses on validation images.
             support: Pairs of an image and the mask of an object in it, one per phrase; see `highlight`.
             text_weight: Weight of the phrase if there is also a support image, from 0 to 1.
@@ -319,7 +319,7 @@ class PhraseSegmentationPipeline:
 
 
 def _make_result(image: Image.Image, label: str, probability: np.ndarray, threshold: float) -> dict[str, Any]:
-    inside = probability >= threshold
+    inside = probability > threshold
     return {
         "score": float(probability.max()),
         "label": label,

@@ -7,6 +7,7 @@ its tokens are computed once and kept in memory, if they fit.
 
 import copy
 import csv
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from typing import Any, Literal
 import datasets
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from transformers import CLIPModel, CLIPProcessor
 
@@ -24,7 +26,8 @@ from hf_dl.data.image_arrays import ImageTensors
 from hf_dl.metrics.phrase_segmentation import PhraseCounts, best_threshold, phrase_segmentation_scores
 from hf_dl.models.clip_decoders import DECODERS
 from hf_dl.models.clip_segmenter import ClipSegmenterForImageSegmentation
-from hf_dl.pipelines.phrase_segmentation import draw_heat_map
+from hf_dl.models.image_input import to_rgb
+from hf_dl.pipelines.phrase_segmentation import PhraseSegmentationPipeline, draw_heat_map
 from hf_dl.progress import activity
 from hf_dl.reporting.card import run_card, usage_snippet
 from hf_dl.reporting.grids import image_grid
@@ -239,9 +242,7 @@ class PhraseImages(torch.utils.data.Dataset):
         self.phrases = list(dict.fromkeys(texts))
         number = {phrase: index for index, phrase in enumerate(self.phrases)}
         self.phrase_index = torch.tensor([number[text] for text in texts])
-        seen = dataset["seen"][:] if "seen" in dataset.column_names else [True] * len(ids)
-        named = dataset["subsets"][:] if "subsets" in dataset.column_names else [[]] * len(ids)
-        self.subsets = [[*names, "seen" if each else "unseen"] for names, each in zip(named, seen, strict=True)]
+        self.subsets = name_subsets(dataset)
         images = dataset.select(starts).select_columns(["image"])
         self._masks = dataset.select_columns(["mask"])
         self.size: tuple[int, int] = images[0]["image"].size[::-1]
@@ -339,22 +340,31 @@ class PhraseImages(torch.utils.data.Dataset):
         return {"pixel_values": to_pixel_values(batch["image"], processor.image_processor, device)}
 
 
-def load_phrases(args: PhraseFlags, split: str) -> PhraseImages:
-    """Load one split of the images and phrases that the flags select.
+def load_rows(args: PhraseFlags, split: str, *, size: int | None) -> datasets.Dataset:
+    """Load the rows of one split, one per image and phrase.
 
     Args:
         args: The flags.
-        split: "train", "validation" or "test".
+        split: "train", "validation", "test", or "miniv" of PhraseCut.
+        size: Height and width of images and masks in pixels. None keeps their sizes.
     """
     hide_progress_bars()
     synthetic = args.source == "synthetic"
     count = split_size(args, split, phrasecut.SPLITS.get(split) if synthetic else None)
     options = {"style": args.style, "num_objects": tuple(args.num_objects)} if synthetic else {}
-    data = phrasecut.load(
-        split, args.source, max_images=count, size=args.image_size, negatives=args.negatives, **options
-    )
+    data = phrasecut.load(split, args.source, max_images=count, size=size, negatives=args.negatives, **options)
     report_data(data, split)
-    return PhraseImages(data)
+    return data
+
+
+def load_phrases(args: PhraseFlags, split: str) -> PhraseImages:
+    """Load one split of the images and phrases that the flags select, resized to `image_size`.
+
+    Args:
+        args: The flags.
+        split: "train", "validation", "test", or "miniv" of PhraseCut.
+    """
+    return PhraseImages(load_rows(args, split, size=args.image_size))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -406,6 +416,36 @@ def count_pixels(
         subsets = [data.subsets[row] for row in batch["rows"].tolist()]
         counts.update(batch["probabilities"], batch["masks"], subsets=subsets)
     return counts
+
+
+@torch.no_grad()
+def count_original_pixels(pipeline: PhraseSegmentationPipeline, data: datasets.Dataset, side: int) -> PhraseCounts:
+    """Count the pixels at the original size of each image, as the evaluation of PhraseCut does.
+
+    Args:
+        pipeline: The pipeline.
+        data: Rows with images and masks of any size, see `hf_dl.data.phrasecut`.
+        side: Height and width to which the images are resized for the model. The logits are interpolated back.
+    """
+    counts, model = PhraseCounts(), pipeline.model
+    ids, phrases = list(data["image_id"]), list(data["phrase"])
+    subsets = name_subsets(data)
+    for _, group in itertools.groupby(range(len(ids)), key=ids.__getitem__):
+        rows = list(group)
+        pixel_values = pipeline.prepare(to_rgb(data[rows[0]]["image"]), (side, side)).to(model.device)
+        embeds = embed_phrases(model, pipeline.tokenizer, [phrases[row] for row in rows])
+        logits = model(pixel_values, prompt_embeds=embeds).logits.float()
+        masks = torch.from_numpy(np.stack([np.asarray(mask) > 0 for mask in data[rows]["mask"]]))
+        logits = F.interpolate(logits[:, None], masks.shape[1:], mode="bilinear")[:, 0]
+        counts.update(logits.sigmoid().cpu(), masks, subsets=[subsets[row] for row in rows])
+    return counts
+
+
+def name_subsets(data: datasets.Dataset) -> list[list[str]]:
+    """Return the names of the subsets of each row, with "seen" or "unseen"."""
+    seen = data["seen"][:] if "seen" in data.column_names else [True] * len(data)
+    named = data["subsets"][:] if "subsets" in data.column_names else [[]] * len(data)
+    return [[*names, "seen" if each else "unseen"] for names, each in zip(named, seen, strict=True)]
 
 
 def scores(counts: PhraseCounts, *, threshold: float | None = None, all_subsets: bool = False) -> dict[str, float]:

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from transformers import CLIPConfig, CLIPModel, CLIPProcessor
 
 from hf_dl.data import captions, phrasecut
+from hf_dl.metrics.phrase_segmentation import phrase_segmentation_scores
 from hf_dl.models.clip_segmenter import dice_loss
 from hf_dl.pipelines.phrase_segmentation import PhraseSegmentationPipeline
 from hf_dl.recipes import clip as clip_recipe
@@ -122,6 +123,21 @@ def test_evaluating_the_folder_gives_the_same_scores(finished, tmp_path):
     assert {line.split(",")[0] for line in lines} >= {"seen", "unseen", "p_name", "s_mid"}
     assert (tmp_path / "examples.png").is_file()
     assert json.loads((tmp_path / "evaluation.json").read_text())["metrics"] == found
+
+
+def test_scores_at_the_original_size(finished, tmp_path):
+    """Scenes are square, and rendered at 64 pixels by default; the model takes 32."""
+    folder, _ = finished
+    flags = [f"--model={folder}", f"--output_dir={tmp_path}", "--original_size", "--choose_threshold", "--num_test=4"]
+    found = evaluate_phrase_segmentation.main(flags)
+    pipe = PhraseSegmentationPipeline.from_pretrained(folder, device="cpu")
+    rows = phrasecut.load("test", max_images=4, negatives=0.2)
+    maps = [pipe(row["image"], row["phrase"])[0]["probability"] for row in rows]
+    masks = [torch.from_numpy(np.array(row["mask"])) for row in rows]
+    expected = phrase_segmentation_scores([*map(torch.from_numpy, maps)], masks, threshold=found["threshold"])
+    assert masks[0].shape == (64, 64) and found["phrases"] == expected["phrases"]
+    assert found["miou"] == pytest.approx(expected["miou"], abs=1e-4)
+    assert found["ap"] == pytest.approx(expected["ap"], abs=1e-3)
 
 
 def test_killed_and_resumed_it_ends_the_same(finished, clip_folder, tmp_path):
