@@ -24,7 +24,7 @@ from .phrasecut_writer import write_phrasecut
 from .scenes import check_arguments
 from .splits import Source, given_splits, name_source, read_tables
 
-VERSION = 1  # increase it when pixels or columns change: `datasets` caches by arguments, not by code
+VERSION = 2  # increase it when pixels or columns change: `datasets` caches by arguments, not by code
 
 __all__ = ["KINDS", "SPLITS", "Coverage", "find_coverage", "load", "materialize", "push_to_hub", "write_phrasecut"]
 
@@ -91,7 +91,7 @@ def load(
         >>> from hf_dl.data import phrasecut
         >>> dataset = phrasecut.load("test", max_images=2)
         >>> dataset[1]["phrase"], dataset[1]["mask"].size
-        ('yellow cylinder', (64, 64))
+        ('brown sphere', (64, 64))
     """
     if not 0 <= negatives < 1:
         raise ValueError(f"negatives={negatives} must be from 0 to below 1: the share of rows with a false phrase.")

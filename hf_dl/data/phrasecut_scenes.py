@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import datasets
 
-from .captions import COMBINATIONS, Combination, avoid_held_out
+from .captions import COMBINATIONS, OBJECT_SCALE, Combination, avoid_held_out
 from .generation import counted
 from .png import encode_png
 from .raycast import chunk_size, shade
@@ -144,7 +144,14 @@ def _examples(
     seed: int,
 ) -> list[dict]:
     drawn = visible_scenes(
-        indices, split, style, size, num_objects, seed, adapt=lambda index, scene: avoid_held_out(scene, held_out)
+        indices,
+        split,
+        style,
+        size,
+        num_objects,
+        seed,
+        adapt=lambda index, scene: avoid_held_out(scene, held_out),
+        object_scale=OBJECT_SCALE,
     )
     images = shade(SceneBatch([scene for scene, _ in drawn], size, "cpu")).numpy()
     return [

@@ -70,6 +70,7 @@ def sample_scene(
     num_objects: tuple[int, int] = (2, 4),
     seed: int = 0,
     attempt: int = 0,
+    object_scale: float = 1.0,
 ) -> Scene | None:
     """Draw the description of one scene. The result depends on the arguments only.
 
@@ -80,6 +81,7 @@ def sample_scene(
         num_objects: Smallest and largest number of objects.
         seed: Seed of the whole dataset.
         attempt: Index of the attempt. `load` tries again until every object is sufficiently visible.
+        object_scale: Factor for the size of the objects if there are one or two. More objects grow less.
 
     Returns:
         The scene, or None if this attempt found no space for all objects.
@@ -100,12 +102,13 @@ def sample_scene(
         ground_rotation=uniform(rng, 0, 360),
     )
     shrink = _shrink(count)
+    scale = shrink * max(1.0, object_scale * min(1.0, math.sqrt(2 / count)))
     objects: list[SceneObject] = []
     for _ in range(count):
         size, shape = pick(rng, tuple(SIZES[style])), pick(rng, SHAPES)
         material, color = pick(rng, MATERIALS[style]), pick(rng, tuple(COLORS))
         surface = draw_surface(rng, material, LINEAR_COLORS[color])
-        draft = SceneObject(shape, color, size, SIZES[style][size] * shrink, uniform(rng, 0, 360), (0, 0, 0), surface)
+        draft = SceneObject(shape, color, size, SIZES[style][size] * scale, uniform(rng, 0, 360), (0, 0, 0), surface)
         for _ in range(30):
             item = replace(draft, position=(uniform(rng, -2.8, 2.8), uniform(rng, -2.8, 3.6), draft.extent[1]))
             if has_room(scene, item, objects, gap=GAP * shrink):
@@ -162,6 +165,7 @@ def visible_scenes(
     seed: int,
     *,
     adapt: Callable[[int, Scene], Scene | None] | None = None,
+    object_scale: float = 1.0,
 ) -> list[tuple[Scene, torch.Tensor]]:
     """Return for each index the first attempt with all objects inside the image and visible, and its mask.
 
@@ -175,7 +179,8 @@ def visible_scenes(
             scene = None
             while scene is None:
                 assert attempt < _ATTEMPTS, f"no room for the objects of scene {index} of {split}, {num_objects=}"
-                scene = sample_scene(index, split, style=style, num_objects=num_objects, seed=seed, attempt=attempt)
+                options = {"style": style, "num_objects": num_objects, "seed": seed, "object_scale": object_scale}
+                scene = sample_scene(index, split, attempt=attempt, **options)
                 if scene is not None and adapt is not None:
                     scene = adapt(index, scene)
                 attempt += 1
@@ -193,9 +198,15 @@ def visible_scenes(
 
 
 def _examples(
-    indices: range, split: str, style: str, size: int, num_objects: tuple[int, int], seed: int
+    indices: range,
+    split: str,
+    style: str,
+    size: int,
+    num_objects: tuple[int, int],
+    seed: int,
+    object_scale: float = 1.0,
 ) -> list[dict]:
-    drawn = visible_scenes(indices, split, style, size, num_objects, seed)
+    drawn = visible_scenes(indices, split, style, size, num_objects, seed, object_scale=object_scale)
     images = shade(SceneBatch([scene for scene, _ in drawn], size, "cpu")).numpy()
     return [
         {"image": encode_png(image), "mask": encode_png(mask.numpy()), **annotate(scene, mask.numpy())}
@@ -284,6 +295,7 @@ def load(
     num_objects: tuple[int, int] = (2, 4),
     num_scenes: int | None = None,
     seed: int = 0,
+    object_scale: float = 1.0,
     streaming: bool = False,
 ) -> datasets.Dataset | datasets.IterableDataset:
     """Generate scenes with masks, boxes, relations, captions and phrases.
@@ -297,6 +309,8 @@ def load(
         num_scenes: Number of scenes. Defaults to 8000 for "train" and 500 for the others. A longer dataset starts with
             the scenes of a shorter one.
         seed: Seed of the whole dataset.
+        object_scale: Factor for the size of the objects if a scene has one or two, at least 1 and at most 1.6. More
+            objects grow less.
         streaming: Render while iterating, instead of once into the cache of `datasets`.
 
     Returns:
@@ -319,6 +333,8 @@ def load(
         )
     num_scenes = SPLITS.get(split, 1) if num_scenes is None else num_scenes
     check_arguments(split, style=style, size=size, num_objects=num_objects, num_scenes=num_scenes)
+    if not 1 <= object_scale <= 1.6:
+        raise ValueError(f"object_scale={object_scale} must be from 1 to 1.6.")
     shards = [(start, min(start + 256, num_scenes)) for start in range(0, num_scenes, 256)]
     arguments = {
         "shards": shards,
@@ -328,6 +344,7 @@ def load(
         "num_objects": tuple(num_objects),
         "seed": seed,
         "version": VERSION,
+        **({"object_scale": object_scale} if object_scale != 1 else {}),  # the cache of other scenes stays valid
     }
     options = {"features": FEATURES, "gen_kwargs": arguments, "split": datasets.NamedSplit(split)}
     if streaming:

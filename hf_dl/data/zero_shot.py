@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 import datasets
 
 from . import labeled_images
-from .captions import COMBINATIONS, HELD_OUT, recombine
+from .captions import COMBINATIONS, HELD_OUT, OBJECT_SCALE, recombine
 from .generation import counted, row_bar
 from .object_crops import CLASSES
 from .png import encode_png
@@ -24,7 +24,7 @@ from .splits import Rows, Source
 
 SPLITS = {"train": 3200, "validation": 640, "test": 1600}  # default numbers of generated images
 
-VERSION = 1  # increase it when pixels or columns change: `datasets` caches by arguments, not by code
+VERSION = 2  # increase it when pixels or columns change: `datasets` caches by arguments, not by code
 
 
 def load(
@@ -130,6 +130,7 @@ def _make_rows(indices: range, split: str, style: str, size: int, seed: int) -> 
         (1, 1),
         seed,
         adapt=lambda index, scene: recombine(scene, {0: COMBINATIONS[labels[index]]}),
+        object_scale=OBJECT_SCALE,
     )
     images = shade(SceneBatch([scene for scene, _ in drawn], size, "cpu")).numpy()
     return [{"image": encode_png(image), "label": label} for image, label in zip(images, labels.values(), strict=True)]

@@ -38,7 +38,7 @@ def test_only_the_test_split_has_held_out_combinations():
 
 def test_without_held_out_combinations_the_images_are_the_scenes():
     rows = load("train", num_pairs=6, size=32, held_out=None, num_objects=(1, 3))
-    expected = scenes.load("train", num_scenes=6, size=32, num_objects=(1, 3))
+    expected = scenes.load("train", num_scenes=6, size=32, num_objects=(1, 3), object_scale=captions.OBJECT_SCALE)
     assert pixels(rows) == pixels(expected)
     for objects, others in zip(rows["objects"], expected["objects"], strict=True):
         assert objects == [{name: other[name] for name in ("color", "shape", "size", "box")} for other in others]
@@ -73,7 +73,7 @@ def test_images_are_rendered_once_for_all_captions(monkeypatch):
 
 def test_captions_are_true():
     rows = load("test", num_pairs=60, size=64, num_objects=(1, 3))
-    relations = scenes.load("test", num_scenes=60, size=64, num_objects=(1, 3))
+    relations = scenes.load("test", num_scenes=60, size=64, num_objects=(1, 3), object_scale=captions.OBJECT_SCALE)
     told = {"size": 0, "left of": 0, "right of": 0, "in front of": 0, "behind": 0}
     for row, scene in zip(rows, relations, strict=True):
         assert len(set(row["captions"])) == 4

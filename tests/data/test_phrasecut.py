@@ -55,7 +55,9 @@ def test_phrases_of_scenes_are_true_of_exactly_their_objects():
 
 def test_masks_of_scenes():
     data = phrasecut.load("test", max_images=6, negatives=0.2)
-    images = scenes.load("test", num_scenes=6, num_objects=(1, 2))  # nothing is held out from the test scenes
+    images = scenes.load(
+        "test", num_scenes=6, num_objects=(1, 2), object_scale=captions.OBJECT_SCALE
+    )  # nothing is held out from the test scenes
     by_name = {}
     for row in data:
         by_name.setdefault(row["image_id"], []).append(row)

@@ -477,3 +477,25 @@ def test_gpu_renders_the_same_scenes(style):
     gpu_images, gpu_masks = scenes.render(drawn, 64, device="cuda")
     assert (masks != gpu_masks.cpu()).float().mean() < 1e-4
     assert ((images.int() - gpu_images.cpu().int()).abs() > 2).float().mean() < 1e-3
+
+
+def test_objects_can_be_larger_in_scenes_of_one_or_two():
+    radii = {"small": 0.5, "large": 0.85}
+    for count, factor in ((1, 1.5), (2, 1.5), (3, 1.5 * (2 / 3) ** 0.5), (5, 1.0)):
+        scene = next(filter(None, (
+            scenes.sample_scene(0, num_objects=(count, count), object_scale=1.5, attempt=attempt)
+            for attempt in range(100)
+        )))  # fmt: skip
+        for item in scene.objects:
+            assert item.radius == pytest.approx(radii[item.size] * factor)
+    small, large = (
+        scenes.load("test", num_scenes=6, size=32, num_objects=(1, 2), object_scale=scale) for scale in (1.0, 1.5)
+    )
+    areas = [sum(o["visible_pixels"] for row in data for o in row["objects"]) for data in (small, large)]
+    assert areas[1] > 1.5 * areas[0]
+
+
+@pytest.mark.parametrize("scale", [0.5, 2.0])
+def test_the_factor_of_the_objects_has_a_range(scale):
+    with pytest.raises(ValueError, match=f"object_scale={scale} must be from 1 to 1.6"):
+        scenes.load("test", num_scenes=1, object_scale=scale)
