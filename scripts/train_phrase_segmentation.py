@@ -4,7 +4,8 @@ r"""Train a decoder that segments images from phrases, on top of a frozen CLIP.
     scripts/run accelerate launch scripts/train_phrase_segmentation.py
     scripts/run accelerate launch scripts/train_phrase_segmentation.py --source VGPhraseCut_v0 --image_size 352 \
         --clip openai/clip-vit-base-patch16 --decoder_type clipseg --refined --learning_rate 1e-3 \
-        --intermediate_size 2048 --num_train 0 --max_steps 20000 --batch_size 16 --mixed_precision bf16
+        --intermediate_size 2048 --num_train 0 --max_steps 20000 --phrases_per_image 4 --num_workers 8 \
+        --mixed_precision bf16
 
 The first command trains a small CLIP on generated scenes, and the second one a decoder for it. The third one is the
 setting of Lüddecke & Ecker 2022, "Image Segmentation Using Text and Image Prompts" (CLIPSeg), for a GPU. Scores and
@@ -31,7 +32,7 @@ from hf_dl.training.run import TrainingRun
 class Args(recipe.ModelFlags, recipe.PhraseFlags, recipe.SegmentationFlags, TrainingArgs):
     """Flags of this script. A batch has `batch_size` images, and `phrases_per_image` phrases of each."""
 
-    max_steps: int = 1000
+    max_steps: int = 1500
     batch_size: int = 16
     learning_rate: float = 2e-3
     weight_decay: float = 0.01

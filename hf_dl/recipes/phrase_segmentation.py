@@ -120,7 +120,7 @@ class SegmentationFlags:
     """Flags of the training; placed before `TrainingArgs`."""
 
     phrases_per_image: int = field(
-        default=4, metadata={"help": "Number of phrases of each image of a batch. All share one pass of CLIP."}
+        default=2, metadata={"help": "Number of phrases of each image of a batch. All share one pass of CLIP."}
     )
     dice_weight: float = field(
         default=0.0, metadata={"help": "Weight of the Dice loss, which is added to the binary cross-entropy."}
