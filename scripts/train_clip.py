@@ -63,11 +63,11 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     if run.steps == 0 and args.eval_every:
         run.log(**evaluate("validation", "val"))  # the modality gap before training
     for batch in run:
-        # Random numbers of each example: two for its shift, one for the choice of its caption, the rest for its words.
-        draws = clip.draw_for_batch(run, 3 + args.max_length)
-        images = clip.shift_images(batch["image"], draws[:, :2], args.shift)
-        texts = tokens.pick(batch["index"].cpu(), draws[:, 2])
-        texts = tokens.drop_words(texts, args.word_dropout, draws[:, 3:])
+        # Random numbers of each example: six for its image, one for the choice of its caption, the rest for its words.
+        draws = clip.draw_for_batch(run, 7 + args.max_length)
+        images = clip.vary_images(batch["image"], draws[:, :6], shift=args.shift, zoom=args.zoom, jitter=args.jitter)
+        texts = tokens.pick(batch["index"].cpu(), draws[:, 6])
+        texts = tokens.drop_words(texts, args.word_dropout, draws[:, 7:])
 
         pixel_values = to_pixel_values(images, processor.image_processor, run.device)
         texts = {name: tensor.to(run.device) for name, tensor in texts.items()}

@@ -126,6 +126,13 @@ class ModelFlags:
     num_hidden_layers: int = field(default=4, metadata={"help": "Number of transformer blocks of the image encoder."})
     text_layers: int = field(default=2, metadata={"help": "Number of transformer blocks of the text encoder."})
     num_heads: int = field(default=4, metadata={"help": "Attention heads per transformer block."})
+    freeze_patches: bool = field(
+        default=True,
+        metadata={
+            "help": "Keep the initial patch embedding: edges in gray and mean colors. The shape of an object is then "
+            "read in the same way for all colors."
+        },
+    )
     projection_dim: int = field(default=64, metadata={"help": "Number of features of an image, and of a text."})
     vocab_size: int = field(
         default=8192, metadata={"help": "Largest number of words. The most frequent words of the captions are kept."}
@@ -145,8 +152,15 @@ class ContrastiveFlags:
             "help": "Fixed temperature of the contrastive loss. By default, it is learned from 0.07, at least 0.01."
         },
     )
-    shift: int = field(
-        default=4, metadata={"help": "Maximum random shift of the training images in pixels. 0 disables it."}
+    shift: float = field(
+        default=4.0, metadata={"help": "Maximum random shift of the training images in pixels. 0 disables it."}
+    )
+    zoom: float = field(
+        default=0.2, metadata={"help": "Maximum random change of the size of the training images, as a fraction."}
+    )
+    jitter: float = field(
+        default=0.5,
+        metadata={"help": "Maximum random change of brightness, saturation and contrast, as a fraction."},
     )
     word_dropout: float = field(
         default=0.1,
@@ -161,8 +175,9 @@ class ContrastiveFlags:
             raise ValueError(f"temperature={self.temperature} must be above 0.")
         if not 0 <= self.shift < self.image_size:
             raise ValueError(f"shift={self.shift} must be at least 0 and below image_size={self.image_size}.")
-        if not 0 <= self.word_dropout < 1:
-            raise ValueError(f"word_dropout={self.word_dropout} must be at least 0 and below 1.")
+        for name in ("zoom", "jitter", "word_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and below 1.")
         if self.accumulation > 1:
             raise ValueError(
                 f"accumulation={self.accumulation} is not supported: the contrastive loss compares each image with "
@@ -273,6 +288,7 @@ def make_model(args: Any, tokenizer: PreTrainedTokenizerFast) -> CLIPModel:
     """
     model = CLIPModel(make_config(args, vocab_size=len(tokenizer)))
     init_like_convolution(model.vision_model)
+    model.vision_model.embeddings.patch_embedding.requires_grad_(not args.freeze_patches)
     with torch.no_grad():
         model.logit_scale.fill_(-math.log(args.temperature or FIRST_TEMPERATURE))
     model.logit_scale.requires_grad_(args.temperature is None)
@@ -457,27 +473,42 @@ def draw_for_batch(run: Any, columns: int) -> torch.Tensor:
     return draws.chunk(run.accelerator.num_processes)[run.accelerator.process_index]
 
 
-def shift_images(images: torch.Tensor, draws: torch.Tensor, most: int) -> torch.Tensor:
-    """Shift each image by a whole number of pixels, and repeat the border.
+def vary_images(
+    images: torch.Tensor, draws: torch.Tensor, *, shift: float = 0.0, zoom: float = 0.0, jitter: float = 0.0
+) -> torch.Tensor:
+    """Shift and zoom each image, and change its brightness, saturation and contrast. Hues stay the same.
 
     Args:
-        images: Images (batch, channels, height, width).
-        draws: Numbers in [0, 1) that select the vertical and the horizontal shift (batch, 2).
-        most: Largest shift in each direction, in pixels.
+        images: Images (batch, 3, height, width) of any dtype.
+        draws: Uniform numbers in [0, 1) (batch, 6): for both shifts, the zoom and the three changes of color.
+        shift: Largest shift in each direction, in pixels. The border is repeated.
+        zoom: Largest change of the size, as a fraction.
+        jitter: Largest change of brightness, saturation and contrast, as a fraction.
+
+    Returns:
+        Float images of the same shape, which may exceed the range of the originals.
 
     Example:
-        >>> shift_images(torch.tensor([[[[1, 2, 3]]]]), torch.tensor([[0.5, 0.0]]), 1)
-        tensor([[[[1, 1, 2]]]])
+        >>> image = torch.tensor([[[[1, 2, 3]]]]).expand(1, 3, 1, 3)
+        >>> vary_images(image, torch.tensor([[0.5, 1.0, 0.5, 0.5, 0.5, 0.5]]), shift=1)[0, 0]
+        tensor([[2., 3., 3.]])
     """
-    height, width = images.shape[2:]
-    moves = (draws.to(images.device) * (2 * most + 1)).long() - most
-    rows, columns = (
-        (torch.arange(side, device=images.device) + moves[:, axis, None]).clamp(0, side - 1)
-        for axis, side in enumerate((height, width))
-    )
-    batch = torch.arange(images.shape[0], device=images.device)
-    # two advanced indices around a slice put the channels last
-    return images[batch[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    images, draws = images.float(), 2 * draws.to(images.device) - 1
+    size = torch.tensor(images.shape[:1:-1], device=images.device)  # width, height
+    if shift or zoom:
+        affine = torch.zeros(len(images), 2, 3, device=images.device)
+        affine[:, 0, 0] = affine[:, 1, 1] = 1 + zoom * draws[:, 2]
+        affine[:, :, 2] = 2 * shift * draws[:, [1, 0]] / size
+        grid = F.affine_grid(affine, list(images.shape), align_corners=False)
+        images = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+    if jitter:
+        brightness, saturation, contrast = (1 + jitter * draws[:, 3:6, None, None, None]).unbind(1)
+        images = images * brightness
+        gray = images.mean(1, keepdim=True)
+        images = gray + saturation * (images - gray)
+        mean = images.mean((1, 2, 3), keepdim=True)
+        images = mean + contrast * (images - mean)
+    return images
 
 
 # ---------------------------------------------------------------------------------------------------------------------

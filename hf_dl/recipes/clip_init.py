@@ -4,12 +4,17 @@ A small vision transformer learns the shapes of small objects slowly, because it
 patches belong together. Zheng et al. (2025, https://arxiv.org/abs/2505.19985) give it this bias by its initial weights
 only: each head attends to the patch at a fixed offset, so that a layer mixes neighbors like a convolution does.
 
-Differences from the paper: the weights of queries and keys are written down instead of fitted by gradient descent, and
-the class token averages all patches, so that it can be used for pooling. The weights are trained like any others.
+Differences from the paper:
+
+* The weights of queries and keys are written down instead of fitted by gradient descent.
+* The class token averages all patches, so that it can be used for pooling.
+* The patch embedding has two kinds of filters: random edges in gray, and random mixtures of the mean color. The first
+  layers of trained networks have both kinds (Krizhevsky et al. 2012, figure 3). With these filters, a shape has
+  the same features in all colors, also in a color that the training images do not show it in.
 
 On n patches per axis, the position y has the channels sin(w y) and cos(w y) for w = pi / n * (1, 3, 5, ...). The query
 of a head with the offset d has sin(w (y + d)) and cos(w (y + d)). Its product with the key of position z is the sum of
-cos(w (y + d - z)) over w, which is n / 2 for z = y + d and 0 for all other z.
+cos(w (y + d - z)) over w. The sum is n / 2 for z = y + d, and 0 for all other z.
 """
 
 import math
@@ -22,9 +27,9 @@ OFFSETS = (
     ((0, 1), (0, -1), (1, 0), (-1, 0)),
     ((1, 1), (1, -1), (-1, 1), (-1, -1)),
 )
-PEAK = 24.0  # attention logit of the patch at the offset, for a patch without content; others have at most half of it
+PEAK = 24.0  # attention logit of the patch at the offset; all others have at most half of it
 POSITION_SCALE = 4.0  # amplitude of the position channels
-PATCH_SCALE = 0.5  # scale of the content channels, low enough that LayerNorm keeps the position of colorful patches
+PATCH_SCALE = 0.5  # scale of the content, low enough that LayerNorm keeps the position of colorful patches
 
 
 @torch.no_grad()
@@ -60,7 +65,13 @@ def init_like_convolution(vision: CLIPVisionModel, *, generator: torch.Generator
     embeddings.position_embedding.weight.zero_()  # also of the class token, which then attends to all patches equally
     embeddings.position_embedding.weight[1:, :positions] = POSITION_SCALE * torch.stack(waves, dim=1)
     patches = embeddings.patch_embedding.weight
-    patches.normal_(std=PATCH_SCALE / math.sqrt(patches[0].numel()), generator=generator)[:positions] = 0
+    # three quarters of the content are edges in gray, without the mean, and the rest is the mean color of a patch
+    gray = torch.empty_like(patches[:, :1]).normal_(std=1 / math.sqrt(patches[0].numel()), generator=generator)
+    color = torch.empty_like(patches[:, :, :1, :1]).normal_(std=1 / math.sqrt(3), generator=generator)
+    first = size - (size - positions) // 4
+    patches.copy_(PATCH_SCALE * (gray - gray.mean((2, 3), keepdim=True)))
+    patches[first:] = PATCH_SCALE * color[first:] / patches[0, 0].numel()
+    patches[:positions] = 0
     embeddings.class_embedding.normal_(std=PATCH_SCALE, generator=generator)[:positions] = 0
 
     # LayerNorm gives a patch without content the squared length `size`, and each query and key gets a part of it

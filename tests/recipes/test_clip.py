@@ -108,6 +108,12 @@ class TestModel:
         fixed = clip.make_model(args, tokenizer)
         assert not fixed.logit_scale.requires_grad and fixed.logit_scale.exp().item() == pytest.approx(2)
 
+    def test_the_patch_embedding_is_frozen_if_asked(self, tokenizer):
+        for freeze in (True, False):
+            model = clip.make_model(clip_flags(freeze_patches=freeze), tokenizer)
+            fixed = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+            assert fixed == ({"vision_model.embeddings.patch_embedding.weight"} if freeze else set())
+
     def test_a_learned_temperature_is_clamped(self, tokenizer):
         model = clip.make_model(clip_flags(temperature=None), tokenizer)
         model.logit_scale.data.fill_(9.0)
@@ -137,6 +143,7 @@ class TestModel:
 def clip_flags(**changes):
     known = {"patch_size": 8, "hidden_size": 16, "num_hidden_layers": 1, "text_layers": 1, "num_heads": 2}
     known |= {"projection_dim": 8, "image_size": 32, "max_length": 8, "vocab_size": 9, "temperature": None}
+    known |= {"freeze_patches": True}
     return SimpleNamespace(**(known | changes))
 
 
@@ -163,12 +170,30 @@ class TestBatches:
         assert torch.equal(dropped["attention_mask"], batch["attention_mask"])
 
     def test_shifts_move_each_image_and_repeat_its_border(self):
-        image = torch.arange(9).view(1, 1, 3, 3).repeat(3, 2, 1, 1)
-        draws = torch.tensor([[0.5, 0.5], [0.0, 0.5], [0.99, 0.99]])  # unmoved, one row down, one up and left
-        same, down, corner = clip.shift_images(image, draws, 1)
-        assert torch.equal(same, image[0])
-        assert down[0].tolist() == [[0, 1, 2], [0, 1, 2], [3, 4, 5]] and torch.equal(down[0], down[1])
-        assert corner[0].tolist() == [[4, 5, 5], [7, 8, 8], [7, 8, 8]]
+        image = torch.arange(9.0).view(1, 1, 3, 3).repeat(3, 3, 1, 1)
+        draws = torch.full((3, 6), 0.5)
+        draws[1, :2], draws[2, :2] = torch.tensor([0.0, 0.5]), torch.tensor([1.0, 1.0])
+        same, down, corner = clip.vary_images(image, draws, shift=1)
+        assert torch.allclose(same, image[0], atol=1e-5)
+        expected = torch.tensor([[0.0, 1, 2], [0, 1, 2], [3, 4, 5]])
+        assert torch.allclose(down, expected.expand(3, 3, 3), atol=1e-5)
+        assert torch.allclose(corner[0], torch.tensor([[4.0, 5, 5], [7, 8, 8], [7, 8, 8]]), atol=1e-5)
+
+    def test_the_zoom_changes_the_size(self):
+        image = torch.zeros(2, 3, 16, 16)
+        image[:, :, 4:12, 4:12] = 1
+        draws = torch.full((2, 6), 0.5)
+        draws[:, 2] = torch.tensor([0.0, 1.0])  # the zoom is 1 - 0.5 and 1 + 0.5
+        large, small = clip.vary_images(image, draws, zoom=0.5).mean((1, 2, 3)).tolist()
+        assert large == pytest.approx(1.0, abs=0.1) and small == pytest.approx(1 / 9, abs=0.02)
+
+    def test_colors_keep_their_hue(self):
+        color = torch.tensor([173.0, 35, 35]).view(1, 3, 1, 1)
+        image = torch.cat([color.expand(1, 3, 2, 4), torch.full((1, 3, 2, 4), 180.0)], dim=2).repeat(64, 1, 1, 1)
+        draws = torch.rand(64, 6, generator=torch.Generator().manual_seed(0))
+        red, green, blue = clip.vary_images(image, draws, jitter=0.5)[:, :, 0, 0].T
+        assert torch.allclose(green, blue, atol=1e-3) and (red > green).all()
+        assert red.std() > 20 and torch.equal(clip.vary_images(image, draws), image)
 
     def test_the_draws_are_the_same_for_any_number_of_processes(self):
         def draws(processes, index):

@@ -27,6 +27,16 @@ def test_each_head_attends_to_the_patch_at_its_offset():
         assert attention[:, :, 0].max() < 0.1  # the class token averages all patches
 
 
+def test_patches_are_edges_in_gray_and_mean_colors():
+    encoder = make_encoder()
+    init_like_convolution(encoder, generator=torch.Generator().manual_seed(0))
+    positions, edges, colors = encoder.embeddings.patch_embedding.weight.split([16, 36, 12])
+    assert not positions.any()
+    assert torch.equal(edges[:, 0], edges[:, 1]) and torch.equal(edges[:, 0], edges[:, 2])
+    assert edges.sum((2, 3)).abs().max() < 1e-5 < edges.abs().mean()
+    assert torch.equal(colors, colors[:, :, :1, :1].expand_as(colors)) and colors.std(1).min() > 0
+
+
 @pytest.mark.parametrize("changes", [{"num_attention_heads": 32}, {"patch_size": 48}])
 def test_encoders_without_room_for_positions_are_refused(changes):
     with pytest.raises(ValueError, match="Expected at least 4 channels and 2x2 patches"):
