@@ -54,7 +54,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     processor = clip.make_processor(train, tokenizer)
     tokens = clip.CaptionTokens(train.captions, tokenizer)
     model = clip.make_model(args, tokenizer)
-    run = TrainingRun(args, model, train, collate=as_is, processor=processor)
+    # Captions of similar length in a batch: an image with one object is compared with others of one object.
+    run = TrainingRun(args, model, train, collate=as_is, processor=processor, lengths=train.num_words)
 
     def evaluate(split: str, prefix: str) -> dict[str, float]:
         with run.averaged():
@@ -63,11 +64,13 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     if run.steps == 0 and args.eval_every:
         run.log(**evaluate("validation", "val"))  # the modality gap before training
     for batch in run:
-        # Random numbers of each example: six for its image, one for the choice of its caption, the rest for its words.
-        draws = clip.draw_for_batch(run, 7 + args.max_length)
-        images = clip.vary_images(batch["image"], draws[:, :6], shift=args.shift, zoom=args.zoom, jitter=args.jitter)
-        texts = tokens.pick(batch["index"].cpu(), draws[:, 6])
-        texts = tokens.drop_words(texts, args.word_dropout, draws[:, 7:])
+        # Random numbers of each example: seven for its image, two for its hue and its caption, the rest for its words.
+        draws = clip.draw_for_batch(run, 9 + args.max_length)
+        recolored = draws[:, 7] < args.recolor  # images with other hues, whose captions lose the color words
+        options = {"shift": args.shift, "zoom": args.zoom, "jitter": args.jitter, "recolored": recolored}
+        images = clip.vary_images(batch["image"], draws[:, :7], **options)
+        texts = tokens.pick(batch["index"].cpu(), draws[:, 8])
+        texts = tokens.drop_words(texts, args.word_dropout, draws[:, 9:], recolored=recolored)
 
         pixel_values = to_pixel_values(images, processor.image_processor, run.device)
         texts = {name: tensor.to(run.device) for name, tensor in texts.items()}

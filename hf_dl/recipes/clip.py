@@ -34,6 +34,7 @@ from transformers import (
 
 from hf_dl.data import captions, zero_shot
 from hf_dl.data.image_arrays import ImageTensors
+from hf_dl.data.surfaces import COLORS
 from hf_dl.metrics.modality_gap import modality_gap_scores
 from hf_dl.models.clip_features import as_features
 from hf_dl.progress import activity
@@ -41,7 +42,7 @@ from hf_dl.reporting.card import run_card, usage_snippet
 from hf_dl.reporting.plots import plot_run
 from hf_dl.training.batches import mix_seed
 
-from .clip_init import init_like_convolution
+from .clip_init import init_like_convolution, init_like_word_average
 from .evaluation import checked_config, hide_progress_bars, load_model, report_data, split_size
 from .phrase_mismatch import mismatch_scores
 
@@ -62,6 +63,10 @@ CURVES = {
     "temperature": {"temperature": "temperature"},
 }
 STYLES = ("plain", "photo", "descriptive")  # the prompt styles that a training run evaluates
+COLOR_WORDS = (  # the basic color terms of Berlin & Kay (1969), and the other colors of scenes
+    *("black", "white", "red", "green", "yellow", "blue", "brown", "purple", "pink", "orange", "gray", "grey"),
+    *(color for color in COLORS if color not in ("red", "green", "yellow", "blue", "brown", "purple", "gray")),
+)
 SPECIAL = ("<pad>", "<start>", "<unk>", "<end>")  # CLIPTextModel pools at the wrong token if the id of <end> is 2
 FIRST_TEMPERATURE = 0.07
 LOWEST_TEMPERATURE = 0.01  # CLIP does not multiply cosines by more than 100
@@ -159,8 +164,15 @@ class ContrastiveFlags:
         default=0.2, metadata={"help": "Maximum random change of the size of the training images, as a fraction."}
     )
     jitter: float = field(
-        default=0.5,
+        default=0.4,
         metadata={"help": "Maximum random change of brightness, saturation and contrast, as a fraction."},
+    )
+    recolor: float = field(
+        default=0.5,
+        metadata={
+            "help": "Probability that the hues of a training image change at random, and that the color words of its "
+            "caption become the unknown token."
+        },
     )
     word_dropout: float = field(
         default=0.1,
@@ -175,7 +187,7 @@ class ContrastiveFlags:
             raise ValueError(f"temperature={self.temperature} must be above 0.")
         if not 0 <= self.shift < self.image_size:
             raise ValueError(f"shift={self.shift} must be at least 0 and below image_size={self.image_size}.")
-        for name in ("zoom", "jitter", "word_dropout"):
+        for name in ("zoom", "jitter", "recolor", "word_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and below 1.")
         if self.accumulation > 1:
@@ -288,6 +300,7 @@ def make_model(args: Any, tokenizer: PreTrainedTokenizerFast) -> CLIPModel:
     """
     model = CLIPModel(make_config(args, vocab_size=len(tokenizer)))
     init_like_convolution(model.vision_model)
+    init_like_word_average(model.text_model, tokenizer.all_special_ids)
     model.vision_model.embeddings.patch_embedding.requires_grad_(not args.freeze_patches)
     with torch.no_grad():
         model.logit_scale.fill_(-math.log(args.temperature or FIRST_TEMPERATURE))
@@ -348,6 +361,11 @@ class ImageCaptions(torch.utils.data.Dataset):
 
     def __len__(self) -> int:
         return len(self.pixels)
+
+    @property
+    def num_words(self) -> list[float]:
+        """Mean number of words per caption of each image."""
+        return [sum(len(text.split()) for text in texts) / len(texts) for texts in self.captions]
 
     def __getitems__(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
         """Return several rows: image uint8 (rows, 3, height, width) and index (rows,)."""
@@ -422,6 +440,8 @@ class CaptionTokens:
         flat = [text for each in texts for text in each]
         self._ids = tokenizer(flat, padding=True, truncation=True, return_tensors="pt")["input_ids"].int()
         self._pad, self._unknown = tokenizer.pad_token_id, tokenizer.unk_token_id
+        vocabulary = tokenizer.get_vocab()
+        self._colors = torch.tensor([vocabulary[word] for word in COLOR_WORDS if word in vocabulary])
 
     def pick(self, index: torch.Tensor, choice: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return the tokens of one caption per image.
@@ -439,19 +459,23 @@ class CaptionTokens:
         longest = int(mask.sum(1).max())
         return {"input_ids": ids[:, :longest], "attention_mask": mask[:, :longest]}
 
-    def drop_words(self, tokens: Mapping[str, torch.Tensor], rate: float, draws: torch.Tensor) -> dict[str, Any]:
+    def drop_words(
+        self, tokens: Mapping[str, torch.Tensor], rate: float, draws: torch.Tensor, *, recolored: torch.Tensor
+    ) -> dict[str, Any]:
         """Replace words by the unknown token, so that unknown words in a prompt do little harm.
 
         Args:
             tokens: `input_ids` and `attention_mask`.
             rate: Probability of each word.
             draws: Uniform numbers in [0, 1), at least as many columns as words, (batch, words).
+            recolored: Captions that lose all of their color words, bool (batch,).
 
         Returns:
             The tokens. The special tokens never change.
         """
         ids = tokens["input_ids"]
         dropped = (draws[:, : ids.shape[1]] < rate) & (ids >= len(SPECIAL))
+        dropped |= recolored[:, None] & torch.isin(ids, self._colors)
         return {**tokens, "input_ids": ids.masked_fill(dropped, self._unknown)}
 
 
@@ -474,23 +498,30 @@ def draw_for_batch(run: Any, columns: int) -> torch.Tensor:
 
 
 def vary_images(
-    images: torch.Tensor, draws: torch.Tensor, *, shift: float = 0.0, zoom: float = 0.0, jitter: float = 0.0
+    images: torch.Tensor,
+    draws: torch.Tensor,
+    *,
+    shift: float = 0.0,
+    zoom: float = 0.0,
+    jitter: float = 0.0,
+    recolored: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Shift and zoom each image, and change its brightness, saturation and contrast. Hues stay the same.
+    """Shift and zoom each image, and change its brightness, saturation, contrast, and on request its hues.
 
     Args:
         images: Images (batch, 3, height, width) of any dtype.
-        draws: Uniform numbers in [0, 1) (batch, 6): for both shifts, the zoom and the three changes of color.
+        draws: Uniform numbers in [0, 1) (batch, 7): for both shifts, the zoom, the three changes of color and the hue.
         shift: Largest shift in each direction, in pixels. The border is repeated.
         zoom: Largest change of the size, as a fraction.
         jitter: Largest change of brightness, saturation and contrast, as a fraction.
+        recolored: Images whose hues are rotated by any angle, bool (batch,). Gray stays gray.
 
     Returns:
         Float images of the same shape, which may exceed the range of the originals.
 
     Example:
         >>> image = torch.tensor([[[[1, 2, 3]]]]).expand(1, 3, 1, 3)
-        >>> vary_images(image, torch.tensor([[0.5, 1.0, 0.5, 0.5, 0.5, 0.5]]), shift=1)[0, 0]
+        >>> vary_images(image, torch.tensor([[0.5, 1.0, 0.5, 0.5, 0.5, 0.5, 0.5]]), shift=1)[0, 0]
         tensor([[2., 3., 3.]])
     """
     images, draws = images.float(), 2 * draws.to(images.device) - 1
@@ -508,6 +539,12 @@ def vary_images(
         images = gray + saturation * (images - gray)
         mean = images.mean((1, 2, 3), keepdim=True)
         images = mean + contrast * (images - mean)
+    if recolored is not None and recolored.any():
+        angle = math.pi * draws[:, 6, None, None] * recolored.to(images.device)[:, None, None]
+        # rotation of RGB around the axis of the grays, by Rodrigues' formula
+        across = torch.tensor([[0.0, -1, 1], [1, 0, -1], [-1, 1, 0]], device=images.device) / math.sqrt(3)
+        turn = torch.eye(3, device=images.device) + angle.sin() * across + (1 - angle.cos()) * across @ across
+        images = torch.einsum("bij,bjhw->bihw", turn, images)
     return images
 
 

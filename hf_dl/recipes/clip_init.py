@@ -18,9 +18,10 @@ cos(w (y + d - z)) over w. The sum is n / 2 for z = y + d, and 0 for all other z
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
-from transformers import CLIPVisionModel
+from transformers import CLIPTextModel, CLIPVisionModel
 
 # Offsets (rows, columns) of the heads: the sides and the corners in turn. The residual has the patch itself.
 OFFSETS = (
@@ -91,3 +92,23 @@ def init_like_convolution(vision: CLIPVisionModel, *, generator: torch.Generator
                 attention.k_proj.weight[out, into] = scale * torch.eye(2)
         attention.v_proj.weight[:, positions:].normal_(std=(size - positions) ** -0.5, generator=generator)
         attention.out_proj.weight[positions:].normal_(std=0.7 * size**-0.5, generator=generator)
+
+
+@torch.no_grad()
+def init_like_word_average(
+    text: CLIPTextModel, special_ids: Sequence[int], *, generator: torch.Generator | None = None
+) -> None:
+    """Set the embeddings of a text encoder so that the features of a text start as an average over its words.
+
+    Two texts that differ by one word then have different features from the first step, and the difference is the same
+    in all texts. With the default weights, the end token hides the words, and CLIP first learns the difference of two
+    shapes for each color apart.
+
+    Args:
+        text: The text encoder of a `CLIPModel`, `model.text_model`.
+        special_ids: Ids of the tokens that are not words. Their embeddings are zero.
+        generator: Random number generator of the embeddings of the words.
+    """
+    words = text.embeddings.token_embedding.weight
+    words.normal_(generator=generator)
+    words[list(special_ids)] = 0

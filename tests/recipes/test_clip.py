@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from hf_dl.data import zero_shot
+from hf_dl.data.surfaces import COLORS
 from hf_dl.recipes import clip
 
 SIZES = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -161,7 +162,8 @@ class TestBatches:
     def test_words_are_dropped_and_special_tokens_are_not(self, tokenizer):
         tokens = clip.CaptionTokens([["a red cube"], ["sphere"]], tokenizer)
         batch = tokens.pick(torch.tensor([0, 1]), torch.zeros(2))
-        dropped = tokens.drop_words(batch, 0.5, torch.tensor([[0.9, 0.1, 0.6, 0.1, 0.1, 0.3], [0.0] * 6]))
+        draws, kept = torch.tensor([[0.9, 0.1, 0.6, 0.1, 0.1, 0.3], [0.0] * 6]), torch.tensor([False, False])
+        dropped = tokens.drop_words(batch, 0.5, draws, recolored=kept)
         names = [tokenizer.convert_ids_to_tokens(row) for row in dropped["input_ids"].tolist()]
         assert names == [
             ["<start>", "<unk>", "red", "<unk>", "<end>"],
@@ -169,9 +171,26 @@ class TestBatches:
         ]
         assert torch.equal(dropped["attention_mask"], batch["attention_mask"])
 
+    def test_a_recolored_image_loses_the_color_words(self, tokenizer):
+        tokens = clip.CaptionTokens([["a red cube"], ["a blue sphere"]], tokenizer)
+        batch = tokens.pick(torch.tensor([0, 1]), torch.zeros(2))
+        dropped = tokens.drop_words(batch, 0.0, torch.rand(2, 8), recolored=torch.tensor([True, False]))
+        names = [tokenizer.convert_ids_to_tokens(row) for row in dropped["input_ids"].tolist()]
+        assert names == [["<start>", "a", "<unk>", "cube", "<end>"], ["<start>", "a", "blue", "sphere", "<end>"]]
+        assert set(COLORS) <= set(clip.COLOR_WORDS)
+
+    def test_hues_rotate_and_grays_stay(self):
+        pixels = torch.tensor([[200.0, 40, 30], [120, 120, 120]]).T[None, :, :, None].repeat(3, 1, 1, 1)
+        draws = torch.full((3, 7), 0.5)
+        draws[:, 6] = torch.tensor([0.5, 5 / 6, 0.5])  # by 0, by 120 degrees, and not asked for
+        found = clip.vary_images(pixels, draws, recolored=torch.tensor([True, True, False]))
+        assert torch.allclose(found[:, :, 1], pixels[:, :, 1], atol=1e-3)
+        assert torch.allclose(found[0], pixels[0], atol=1e-3) and torch.equal(found[2], pixels[2])
+        assert torch.allclose(found[1, :, 0, 0], torch.tensor([30.0, 200, 40]), atol=1e-3)  # red became green
+
     def test_shifts_move_each_image_and_repeat_its_border(self):
         image = torch.arange(9.0).view(1, 1, 3, 3).repeat(3, 3, 1, 1)
-        draws = torch.full((3, 6), 0.5)
+        draws = torch.full((3, 7), 0.5)
         draws[1, :2], draws[2, :2] = torch.tensor([0.0, 0.5]), torch.tensor([1.0, 1.0])
         same, down, corner = clip.vary_images(image, draws, shift=1)
         assert torch.allclose(same, image[0], atol=1e-5)
@@ -182,7 +201,7 @@ class TestBatches:
     def test_the_zoom_changes_the_size(self):
         image = torch.zeros(2, 3, 16, 16)
         image[:, :, 4:12, 4:12] = 1
-        draws = torch.full((2, 6), 0.5)
+        draws = torch.full((2, 7), 0.5)
         draws[:, 2] = torch.tensor([0.0, 1.0])  # the zoom is 1 - 0.5 and 1 + 0.5
         large, small = clip.vary_images(image, draws, zoom=0.5).mean((1, 2, 3)).tolist()
         assert large == pytest.approx(1.0, abs=0.1) and small == pytest.approx(1 / 9, abs=0.02)
@@ -190,7 +209,7 @@ class TestBatches:
     def test_colors_keep_their_hue(self):
         color = torch.tensor([173.0, 35, 35]).view(1, 3, 1, 1)
         image = torch.cat([color.expand(1, 3, 2, 4), torch.full((1, 3, 2, 4), 180.0)], dim=2).repeat(64, 1, 1, 1)
-        draws = torch.rand(64, 6, generator=torch.Generator().manual_seed(0))
+        draws = torch.rand(64, 7, generator=torch.Generator().manual_seed(0))
         red, green, blue = clip.vary_images(image, draws, jitter=0.5)[:, :, 0, 0].T
         assert torch.allclose(green, blue, atol=1e-3) and (red > green).all()
         assert red.std() > 20 and torch.equal(clip.vary_images(image, draws), image)

@@ -1,8 +1,8 @@
 import pytest
 import torch
-from transformers import CLIPVisionConfig, CLIPVisionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModel
 
-from hf_dl.recipes.clip_init import OFFSETS, init_like_convolution
+from hf_dl.recipes.clip_init import OFFSETS, init_like_convolution, init_like_word_average
 
 
 def make_encoder(**changes):
@@ -41,3 +41,22 @@ def test_patches_are_edges_in_gray_and_mean_colors():
 def test_encoders_without_room_for_positions_are_refused(changes):
     with pytest.raises(ValueError, match="Expected at least 4 channels and 2x2 patches"):
         init_like_convolution(make_encoder(**changes))
+
+
+def test_texts_start_as_averages_of_their_words():
+    torch.manual_seed(0)
+    fields = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = CLIPTextModel(CLIPTextConfig(vocab_size=20, eos_token_id=3, **fields)).eval()
+    red_cube, red_cone, blue_cube, blue_cone = (torch.tensor([[1, 4, a, b, 3]]) for a in (5, 6) for b in (7, 8))
+
+    def differences():
+        with torch.no_grad():
+            features = [text(input_ids=ids).pooler_output for ids in (red_cube, red_cone, blue_cube, blue_cone)]
+        red, blue = features[0] - features[1], features[2] - features[3]
+        return torch.cosine_similarity(red, blue).item(), (red.norm() / features[0].norm()).item()
+
+    before = differences()
+    init_like_word_average(text, [0, 1, 2, 3], generator=torch.Generator().manual_seed(0))
+    same, size = differences()
+    assert not text.embeddings.token_embedding.weight[:4].any()
+    assert same > 0.8 and size > 0.4 > before[1]

@@ -138,6 +138,7 @@ def test_a_fixed_temperature_stays_and_captions_have_their_own_zero_shot_images(
         (["--temperature=0"], "temperature=0.0 must be above 0"),
         (["--shift=32"], "shift=32.0 must be at least 0 and below image_size=32"),
         (["--word_dropout=1"], "word_dropout=1.0 must be at least 0 and below 1"),
+        (["--recolor=2"], "recolor=2.0 must be at least 0 and below 1"),
         (["--jitter=-0.1"], "jitter=-0.1 must be at least 0 and below 1"),
         (["--accumulation=2"], "accumulation=2 is not supported: the contrastive loss compares"),
         (["--patch_size=7"], "image_size=32 must be a multiple of patch_size=7"),
