@@ -40,6 +40,8 @@ from .arithmetic_trace import Operation, Step, make_steps, trace
 LAYERS = ("convolution", "pooling", "linear")
 """Kinds of operations whose outputs are the "memory" of lectures and papers."""
 
+Shapes = dict[str, tuple[int, ...]]  # of the parameters by name, in their order in the model
+
 
 @dataclass(frozen=True)
 class Row:
@@ -204,7 +206,7 @@ def arithmetic(
     peaks = {name: predict_peak(model, pixel_values, trained, output, optimizer=name) for name in optimizers}
     used = {name for step in steps for name in step.parameters}
     return Arithmetic(
-        rows=_join(steps, trained, model),
+        rows=_join(steps, trained, {name: tuple(p.shape) for name, p in model.named_parameters()}),
         image=tuple(pixel_values.shape),
         image_bytes=pixel_values.numel() * pixel_values.element_size(),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
@@ -225,7 +227,7 @@ def _keys(steps: Sequence[Step]) -> list[tuple[str, int, str, int]]:
     return keys
 
 
-def _join(steps: Sequence[Step], trained: Sequence[Step], model: nn.Module) -> list[Row]:
+def _join(steps: Sequence[Step], trained: Sequence[Step], shapes: Shapes) -> list[Row]:
     """Make the rows of the evaluation pass, with saved bytes and extra steps of the training pass."""
     training = dict(zip(_keys(trained), trained, strict=True))
     rows, number = [], {key: i for i, key in enumerate(training)}
@@ -234,24 +236,24 @@ def _join(steps: Sequence[Step], trained: Sequence[Step], model: nn.Module) -> l
     for key, step in known.items():
         place = number.get(key, -1)
         while waiting and number[waiting[0]] < place:
-            rows.append(_make_row(training[waiting.pop(0)], model, only_training=True))
+            rows.append(_make_row(training[waiting.pop(0)], shapes, only_training=True))
         saved = training[key].saved_bytes if key in training else 0
-        rows.append(_make_row(step, model, saved_bytes=saved))
-    return rows + [_make_row(training[key], model, only_training=True) for key in waiting]
+        rows.append(_make_row(step, shapes, saved_bytes=saved))
+    return rows + [_make_row(training[key], shapes, only_training=True) for key in waiting]
 
 
-def _make_row(step: Step, model: nn.Module, *, saved_bytes: int | None = None, only_training: bool = False) -> Row:
+def _make_row(step: Step, shapes: Shapes, *, saved_bytes: int | None = None, only_training: bool = False) -> Row:
     main, result = step.main, step.result
     kind, window, place = main.call.kind, main.window, result.field
     if main.call.name == "mean" and None not in (main.before, place) and place.size != main.before.size:
         kind = "pooling"  # a mean over the pixels
     elif kind == "other" and "norm" in step.operation.lower():
         kind = "normalization"
-    names = [] if only_training else [name for name, _ in model.named_parameters() if name in step.parameters]
-    shapes = [tuple(model.get_parameter(name).shape) for name in names]
+    own = set() if only_training else set(step.parameters)
+    found = [shape for name, shape in shapes.items() if name in own]
     size = result.bytes // max(math.prod(result.shape), 1)
     formulas = {
-        "parameters": parameter_formula(kind, window, shapes),
+        "parameters": parameter_formula(kind, window, found),
         "multiply_adds": main.macs[1],
         "output_bytes": "in place" if result.in_place else f"{product(result.shape)}*{size} = {result.bytes:,}",
         **_window_formulas(main),
@@ -264,7 +266,7 @@ def _make_row(step: Step, model: nn.Module, *, saved_bytes: int | None = None, o
         stride=None if window is None else window.stride,
         padding=None if window is None else window.padding,
         output=result.shape,
-        parameters=sum(math.prod(shape) for shape in shapes),
+        parameters=sum(math.prod(shape) for shape in found),
         multiply_adds=sum(each.macs[0] for each in step.operations),
         output_bytes=0 if result.in_place else result.bytes,
         saved_bytes=step.saved_bytes if saved_bytes is None else saved_bytes,

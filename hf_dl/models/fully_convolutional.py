@@ -1,7 +1,7 @@
 """Classic networks as sliding windows: linear layers become convolutions (Sermanet et al. 2013, OverFeat).
 
-A linear layer on a feature map of s x s pixels is a convolution with an s x s kernel, and the linear layers after it
-are 1x1 convolutions. On a larger image, the network then classifies each window of the training size, at all
+A linear layer on a feature map of s x s pixels is a convolution with an s x s kernel. The linear layers after it are
+1x1 convolutions. On a larger image, the network then classifies each window of the training size, at all
 positions that are `stride` pixels apart, and computes overlapping windows only once:
 
     VGG-16, 384x384 pixels:  12x12 features, a kernel of 7x7, 6x6 windows of 224x224 pixels

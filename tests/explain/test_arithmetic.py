@@ -1,5 +1,7 @@
 """The arithmetic of networks, against hand calculations, gradients, torch's own counts and measured memory."""
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,6 +20,7 @@ from hf_dl.models import (
 from tests.explain.tiny import make_images, make_resnet, make_vit
 
 
+@functools.cache
 def on_meta(architecture):
     config = ClassicCNNConfig.published(architecture)
     with torch.device("meta"):

@@ -96,7 +96,11 @@ def test_a_large_network_needs_no_memory(monkeypatch):
     ("model", "size", "sentence"),
     [
         ("vgg16", 16, r"image_size=16 is too small for vgg16: in stage conv5, .* The smallest size is 32"),
-        ("vgg15", None, r"model='vgg15' is neither a network of hf_dl \(lenet5, .*\) nor a folder or Hub id"),
+        (
+            "vgg15",
+            None,
+            r"model='vgg15' is unknown. Expected the folder or Hub id of .* one of: lenet5, .*, resnet152\.",
+        ),
     ],
 )
 def test_wrong_names_and_sizes_raise_one_sentence(model, size, sentence):
