@@ -1,17 +1,23 @@
-"""Compare Grad-CAM with the PyPI package `grad-cam`, and recorded attention maps with eager attention.
+"""Compare explanations with the PyPI packages `grad-cam` and `captum`, and recorded attention with eager attention.
 
-    scripts/run --group benchmark python scripts/benchmarks/explain.py [--output json]
+    scripts/run --group benchmark --with captum python scripts/benchmarks/explain.py [--output json]
 
-Takes two minutes on two cores. The benchmark reports CPU milliseconds per image on one thread, the median of
-interleaved repetitions:
+Takes five minutes on two cores. Without captum, its comparisons are left out. The benchmark reports CPU milliseconds
+per image on one thread, the median of interleaved repetitions:
 
 - ResNet-50 with random weights at 224x224: the forward pass, Grad-CAM by the package, and Grad-CAM by hf_dl, for one
   layer and for the last four blocks. Expected: hf_dl is at least 2 times as fast, and the maps are equal up to 1e-4;
 - a ViT of base width with six blocks and random weights at 224x224: the forward pass, CLS attention of all layers by
-  hf_dl with SDPA, and CLS attention by the model with eager attention.
+  hf_dl with SDPA, and CLS attention by the model with eager attention;
+- occlusion in a residual network with 14 layers at 32x32, and in ResNet-18 at 96x96, both with random weights: one
+  window per forward pass, as captum does by default, and windows in batches. Expected: the attributions are equal up
+  to 1e-4. Batches help small networks most, because one window does not fill a core;
+- gradient, guided backpropagation, deconvolution and integrated gradients in ResNet-18: captum and hf_dl. Expected:
+  the attributions are equal up to rounding.
 """
 
 import argparse
+import importlib.util
 import json
 import statistics
 import time
@@ -22,7 +28,16 @@ import torch
 from torch import nn
 from transformers import ResNetConfig, ResNetForImageClassification, ViTConfig, ViTForImageClassification
 
-from hf_dl.explain import grad_cam, record_attention
+from hf_dl.explain import (
+    deconvolution,
+    grad_cam,
+    gradient,
+    guided_backprop,
+    integrated_gradients,
+    occlusion,
+    record_attention,
+)
+from hf_dl.models.norm_resnet import NormResNetConfig, NormResNetForImageClassification
 from hf_dl.training.errors import explain_errors
 
 CLASS = 3
@@ -115,6 +130,76 @@ def compare_attention(repetitions: int, batch: int) -> dict[str, float]:
     }
 
 
+def make_resnet18() -> nn.Module:
+    """Return a network of the size of ResNet-18 with random weights."""
+    torch.manual_seed(0)
+    sizes = {"hidden_sizes": [64, 128, 256, 512], "depths": [2, 2, 2, 2], "layer_type": "basic"}
+    return ResNetForImageClassification(ResNetConfig(**sizes, num_labels=100)).eval()
+
+
+def compare_occlusion(model: nn.Module, side: int, repetitions: int) -> dict[str, float]:
+    """Measure occlusion of one image, one window at a time and in batches."""
+    image = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0))
+    patch = round(side / 7)
+    options = {"classes": CLASS, "patch": patch, "stride": patch // 2, "fill": "gray"}
+    steps = {
+        "one_by_one": lambda: occlusion(model, image, **options, batch_size=1).attributions,
+        "ours": lambda: occlusion(model, image, **options).attributions,
+    }
+    if importlib.util.find_spec("captum"):
+        from captum.attr import Occlusion
+
+        theirs = Occlusion(Logits(model))
+        window = {"sliding_window_shapes": (3, patch, patch), "strides": (3, patch // 2, patch // 2)}
+        # gray is 0 after normalization; captum repeats the value for each channel
+        steps["captum"] = lambda: theirs.attribute(image, target=CLASS, baselines=0, **window)[:, 0]
+    milliseconds = time_steps(steps, repetitions, 1)
+    reference = "captum" if "captum" in steps else "one_by_one"
+    return {
+        **{f"{name}_ms": round(value, 1) for name, value in milliseconds.items()},
+        "windows": occlusion(model, image, **options).drops.numel(),
+        "speed": round(milliseconds[reference] / milliseconds["ours"], 2),
+        "largest_difference": (steps["ours"]() - steps[reference]()).abs().max().item(),
+    }
+
+
+def compare_gradients(repetitions: int, batch: int) -> dict[str, dict[str, float]]:
+    """Measure methods by backpropagation in a network of the size of ResNet-18, against captum."""
+    from captum.attr import Deconvolution, GuidedBackprop, IntegratedGradients, Saliency
+
+    model, images = make_resnet18(), torch.randn(batch, 3, 96, 96, generator=torch.Generator().manual_seed(0))
+    wrapped = Logits(model).eval()
+    pairs = {
+        "gradient": (gradient, Saliency, {}, {"abs": False}),
+        "guided backpropagation": (guided_backprop, GuidedBackprop, {}, {}),
+        "deconvolution": (deconvolution, Deconvolution, {}, {}),
+        "integrated gradients": (
+            integrated_gradients,
+            IntegratedGradients,
+            {"baseline": "gray", "steps": 16},
+            {"baselines": 0, "n_steps": 16},
+        ),
+    }
+    results = {}
+    for name, (function, package, ours, theirs) in pairs.items():
+        made = package(wrapped)
+        steps = {
+            "captum": lambda made=made, theirs=theirs: made.attribute(
+                images.clone().requires_grad_(), target=CLASS, **theirs
+            ),
+            "ours": lambda function=function, ours=ours: function(model, images, classes=CLASS, **ours).attributions,
+        }
+        milliseconds = time_steps(steps, repetitions, batch)
+        expected = steps["captum"]().detach()
+        results[name] = {
+            **{f"{step}_ms": round(value, 1) for step, value in milliseconds.items()},
+            "speed": round(milliseconds["captum"] / milliseconds["ours"], 2),
+            "largest_value": expected.abs().max().item(),
+            "largest_difference": (steps["ours"]() - expected).abs().max().item(),
+        }
+    return results
+
+
 def main(argv: list[str] | None = None) -> dict[str, dict]:
     """Run all measurements, print a table, and write it as JSON if `--output` is given."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
@@ -128,6 +213,11 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
         for layers in (1, 4)
     }
     results["CLS attention"] = compare_attention(args.repetitions, args.batch_size)
+    small = NormResNetForImageClassification(NormResNetConfig(num_labels=25)).eval()
+    results["occlusion, 32x32"] = compare_occlusion(small, 32, args.repetitions)
+    results["occlusion, 96x96"] = compare_occlusion(make_resnet18(), 96, args.repetitions)
+    if importlib.util.find_spec("captum"):
+        results |= compare_gradients(args.repetitions, args.batch_size)
     for name, values in results.items():
         print(f"{name:20s}", values, flush=True)
     if args.output:
