@@ -1,14 +1,20 @@
 """Tiny models for the tests of the demo pages."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
 import torch
+from transformers import CLIPImageProcessor
 
+from hf_dl.data.captions import COLORS, SHAPES
 from hf_dl.demo.slots import make_explanation
+from hf_dl.models.clip_segmenter import ClipSegmenterConfig, ClipSegmenterForImageSegmentation
 from hf_dl.models.norm_resnet import NormResNetConfig, NormResNetForImageClassification, image_processor
 from hf_dl.models.slot_autoencoder import SlotAutoencoderConfig, SlotAutoencoderModel
 from hf_dl.models.small_vit import SmallViTConfig, SmallViTForImageClassification, SmallViTImageProcessor
+from hf_dl.pipelines.phrase_segmentation import PhraseSegmentationPipeline
+from hf_dl.recipes.clip import make_tokenizer
 
 from ..pipelines.test_slot_diffusion import make_pipe
 
@@ -73,3 +79,45 @@ def save_vit(folder):
     SmallViTForImageClassification(config).save_pretrained(folder)
     SmallViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)
     return folder
+
+
+def save_phrase_model(folder, seed=0, **fields):
+    """Save a model of phrases that knows the words of scenes. Its probabilities differ between phrases and pixels."""
+    torch.manual_seed(seed)
+    tokenizer = make_tokenizer([" ".join(("a an", *COLORS, *SHAPES))], max_length=8)
+    tower = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = {"vocab_size": len(tokenizer), "max_position_embeddings": 8, "pad_token_id": 0, "bos_token_id": 1}
+    clip = {
+        "projection_dim": 8,
+        "text_config": {**tower, **text, "eos_token_id": 3},
+        "vision_config": {**tower, "image_size": 16, "patch_size": 4},
+    }
+    options = {"layers": [0, 1], "reduce_dim": 16, "num_attention_heads": 2, "intermediate_size": 16, **fields}
+    model = ClipSegmenterForImageSegmentation(ClipSegmenterConfig(clip=clip, **options))
+    with torch.no_grad():
+        model.clip.logit_scale.fill_(math.log(20))
+    size = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
+    PhraseSegmentationPipeline(model, tokenizer, CLIPImageProcessor(**size)).save_pretrained(folder)
+    return folder
+
+
+def make_gap(details=("rich", "poor"), temperatures=("learned", "0.5")):
+    """Make recorded points of the modality gap, without (rich, 0.5)."""
+    cells = []
+    for detail in details:
+        for temperature in temperatures:
+            if (detail, temperature) == ("rich", "0.5"):
+                continue
+            views = {
+                name: {
+                    "scores": {"centroid_distance": size, "rmg": 0.5, "separability": 0.9, "accuracy": 0.75},
+                    "images": [size, 0.1, size, -0.1],
+                    "texts": [-size, 0.2, -size, 0.0],
+                }
+                for name, size in (("none", 0.8), ("centering", 0.1), ("rotation", 0.2), ("centered_rotation", 0.0))
+            }
+            scores = {"centroid_distance": [0.8, 0.01], "plain_accuracy": [0.7, 0.02]}
+            cells.append(
+                {"detail": detail, "temperature": temperature, "seeds": 3, "seed": 0, "scores": scores, "views": views}
+            )
+    return {"script": "train_clip.py", "commit": "0123456", "cells": cells}

@@ -1,0 +1,155 @@
+"""Points of the modality gap for the Space: images and captions in two dimensions, before and after alignment.
+
+Each setting of an experiment with train_clip.py, such as clip_gap.toml, becomes one cell: the scores of all seeds, and
+the points of one model. Alignments are fitted on captioned training scenes, and the points are test scenes.
+"""
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hf_dl.metrics.alignment import METHODS
+from hf_dl.reporting.experiment import read_results
+
+from . import clip, modality
+
+ALIGNMENTS = ("none", "centering", "rotation", "centered_rotation")
+SCORES = ("centroid_distance", "rmg", "separability", "accuracy")  # of each alignment
+RUN_SCORES = ("centroid_distance", "rmg", "separability", "plain_accuracy", "plain_unseen_accuracy")  # of all seeds
+MAX_BYTES = 300_000
+
+
+@dataclass
+class _Flags(modality.AlignmentFlags, modality.LabeledFlags):
+    """The flags that `hf_dl.recipes.modality` needs."""
+
+
+def find_settings(root: str | Path) -> dict[tuple[str, str], list[Path]]:
+    """Find the finished runs of each setting.
+
+    Args:
+        root: Folder of the runs, such as runs/clip_gap.
+
+    Returns:
+        The folders of the runs by level of detail and temperature, in the order of the seeds. The temperature is
+        "learned", or a number as text.
+
+    Raises:
+        ValueError: If the folder has no finished run of train_clip.py.
+    """
+    found: dict[tuple[str, str], list[tuple[int, Path]]] = {}
+    for path in sorted(Path(root).glob("*/results.json")):
+        results = read_results(path.parent)
+        args = results["args"]
+        if results["script"] == "train_clip.py" and args.get("source") == "synthetic":
+            temperature = "learned" if args["temperature"] is None else str(args["temperature"])
+            found.setdefault((args["detail"], temperature), []).append((args["seed"], path.parent))
+    if not found:
+        raise ValueError(
+            f"runs={str(root)!r} has no finished run of train_clip.py on scenes. Run the experiment clip_gap first."
+        )
+    return {setting: [folder for _, folder in sorted(runs)] for setting, runs in found.items()}
+
+
+def summarize_runs(folders: Sequence[Path]) -> dict[str, list[float]]:
+    """Compute mean and standard deviation of the test scores of runs that differ in their seed only.
+
+    Args:
+        folders: Folders of the runs.
+
+    Returns:
+        [mean, standard deviation] by name. The standard deviation of a single run is 0.
+    """
+    metrics = [read_results(folder)["metrics"] for folder in folders]
+    scores = {}
+    for name in RUN_SCORES:
+        values = [each[f"test_{name}"] for each in metrics if f"test_{name}" in each]
+        if values:
+            deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+            scores[name] = [round(statistics.fmean(values), 4), round(deviation, 4)]
+    return scores
+
+
+def align_run(
+    folder: Path, *, num_points: int = 150, num_pairs: int = 1000, num_test: int = 800
+) -> dict[str, dict[str, Any]]:
+    """Align the images and captions of one model, and project some of them on two axes.
+
+    Args:
+        folder: Folder of a run of train_clip.py on scenes.
+        num_points: Number of test images with their caption to show.
+        num_pairs: Number of pairs to fit on, and of test pairs for the scores of the gap.
+        num_test: Number of labeled test images for the accuracy.
+
+    Returns:
+        For each alignment, `scores` and the coordinates x, y, x, y, ... of `images` and `texts`. Pairs have the same
+        place in both lists. The axes are the principal components without alignment.
+    """
+    args = read_results(folder)["args"]
+    flags = _Flags(detail=args["detail"], style=args["style"], image_size=args["image_size"])
+    parts = (*clip.load_clip(folder), flags)
+    test, classes, _ = modality.embed_labeled(*parts, "test", num_test)
+    fit = modality.embed_captioned(*parts, "train", num_pairs)
+    new = modality.embed_captioned(*parts, "test", num_pairs)
+    shown = new.pick(range(min(num_points, num_pairs)))
+    scores, panels, views = {}, {}, {}
+    for name in ALIGNMENTS:
+        scores[name], alignment = modality.score_alignment(METHODS[name], fit, test, classes, new, labeled=False)
+        panels[name] = alignment.apply(shown.images, shown.texts, ids=shown.ids)
+    for name, points in modality.project(panels).items():
+        images, texts = ([round(value, 3) for value in each.flatten().tolist()] for each in points)
+        kept = {score: round(scores[name][score], 4) for score in SCORES}
+        views[name] = {"scores": kept, "images": images, "texts": texts}
+    return views
+
+
+def record_points(root: str | Path, **sizes: int) -> dict[str, Any]:
+    """Collect scores and points of all settings of an experiment.
+
+    Args:
+        root: Folder of the runs, such as runs/clip_gap.
+        **sizes: See `align_run`.
+
+    Returns:
+        `script`, `commit` and `cells`. A cell has `detail`, `temperature`, the number of `seeds`, the `seed` of the
+        points, `scores` with mean and standard deviation, and `views`, see `align_run`.
+    """
+    cells, commits = [], set()
+    for (detail, temperature), folders in find_settings(root).items():
+        first = read_results(folders[0])
+        commits.add(first.get("commit"))
+        cells.append(
+            {
+                "detail": detail,
+                "temperature": temperature,
+                "seeds": len(folders),
+                "seed": first["args"]["seed"],
+                "scores": summarize_runs(folders),
+                "views": align_run(folders[0], **sizes),
+            }
+        )
+    return {"script": "train_clip.py", "commit": commits.pop() if len(commits) == 1 else None, "cells": cells}
+
+
+def write_points(content: Mapping[str, Any], path: str | Path) -> Path:
+    """Write recorded points as JSON, with one line per cell.
+
+    Args:
+        content: The content, see `record_points`.
+        path: The file to write.
+
+    Raises:
+        ValueError: If the file would have more than `MAX_BYTES` bytes.
+    """
+    cells = ",\n".join(json.dumps(cell, separators=(",", ":")) for cell in content["cells"])
+    head = json.dumps({name: value for name, value in content.items() if name != "cells"})[:-1]
+    text = f'{head}, "cells": [\n{cells}\n]}}\n'
+    if len(text) > MAX_BYTES:
+        raise ValueError(f"The points need {len(text):,} bytes. Expected at most {MAX_BYTES:,}. Record fewer points.")
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return path
