@@ -7,4 +7,5 @@
 - `uploads`: read images from visitors; `pictures`: draw the pictures on the pages
 - `slots`, `decoders`, `slot_explorer`: the slot explorer without its layout
 - `masking`: masking the patches of an image, without the layout of the page
+- `phrases`, `gap`: masks and matches of phrases, and the plots of the modality gap, without the layout of the page
 """

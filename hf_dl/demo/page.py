@@ -52,10 +52,10 @@ CSS = """
 .ends {display: flex; justify-content: space-between; gap: 16px; font-size: var(--text-sm)}
 .ends span:last-child {text-align: right}
 .top h4 {margin: 0 0 6px}
-.top .row {display: grid; grid-template-columns: minmax(0, 11em) minmax(48px, 1fr) 4em; gap: 10px; margin: 5px 0;
+.top .row {display: grid; grid-template-columns: minmax(0, 11em) minmax(48px, 1fr) 4.4em; gap: 10px; margin: 5px 0;
   align-items: center}
 .top .name {overflow: hidden; text-overflow: ellipsis; white-space: nowrap}
-.top .value {text-align: right; font-variant-numeric: tabular-nums}
+.top .value {text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums}
 .top .bar div {background: var(--neutral-400)}
 .top .marked {font-weight: 600}
 .top .marked .bar div {background: var(--primary-500)}

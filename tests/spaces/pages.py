@@ -57,16 +57,25 @@ def build_demo(app, *args, **options):
     return asyncio.run(build())
 
 
-def find_endpoint(demo, name):
-    """Return the only endpoint of a page: a function with keyword arguments, where an image is a path.
+def find_endpoint(demo, name, *, tools=(), required=1):
+    """Return an endpoint of a page: a function with keyword arguments, where an image is a path.
 
     Every parameter must have a name, and an MCP client must see a description of each.
+
+    Args:
+        demo: The page.
+        name: Name of the endpoint.
+        tools: Names of all endpoints of the page. Defaults to `name` alone.
+        required: Number of arguments without a default.
     """
-    (info,) = demo.get_api_info()["named_endpoints"].items()
-    names = [parameter["parameter_name"] for parameter in info[1]["parameters"]]
-    (tool,) = asyncio.run(list_tools(demo))
-    assert info[0] == f"/{name}" and tool.name == name and tool.description.endswith(".")
-    assert list(tool.inputSchema["properties"]) == names and tool.inputSchema["required"] == names[:1]
+    endpoints, listed = demo.get_api_info()["named_endpoints"], asyncio.run(list_tools(demo))
+    assert list(endpoints) == [f"/{each}" for each in tools or [name]]
+    assert [tool.name for tool in listed] == list(tools or [name])
+    names = [parameter["parameter_name"] for parameter in endpoints[f"/{name}"]["parameters"]]
+    (tool,) = (each for each in listed if each.name == name)
+    assert tool.description.endswith(".")
+    assert list(tool.inputSchema["properties"]) == names
+    assert tool.inputSchema.get("required", []) == names[:required]
     assert all(each["description"].endswith(".") for each in tool.inputSchema["properties"].values())
     (function,) = (each.fn for each in demo.fns.values() if each.api_name == name)
     signature = inspect.signature(function)
@@ -90,8 +99,15 @@ async def list_tools(demo):
         return (await session.list_tools()).tools
 
 
-def call_tool(address, name, **arguments):
-    """Call the tool of a running page as an MCP client does, and return its dict, or the text of its error."""
+def call_tool(address, name, *, tools=(), **arguments):
+    """Call a tool of a running page as an MCP client does, and return its dict, or the text of its error.
+
+    Args:
+        address: Address of the page.
+        name: Name of the tool.
+        tools: Names of all tools of the page. Defaults to `name` alone.
+        **arguments: Arguments of the tool.
+    """
     from mcp import ClientSession
     from mcp.client.streamable_http import streamable_http_client
 
@@ -99,7 +115,7 @@ def call_tool(address, name, **arguments):
         transport = streamable_http_client(f"{address.rstrip('/')}/gradio_api/mcp/")
         async with transport as (read, write, _), ClientSession(read, write) as session:
             await session.initialize()
-            assert [tool.name for tool in (await session.list_tools()).tools] == [name]
+            assert [tool.name for tool in (await session.list_tools()).tools] == list(tools or [name])
             return await session.call_tool(name, arguments)
 
     result = asyncio.run(call())
