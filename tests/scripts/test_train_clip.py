@@ -132,6 +132,16 @@ def test_a_fixed_temperature_stays_and_captions_have_their_own_zero_shot_images(
     assert metrics["test_images"] == 2 and "test_plain_unseen_accuracy" not in metrics
 
 
+def test_the_initial_weights_do_not_depend_on_loading(tmp_path, monkeypatch):
+    """Rendering draws random numbers, and reading the cache does not: a second run would have other weights."""
+    flags = "--max_steps=1 --save_every=0 --eval_every=0 --log_every=1".split()
+    train(tmp_path / "one", *flags)
+    load = clip.load_pairs
+    monkeypatch.setattr(clip, "load_pairs", lambda args, split: (torch.rand(7), load(args, split))[1])
+    train(tmp_path / "two", *flags)
+    assert read_log(tmp_path / "one")[0]["loss"] == read_log(tmp_path / "two")[0]["loss"]
+
+
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
