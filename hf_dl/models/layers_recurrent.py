@@ -7,6 +7,8 @@ Each module runs in one of two ways, whose results differ only by rounding. `fus
 step. `fused=True`, the default, uses the kernel of torch and is faster. There is one exception: the CPU kernel for
 packed sequences has a backward pass whose time grows with the square of the length. Therefore, the bidirectional
 encoder always trains step by step on a CPU.
+
+`torch.compile` breaks its graph at `torch.nn.LSTM`. With `torch._dynamo.config.allow_rnn = True` it makes one graph.
 """
 
 import torch
@@ -299,7 +301,8 @@ def _check_length(x):
 def _kept(x, attention_mask):
     """Return the mask of the tokens to read, bool (batch, length), and their number per row, on the CPU.
 
-    Under `torch.export` the number is None. The LSTM then runs step by step, because the kernel needs the lengths.
+    Under `torch.export` and `torch.compile` the number is None. The LSTM then runs step by step, because the kernel
+    needs the lengths.
     """
     batch, length = x.shape[:2]
     if attention_mask is None:
@@ -308,7 +311,7 @@ def _kept(x, attention_mask):
         raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}, expected {(batch, length)}.")
     else:
         keep = attention_mask.to(x.device).bool()
-    if torch.compiler.is_exporting():
+    if torch.compiler.is_compiling():
         return keep, None  # the values are unknown
     lengths = keep.sum(dim=1).cpu()
     if bool((lengths == 0).any()):

@@ -59,7 +59,7 @@ class ModelContract:
     overfit_ratio = 0.1  # largest final loss on eight examples, as a fraction of the first
     half_tolerance = 0.05  # largest difference of a forward pass in half precision, as a fraction of the output
     problem_types = ()  # of a classifier, which must refuse the others; empty for other models
-    graph_breaks = ""  # why torch.compile needs more than one graph
+    dynamo: dict[str, bool] = {}  # settings of torch._dynamo.config that torch.compile needs for a single graph
     checkpoints = ()  # parts that gradient checkpointing computes again; empty if it must be refused
 
     @pytest.fixture(autouse=True)
@@ -201,10 +201,9 @@ if {self.processor_class is not None}:
         inputs = self.inputs(2)
         expected = self.answer(model, inputs)
         try:
-            compiled = torch.compile(model, backend="aot_eager", fullgraph=not self.graph_breaks)
-            if self.graph_breaks:  # dynamo then reads .grad of the tensors it resumes with
-                warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
-            torch.testing.assert_close(self.answer(compiled, inputs), expected, rtol=1e-4, atol=1e-5)
+            compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+            with torch._dynamo.config.patch(**self.dynamo):
+                torch.testing.assert_close(self.answer(compiled, inputs), expected, rtol=1e-4, atol=1e-5)
         finally:
             torch.compiler.reset()
 

@@ -201,3 +201,20 @@ def test_gradients_of_the_encoder_are_accumulated_once(fused):
     for (name, p), expected in zip(lstm.named_parameters(), once, strict=True):
         torch.testing.assert_close(p.grad, 2 * expected, msg=name)
     assert len({p.grad.data_ptr() for p in lstm.parameters()}) == len(once)
+
+
+@pytest.mark.parametrize("module", [LSTM, BidirectionalLSTM])
+@pytest.mark.parametrize("whole", [True, False])
+def test_compiled_with_a_mask(module, whole):
+    """By default, dynamo breaks the graph at torch.nn.LSTM; with `allow_rnn`, it makes one graph."""
+    torch.manual_seed(0)
+    lstm, x = module(3, 4), torch.randn(2, 5, 3)
+    arguments = {"x": x, "attention_mask": torch.tensor([[1, 1, 1, 0, 0], [1, 0, 1, 1, 1]])}
+    with torch.no_grad():
+        expected = lstm(**arguments)
+        try:
+            with torch._dynamo.config.patch(allow_rnn=whole):
+                found = torch.compile(lstm, backend="aot_eager", fullgraph=whole)(**arguments)
+        finally:
+            torch.compiler.reset()
+    torch.testing.assert_close(found, expected)
