@@ -76,7 +76,7 @@ def mcnemar(only_first: int, only_second: int) -> float:
         only_second: Number of examples that only the second one classifies correctly.
 
     Returns:
-        The two-sided p-value, 1 if there are no such examples.
+        The two-sided p-value. It is 1 if both numbers are 0.
 
     Raises:
         ValueError: If a number is negative.
@@ -176,7 +176,7 @@ def compare(correct: Mapping[str, Tensor], *, confidence: float = 0.95, seed: in
         One comparison per pair, with the more accurate classifier first.
 
     Raises:
-        ValueError: If the numbers of images differ, or there are no images.
+        ValueError: If the numbers of images differ, or are 0.
 
     Example:
         >>> right = {"photo": torch.tensor([True] * 8), "plain": torch.tensor([True] * 6 + [False] * 2)}
