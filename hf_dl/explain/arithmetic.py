@@ -18,8 +18,9 @@ be on the meta device or in a `FakeTensorMode`, which needs no memory for weight
 
 Where other tools count differently (their issues are in parentheses):
 
-- torchinfo: A linear layer on tokens has the multiply-adds of a single token (torchinfo #77, #226). Matrix products
-  of attention are missing. Versions before June 2026 count shared parameters several times (#322, #377).
+- torchinfo: Biases and normalizations have multiply-adds. A linear layer on tokens has the multiply-adds of a single
+  token (torchinfo #77, #226). Matrix products of attention are missing. Versions before June 2026 count shared
+  parameters several times (#322, #377).
 - fvcore: `scaled_dot_product_attention` is unsupported, and left out with a warning.
 - thop: `nn.MultiheadAttention` and functional calls have 0 operations (pytorch-OpCounter #197).
 - `torch.utils.flop_counter`: Attention on the CPU has 0 operations before torch 2.15 (pytorch #195460).

@@ -110,16 +110,16 @@ def compute(model: str, image_size: int | None = None, *, batch_size: int = 1) -
 
 
 def show_bytes(count: int) -> str:
-    """Write bytes in KiB, MiB or GiB, or "" for 0.
+    """Write bytes in B, KiB, MiB or GiB, or "" for 0.
 
     Example:
         >>> show_bytes(1536), show_bytes(60950432)
         ('1.5 KiB', '58.1 MiB')
     """
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20)):
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if count >= size:
             return f"{count / size:,.1f} {unit}"
-    return f"{count / 1024:,.1f} KiB" if count else ""
+    return f"{count} B" if count else ""
 
 
 def show_count(count: int) -> str:

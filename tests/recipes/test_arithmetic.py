@@ -60,7 +60,7 @@ def test_stages_sum_their_layers(lenet5):
 def test_names_lose_the_part_that_most_share():
     assert shorten(["a.b.c", "a.b.d", "a.b.e", "x"]) == ["c", "d", "e", "x"]
     assert shorten(["", "a.b"]) == ["", "a.b"] and shorten(["one"]) == ["one"]
-    assert [show_bytes(n) for n in (0, 512, 2**20, 3 * 2**30)] == ["", "0.5 KiB", "1.0 MiB", "3.0 GiB"]
+    assert [show_bytes(n) for n in (0, 512, 2**20, 3 * 2**30)] == ["", "512 B", "1.0 MiB", "3.0 GiB"]
 
 
 def test_the_chart_is_a_figure(lenet5, tmp_path):
