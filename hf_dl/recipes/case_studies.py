@@ -138,7 +138,7 @@ def write_tables() -> str:
     parts = [
         "# The arithmetic of the classic networks",
         "`scripts/make_case_study_tables.py` computes all numbers from the layers of the networks. "
-        "`hf-dl arithmetic NAME` prints the table of one network. [case_studies](case_studies.md) trains small versions.",
+        "`hf-dl arithmetic NAME` prints the table of one network.",
         "## From LeNet-5 to ResNet-152",
         summary_table(),
         'One image of the published size in float32. "Layer outputs" are the image and the outputs of convolutions, '
