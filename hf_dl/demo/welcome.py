@@ -50,15 +50,21 @@ def welcome_text(source: ModelSource, *, kind: str, space: str) -> str:
             f"<h3>Add a model to try your own input</h3><p>Set the variable <code>HF_DL_MODEL</code> to the Hub id of "
             f"{kind}. On a Space, you find it under Settings, Variables. Then restart the page. "
             "Or publish the Space together with a model:</p>"
-            f"<pre><code>hf-dl publish spaces/{space} you/{space} --type space --model runs/YOUR_RUN</code></pre>"
+            + _show_command(f"hf-dl publish spaces/{space} you/{space} --type space --model runs/YOUR_RUN")
         )
     failure = f"<p>{html.escape(training.failure())}</p>" if training.failure() else ""
     return (
         f"<h3>Add a model to try your own input</h3>{failure}<p>Train the small default model here. It takes "
         f"{training.minutes} on two CPU cores. Or train it in a terminal, and start this page again:</p>"
-        f"<pre><code>{html.escape(training.shown)}</code></pre>"
+        f"{_show_command(training.shown)}"
         f"<p>To use another model, set the variable <code>HF_DL_MODEL</code> to the folder or Hub id of {kind}.</p>"
     )
+
+
+def _show_command(command: str) -> str:
+    """Show a terminal command, which breaks between its words only: "--" at the end of a line looks like a word."""
+    words = " ".join(f"<span>{html.escape(word)}</span>" for word in command.split(" "))
+    return f"<pre><code>{words}</code></pre>"
 
 
 def offer_training(page: gr.Blocks, source: ModelSource, content: gr.Column, *, kind: str, space: Path) -> gr.State:
