@@ -35,7 +35,7 @@ from .surfaces import COLORS, LINEAR_COLORS, pick, recolor
 
 Combination = tuple[str, str]  # color and shape
 
-SPLITS = {"train": 8000, "validation": 500, "test": 1000}  # default numbers of generated pairs
+SPLITS = {"train": 16000, "validation": 500, "test": 1000}  # default numbers of generated pairs
 COMBINATIONS: tuple[Combination, ...] = tuple(tuple(name.split()) for name in CLASSES)
 # six of 32: each color still occurs with three or four shapes, and each shape with six or seven colors
 HELD_OUT: tuple[Combination, ...] = (

@@ -98,7 +98,7 @@ class PairFlags:
     )
     image_size: int = field(default=64, metadata={"help": "Height and width of the images, in pixels."})
     num_train: int = field(
-        default=0, metadata={"help": "Number of training images. 0 uses all images, 8000 for source=synthetic."}
+        default=0, metadata={"help": "Number of training images. 0 uses all images, 16000 for source=synthetic."}
     )
     num_test: int | None = field(
         default=None,
