@@ -104,8 +104,8 @@ class ModelFlags:
     layers: list[int] | None = field(
         default=None,
         metadata={
-            "help": "Blocks of the image encoder that the decoder reads, from 0. Defaults to one quarter, half "
-            "and three quarters of the depth, which is 3 6 9 for ViT-B. The paper uses 3 7 9."
+            "help": "Blocks of the image encoder that the decoder reads, from 0. Defaults to 0 1 3 for four blocks, "
+            "and else to one quarter, half and three quarters of the depth: 3 6 9 for ViT-B. The paper uses 3 7 9."
         },
     )
     reduce_dim: int = field(default=64, metadata={"help": "Channels of the decoder."})
@@ -173,12 +173,30 @@ def make_model(args: Any) -> tuple[ClipSegmenterForImageSegmentation, CLIPProces
         clip = CLIPModel(clip.config)
     names = ("decoder_type", "refined", "layers", "reduce_dim", "num_attention_heads", "intermediate_size")
     fields = {name: getattr(args, name) for name in (*names, "dice_weight") if hasattr(args, name)}
+    fields["layers"] = choose_layers(args.layers, clip.config.vision_config.num_hidden_layers)
     model = checked_config(ClipSegmenterForImageSegmentation.from_clip, clip=clip, **fields)
     model._grid((args.image_size, args.image_size))  # before any data is loaded
     image_processor = copy.deepcopy(image_processor)
     image_processor.size = {"height": args.image_size, "width": args.image_size}
     image_processor.do_center_crop = False
     return model, CLIPProcessor(image_processor=image_processor, tokenizer=tokenizer)
+
+
+def choose_layers(layers: list[int] | None, depth: int) -> list[int] | None:
+    """Return the blocks of CLIP to read. None selects the default of the config.
+
+    The CLIP of scripts/train_clip.py has four blocks. The tokens of its first block have the sharpest edges, and the
+    tokens of its last block know the most about the image.
+
+    Args:
+        layers: The flag, or None.
+        depth: Number of blocks of the image encoder.
+
+    Example:
+        >>> choose_layers(None, 4), choose_layers(None, 12), choose_layers([3, 7, 9], 12)
+        ([0, 1, 3], None, [3, 7, 9])
+    """
+    return [0, 1, 3] if layers is None and depth == 4 else layers
 
 
 @torch.no_grad()
