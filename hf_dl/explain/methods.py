@@ -95,16 +95,17 @@ class CodeMap:
     pictures: torch.Tensor
 
 
+def _attention(name: str, summary: str) -> Method:
+    return Method(attention_maps, "map", "classes", summary, (("method", name),), attention=True)
+
+
 METHODS: dict[str, Method] = {
     "grad_cam": Method(grad_cam, "map", "classes", "Weighted channels of a layer (Selvaraju et al. 2017)."),
-    **{
-        name: Method(attention_maps, "map", "classes", summary, (("method", name),), attention=True)
-        for name, summary in {
-            "cls": "Attention of the CLS token in one layer.",
-            "rollout": "Attention through all layers (Abnar & Zuidema 2020).",
-            "gradient_rollout": "Attention for a class through all layers (Chefer et al. 2021).",
-        }.items()
-    },
+    "cls": _attention("cls", "Attention of the CLS token in one layer."),
+    "rollout": _attention("rollout", "Attention through all layers (Abnar & Zuidema 2020)."),
+    "gradient_rollout": _attention(
+        "gradient_rollout", "Attention for a class through all layers (Chefer et al. 2021)."
+    ),
     "occlusion": Method(
         occlusion, "map", "classes", "Drop of the logit if a window is covered (Zeiler & Fergus 2014)."
     ),
