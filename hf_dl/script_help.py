@@ -18,7 +18,7 @@ from typing import Any
 from hf_dl.training.args import format_help
 
 PACKAGE = Path(__file__).resolve().parent
-_OPERATORS = {ast.BitOr: operator.or_, ast.Mult: operator.mul, ast.Pow: operator.pow}
+_OPERATORS = {ast.BitOr: operator.or_, ast.Mult: operator.mul, ast.Div: operator.truediv, ast.Pow: operator.pow}
 _REAL = ("hf_dl.training.args", "hf_dl.training.schedules")  # they need only the standard library
 
 

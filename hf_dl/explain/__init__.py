@@ -50,7 +50,7 @@ from .masking import (
     random_patches,
     ranked_patches,
 )
-from .methods import METHODS, Explanation, Method, explain
+from .methods import MAP_METHODS, METHODS, Explanation, Method, explain
 from .occlusion import OcclusionOutput, occlusion
 from .optimization import (
     Ascent,
@@ -66,6 +66,7 @@ from .scores import pointing_game, share_inside
 
 __all__ = [
     "ATTACKS",
+    "MAP_METHODS",
     "METHODS",
     "PLACES",
     "WAYS",

@@ -99,7 +99,8 @@ def _attention(name: str, summary: str) -> Method:
     return Method(attention_maps, "map", "classes", summary, (("method", name),), attention=True)
 
 
-METHODS: dict[str, Method] = {
+# two dicts, because the quick help of a script reads the names without imports
+MAP_METHODS: dict[str, Method] = {
     "grad_cam": Method(grad_cam, "map", "classes", "Weighted channels of a layer (Selvaraju et al. 2017)."),
     "cls": _attention("cls", "Attention of the CLS token in one layer."),
     "rollout": _attention("rollout", "Attention through all layers (Abnar & Zuidema 2020)."),
@@ -127,6 +128,8 @@ METHODS: dict[str, Method] = {
     "deconvolution": Method(
         deconvolution, "map", "classes", "Logit projected back to the pixels (Zeiler & Fergus 2014).", relu=True
     ),
+}
+METHODS: dict[str, Method] = MAP_METHODS | {
     "filters": Method(raw_filters, "picture", None, "Weights of the first convolution, on one scale."),
     "class_model": Method(class_model, "picture", "classes", "Image with a large logit (Simonyan et al. 2013)."),
     "activation": Method(

@@ -28,7 +28,7 @@ from hf_dl.reporting.grids import color_heat
 from .evaluation import load_model, report_data
 
 TOP_K = 5
-MAPS = tuple(name for name, method in explain.METHODS.items() if method.kind == "map")
+MAPS = tuple(explain.MAP_METHODS)
 
 
 @dataclass
