@@ -103,7 +103,7 @@ def test_a_missing_name_shows_the_help(capsys, words):
         (["trian", "slots"], "command 'trian' is unknown. Did you mean 'train'? Choose one of: train, evaluate"),
         (["train", "slot"], "system 'slot' is unknown. Did you mean 'slots'? Choose one of: autoencoder"),
         (["train", "../slots"], "system '../slots' is unknown."),
-        (["evaluate", "xyz"], "system 'xyz' is unknown. Choose one of: autoencoder"),
+        (["evaluate", "xyz"], "system 'xyz' is unknown. Choose one of: alignment"),
         (["experiment", "norm"], "experiment 'norm' is unknown. Did you mean 'norms'?"),
         (["demo", "gradcam"], "Space 'gradcam' is unknown. Did you mean 'grad_cam'?"),
     ],
