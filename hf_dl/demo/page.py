@@ -36,6 +36,7 @@ CSS = """
 .welcome pre {white-space: pre-wrap; overflow-wrap: anywhere; padding: 10px 14px; border-radius: 8px;
   background: var(--background-fill-secondary)}
 .welcome pre span {display: inline-block; max-width: 100%}
+.gradio-container .welcome pre code {font-size: min(14px, 3.1vw)}
 .recorded {display: flex; flex-wrap: wrap; overflow-wrap: anywhere; gap: 6px 32px; margin: 0 0 28px}
 .recorded > h4, .recorded > p {flex: 1 1 100%; margin: 0}
 .recorded .pictures {flex: 3 1 280px; display: grid; grid-template-columns: repeat(auto-fit, minmax(120px, 1fr));

@@ -61,10 +61,13 @@ def welcome_text(source: ModelSource, *, kind: str, space: str) -> str:
     )
 
 
-def _show_command(command: str) -> str:
-    """Show a terminal command, which breaks between its words only: "--" at the end of a line looks like a word."""
-    words = " ".join(f"<span>{html.escape(word)}</span>" for word in command.split(" "))
-    return f"<pre><code>{words}</code></pre>"
+def _show_command(commands: str) -> str:
+    """Show terminal commands, one per line. They break between words only, because "--" looks like a word."""
+    lines = [
+        " ".join(f"<span>{html.escape(word)}</span>" for word in command.split(" "))
+        for command in commands.splitlines()
+    ]
+    return f"<pre><code>{'<br>'.join(lines)}</code></pre>"
 
 
 def offer_training(page: gr.Blocks, source: ModelSource, content: gr.Column, *, kind: str, space: Path) -> gr.State:

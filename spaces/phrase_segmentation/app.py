@@ -76,7 +76,7 @@ compares them with each other. This is the **modality gap** (Liang et al. 2022).
 
 def make_training(root: Path) -> Training:
     """Return the training of the small default model: first CLIP, then the decoder."""
-    options = {"scores": {"loss": "loss"}, "minutes": "about ten minutes", "root": root}
+    options = {"scores": {"loss": "loss"}, "minutes": "about 15 minutes", "root": root}
     clip = Training("train_clip.py", "train_clip", **options)
     return Training("train_phrase_segmentation.py", "train_phrase_segmentation", **options, first=clip)
 

@@ -42,6 +42,11 @@ def test_training_is_offered_with_its_command(source):
     assert "Training failed: &lt;disk&gt;" in text(source)
 
 
+def test_two_commands_are_two_lines(source):
+    source.training.shown = "scripts/run one\nscripts/run two"
+    assert "<code>scripts/run one<br>scripts/run two</code>" in text(source)
+
+
 def test_without_scripts_it_says_how_to_add_a_model(source):
     source.can_train = False
     assert "HF_DL_MODEL" in text(source) and "publish spaces/some_page you/some_page --type space" in text(source)
