@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import datasets
@@ -63,15 +63,33 @@ def load(
     )
 
 
-def read_coco(path: Path) -> dict:
-    """Read an annotation file. Raise ValueError if it has no images and annotations."""
+_NEEDED = {"images": ("id", "file_name"), "annotations": ("image_id", "segmentation")}
+
+
+def read_coco(path: Path, needed: Mapping[str, Sequence[str]] = _NEEDED) -> dict:
+    """Read an annotation file.
+
+    Args:
+        path: The file.
+        needed: The lists that the file must have, and the fields of their records.
+
+    Raises:
+        ValueError: If the file is not JSON, or lacks a list or a field.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:  # also of the encoding
         raise ValueError(f"{path} is not JSON: {error}. Expected COCO instances.") from None
-    missing = {"images", "annotations"} - set(content if isinstance(content, dict) else ())
+    missing = set(needed) - set(content if isinstance(content, dict) else ())
     if missing:
         raise ValueError(f"{path} has no {' and no '.join(sorted(missing))}. Expected COCO instances.")
+    for name, fields in needed.items():
+        for number, record in enumerate(content[name]):
+            absent = [each for each in fields if not isinstance(record, dict) or record.get(each) is None]
+            if absent:
+                raise ValueError(
+                    f"{name}[{number}] of {path} has no {' and no '.join(absent)}. Expected COCO instances."
+                )
     return content
 
 
@@ -117,19 +135,23 @@ def rasterize(segmentation: list | dict, size: tuple[int, int], name: str) -> np
         The mask, bool (height, width).
 
     Raises:
-        ValueError: If the run lengths are compressed, or have another number of pixels.
+        ValueError: If the polygons are invalid, or the run lengths are compressed or have another number of pixels.
     """
     width, height = size
+    problem = ValueError(
+        f"A segmentation of {name} is not polygons x, y, x, y, ... or uncompressed run lengths of {width * height} "
+        "pixels. Decode compressed run lengths first, for example with pycocotools."
+    )
     if isinstance(segmentation, list):
         canvas = Image.new("1", size)
-        for polygon in segmentation:
-            ImageDraw.Draw(canvas).polygon(polygon, fill=1)
+        try:
+            for polygon in segmentation:
+                ImageDraw.Draw(canvas).polygon(polygon, fill=1)
+        except (TypeError, ValueError):
+            raise problem from None
         return np.asarray(canvas)
-    runs = segmentation["counts"]
-    if isinstance(runs, str) or sum(runs) != width * height:
-        raise ValueError(
-            f"A segmentation of {name} is not polygons or uncompressed run lengths of {width * height} pixels. Decode "
-            "compressed run lengths first, for example with pycocotools."
-        )
+    runs = segmentation.get("counts") if isinstance(segmentation, dict) else None
+    if not isinstance(runs, list) or sum(runs) != width * height:
+        raise problem
     # runs alternate between zeros and ones, column by column
     return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T

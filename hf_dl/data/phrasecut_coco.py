@@ -21,6 +21,11 @@ from .phrasecut_coverage import Coverage, FoundRows, choose_images, hold_out_ima
 from .phrasecut_phrases import count_negatives, name_subsets
 from .splits import SPLIT_NAMES, SPLIT_OF, find_split
 
+_NEEDED = {
+    "images": ("id", "file_name", "width", "height"),
+    "annotations": ("image_id", "category_id", "segmentation"),
+    "categories": ("id", "name"),
+}
 _NAME = re.compile(r"instances_([a-z]+)(\d*)\.json")
 
 
@@ -65,9 +70,12 @@ def find_rows(
     path = find_split(files, "train" if split in missing else split)
     if path is None:
         raise FileNotFoundError(f"{root}/annotations has no file for split={split!r}. Its splits: {', '.join(files)}.")
-    content = read_coco(path)
+    content = read_coco(path, _NEEDED)
+    categories = {category["id"] for category in content["categories"]}
     annotated: dict[int, set[int]] = {}
     for record in content["annotations"]:
+        if record["category_id"] not in categories:
+            raise ValueError(f"{path} has no category {record['category_id']!r}, which an annotation names.")
         annotated.setdefault(record["image_id"], set()).add(record["category_id"])
     names = {str(picture["id"]): picture for picture in content["images"] if picture["id"] in annotated}
     if path == find_split(files, "train") and missing:
@@ -79,7 +87,7 @@ def find_rows(
     images = [(name, paths[name]) for name in kept]
     arguments = {"annotations": str(path.resolve()),
                  "stamp": file_stamp(path)}  # fmt: skip
-    count, total = (sum(len(annotated[int(name)]) for name in group) for group in (kept, names))
+    count, total = (sum(len(annotated[names[name]["id"]]) for name in group) for group in (kept, names))
     return FoundRows(make_rows, images, arguments, Coverage(len(names), found, wrong, len(kept), total, count))
 
 
@@ -105,7 +113,7 @@ def make_rows(
         version: Version of the rows. Like `stamp`, it only changes the name of the cache.
     """
     images = [image for shard in shards for image in shard]
-    content = read_coco(Path(annotations))
+    content = read_coco(Path(annotations), _NEEDED)
     names = {category["id"]: category["name"] for category in content["categories"]}
     sizes = {str(picture["id"]): [picture["width"], picture["height"]] for picture in content["images"]}
     kept = {name for name, _ in images}

@@ -95,12 +95,16 @@ def read_index(root: Path, split: str) -> datasets.Dataset:
 
 
 def _index(path: str, sizes: str, stamp: str, version: int) -> Iterator[dict]:
-    known = {record["image_id"]: [record["width"], record["height"]] for record in stream_records(Path(sizes))}
+    known = _read_sizes(Path(sizes))
     number = -1
     for number, task in enumerate(stream_records(Path(path))):
         try:
             structure, size = task["phrase_structure"], known[task["image_id"]]
             polygons = [polygon for instance in task["Polygons"] for polygon in instance]
+            for x, y in (point for polygon in polygons for point in polygon):
+                int(x), int(y)  # as draw_polygons does
+            if not isinstance(task["phrase"], str):
+                raise TypeError(f"its phrase is {task['phrase']!r}, which is no text")
             yield {
                 "image_id": task["image_id"],
                 "phrase": task["phrase"],
@@ -112,14 +116,27 @@ def _index(path: str, sizes: str, stamp: str, version: int) -> Iterator[dict]:
                 "size": size,
                 "drawing": json.dumps({"size": size, "polygons": polygons}, separators=(",", ":")),
             }
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            problem = f"has no {error}" if isinstance(error, KeyError) else f"is damaged ({error})"
             raise ValueError(
-                f"Record {number} of {path} has no {error} that can be used. Expected a task of PhraseCut with "
-                "image_id, phrase, phrase_structure, instance_boxes and Polygons, and its image in "
-                f"{Path(sizes).name}."
+                f"Record {number} of {path} {problem}. Expected a task of PhraseCut with image_id, phrase, "
+                f"phrase_structure, instance_boxes and Polygons of points [x, y], and its image in {Path(sizes).name}."
             ) from None
     if number < 0:
         raise ValueError(f"{path} has no phrases. Copy it again, or choose another split.")
+
+
+def _read_sizes(path: Path) -> dict[int, list[int]]:
+    """Return width and height of each image in image_data_split.json."""
+    known = {}
+    for number, record in enumerate(stream_records(path)):
+        try:
+            known[record["image_id"]] = [int(record["width"]), int(record["height"])]
+        except (KeyError, TypeError, ValueError):
+            raise ValueError(
+                f"Record {number} of {path} is damaged. Expected an image with image_id, width and height."
+            ) from None
+    return known
 
 
 def find_rows(
@@ -256,10 +273,15 @@ def _read_object_names(path: Path, images: set[str]) -> dict[str, list[str]]:
     """Return the names of the objects in the scene graph of each image, or nothing without the file."""
     if not path.is_file():
         return {}
-    return {
-        str(graph["image_id"]): [
-            name for item in graph["objects"] for name in item.get("names", [item.get("name", "")])
-        ]
-        for graph in stream_records(path)
-        if str(graph["image_id"]) in images
-    }
+    found = {}
+    for number, graph in enumerate(stream_records(path)):
+        try:
+            name = str(graph["image_id"])
+            if name in images:
+                found[name] = [text for item in graph["objects"] for text in item.get("names", [item.get("name", "")])]
+        except (KeyError, TypeError, AttributeError):
+            raise ValueError(
+                f"Record {number} of {path} is damaged. Expected image_id, and objects with names. Copy the file "
+                "again, or remove it."
+            ) from None
+    return found

@@ -73,8 +73,13 @@ def load_rows(
             )
         features = make_features(size)
         return rows.map(partial(_convert, features=features), features=features, remove_columns=columns)
+    empty = next((row for row, text in enumerate(rows["phrase"]) if not isinstance(text, str)), None)
+    if empty is not None:
+        raise ValueError(f"Row {empty} of {source!r} has the phrase {rows[empty]['phrase']!r}. Expected a text.")
     groups = _group_images(rows)
     names = list(groups)
+    if not names:
+        raise ValueError(f"The {split} split of {source!r} has no rows. Choose another split.")
     if missing and (split == "train" or split in missing):
         names = hold_out_images(names, split, missing, holdout, seed)
     if max_images is not None and max_images < len(names):

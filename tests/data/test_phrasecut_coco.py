@@ -97,3 +97,31 @@ def test_an_annotation_without_objects(folder):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"annotations": []}))
     with pytest.raises(ValueError, match="has no images for this split. Choose another split"):
         phrasecut.load("validation", folder)
+
+
+@pytest.mark.parametrize(
+    ("place", "change", "message"),
+    [
+        ("images", {"width": None}, r"images\[1\] of .* has no width. Expected COCO instances"),
+        ("annotations", {"image_id": None}, r"annotations\[1\] of .* has no image_id"),
+        ("annotations", {"category_id": 9}, "has no category 9, which an annotation names"),
+        ("annotations", {"segmentation": [[1, 2, 3]]}, "is not polygons x, y, x, y, ... or uncompressed run lengths"),
+        ("annotations", {"segmentation": {"size": [20, 30]}}, "is not polygons x, y, x, y, ... or uncompressed"),
+    ],
+)
+def test_damaged_records(folder, place, change, message):
+    path = folder / "annotations" / "instances_val2017.json"
+    content = json.loads(path.read_text())
+    content[place][1].update(change)
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message):
+        phrasecut.load("validation", folder)[0]
+
+
+def test_ids_that_are_texts(folder):
+    path = folder / "annotations" / "instances_val2017.json"
+    content = json.loads(path.read_text())
+    content["images"] = [{**image, "id": f"a{image['id']}"} for image in content["images"]]
+    content["annotations"] = [{**each, "image_id": f"a{each['image_id']}"} for each in content["annotations"]]
+    path.write_text(json.dumps(content))
+    assert phrasecut.load("validation", folder)[0]["image_id"] == "a100"

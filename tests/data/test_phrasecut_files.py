@@ -263,13 +263,22 @@ def test_mistakes(folder):
     assert "is not empty" in failure_of_write(folder, {})
     assert "scenes has the split 'val'. Choose" in failure_of_write(folder.parent / "new", {"val": []})
     edit(folder / "refer_train.json", lambda tasks: tasks[2].pop("Polygons"))
-    assert "Record 2 of" in failure(lambda: phrasecut.load("train", folder))
+    assert "refer_train.json has no 'Polygons'. Expected a task" in failure(lambda: phrasecut.load("train", folder))
+    for name, value in (("Polygons", [[[1, 2, 3, 4]]]), ("Polygons", [[[["a", 1]]]]), ("phrase", None)):
+        edit(folder / "refer_val.json", lambda tasks, name=name, value=value: tasks[1].update({name: value}))
+        assert "Record 1 of" in failure(lambda: phrasecut.load("validation", folder))
+    (folder / "scene_graphs_test.json").write_text('[{"image_id": 1}, {"objects": []}]')
+    assert "scene_graphs_test.json is damaged. Expected image_id" in failure(
+        lambda: phrasecut.load("test", folder, negatives=0.5)
+    )
     (folder / "refer_train.json").write_text("[{")
     assert "refer_train.json is damaged or ends too early" in failure(lambda: phrasecut.load("train", folder))
     (folder / "name_att_rel_count.json").write_text("[]")
     assert "name_att_rel_count.json is damaged. Copy it again" in failure(lambda: phrasecut.load("test", folder))
     (folder / "refer_miniv.json").write_text("[]")
     assert "refer_miniv.json has no phrases. Copy it again" in failure(lambda: phrasecut.load("miniv", folder))
+    edit(folder / "image_data_split.json", lambda images: images[3].pop("width"))
+    assert "Record 3 of" in failure(lambda: phrasecut.load("test", folder))
     (folder / "image_data_split.json").unlink()
     assert "has no image_data_split.json" in failure(lambda: phrasecut.load("test", folder))
     empty = folder.parent / "empty"

@@ -140,6 +140,11 @@ def test_mistakes(plain):
         phrasecut.load("test", {"dev": data})
     with pytest.raises(ValueError, match="split='validation' would be empty: the source has 1 images"):
         phrasecut.load("validation", data.select([0, 1]))
+    with pytest.raises(ValueError, match="The train split of 'dict' has no rows. Choose another split"):
+        phrasecut.load("train", {name: data.select([]) for name in ("train", "validation", "test")})
+    nameless = data.remove_columns("phrase").add_column("phrase", [None] * len(data))
+    with pytest.raises(ValueError, match="Row 0 of 'Dataset' has the phrase None. Expected a text"):
+        phrasecut.load("train", nameless)
     color = data.map(lambda row: {"mask": row["image"].convert("RGB")}, features=data.features)
     with pytest.raises(ValueError, match="A mask has the shape .* Expected a gray image"):
         phrasecut.load("train", color)[0]
