@@ -1,6 +1,7 @@
-"""Metrics as pure functions. Seven of them are also `evaluate` metrics that can be published as Spaces.
+"""Metrics as pure functions. Eight of them are also `evaluate` metrics that can be published as Spaces.
 
 - `classification`: accuracy, F1, top-k accuracy
+- `detection`: average precision of boxes, as COCO and VOC define it; `detection_errors`: kinds of errors
 - `segmentation`: ARI, mean IoU, mean best overlap
 - `images`: FID
 - `editing`: edits of images with a known truth

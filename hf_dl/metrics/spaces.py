@@ -51,6 +51,21 @@ METRICS = {  # the key is the name of the file with the functions in hf_dl/metri
         "Accuracy, F1, precision, recall and top-k accuracy",
         {"predictions": [0, 1, 1, 2], "references": [0, 0, 1, 2]},
     ),
+    "detection": MetricSpace(
+        "Detection scores",
+        "📦",
+        "Mean average precision of boxes by COCO and PASCAL VOC",
+        {
+            "predictions": [
+                {"boxes": [[0, 0, 10, 10], [50, 50, 60, 60]], "scores": [0.9, 0.4], "labels": [0, 1]},
+                {"boxes": [[2, 2, 8, 8]], "scores": [0.7], "labels": [1]},
+            ],
+            "references": [
+                {"boxes": [[0, 0, 10, 9]], "labels": [0]},
+                {"boxes": [[2, 2, 8, 8], [20, 20, 40, 40]], "labels": [1, 1]},
+            ],
+        },
+    ),
     "editing": MetricSpace(
         "Image editing scores",
         "✂️",

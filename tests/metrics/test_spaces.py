@@ -16,6 +16,7 @@ from PIL import Image
 
 from hf_dl.metrics import (
     classification,
+    detection,
     editing,
     images,
     modality_gap,
@@ -110,6 +111,7 @@ def test_every_metric_loads_offline_without_the_package(tmp_path):
         "classification": classification.classification_scores(
             classification.confusion_matrix(*tensors["classification"])
         ),
+        "detection": detection.detection_scores(*example["detection"].values()),
         "editing": editing.editing_scores(*pixels[:3], before, torch.zeros_like(before)),
         "images": images.fid(pixels[1], pixels[0], features=images.RandomConvFeatures()),
         "modality_gap": modality_gap.modality_gap_scores(*map(torch.tensor, example["modality_gap"].values())),
@@ -177,5 +179,7 @@ def test_names_that_cannot_be_imported(repo_id):
 
 
 def test_an_unknown_metric():
-    with pytest.raises(ValueError, match="metric='bleu' is unknown. Choose one of: classification, editing"):
+    with pytest.raises(
+        ValueError, match="metric='bleu' is unknown. Choose one of: classification, detection, editing"
+    ):
         spaces.metric_files("bleu")
