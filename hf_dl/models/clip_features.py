@@ -1,7 +1,7 @@
 """Features of CLIP and SigLIP models as plain tensors, for every version of transformers.
 
 `get_image_features` and `get_text_features` return a tensor in transformers 4, and an output with `pooler_output` in
-transformers 5. `as_features` accepts both.
+transformers 5. `as_features` accepts both. `check_tokenizer` finds tokenizers of other models.
 """
 
 from typing import Any
@@ -35,3 +35,28 @@ def as_features(output: Any) -> Tensor:
             "get_image_features or get_text_features."
         )
     return features
+
+
+def check_tokenizer(tokenizer: Any, text_config: Any, *, reads_end: bool) -> None:
+    """Raise an error if a tokenizer belongs to another model.
+
+    Args:
+        tokenizer: The tokenizer.
+        text_config: Config of the text encoder.
+        reads_end: Whether the encoder reads the features at the end token, as CLIP does. With another end token, CLIP
+            reads the first token without an error.
+
+    Raises:
+        ValueError: If the tokenizer has more tokens than the model, or another end token.
+    """
+    advice = "Use the tokenizer that was saved with the model."
+    if len(tokenizer) > text_config.vocab_size:
+        raise ValueError(
+            f"The tokenizer has {len(tokenizer)} tokens, but the model only {text_config.vocab_size}. {advice}"
+        )
+    # With an id of 2, as in old configs of CLIP, the encoder reads at the highest id instead.
+    if reads_end and text_config.eos_token_id not in (2, tokenizer.eos_token_id):
+        raise ValueError(
+            f"The end token of the tokenizer is {tokenizer.eos_token_id}, but the model reads "
+            f"{text_config.eos_token_id}. {advice}"
+        )

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageFilter
 from transformers import AutoImageProcessor, AutoTokenizer, BaseImageProcessor, PreTrainedTokenizerBase
 
+from ..models.clip_features import check_tokenizer
 from ..models.clip_segmenter import ClipSegmenterForImageSegmentation
 from ..models.image_input import open_image, to_rgb
 from .model_loading import load_config, one_line
@@ -103,7 +104,9 @@ def draw_heat_map(image: Image.Image, probability: np.ndarray, *, strength: floa
         >>> draw_heat_map(Image.new("RGB", (2, 1)), np.array([[0.0, 1.0]]), strength=1.0).getpixel((1, 0))
         (255, 255, 255)
     """
-    ramp = np.clip(3 * probability[..., None] - np.arange(3), 0, 1) * 255  # red rises first, then green, then blue
+    ramp = (
+        np.clip(3 * probability[..., None] - np.arange(3, dtype=np.float32), 0, 1) * 255
+    )  # red rises first, then green, then blue
     mixed = (1 - strength) * np.asarray(to_rgb(image), dtype=np.float32) + strength * ramp
     return Image.fromarray(mixed.round().astype(np.uint8))
 
@@ -132,7 +135,7 @@ class PhraseSegmentationPipeline:
         image_processor: The image processor that it was trained with.
 
     Raises:
-        ValueError: If the tokenizer has more tokens than the model.
+        ValueError: If the tokenizer belongs to another model.
 
     Example:
         >>> pipeline = PhraseSegmentationPipeline.from_pretrained("runs/phrases")  # doctest: +SKIP
@@ -149,11 +152,7 @@ class PhraseSegmentationPipeline:
         image_processor: BaseImageProcessor,
     ):
         text_config = model.clip.config.text_config
-        if len(tokenizer) > text_config.vocab_size:
-            raise ValueError(
-                f"The tokenizer has {len(tokenizer)} tokens, but the model only {text_config.vocab_size}. Use the "
-                "tokenizer that was saved with the model."
-            )
+        check_tokenizer(tokenizer, text_config, reads_end=True)
         self.model, self.tokenizer, self.image_processor = model.eval(), tokenizer, image_processor
         self.patch_size = model.clip.config.vision_config.patch_size
         self.max_tokens = text_config.max_position_embeddings
@@ -219,6 +218,8 @@ class PhraseSegmentationPipeline:
             (1, channels, height, width).
         """
         height, width = size or self.choose_size(*image.size)
+        if min(height, width) < 1:
+            raise ValueError(f"size={size} must be a height and width in pixels, multiples of {self.patch_size}.")
         options = {"do_resize": True, "size": {"height": height, "width": width}, "do_center_crop": False}
         return self.image_processor(images=image, return_tensors="pt", **options)["pixel_values"]
 
@@ -281,9 +282,10 @@ class PhraseSegmentationPipeline:
                 image_size=tuple(pixel_values.shape[-2:]),
                 prompt_embeds=embeds[start : start + batch_size],
             ).logits
-            logits = F.interpolate(logits[:, None].float(), (image.height, image.width), mode="bilinear")[:, 0]
-            for label, probability in zip(labels[start:], logits.sigmoid().cpu().numpy(), strict=False):
-                results.append(_make_result(image, label, probability, threshold))
+            # one phrase at a time: at the size of a photograph, a batch would take gigabytes
+            for label, scores in zip(labels[start:], logits.float(), strict=False):
+                scores = F.interpolate(scores[None, None], (image.height, image.width), mode="bilinear")[0, 0]
+                results.append(_make_result(image, label, scores.sigmoid().cpu().numpy(), threshold))
         return results
 
     def _check_phrases(

@@ -36,7 +36,7 @@ from hf_dl.data import captions, zero_shot
 from hf_dl.data.image_arrays import ImageTensors
 from hf_dl.data.surfaces import COLORS
 from hf_dl.metrics.modality_gap import modality_gap_scores
-from hf_dl.models.clip_features import as_features
+from hf_dl.models.clip_features import as_features, check_tokenizer
 from hf_dl.progress import activity
 from hf_dl.reporting.card import run_card, usage_snippet
 from hf_dl.reporting.plots import plot_run
@@ -807,7 +807,8 @@ def load_clip(name: str | Path) -> tuple[PreTrainedModel, Any, Any]:
         The model, on the GPU if there is one, the image processor and the tokenizer.
 
     Raises:
-        ValueError: If the model cannot be loaded, or it has no features of images and texts.
+        ValueError: If the model cannot be loaded, it has no features of images and texts, or the tokenizer belongs to
+            another model.
     """
     model = load_model(AutoModel, name)
     if not all(hasattr(model, method) for method in ("get_image_features", "get_text_features")):
@@ -816,7 +817,9 @@ def load_clip(name: str | Path) -> tuple[PreTrainedModel, Any, Any]:
             "openai/clip-vit-base-patch32, google/siglip-base-patch16-224, or a folder of scripts/train_clip.py."
         )
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
-    return model, load_model(AutoImageProcessor, name), load_model(AutoTokenizer, name)
+    image_processor, tokenizer = load_model(AutoImageProcessor, name), load_model(AutoTokenizer, name)
+    check_tokenizer(tokenizer, model.config.get_text_config(), reads_end=model.config.model_type == "clip")
+    return model, image_processor, tokenizer
 
 
 def scene_size(model: PreTrainedModel) -> int:

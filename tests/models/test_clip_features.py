@@ -1,9 +1,10 @@
 import pytest
 import torch
-from transformers import CLIPConfig, CLIPModel, SiglipConfig, SiglipModel
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, SiglipConfig, SiglipModel, SiglipTextConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from hf_dl.models.clip_features import as_features
+from hf_dl.models.clip_features import as_features, check_tokenizer
+from hf_dl.recipes.clip import make_tokenizer
 
 SIZES = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
 TEXT, IMAGE = {**SIZES, "vocab_size": 9}, {**SIZES, "image_size": 16, "patch_size": 8}
@@ -24,6 +25,18 @@ def test_the_features_are_the_unnormalized_embeddings(family):
     for features, embeds in ((images, output.image_embeds), (texts, output.text_embeds)):
         assert features.shape == embeds.shape and not torch.allclose(features, embeds)
         assert torch.allclose(torch.nn.functional.normalize(features, dim=1), embeds, atol=1e-6)
+
+
+def test_tokenizers_of_other_models():
+    tokenizer = make_tokenizer(["a red cube"])  # seven tokens; the end token is 3
+    config = CLIPTextConfig(vocab_size=7, eos_token_id=3)
+    check_tokenizer(tokenizer, config, reads_end=True)
+    check_tokenizer(tokenizer, CLIPTextConfig(vocab_size=9, eos_token_id=2), reads_end=True)
+    check_tokenizer(tokenizer, SiglipTextConfig(vocab_size=9), reads_end=False)
+    with pytest.raises(ValueError, match="The end token of the tokenizer is 3, but the model reads 5. Use the token"):
+        check_tokenizer(tokenizer, CLIPTextConfig(vocab_size=7, eos_token_id=5), reads_end=True)
+    with pytest.raises(ValueError, match="The tokenizer has 7 tokens, but the model only 6. Use the tokenizer"):
+        check_tokenizer(tokenizer, CLIPTextConfig(vocab_size=6, eos_token_id=3), reads_end=True)
 
 
 def test_tensors_of_transformers_4_pass_through():

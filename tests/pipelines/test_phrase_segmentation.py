@@ -185,6 +185,7 @@ def test_other_models_are_refused(tmp_path):
         ("a", {"threshold": 1.0}, "threshold=1.0 must be above 0 and below 1."),
         ("a", {"text_weight": 2.0}, "text_weight=2.0 must be from 0 to 1."),
         ("a", {"batch_size": 0}, "batch_size=0 must be at least 1."),
+        ("a", {"size": (0, 16)}, "size=(0, 16) must be a height and width in pixels, multiples of 4."),
         ("a", {"size": (16, 18)}, "height 16 and width 18. Expected multiples of patch_size=4."),
         ("a", {"support": []}, "There are 0 support images and 1 phrases. Pass one support image per phrase."),
         (None, {"support": [(Image.new("L", (4, 4)), np.zeros((4, 4)))]}, "The mask of a support image is empty."),

@@ -327,6 +327,15 @@ class TestLoading:
         with pytest.raises(ValueError, match="is not a folder, and cannot be loaded"):
             clip.load_clip(tmp_path / "missing")
 
+    def test_a_tokenizer_of_another_model_is_refused(self, tokenizer, tmp_path):
+        make_clip(tokenizer).save_pretrained(tmp_path)
+        clip.CLIPImageProcessor().save_pretrained(tmp_path)
+        tokenizer.save_pretrained(tmp_path)
+        clip.load_clip(tmp_path)
+        clip.make_tokenizer([" ".join(f"word{i}" for i in range(99))]).save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match="The tokenizer has 103 tokens, but the model only"):
+            clip.load_clip(tmp_path)
+
     @pytest.mark.parametrize(("size", "expected"), [(64, 64), (224, 224), (16, 32), (336, 256), ([48, 64], 64)])
     def test_scenes_are_rendered_at_the_size_of_the_model(self, size, expected):
         config = SimpleNamespace(vision_config=SimpleNamespace(image_size=size))
