@@ -16,6 +16,7 @@ score separates true phrases from each kind of wrong phrase. Wrong phrases that 
     print([result.phrase for result in results if result.accepted] or "not in the image")
 """
 
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from ..models.image_input import open_image, to_rgb
 
 THRESHOLD = 1.3  # of the margin; a small CLIP of scripts/train_clip.py then accepts about 5 % of wrong phrases
 MAX_NEGATIVES = 64  # near misses per phrase
+MAX_CHARACTERS = 1000  # of a phrase
 GROUPS = (  # a near miss replaces a word by another word of its group
     (
         "red", "green", "blue", "yellow", "purple", "cyan", "gray", "brown", "orange", "pink", "black", "white",
@@ -98,12 +100,15 @@ def match(
         One result per phrase, in the same order.
 
     Raises:
-        ValueError: If `phrases` or a phrase is empty, or `negatives` is unknown or has fewer than two phrases. Also if
-            a phrase has no near misses: give `negatives` then.
+        ValueError: If `phrases` or a phrase is empty, or a phrase is too long. If `negatives` is unknown or has fewer
+            than two phrases. If a phrase has no near misses: give `negatives` then.
     """
     phrases = [phrases] if isinstance(phrases, str) else list(phrases)
     if not phrases or not all(isinstance(phrase, str) and phrase.strip() for phrase in phrases):
         raise ValueError(f"phrases={phrases!r} must be at least one text, and none may be empty.")
+    longest = max(map(len, phrases))
+    if longest > MAX_CHARACTERS:
+        raise ValueError(f"A phrase has {longest} characters. The limit is {MAX_CHARACTERS}.")
     if isinstance(negatives, str) and negatives != "auto":
         raise ValueError(f"negatives={negatives!r} is unknown. Use 'auto', or a list of at least two phrases.")
     if not isinstance(negatives, str) and len(set(negatives)) < 2:
@@ -113,13 +118,14 @@ def match(
     for phrase in phrases:
         found = near_misses(phrase) if negatives == "auto" else dict.fromkeys(negatives)
         # A word that the tokenizer does not know gives the same features as any other such word.
-        known = [each for each in found if each != phrase and not unknown_words(each, tokenizer)]
+        usable = (each for each in found if each != phrase and not unknown_words(each, tokenizer))
+        known = tuple(itertools.islice(usable, MAX_NEGATIVES))
         if len(known) < 2:
             raise ValueError(
                 f"phrase={phrase!r} has fewer than two near misses whose words the tokenizer knows. Set negatives to "
                 "phrases that are false of the image."
             )
-        others[phrase] = tuple(known[:MAX_NEGATIVES])
+        others[phrase] = known
 
     texts = list(dict.fromkeys([*phrases, *(text for known in others.values() for text in known)]))
     features = _encode_image(model, processor, image) @ _encode_texts(model, tokenizer, texts).T

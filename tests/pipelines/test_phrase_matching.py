@@ -125,6 +125,13 @@ class SimpleTensors(dict):
         return self
 
 
+def test_long_phrases():
+    with pytest.raises(ValueError, match="A phrase has 10000 characters. The limit is 1000"):
+        match(WordModel(), Processor(), RED_CUBE, ["a red cube", "red " * 2500])
+    [found] = match(WordModel(), Processor(), RED_CUBE, ["red " * 40])
+    assert len(found.negatives) == 64
+
+
 def test_near_misses():
     assert near_misses("two red cubes, left")[-3:] == ["two red spheres, left", "two red cylinders, left",
                                                        "two red cones, left"]  # fmt: skip
