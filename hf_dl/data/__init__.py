@@ -7,6 +7,7 @@
 - `object_images`: generated labeled images of one object
 - `labeled_images`: labeled images from any source: generated, folders, parquet, idx files, the Hub
 - `masked_images`: images with instance masks from any source; `clevrtex` and `coco` read those two formats
+- `detection`: images with boxes: generated scenes, PASCAL VOC, COCO, tables, the Hub
 - `captions`: images with captions: generated scenes, COCO, Flickr, tables, the Hub
 - `phrasecut`: images with phrases and one mask per phrase: generated, PhraseCut, COCO, or the Hub
 - `zero_shot`: images and prompts for zero-shot classification
@@ -19,5 +20,6 @@ The other files are parts of these: `image_arrays` and `collate` feed training l
 `class_folders` and `mask_folders` list the images of folders. `decoded_images` decodes them.
 `captioned_images` and `caption_files` read captions, and `binary_images` reads STL-10 and CIFAR.
 `phrasecut_files`, `phrasecut_coco`, `phrasecut_rows` and `phrasecut_scenes` are the sources of `phrasecut`, and
-`json_records` reads large files.
+`json_records` reads large files. `detection_files` reads the files of VOC and COCO, and `detection_augmentation` moves
+boxes along with images.
 """

@@ -1,0 +1,253 @@
+"""Images with boxes: the same columns from scenes, VOC, COCO and tables, and boxes that do not fit."""
+
+import json
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from hf_dl.data import detection, scenes
+from hf_dl.data.detection_augmentation import BoxAugmentation
+
+pytestmark = pytest.mark.usefixtures("private_cache")
+
+XML = """<annotation><filename>{name}.jpg</filename>{objects}</annotation>"""
+OBJECT = """<object><name>{}</name><difficult>{}</difficult><part><bndbox><xmin>1</xmin></bndbox></part>
+<bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax></bndbox></object>"""
+
+
+def write_voc(folder, images, splits):
+    for name in ("Annotations", "JPEGImages", "ImageSets/Main"):
+        (folder / "VOC2007" / name).mkdir(parents=True)
+    for name, objects in images.items():
+        text = XML.format(name=name, objects="".join(OBJECT.format(*item) for item in objects))
+        (folder / "VOC2007" / "Annotations" / f"{name}.xml").write_text(text)
+        Image.new("RGB", (20, 10)).save(folder / "VOC2007" / "JPEGImages" / f"{name}.jpg")
+    for split, names in splits.items():
+        (folder / "VOC2007" / "ImageSets" / "Main" / f"{split}.txt").write_text("\n".join(names))
+    return folder
+
+
+def write_coco(folder, annotations, *, categories=((3, "cat"), (90, "dog")), modes=("RGB", "L"), name="train2017"):
+    (folder / "annotations").mkdir(parents=True, exist_ok=True)
+    (folder / name).mkdir()
+    images = []
+    for number, mode in enumerate(modes):
+        Image.new(mode, (20, 10)).save(folder / name / f"{number}.png")
+        images.append({"id": 10 + number, "file_name": f"{number}.png", "width": 20, "height": 10})
+    content = {"images": images, "categories": [{"id": i, "name": n} for i, n in categories]}
+    content["annotations"] = [
+        {"id": n, "image_id": image, "category_id": label, "bbox": box, **more}
+        for n, (image, label, box, more) in enumerate(annotations)
+    ]
+    (folder / "annotations" / f"instances_{name}.json").write_text(json.dumps(content))
+    return folder
+
+
+def test_boxes_of_scenes_are_the_boxes_of_the_masks():
+    data = detection.load("test", num_images=6, size=48, classes="shape_color")
+    masks = scenes.load("test", num_scenes=6, size=48, num_objects=(1, 6))
+    assert detection.class_names(data)[:2] == ["gray sphere", "gray cube"] and len(detection.class_names(data)) == 32
+    for row, scene in zip(data, masks, strict=True):
+        objects = row["objects"]
+        for number, item in enumerate(scene["objects"]):
+            ys, xs = np.nonzero(np.asarray(scene["mask"]) == number + 1)
+            assert objects["bbox"][number] == [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]
+            assert objects["area"][number] == len(xs)
+            name = detection.class_names(data)[objects["category"][number]]
+            assert name == f"{item['color']} {item['shape']}"
+    streamed = next(iter(detection.load("test", num_images=6, size=48, classes="shape_color", streaming=True)))
+    assert streamed["objects"] == data[0]["objects"] and streamed["image_id"] == data[0]["image_id"]
+    assert len(detection.class_names(detection.load("test", num_images=1, size=32, classes="shape_material"))) == 8
+
+
+def test_voc(tmp_path):
+    images = {
+        "a": [("dog", 0, 1, 1, 20, 10), ("cat", 1, 5, 3, 8, 6)],
+        "b": [("cat", 0, 4, 4, 4, 4), ("cat", 0, 11, 2, 30, 9)],
+        "c": [],
+    }
+    splits = {"train": ["a", "b"], "val": ["c"], "test": ["c"], "trainval": ["a", "b", "c"]}
+    root = write_voc(tmp_path / "voc", images, splits)
+    with pytest.warns(UserWarning, match=r"1 images .*: b \(1 without area, 1 outside\)\."):
+        data = detection.load("train", root)
+    assert detection.class_names(data) == ["cat", "dog"] and "b (1 without area" in data.info.description
+    everything = {row["image_id"]: row["objects"] for row in data}
+    assert everything["a"] == {
+        "bbox": [[0, 0, 20, 10], [4, 2, 8, 6]],  # VOC counts pixels from 1
+        "category": [1, 0],
+        "area": [200, 16],
+        "iscrowd": [False, False],
+        "difficult": [False, True],
+    }
+    assert everything["b"]["bbox"] == [[10, 1, 20, 9]]
+    assert detection.load("validation", root)[0]["objects"]["bbox"] == []
+    for split in ("train", "val", "test"):
+        (root / "VOC2007" / "ImageSets" / "Main" / f"{split}.txt").unlink()
+    with pytest.warns(UserWarning, match="Cut or dropped boxes of .*: b"):  # only trainval: the others are held out
+        found = [
+            row["image_id"]
+            for name in ("train", "validation", "test")
+            for row in detection.load(name, root, streaming=True)
+        ]
+    assert sorted(found) == ["a", "b", "c"]
+
+
+def test_coco(tmp_path):
+    boxes = [
+        (10, 90, [1.5, 2, 4, 5], {"area": 7.5, "iscrowd": 0}),
+        (10, 3, [0, 0, 20, 10], {"area": 99, "iscrowd": 1}),
+        (11, 3, [2, 2, 4, 4], {}),
+    ]
+    root = write_coco(tmp_path / "coco", boxes)
+    data = detection.load("train", root)
+    assert detection.class_names(data) == ["cat", "dog"]  # 3 and 90 become 0 and 1
+    assert data["image_id"][:] == ["10", "11"] and [image.mode for image in data["image"]] == ["RGB", "RGB"]
+    assert data[0]["objects"]["bbox"] == [[1.5, 2, 5.5, 7], [0, 0, 20, 10]]
+    assert data[0]["objects"]["category"] == [1, 0] and data[0]["objects"]["area"] == [7.5, 99]
+    assert data[0]["objects"]["iscrowd"] == [False, True] and data[1]["objects"]["area"] == [16]
+    assert list(detection.load("train", root, streaming=True)) == list(data)
+    named = detection.load("train", root / "train2017", annotations=root / "annotations" / "instances_train2017.json")
+    assert list(named) == list(data)
+    again = detection.load("train", datasets.DatasetDict(train=data, validation=data, test=data))
+    assert list(again) == list(data)  # our own columns are xyxy
+    with pytest.raises(ValueError, match="no annotations of the split 'test'. Found: train2017"):
+        detection.load("test", root)
+    with pytest.raises(FileNotFoundError, match="annotations='x.json' does not exist"):
+        detection.load("train", root, annotations="x.json")
+    with pytest.raises(ValueError, match="Image 10 has the category 90, which is missing in the list: 3. Add it"):
+        detection.load("train", root, categories=["cat"])
+
+
+@pytest.mark.parametrize("shape", ["lists", "dictionaries"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_hub_format(shape, streaming):
+    rows = [[([1, 2, 3, 4], 5), ([0, 0, 20, 10], 2)], []]
+    if shape == "lists":
+        objects = [{"bbox": [b for b, _ in row], "category": [c for _, c in row]} for row in rows]
+        numbers = datasets.List(datasets.Value("float32"), length=4)
+        kind = {"bbox": datasets.List(numbers), "category": datasets.List(datasets.Value("int64"))}
+    else:
+        objects = [[{"bbox": b, "category": c} for b, c in row] for row in rows]
+        kind = datasets.List({"bbox": datasets.List(datasets.Value("float32")), "category": datasets.Value("int64")})
+    images = [Image.new("RGB", (20, 10)), Image.new("P", (20, 10))]
+    features = datasets.Features({"photo": datasets.Image(), "objects": kind})
+    data = datasets.Dataset.from_dict({"photo": images, "objects": objects}, features=features)
+    if streaming:
+        with pytest.raises(ValueError, match="has no names of classes. Give them with categories"):
+            detection.load("train", data.to_iterable_dataset())
+        names = list("abcdef")
+        result = list(detection.load("train", data.to_iterable_dataset(), categories=names))
+        assert result[0]["objects"]["category"] == [5, 2]
+    else:
+        splits = {"train": data, "validation": data, "test": data}
+        result = detection.load("train", splits)
+        assert detection.class_names(result) == ["2", "5"] and result[0]["objects"]["category"] == [1, 0]
+    assert result[0]["objects"]["bbox"] == [[1, 2, 4, 6], [0, 0, 20, 10]]
+    assert result[1]["objects"]["bbox"] == [] and result[1]["image"].mode == "RGB"
+
+
+def test_boxes_that_do_not_fit():
+    def convert(*boxes, **options):
+        options = {"lookup": {0: 0}, "box_format": "xyxy", "boxes": "clip"} | options
+        objects = {"bbox": list(boxes), "category": [0] * len(boxes)}
+        return detection.convert_objects(objects, (20, 10), "a.jpg", **options)
+
+    good, over, flat, away = [1, 1, 5, 5], [-2, 0, 5, 12], [3, 3, 3, 8], [30, 0, 40, 5]
+    kept, report = convert(good, over, flat, away)
+    assert kept["bbox"] == [[1, 1, 5, 5], [0, 0, 5, 10]] and kept["area"] == [16, 50]
+    assert report == "a.jpg (2 without area, 1 outside)"
+    assert convert(good, over, flat, away, boxes="drop")[0]["bbox"] == [[1, 1, 5, 5]]
+    assert convert(good) == ({**kept, **{key: value[:1] for key, value in kept.items()}}, None)
+    assert convert([3, 3, 4, 2], box_format="cxcywh")[0]["bbox"] == [[1, 2, 5, 4]]
+    assert convert([5, 5, 1, 1])[0]["bbox"] == []  # corners in the wrong order
+    assert convert()[0]["bbox"] == []
+    assert len(convert(*[good] * 10_000)[0]["bbox"]) == 10_000
+    with pytest.raises(ValueError, match=r"Boxes of image a.jpg \(1 outside\) do not fit its 20x10 pixels"):
+        convert(over, boxes="refuse")
+    with pytest.raises(ValueError, match="Image a.jpg has a box that is not four finite numbers. Expected xyxy"):
+        convert([1, 2, float("nan"), 4])
+    with pytest.raises(ValueError, match="Image a.jpg has a box that is not four finite numbers"):
+        convert([1, 2, 3])
+    with pytest.raises(ValueError, match="Image a.jpg has the category 1, which is missing in the list: 0"):
+        detection.convert_objects(
+            {"bbox": [good], "category": [1]}, (20, 10), "a.jpg", lookup={0: 0}, box_format="xyxy", boxes="clip"
+        )
+
+
+def test_damaged_sources(tmp_path):
+    root = write_voc(tmp_path / "voc", {"a": [("dog", 0, 1, 1, 5, 5)]}, {"train": ["a", "b"]})
+    with pytest.raises(FileNotFoundError, match="b.xml does not exist"):
+        detection.load("train", root)
+    (root / "VOC2007" / "Annotations" / "b.xml").write_text("<annotation><object/></annotation>")
+    with pytest.raises(ValueError, match="b.xml is damaged. Expected objects with a name and a bndbox"):
+        detection.load("train", root)
+    (root / "VOC2007" / "Annotations" / "b.xml").write_text("<annotation></annotation>")
+    with pytest.raises(FileNotFoundError, match="b.jpg does not exist. Expected the image of b.xml"):
+        detection.load("train", root)
+    root = write_coco(tmp_path / "coco", [], categories=())
+    with pytest.raises(ValueError, match="has no categories. Give their names"):
+        detection.load("train", root)
+    double = write_coco(tmp_path / "double", [], categories=((1, "cat"), (2, "cat")))
+    with pytest.raises(ValueError, match="The category 'cat' of .* occurs twice"):
+        detection.load("train", double)
+    with pytest.raises(ValueError, match="Expected image and objects. Its columns: text"):
+        detection.load("train", datasets.Dataset.from_dict({"text": ["a", "b", "c", "d"]}))
+    with pytest.raises(FileNotFoundError, match="does not exist. Expected a folder of PASCAL VOC"):
+        detection.load("train", tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"split": "dev"}, "split='dev' is unknown. Choose one of: train, validation, test"),
+        ({"boxes": "cut"}, "boxes='cut' is unknown. Choose one of: clip, drop, refuse"),
+        ({"box_format": "yolo"}, "box_format='yolo' is unknown. Choose one of: xyxy, xywh, cxcywh"),
+        ({"classes": "color"}, "classes='color' is unknown"),
+        ({"num_images": 0}, "num_images=0 must be at least 1"),
+        ({"holdout": 0.9}, "holdout=0.9 must be above 0 and below 0.5"),
+    ],
+)
+def test_wrong_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        detection.load(**arguments)
+
+
+def square_image(box):
+    pixels = np.zeros((40, 60, 3), np.uint8)
+    x0, y0, x1, y1 = box
+    pixels[y0:y1, x0:x1] = 255
+    return Image.fromarray(pixels)
+
+
+def test_augmentation_moves_boxes_with_the_pixels():
+    torch.manual_seed(0)
+    box = [20, 10, 40, 22]
+    augment = BoxAugmentation(flip=0.5, vertical_flip=0.5, shift=0.1, scale=(0.8, 1.2))
+    places = set()
+    for _ in range(12):
+        image, objects = augment(square_image(box), {"bbox": [box], "category": [2], "area": [240.0]})
+        ys, xs = np.nonzero(np.asarray(image)[..., 0] > 200)
+        (moved,) = objects["bbox"]
+        assert np.allclose(moved, [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1], atol=1.6)
+        assert objects["area"][0] == pytest.approx((moved[2] - moved[0]) * (moved[3] - moved[1]), rel=1e-4)
+        assert objects["category"] == [2] and image.size == (60, 40)
+        places.add(tuple(np.round(moved)))
+    assert len(places) > 6
+
+
+def test_augmentation_drops_what_leaves_the_image():
+    torch.manual_seed(0)
+    augment = BoxAugmentation(flip=0, scale=(3.0, 3.0), min_visible=0.5)
+    boxes = [[0, 0, 4, 4], [28, 18, 32, 22], [0, 15, 30, 25]]
+    objects = {"bbox": boxes, "category": [0, 1, 2], "area": [16.0] * 3}
+    assert augment(square_image(boxes[1]), objects)[1]["category"] == [1]
+    assert (
+        BoxAugmentation(color=0.5)(square_image(boxes[0]), {"bbox": [], "category": [], "area": []})[1]["bbox"] == []
+    )
+    with pytest.raises(ValueError, match="flip=2 must be from 0 to 1"):
+        BoxAugmentation(flip=2)
+    with pytest.raises(ValueError, match=r"scale=\(2, 1\) is invalid"):
+        BoxAugmentation(scale=(2, 1))
