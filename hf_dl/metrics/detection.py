@@ -207,8 +207,8 @@ def match_boxes(
     """Match the detections of each image and class with its objects as COCO does, by descending score.
 
     A detection takes the free object with the highest IoU, if this reaches the threshold. The last one wins a tie.
-    Crowds, difficult objects and objects outside of the range of areas are ignored: they are taken only if no other
-    object is left, and the detection is then ignored as well. A crowd is never used up.
+    Crowds, difficult objects and objects outside of the range of areas are ignored. A detection takes one of them only
+    if no other object is left, and is then ignored as well. A crowd is never used up.
 
     Args:
         flat: The boxes.
