@@ -40,8 +40,8 @@ CSS = """
 .legend i {display: inline-block; width: 10px; height: 10px; border-radius: 5px; margin-right: 6px}
 .gap table {border-collapse: collapse; margin-top: 6px; width: 100%}
 .gap td {padding: 3px 12px 3px 0 !important; border: none !important}
-.gap tr {border-top: 1px solid var(--border-color-primary)}
-.gap tr:first-child {border-top: none}
+.gap table, .gap tr {border: none !important}
+.gap tr + tr {border-top: 1px solid var(--border-color-primary) !important}
 .gap td:last-child {text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; padding-right: 0}
 """
 _BEFORE = "none"

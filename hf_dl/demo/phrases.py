@@ -38,10 +38,12 @@ CSS = """
 .matches th, .matches td {text-align: left; font-weight: normal; vertical-align: middle}
 .matches th, .matches td {padding: 6px 8px 6px 0 !important; border: none !important}
 .matches th {font-size: var(--text-sm); opacity: 0.75}
-.matches tbody tr {border-top: 1px solid var(--border-color-primary)}
-.matches .number {text-align: right; width: 4.5em; padding-right: 14px !important; font-variant-numeric: tabular-nums}
+.matches, .matches tr {border: none !important}
+.matches tbody tr {border-top: 1px solid var(--border-color-primary) !important}
+.matches .number {text-align: right; white-space: nowrap; width: 4.5em; padding-right: 14px !important}
+.matches .number {font-variant-numeric: tabular-nums}
 .matches .share {width: 32%}
-.matches .first td {font-weight: 600}
+.matches .first td:first-child {font-weight: 600}
 """
 
 
