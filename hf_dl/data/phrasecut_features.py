@@ -24,6 +24,7 @@ from PIL import Image, ImageDraw
 
 from ..models.image_input import to_rgb
 from .coco import rasterize
+from .generation import counted, row_bar
 from .png import encode_png
 
 _STORAGE = pa.struct(
@@ -189,9 +190,11 @@ def materialize(dataset: datasets.Dataset) -> datasets.Dataset:
         {name: datasets.Image() if isinstance(kind, _LazyImage) else kind for name, kind in dataset.features.items()}
     )
     options = {"features": features, "gen_kwargs": {"dataset": dataset}, "split": dataset.split}
-    return datasets.Dataset.from_generator(_materialized, **options)
+    with row_bar(len(dataset), "Drawing masks"):
+        return datasets.Dataset.from_generator(_materialized, **options)
 
 
+@counted
 def _materialized(dataset: datasets.Dataset) -> Iterator[dict]:
     lazy = [name for name, kind in dataset.features.items() if isinstance(kind, _LazyImage)]
     for row, table in zip(dataset, dataset.with_format("arrow"), strict=True):

@@ -21,6 +21,7 @@ from pathlib import Path
 import datasets
 
 from .class_folders import file_stamp
+from .generation import counted, row_bar
 from .json_records import stream_records
 from .phrasecut_coverage import Coverage, FoundRows, choose_images, hold_out_images
 from .phrasecut_phrases import KINDS, count_negatives, draw_false_phrases, name_subsets
@@ -89,11 +90,24 @@ def read_index(root: Path, split: str) -> datasets.Dataset:
     paths = {"path": root / FILES[split], "sizes": sizes}
     stamp = " ".join(file_stamp(path) for path in paths.values())  # changed files are read again
     arguments = {name: str(path.resolve()) for name, path in paths.items()} | {"stamp": stamp, "version": 1}
-    return datasets.Dataset.from_generator(
-        _index, features=_INDEX, gen_kwargs=arguments, split=datasets.NamedSplit(split)
-    )
+    with row_bar(_count_tasks(root / FILES[split]), f"Reading {split} phrases"):
+        return datasets.Dataset.from_generator(
+            _index, features=_INDEX, gen_kwargs=arguments, split=datasets.NamedSplit(split)
+        )
 
 
+def _count_tasks(path: Path) -> int:
+    """Return the number of phrases of a file, without parsing it."""
+    key, count, rest = b'"task_id"', 0, b""
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            rest += chunk
+            count += rest.count(key)
+            rest = rest[1 - len(key) :]  # a key may lie across two chunks
+    return count
+
+
+@counted
 def _index(path: str, sizes: str, stamp: str, version: int) -> Iterator[dict]:
     known = _read_sizes(Path(sizes))
     number = -1

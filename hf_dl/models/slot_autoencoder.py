@@ -27,6 +27,7 @@ The parts are in sibling files: `slot_config`, `slot_encoders`, `slot_inits`, `s
 `layers_frame_attention`, `slot_decoders` and `slot_segmentation`. `slot_losses` has more loss terms.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -360,6 +361,7 @@ class SlotAutoencoderModel(SlotAutoencoderPreTrainedModel):
             keep=keep,
         )
 
+    @functools.wraps(PreTrainedModel.save_pretrained)  # diffusers looks for `variant` in the signature
     def save_pretrained(self, *args, **kwargs):
         """Save the model as `PreTrainedModel.save_pretrained` does, also for `AutoModelForImageSegmentation`."""
         self.config.auto_map = {

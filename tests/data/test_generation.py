@@ -35,6 +35,7 @@ def test_rows_are_counted_with_a_total(monkeypatch, capsys):
 def test_all_generated_rows_have_a_bar(path):
     """`datasets` shows a bar without a total, and none in a file."""
     text = path.read_text()
+    siblings = "".join(each.read_text() for each in path.parent.glob("*.py"))
     generators = re.findall(r"[ .]Dataset\.from_generator\(\s*(\w+),", text)
     assert len(generators) == text.count("with row_bar(")
-    assert all(f"@counted\ndef {name}(" in text for name in generators if name != "generator")
+    assert all(f"@counted\ndef {name}(" in siblings for name in generators if name != "generator")

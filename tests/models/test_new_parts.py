@@ -19,7 +19,8 @@ from tests.models.toys import ToyHead, ToyNorm
 
 CONV = {"widths": (4, 6, 8), "hidden_size": 16, "image_size": 16, "num_labels": 5}
 HEAD = {"head": "toy", "head_options": {"first_scale": 3.0}}
-IMAGES = {"pixel_values": torch.randn(4, 3, 16, 16), "labels": torch.tensor([0, 3, 4, 1])}
+PIXELS = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+IMAGES = {"pixel_values": PIXELS, "labels": torch.tensor([0, 3, 4, 1])}
 TOKENS = {"input_ids": torch.arange(12).view(2, 6) % 7, "labels": torch.arange(12).view(2, 6) % 7}
 
 

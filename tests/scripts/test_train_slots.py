@@ -160,7 +160,7 @@ def test_a_run_that_ends_at_the_check_says_whether_it_bound(tmp_path):
     [
         (["--num_slot=7"], "--num_slot is an unknown flag. Did you mean --num_slots? --help lists all."),
         (["--architecture=huge"], "invalid choice: 'huge'"),
-        (["--optimizer=adagrad"], "invalid choice: 'adagrad'"),
+        (["--optimizer=adagrad"], "optimizer='adagrad' is unknown; choose one of adam, adamw, sgd, or timm:NAME"),
         (["--batch_size=0"], "batch_size=0 must be above 0."),
         (["--architecture=without_frames", "--image_size=40"], "image_size=40 must be a multiple of 16"),
         (["--num_slots=0"], "num_slots=0 must be at least 1"),
