@@ -43,6 +43,8 @@ class Classifier:
     @property
     def statistics(self) -> tuple[Any, Any]:
         """Mean and standard deviation that the processor normalizes with."""
+        if timm_config := getattr(self.processor, "data_config", None):
+            return timm_config["mean"], timm_config["std"]
         if not getattr(self.processor, "do_normalize", False):
             return 0.0, 1.0
         return self.processor.image_mean, self.processor.image_std
@@ -51,10 +53,14 @@ class Classifier:
         """Return the model's input for an image, (1, channels, height, width)."""
         return self.processor(images=[image], return_tensors="pt")["pixel_values"].to(self.model.device)
 
+    def to_pixels(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Convert the model's input to pixels in [0, 1]."""
+        mean, std = (torch.as_tensor(x, device=pixel_values.device).reshape(-1, 1, 1) for x in self.statistics)
+        return (pixel_values * std + mean).clamp(0, 1)
+
     def show(self, pixel_values: torch.Tensor, size: tuple[int, int]) -> Image.Image:
         """Convert the model's input to a picture of `size` (width, height), without smoothing its pixels."""
-        mean, std = (torch.as_tensor(x, device=pixel_values.device).reshape(-1, 1, 1) for x in self.statistics)
-        pixels = (pixel_values[0] * std + mean).clamp(0, 1).expand(3, -1, -1)
+        pixels = self.to_pixels(pixel_values)[0].expand(3, -1, -1)
         picture = Image.fromarray((pixels * 255).round().byte().movedim(0, -1).cpu().numpy())
         return picture.resize(size, Image.Resampling.NEAREST)
 
@@ -71,9 +77,12 @@ class Classifier:
         places = np.zeros((height, width, 3), dtype=np.uint8)
         places[..., 0] = (255 * (np.arange(width) + 0.5) / width).round()
         places[..., 1] = (255 * (np.arange(height)[:, None] + 0.5) / height).round()
-        seen = self.processor(
-            images=[Image.fromarray(places)], do_rescale=False, do_normalize=False, return_tensors="pt"
-        )["pixel_values"][0].float()
+        if hasattr(self.processor, "data_config"):  # the processor of timm always normalizes
+            seen = 255 * self.to_pixels(self.prepare(Image.fromarray(places)))[0].cpu()
+        else:
+            seen = self.processor(
+                images=[Image.fromarray(places)], do_rescale=False, do_normalize=False, return_tensors="pt"
+            )["pixel_values"][0].float()
         (left, right), (top, bottom) = (_ends(seen[0].mean(dim=0)), _ends(seen[1].mean(dim=1)))
         rows, columns = seen.shape[-2:]
         scale = math.ceil(SIDE / max(rows, columns))

@@ -1,9 +1,7 @@
 """Phrases on a page: their masks in an image, and their cosines with the image, without the layout of the page."""
 
-import base64
 import functools
 import html
-import io
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +17,7 @@ from ..pipelines.phrase_segmentation import NOT_FOUND, PhraseSegmentationPipelin
 from ..recipes.clip import encode_images, encode_texts
 from .checkpoints import describe_model
 from .page import plain, show_scale
-from .pictures import overlay
+from .pictures import as_url, overlay
 from .uploads import open_image
 
 MAX_PHRASES = 20
@@ -361,7 +359,7 @@ def show_maps(image: Image.Image, maps: Sequence[PhraseMap], threshold: float, v
         mask, phrase = found.mask(threshold), html.escape(found.phrase)
         area = f"{mask.mean():.1%} of the image" if mask.any() else f"<i>{NOT_FOUND}</i>"
         lines = [f"<b>{phrase}</b>", area, f"highest probability {found.score:.0%}", *_list_unknown(found.unknown)]
-        picture = _as_url(draw_view(image, found, threshold, view))
+        picture = as_url(draw_view(image, found, threshold, view))
         figures.append(
             f"<figure{'' if mask.any() else ' class=absent'}><img src='{picture}' alt='{phrase}'>"
             f"<figcaption>{'<br>'.join(lines)}</figcaption></figure>"
@@ -399,10 +397,3 @@ def _list_unknown(words: Sequence[str]) -> list[str]:
         return []
     shown = ", ".join(words[:3]) + (", ..." if len(words) > 3 else "")
     return [f"unknown word{'s' if len(words) > 1 else ''}: {html.escape(shown)}"]
-
-
-def _as_url(picture: Image.Image) -> str:
-    """Return a picture as a data URL. JPEG keeps a page with 20 pictures below half a megabyte."""
-    file = io.BytesIO()
-    picture.save(file, "JPEG", quality=88)
-    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"

@@ -106,6 +106,12 @@ def to_signed_pictures(values: torch.Tensor) -> list[np.ndarray]:
     return to_pictures((0.5 + values / (2 * top)).clamp(0, 1))
 
 
+def clip_outliers(heats: np.ndarray) -> np.ndarray:
+    """Scale maps (batch, height, width) to [0, 1]. The largest 0.5 % become 1, because few pixels are much larger."""
+    top = np.quantile(heats, 0.995, axis=(1, 2), keepdims=True)
+    return np.clip(heats / np.maximum(top, 1e-30), 0, 1)
+
+
 def to_square(pictures: Sequence[Any], longest: int = 12) -> list[list[Any]]:
     """Arrange pictures in rows of equal length, nearly as a square."""
     columns = min(max(math.ceil(math.sqrt(len(pictures))), 1), longest)
@@ -122,9 +128,8 @@ def draw_maps(page: Page, method: str, path: Path) -> dict[str, float]:
     found = page.explainer.look(images, method)
     pictures = list(page.explainer.show(images))
     heats = found.maps.float().cpu().numpy()
-    if method in GRADIENTS:  # a few pixels are much larger than the others
-        top = np.quantile(heats, 0.995, axis=(1, 2), keepdims=True)
-        heats = np.clip(heats / np.maximum(top, 1e-30), 0, 1)
+    if method in GRADIENTS:
+        heats = clip_outliers(heats)
     rows = {
         "image": pictures,
         "map": [color_heat(heat) for heat in heats],
