@@ -6,7 +6,7 @@ r"""Train a small CLIP model on image-caption pairs.
 
 The first command trains on generated scenes with one or two objects. Six of 32 combinations of color and shape do not
 occur in the training scenes. The zero-shot accuracy on these unseen combinations is reported apart. The run takes
-about seven minutes of CPU time. model_cards/zero_shot.md lists the scores.
+about six minutes of CPU time. model_cards/zero_shot.md lists the scores.
 
 Half of the training images have other hues, and their captions lose the color words (--recolor). The model then learns
 shapes apart from colors. Without it, it recognizes few of the unseen combinations.
