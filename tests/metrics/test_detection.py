@@ -121,9 +121,15 @@ def test_coco_rules_that_random_cases_miss():
     assert at_50(found((FAR, 0.9, 1), (FAR, 0.8, 1), (SQUARE, 0.5, 1)), crowd) == pytest.approx(1.0)
     # the object without area cannot be found
     assert at_50(found((SQUARE, 0.9, 1)), truth(SQUARE, [3.0, 3.0, 3.0, 8.0])) == pytest.approx(51 / 101)
-    # equal IoUs: the last object is taken, so the second detection takes the first
-    twins = truth(SQUARE, SQUARE)
-    assert at_50(found((SQUARE, 0.9, 1), (HALF, 0.8, 1)), twins) == pytest.approx(1.0)
+    # equal IoUs: the last object is taken, so the second detection still finds the first
+    upper, lower = [0.0, 0.0, 10.0, 8.0], [0.0, 2.0, 10.0, 10.0]
+    low = found((SQUARE, 0.9, 1), ([0.0, 0.0, 10.0, 6.0], 0.8, 1))
+    assert at_50(low, truth(upper, lower)) == pytest.approx(1.0)
+    assert at_50(low, truth(lower, upper)) == pytest.approx(51 / 101)
+    # 0.35 is 0.35000000000000003 in linspace, so a recall of 7/20 misses it
+    boxes = [[20.0 * i, 0.0, 20.0 * i + 10, 10.0] for i in range(20)]
+    rows = [(box, 1 - 0.01 * i, 1) for i, box in enumerate(boxes[:7])] + [([0.0, 90.0, 9.0, 99.0], 0.5, 1)]
+    assert at_50(found(*rows, (boxes[7], 0.4, 1)), truth(*boxes)) == pytest.approx((35 + 6 * 8 / 9) / 101)
     # scores that are equal in float32 only
     close = found((FAR, 0.5, 1), (SQUARE, 0.5 + 1e-12, 1))
     assert at_50(close, truth(SQUARE)) == pytest.approx(1.0)
