@@ -165,6 +165,7 @@ def test_no_other_code_opens_image_files():
         "hf_dl/data/instance_masks.py",  # masks
         "hf_dl/data/masked_images.py",  # masks
         "hf_dl/data/decoded_images.py",  # only looks at the header
+        "hf_dl/data/detection.py",  # only looks at the header
         "hf_dl/data/phrasecut_coverage.py",  # only looks at the header
         "hf_dl/data/phrasecut_features.py",  # PhraseCut ignores the rotation of a photo, as its polygons do
         "hf_dl/metrics/spaces.py",  # text of a page that works without hf_dl
