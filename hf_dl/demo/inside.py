@@ -55,7 +55,8 @@ CSS = """
 .methods .shown {grid-template-columns: 1fr 1fr; gap: 8px}
 .wide table {display: block; overflow-x: auto; max-width: 100%}
 .wide td, .wide th {white-space: nowrap; overflow-wrap: normal; font-size: var(--text-sm)}
-.wide td, .wide th {padding: 3px 10px !important; font-variant-numeric: tabular-nums}
+.wide td, .wide th {padding: 3px 7px !important; border-color: var(--border-color-primary) !important}
+.wide td, .wide th {font-variant-numeric: tabular-nums}
 .chart img {width: 100%; max-width: 820px; height: auto; background: white; border-radius: 6px}
 """
 
@@ -419,9 +420,11 @@ def show_attack(found: Attack) -> str:
     return show_pictures(list(shown.items()))
 
 
-def show_inversions(image: Image.Image, found: Sequence[Inversion]) -> str:
-    """Show an image, and the inversions of its layers with their errors."""
-    inverted = [(f"{html.escape(each.layer)}<br>error {each.error:.3f}", each.picture) for each in found]
+def show_inversions(image: Image.Image, found: Sequence[Inversion], prefix: str = "") -> str:
+    """Show an image, and the inversions of its layers with their errors. The names are shown without the prefix."""
+    inverted = [
+        (f"{html.escape(each.layer.removeprefix(prefix))}<br>error {each.error:.3f}", each.picture) for each in found
+    ]
     return show_pictures([("image", image), *inverted])
 
 

@@ -175,13 +175,13 @@ class Explorer:
     def invert_layers(self, picture: Picture, name: str | None, steps: int) -> Iterator[tuple[str, str]]:
         """Show the inversions of the layers one after the other: progress and pictures."""
         classifier, found = self.models.get(name), []
-        seen = classifier.crop(picture.image)
-        yield inside.show_progress(0, f"Layer 1 of up to {DEPTHS}"), inside.show_inversions(seen, found)
+        seen, prefix = classifier.crop(picture.image), f"{classifier.model.base_model_prefix}."
+        yield inside.show_progress(0, f"Layer 1 of up to {DEPTHS}"), inside.show_inversions(seen, found, prefix)
         for each in inside.invert(classifier, picture.image, int(steps)):
             found.append(each)
             text = f"{len(found)} layers, {int(steps)} steps each"
-            yield inside.show_progress(len(found) / DEPTHS, text), inside.show_inversions(seen, found)
-        yield inside.show_progress(1, f"Done: {text}"), inside.show_inversions(seen, found)
+            yield inside.show_progress(len(found) / DEPTHS, text), inside.show_inversions(seen, found, prefix)
+        yield inside.show_progress(1, f"Done: {text}"), inside.show_inversions(seen, found, prefix)
 
 
 def choices(classifier: Classifier | None, layers: dict[str, int]) -> tuple[gr.Dropdown, gr.Dropdown, gr.Slider]:

@@ -344,10 +344,15 @@ class TestBrowser:
         wait_for(lambda: "Prediction" in text_of(browser, "sentence") and shown(browser, "patches"))
 
     def choose_tab(self, browser, key):
-        browser.execute_script(
-            "[...document.querySelectorAll('[role=tab]')].find(e => e.textContent.trim() == arguments[0]).click()",
-            app.TABS[key],
-        )
+        script = """
+        const find = part => [...document.querySelectorAll(part)].find(e => e.textContent.trim() == arguments[0]);
+        const button = find('[role=tab]') || find('.overflow-dropdown button');
+        if (button) button.click();
+        else if (!document.querySelector('.overflow-dropdown:not(.hide)'))  // a phone has a menu of other tabs
+            document.querySelector('.overflow-menu > button').click();
+        return Boolean(button);
+        """
+        wait_for(lambda: browser.execute_script(script, app.TABS[key]))
 
     def click(self, browser, name):
         browser.execute_script("document.getElementById(arguments[0]).click()", name)
