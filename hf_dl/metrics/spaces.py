@@ -45,6 +45,15 @@ class MetricSpace:
 
 
 METRICS = {  # the key is the name of the file with the functions in hf_dl/metrics
+    "captions": MetricSpace(
+        "Caption scores",
+        "💬",
+        "BLEU, ROUGE-L and CIDEr-D of captions without Java",
+        {
+            "predictions": ["a red cube stands on a floor", "two dogs play"],
+            "references": [["a red cube on a gray floor", "a cube"], ["two dogs play in the snow"]],
+        },
+    ),
     "classification": MetricSpace(
         "Classification scores",
         "🎯",

@@ -15,6 +15,7 @@ import yaml
 from PIL import Image
 
 from hf_dl.metrics import (
+    captions,
     classification,
     detection,
     editing,
@@ -108,6 +109,7 @@ def test_every_metric_loads_offline_without_the_package(tmp_path):
         for name in ("classification", "phrase_segmentation", "segmentation")
     }
     expected = {
+        "captions": captions.caption_scores(*example["captions"].values()),
         "classification": classification.classification_scores(
             classification.confusion_matrix(*tensors["classification"])
         ),
@@ -180,6 +182,6 @@ def test_names_that_cannot_be_imported(repo_id):
 
 def test_an_unknown_metric():
     with pytest.raises(
-        ValueError, match="metric='bleu' is unknown. Choose one of: classification, detection, editing"
+        ValueError, match="metric='bleu' is unknown. Choose one of: captions, classification, detection"
     ):
         spaces.metric_files("bleu")
