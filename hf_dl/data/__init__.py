@@ -9,6 +9,7 @@
 - `masked_images`: images with instance masks from any source; `clevrtex` and `coco` read those two formats
 - `detection`: images with boxes: generated scenes, PASCAL VOC, COCO, tables, the Hub
 - `captions`: images with captions: generated scenes, COCO, Flickr, tables, the Hub
+- `scene_captions`: several captions per generated scene, and the objects of a caption
 - `phrasecut`: images with phrases and one mask per phrase: generated, PhraseCut, COCO, or the Hub
 - `zero_shot`: images and prompts for zero-shot classification
 - `text`: a generated language, text files, or the Hub, with tokenizers and batches

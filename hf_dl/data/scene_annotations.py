@@ -20,8 +20,8 @@ DIRECTIONS = ("left", "right", "front", "behind")
 GAP = 0.25  # smallest offset for "left of" and the other relations; sampled objects are at least this far apart
 
 _SUBSETS = [a for n in range(5) for a in itertools.combinations(ATTRIBUTES, n)]  # from few attributes to many
-_NUMBERS = "no one two three four five six seven eight nine ten eleven twelve".split()
-_RELATION_WORDS = {"left": "left of", "right": "right of", "front": "in front of", "behind": "behind"}
+NUMBERS = "no one two three four five six seven eight nine ten eleven twelve".split()
+RELATION_WORDS = {"left": "left of", "right": "right of", "front": "in front of", "behind": "behind"}
 
 
 def annotate(scene: Scene, mask: np.ndarray) -> dict:
@@ -37,7 +37,7 @@ def annotate(scene: Scene, mask: np.ndarray) -> dict:
     description = scene.to_json()
     records = _describe_objects(scene, mask)
     rng = random.Random(f"hf_dl.scenes words {description}")
-    caption = _caption(scene, records, rng)
+    caption = write_caption(records, rng, ground=scene.ground.material)
     return {"objects": records, "caption": caption, "phrases": _phrases(records, rng), "scene": description}
 
 
@@ -97,7 +97,7 @@ def _noun(record: dict, attributes: Sequence[str], count: int = 1) -> str:
 
 
 def _number(count: int) -> str:
-    return _NUMBERS[count] if count < len(_NUMBERS) else str(count)
+    return NUMBERS[count] if count < len(NUMBERS) else str(count)
 
 
 def _phrases(records: list[dict], rng: random.Random) -> list[dict]:
@@ -132,7 +132,7 @@ def _phrases(records: list[dict], rng: random.Random) -> list[dict]:
         direction, other = pick(rng, DIRECTIONS), pick(rng, everything)
         found = [i for i in matches(record, attributes) if i in records[other]["relations"][direction]]
         if found and names[other] is not None:
-            after = f"{_RELATION_WORDS[direction]} the {_noun(records[other], names[other])}"
+            after = f"{RELATION_WORDS[direction]} the {_noun(records[other], names[other])}"
             add(record, attributes, found, after=after)
     direction, attributes = pick(rng, ("left", "right")), pick(rng, ((), ("shape",)))
     group = matches(records[pick(rng, everything)], attributes)
@@ -154,28 +154,49 @@ def listing(nouns: Sequence[str]) -> str:
     return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
 
 
-def _caption(scene: Scene, records: list[dict], rng: random.Random) -> str:
-    """Write one sentence about all visible objects."""
-    ground = "gray" if scene.ground.material == "rubber" else scene.ground.material
+def write_caption(records: Sequence[dict], rng: random.Random, *, ground: str, varied: bool = False) -> str:
+    """Write one sentence about all visible objects.
+
+    Args:
+        records: The column `objects` of a scene.
+        rng: Source of the choice of words.
+        ground: Material of the ground. "rubber" is called gray.
+        varied: Also vary the order of the objects. Half of the sentences then name a relation, if one exists.
+
+    Returns:
+        The sentence, such as "A red cube stands behind a large gray sphere, with a blue cone nearby."
+    """
+    ground = "gray" if ground == "rubber" else ground
     visible = _visible(records)
     if not visible:
         return f"An empty {ground} floor."
+    if varied:
+        visible = sorted(visible, key=lambda _: rng.random())
     attributes = pick(
         rng, (ATTRIBUTES, ATTRIBUTES, ("color", "shape"), ("size", "color", "shape"), ("color", "material", "shape"))
     )
     nouns = {i: _noun(records[i], attributes) for i in visible}
-    first = pick(rng, visible)
-    direction = pick(rng, DIRECTIONS)
-    others = [i for i in records[first]["relations"][direction] if i in visible]
+    pairs = [(i, direction) for i in visible for direction in DIRECTIONS if _others(records, i, direction)]
+    if varied and pairs:
+        first, direction = pick(rng, pairs)
+    else:
+        first = pick(rng, visible)
+        direction = pick(rng, DIRECTIONS)
+    others = _others(records, first, direction)
     template = pick(rng, ("stand", "picture", "relation", "relation"))
     if template == "relation" and others:
         second = pick(rng, others)  # `others` lists, for example, the objects left of the first
         rest = [noun for i, noun in nouns.items() if i not in (first, second)]
         article = "another" if nouns[second] == nouns[first] else "a"
-        place = {"left": "to the left of", "right": "to the right of"}.get(direction, _RELATION_WORDS[direction])
+        place = {"left": "to the left of", "right": "to the right of"}.get(direction, RELATION_WORDS[direction])
         end = f", with {listing(rest)} nearby" if rest else ""
         return f"A {nouns[second]} stands {place} {article} {nouns[first]}{end}."
     text = listing(list(nouns.values()))
     if template == "picture":
         return f"A picture of {text} on a {ground} floor."
     return f"{text[0].upper()}{text[1:]} {'stands' if len(nouns) == 1 else 'stand'} on a {ground} floor."
+
+
+def _others(records: Sequence[dict], first: int, direction: str) -> list[int]:
+    """Return the visible objects that stand in a direction from the first one."""
+    return [i for i in records[first]["relations"][direction] if records[i]["visible_pixels"]]

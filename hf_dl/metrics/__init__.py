@@ -1,6 +1,6 @@
 """Metrics as pure functions. Nine of them are also `evaluate` metrics that can be published as Spaces.
 
-- `captions`: BLEU, ROUGE-L and CIDEr-D of captions
+- `captions`: BLEU, ROUGE-L and CIDEr-D of captions; `caption_objects`: attributes and relations in captions
 - `classification`: accuracy, F1, top-k accuracy
 - `detection`: average precision of boxes, as COCO and VOC define it; `detection_errors`: kinds of errors
 - `segmentation`: ARI, mean IoU, mean best overlap
