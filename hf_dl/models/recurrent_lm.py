@@ -1,13 +1,13 @@
-"""A recurrent language model: embedding, LSTM, dropout, and a choice of output layers for large vocabularies.
+"""A recurrent language model: embedding, RNN, GRU or LSTM, dropout, and output layers for large vocabularies.
 
-Mikolov et al. 2010, "Recurrent neural network based language model". The LSTM and its dropout follow Zaremba et al.
-2014, "Recurrent neural network regularization": dropout applies between layers, not between time steps. The output
+Mikolov et al. 2010, "Recurrent neural network based language model". The layers and their dropout follow Zaremba et
+al. 2014, "Recurrent neural network regularization": dropout applies between layers, not between time steps. The output
 layer is a key of `HEADS` in layers_heads.py. `logits` are log-probabilities for all heads. `generate` and pipelines
 use them like the logits of any language model.
 
 Differences from the language models of transformers:
 
-- The state of the LSTM is passed and returned as `state`. Its size does not depend on the length of the text.
+- The state of the cells is passed and returned as `state`. Its size does not depend on the length of the text.
 - Training does not compute `logits` unless `skip_logits=False`. For 10,000 words they take more time than the loss of
   a hierarchical or adaptive head.
 """
@@ -26,9 +26,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from .layers_heads import HEADS, check_options, make_head
 from .layers_output_head import IGNORED, OutputHead
-from .layers_recurrent import LSTM
-
-State = tuple[torch.Tensor, torch.Tensor]
+from .layers_recurrent import RecurrentLayers, State, check_cell, init_recurrent
 
 # `Trainer` shifts the labels of a smoothed loss, and `pipeline` accepts a model, only if its name is in this table.
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["recurrent_lm"] = "RecurrentLMForCausalLM"
@@ -41,10 +39,12 @@ class RecurrentLMConfig(PreTrainedConfig):
     Args:
         vocab_size: Number of tokens in the vocabulary.
         embedding_size: Channels of the embedded tokens.
-        hidden_size: Channels of the LSTM and of the hidden states, the input of the output layer.
-        num_hidden_layers: Number of LSTM layers.
+        hidden_size: Channels of the cells and of the hidden states, the input of the output layer.
+        num_hidden_layers: Number of recurrent layers.
+        cell: A key of `CELLS` in layers_recurrent.py: "rnn", "rnn_relu", "gru" or "lstm".
+        forget_bias: Initial bias of the forget gate of an LSTM. Defaults to a random one near 0, as in torch.
         dropout: Dropout probability before, between and after the layers, at least 0 and less than 1.
-        fused: Whether to run the LSTM with the kernel of torch. If not, it runs step by step.
+        fused: Whether to run the cells with the kernel of torch. If not, it runs step by step.
         sparse_embedding: Whether the embedding has sparse gradients, see `make_optimizers`.
         head: Output layer, a key of `HEADS` such as "softmax" or "hierarchical".
         head_options: Options of the output layer, see `make_head`. Values must be JSON types.
@@ -71,6 +71,8 @@ class RecurrentLMConfig(PreTrainedConfig):
     embedding_size: int = 128
     hidden_size: int = 128
     num_hidden_layers: int = 1
+    cell: str = "lstm"
+    forget_bias: float | None = None
     dropout: float = 0.2
     fused: bool = True
     sparse_embedding: bool = False
@@ -98,6 +100,9 @@ class RecurrentLMConfig(PreTrainedConfig):
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout} must be at least 0 and below 1.")
+        check_cell(self.cell)
+        if self.forget_bias is not None and self.cell != "lstm":
+            raise ValueError(f"forget_bias={self.forget_bias} needs cell='lstm', not {self.cell!r}. Remove it.")
         check_options(self.head, self.head_options)
         if not self.tie_word_embeddings:
             return
@@ -125,7 +130,7 @@ class RecurrentLMModelOutput(ModelOutput):
 
     Args:
         last_hidden_state: Hidden states after dropout, (batch, length, hidden_size).
-        state: h and c after the last token, (batch, num_hidden_layers, hidden_size) each.
+        state: h, and c of an LSTM, after the last token, (batch, num_hidden_layers, hidden_size) each.
         hidden_states: The embedded tokens and the last hidden states, if requested.
     """
 
@@ -141,7 +146,7 @@ class RecurrentLMOutput(ModelOutput):
     Args:
         loss: Mean of -log P(label) in nats, over the labels that are not ignored, if labels are given.
         logits: log P of each next token, (batch, length, vocab_size). `None` in training, see `skip_logits`.
-        state: h and c after the last token, (batch, num_hidden_layers, hidden_size) each.
+        state: h, and c of an LSTM, after the last token, (batch, num_hidden_layers, hidden_size) each.
         hidden_states: The embedded tokens and the last hidden states, if requested.
     """
 
@@ -163,9 +168,8 @@ class RecurrentLMPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module):
         if isinstance(module, nn.Embedding):
             init.uniform_(module.weight, -0.1, 0.1)
-        elif isinstance(module, nn.LSTM):
-            for parameter in module.parameters():
-                init.uniform_(parameter, -(module.hidden_size**-0.5), module.hidden_size**-0.5)
+        elif isinstance(module, nn.RNNBase):
+            init_recurrent(module, forget_bias=self.config.forget_bias)
         elif isinstance(module, nn.Linear):
             init.kaiming_uniform_(module.weight, a=5**0.5)
             if module.bias is not None:
@@ -190,9 +194,10 @@ class RecurrentLMModel(RecurrentLMPreTrainedModel):
     def __init__(self, config: RecurrentLMConfig):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.embedding_size, sparse=config.sparse_embedding)
-        self.layers = LSTM(
+        self.layers = RecurrentLayers(
             config.embedding_size,
             config.hidden_size,
+            cell=config.cell,
             num_layers=config.num_hidden_layers,
             dropout=config.dropout,
             fused=config.fused,
@@ -233,7 +238,7 @@ class RecurrentLMModel(RecurrentLMPreTrainedModel):
                 `output_attentions` is true.
         """
         if kwargs.get("output_attentions"):
-            raise ValueError("output_attentions=True is invalid: an LSTM has no attention. Remove it.")
+            raise ValueError("output_attentions=True is invalid: recurrent layers have no attention. Remove it.")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass either input_ids or inputs_embeds, not both or neither.")
         embedded = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -265,7 +270,7 @@ class RecurrentLMForCausalLM(RecurrentLMPreTrainedModel, GenerationMixin):
     """
 
     _tied_weights_keys = {"head.weight": "recurrent_lm.embed_tokens.weight"}
-    _is_stateful = True  # assisted generation is not supported, because the LSTM cannot undo a token
+    _is_stateful = True  # assisted generation is not supported, because the cells cannot undo a token
 
     def __init__(self, config: RecurrentLMConfig):
         super().__init__(config)
@@ -391,7 +396,7 @@ class RecurrentLMForCausalLM(RecurrentLMPreTrainedModel, GenerationMixin):
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
-        return False  # an LSTM has no keys and values to cache
+        return False  # recurrent cells have no keys and values to cache
 
     def prepare_inputs_for_generation(
         self,
@@ -430,7 +435,7 @@ class RecurrentLMForCausalLM(RecurrentLMPreTrainedModel, GenerationMixin):
     ) -> LogitsProcessorList:
         if generation_config.guidance_scale not in (None, 1):
             raise ValueError(
-                f"guidance_scale={generation_config.guidance_scale} is not supported: the LSTM would need a second "
+                f"guidance_scale={generation_config.guidance_scale} is not supported: the cells would need a second "
                 "state for the text without a prompt. Remove it."
             )
         return super()._get_logits_processor(generation_config, *args, **kwargs)
@@ -445,5 +450,4 @@ class RecurrentLMForCausalLM(RecurrentLMPreTrainedModel, GenerationMixin):
 
     @staticmethod
     def _reorder_cache(state: State, beam_idx: torch.Tensor) -> State:
-        h, c = (values.index_select(0, beam_idx.to(values.device)) for values in state)
-        return h, c
+        return tuple(values.index_select(0, beam_idx.to(values.device)) for values in state)

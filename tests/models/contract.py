@@ -246,7 +246,7 @@ if {self.processor_class is not None}:
             expected = self.smooth_answer(model, inputs)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # deprecated, but still the way to quantize for CPUs
-                layers = {nn.Linear, nn.LSTM, nn.GRUCell}
+                layers = {nn.Linear, nn.LSTM, nn.GRU, nn.GRUCell}
                 quantized = quantize_dynamic(copy.deepcopy(model), layers, dtype=torch.qint8)
             found = self.smooth_answer(quantized, inputs)
             assert found.isfinite().all() and not torch.equal(found, expected)

@@ -4,7 +4,16 @@ import pytest
 import torch
 from torch import nn
 
-from hf_dl.models.layers_recurrent import LSTM, BidirectionalLSTM, LSTMCell
+from hf_dl.models.layers_recurrent import (
+    CELLS,
+    LSTM,
+    BidirectionalLSTM,
+    LSTMCell,
+    RecurrentLayers,
+    gru_step,
+    init_recurrent,
+    rnn_step,
+)
 
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-10}
 DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=["float32", "float64"])
@@ -53,36 +62,102 @@ def test_a_step_by_hand():
     assert h.item() == pytest.approx(0.5 * math.tanh(expected), abs=1e-6)
 
 
+def pair(cell, dtype, fused, *, layers=2, directions=1):
+    """Return our layers and the module of torch, with the same weights."""
+    kind = CELLS[cell]
+    theirs = kind.layers(4, 6, layers, batch_first=True, bidirectional=directions == 2, **kind.options).to(dtype)
+    if directions == 2 and cell == "lstm":
+        ours = BidirectionalLSTM(4, 6, num_layers=layers, fused=fused).to(dtype)
+    else:
+        options = {"num_layers": layers, "bidirectional": directions == 2, "fused": fused}
+        ours = RecurrentLayers(4, 6, cell=cell, **options).to(dtype)
+    ours.module.load_state_dict(theirs.state_dict())
+    return ours, theirs
+
+
 @DTYPES
 @WAYS
-@pytest.mark.parametrize("layers", [1, 2])
-def test_the_encoder_equals_torch_on_each_sequence_alone(dtype, fused, layers):
+@pytest.mark.parametrize("directions", [1, 2])
+@pytest.mark.parametrize("cell", CELLS)
+def test_layers_equal_torch_on_each_sequence_alone(cell, directions, fused, dtype):
     torch.manual_seed(1)
-    ours, theirs = (
-        BidirectionalLSTM(4, 6, num_layers=layers, fused=fused).to(dtype),
-        nn.LSTM(4, 6, layers, batch_first=True, bidirectional=True).to(dtype),
-    )
-    ours.lstm.load_state_dict(theirs.state_dict())
+    ours, theirs = pair(cell, dtype, fused, directions=directions)
     x = torch.randn(4, 9, 4, dtype=dtype, requires_grad=True)
     keep = torch.zeros(4, 9, dtype=torch.bool)
     keep[0] = True
     keep[1, :4] = keep[2, 5:] = True  # padded right, padded left
     keep[3, [0, 2, 3, 7]] = True  # gaps in the middle
-    outputs, (h, c) = ours(x, keep)
+    outputs, state = ours(x, attention_mask=keep)
+    with torch.no_grad():  # without gradients, it is the kernel for packed sequences
+        for one, other in zip(ours(x, attention_mask=keep)[1], state, strict=True):
+            check_close(one, other, dtype)
     assert (outputs[~keep] == 0).all()
     weight = torch.randn(outputs.shape, dtype=dtype)
-    loss, expected_loss = (outputs * weight).sum() + h.square().sum() + c.sin().sum(), 0.0
+    loss, expected_loss = (outputs * weight).sum() + sum(values.sin().sum() for values in state), 0.0
     for row in range(4):
-        alone, (h_alone, c_alone) = theirs(x[row : row + 1, keep[row]])
+        alone, state_alone = theirs(x[row : row + 1, keep[row]])
         check_close(outputs[row, keep[row]], alone[0], dtype)
-        h_alone, c_alone = (s.view(layers, 2, 6).flatten(1) for s in (h_alone, c_alone))
-        check_close(h[row], h_alone, dtype)
-        check_close(c[row], c_alone, dtype)
-        expected_loss += (alone[0] * weight[row, keep[row]]).sum() + h_alone.square().sum() + c_alone.sin().sum()
+        state_alone = state_alone if isinstance(state_alone, tuple) else (state_alone,)
+        state_alone = [values.view(2, directions * 6) for values in state_alone]
+        for one, other in zip(state, state_alone, strict=True):
+            check_close(one[row], other, dtype)
+        expected_loss += (alone[0] * weight[row, keep[row]]).sum() + sum(values.sin().sum() for values in state_alone)
     found = gradients(loss, x, *ours.parameters())
     for one, other in zip(found, gradients(expected_loss, x, *theirs.parameters()), strict=True):
         torch.testing.assert_close(one, other, rtol=10 * TOLERANCE[dtype], atol=10 * TOLERANCE[dtype])
     assert (found[0][~keep] == 0).all()  # no gradient reaches the padding
+
+
+@pytest.mark.parametrize("cell", ["rnn", "rnn_relu", "gru"])
+def test_single_steps_equal_the_cells_of_torch(cell):
+    torch.manual_seed(0)
+    theirs = (
+        nn.GRUCell(5, 7) if cell == "gru" else nn.RNNCell(5, 7, nonlinearity={"rnn": "tanh", "rnn_relu": "relu"}[cell])
+    ).double()
+    x, h = (torch.randn(3, size, dtype=torch.float64, requires_grad=True) for size in (5, 7))
+    weights = (theirs.weight_ih, theirs.weight_hh, theirs.bias_ih, theirs.bias_hh)
+    options = {"activation": torch.relu} if cell == "rnn_relu" else {}
+    found = (gru_step if cell == "gru" else rnn_step)(x, h, *weights, **options)
+    check_close(found, theirs(x, h), torch.float64)
+    for one, other in zip(
+        gradients(found.sin().sum(), x, h, *weights), gradients(theirs(x, h).sin().sum(), x, h, *weights), strict=True
+    ):
+        check_close(one, other, torch.float64)
+
+
+def test_the_gru_of_the_paper_is_another_function():
+    torch.manual_seed(0)
+    cell = nn.GRUCell(5, 7).double()
+    x, h = torch.randn(3, 5, dtype=torch.float64), torch.randn(3, 7, dtype=torch.float64)
+    (w_r, w_z, w_n), (u_r, u_z, u_n) = cell.weight_ih.chunk(3), cell.weight_hh.chunk(3)
+    (b_r, b_z, b_n), (c_r, c_z, c_n) = cell.bias_ih.chunk(3), cell.bias_hh.chunk(3)
+    r = (x @ w_r.T + b_r + h @ u_r.T + c_r).sigmoid()
+    z = (x @ w_z.T + b_z + h @ u_z.T + c_z).sigmoid()
+
+    def update(product):
+        return (1 - z) * (x @ w_n.T + b_n + product).tanh() + z * h
+
+    found = gru_step(x, h, cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh)
+    check_close(found, update(r * (h @ u_n.T + c_n)), torch.float64)
+    assert (found - update((r * h) @ u_n.T + c_n)).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("directions", [1, 2])
+def test_the_last_output_is_not_the_summary_of_both_directions(directions):
+    layers = RecurrentLayers(4, 6, cell="gru", bidirectional=directions == 2)
+    outputs, (h,) = layers(torch.randn(2, 5, 4))
+    torch.testing.assert_close(h[:, 0, :6], outputs[:, -1, :6])
+    if directions == 2:
+        torch.testing.assert_close(h[:, 0, 6:], outputs[:, 0, 6:])
+        assert not torch.allclose(h[:, 0], outputs[:, -1])
+
+
+def test_the_forget_bias_counts_once():
+    lstm = nn.LSTM(4, 6, 2)
+    init_recurrent(lstm, forget_bias=3.0)
+    for layer in range(2):
+        both = getattr(lstm, f"bias_ih_l{layer}") + getattr(lstm, f"bias_hh_l{layer}")
+        assert (both[6:12] == 3).all() and (both[:6] != 3).all() and (both[12:] != 3).all()
 
 
 def test_the_kernel_has_the_gradient_of_the_steps():
@@ -91,7 +166,8 @@ def test_the_kernel_has_the_gradient_of_the_steps():
     lstm, x = BidirectionalLSTM(4, 6, num_layers=2), torch.randn(3, 5, 4)
     keep = torch.tensor([[1, 1, 0, 1, 0], [0, 1, 1, 1, 1], [1, 1, 1, 1, 1]]).bool()
     found = []
-    for outputs, (h, c) in (lstm._run_kernel(x, keep, keep.sum(1)), lstm._run_steps(x, keep)):
+    zeros = (torch.zeros(3, 2, 12),) * 2
+    for outputs, (h, c) in (lstm._run_kernel(x, zeros, keep, keep.sum(1)), lstm._run_steps(x, zeros, keep)):
         found.append((outputs, h, c, *gradients(outputs.sin().sum() + h.sum() + c.square().sum(), *lstm.parameters())))
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
@@ -135,24 +211,23 @@ def test_invalid_inputs_raise_an_error():
 
 @DTYPES
 @WAYS
-@pytest.mark.parametrize("layers", [1, 2])
-def test_pieces_of_a_sequence_equal_torch_on_the_whole_sequence(dtype, fused, layers):
+@pytest.mark.parametrize("cell", CELLS)
+def test_pieces_of_a_sequence_equal_torch_on_the_whole_sequence(cell, fused, dtype):
     torch.manual_seed(2)
-    ours = LSTM(4, 6, num_layers=layers, fused=fused).to(dtype)
-    theirs = nn.LSTM(4, 6, layers, batch_first=True).to(dtype)
-    ours.lstm.load_state_dict(theirs.state_dict())
+    ours, theirs = pair(cell, dtype, fused)
     x = torch.randn(3, 9, 4, dtype=dtype, requires_grad=True)
     first, state = ours(x[:, :5])
-    second, (h, c) = ours(x[:, 5:], state)
-    outputs, (h_whole, c_whole) = theirs(x)
-    found, expected = torch.cat([first, second], dim=1), outputs
+    second, state = ours(x[:, 5:], state)
+    expected, whole = theirs(x)
+    found = torch.cat([first, second], dim=1)
     check_close(found, expected, dtype)
-    check_close(h, h_whole.transpose(0, 1), dtype)
-    check_close(c, c_whole.transpose(0, 1), dtype)
+    whole = whole if isinstance(whole, tuple) else (whole,)
+    for one, other in zip(state, whole, strict=True):
+        check_close(one, other.transpose(0, 1), dtype)
     weight = torch.randn(found.shape, dtype=dtype)
     for one, other in zip(
-        gradients((found * weight).sum() + c.sin().sum(), x, *ours.parameters()),
-        gradients((expected * weight).sum() + c_whole.sin().sum(), x, *theirs.parameters()),
+        gradients((found * weight).sum() + state[-1].sin().sum(), x, *ours.parameters()),
+        gradients((expected * weight).sum() + whole[-1].sin().sum(), x, *theirs.parameters()),
         strict=True,
     ):
         check_close(one, other, dtype)
@@ -189,6 +264,10 @@ def test_invalid_states_and_masks_raise_an_error():
         lstm(x, None, torch.ones(3, 4))
     with pytest.raises(ValueError, match=r"attention_mask keeps no token of rows \[1\]"):
         lstm(x, None, torch.tensor([[1] * 5, [0] * 5, [1] * 5]))
+    with pytest.raises(ValueError, match="state has 2 tensors. cell='gru' needs 1"):
+        RecurrentLayers(4, 6, cell="gru")(x, (torch.zeros(3, 1, 6),) * 2)
+    with pytest.raises(ValueError, match="cell='qrnn' is unknown. Choose one of: rnn, rnn_relu, gru, lstm"):
+        RecurrentLayers(4, 6, cell="qrnn")
 
 
 @pytest.mark.parametrize("fused", [True, False])

@@ -10,6 +10,7 @@ from transformers.utils import logging
 from hf_dl.data.text import build_tokenizer, load
 from hf_dl.models import RecurrentLMConfig, RecurrentLMForCausalLM, RecurrentLMModel
 from hf_dl.models.layers_heads import make_optimizers
+from hf_dl.models.layers_recurrent import CELLS
 from tests.models.contract import SAME_CODE, ModelContract
 from tests.models.trainer import make_trainer, rows_of, smoothed
 
@@ -79,6 +80,13 @@ class TestAdaptiveLM(TestSoftmaxLM):
     head = "adaptive"
 
 
+class TestGruLM(TestSoftmaxLM):
+    skipped = SAME_CODE
+
+    def config(self):
+        return config_of("softmax", dropout=0.0, cell="gru")
+
+
 class TestTiedLM(TestSoftmaxLM):
     skipped = SAME_CODE
 
@@ -116,6 +124,41 @@ def test_reading_in_pieces_equals_reading_the_whole_text():
     assert [tuple(states.shape) for states in whole.hidden_states] == [(2, 9, 6), (2, 9, 8)]
     embedded = model.get_input_embeddings()(ids)
     torch.testing.assert_close(model(inputs_embeds=embedded).logits, whole.logits)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_every_cell_reads_in_pieces_and_continues_text(cell):
+    model, ids = build(cell=cell, num_hidden_layers=2), torch.randint(12, (2, 9))
+    whole, first = model(ids), model(ids[:, :4])
+    second = model(ids[:, 4:], state=first.state)
+    torch.testing.assert_close(torch.cat([first.logits, second.logits], dim=1), whole.logits)
+    assert len(whole.state) == CELLS[cell].states
+    beams = model.generate(ids, num_beams=3, max_new_tokens=4, eos_token_id=None, pad_token_id=0)
+    for row in range(2):  # beams of several rows are reordered with their state
+        alone = model.generate(ids[row : row + 1], num_beams=3, max_new_tokens=4, eos_token_id=None, pad_token_id=0)
+        assert torch.equal(alone[0], beams[row])
+
+
+def test_old_checkpoints_without_a_cell_are_lstms(tmp_path):
+    model, ids = build(), torch.randint(12, (2, 9))
+    assert "recurrent_lm.layers.lstm.weight_ih_l0" in model.state_dict()
+    model.save_pretrained(tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    assert fields.pop("cell") == "lstm" and fields.pop("forget_bias") is None
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    loaded = RecurrentLMForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+def test_the_forget_bias_is_set_in_new_models_and_kept_in_loaded_ones(tmp_path):
+    model = build(forget_bias=2.0)
+    lstm = model.recurrent_lm.layers.module
+    assert all((getattr(lstm, f"bias_ih_l{layer}")[8:16] == 2).all() for layer in range(2))
+    with torch.no_grad():
+        lstm.bias_ih_l1.add_(1)
+    model.save_pretrained(tmp_path)
+    loaded = RecurrentLMForCausalLM.from_pretrained(tmp_path).recurrent_lm.layers.module
+    assert torch.equal(loaded.bias_ih_l1, lstm.bias_ih_l1)
 
 
 def test_the_unfused_lstm_gives_the_same_result():
@@ -271,7 +314,7 @@ def test_generate_returns_the_outputs_of_each_step(sharp):
     transitions = sharp.compute_transition_scores(beams.sequences, beams.scores, beams.beam_indices)
     torch.testing.assert_close(transitions.sum(1) / 4, beams.sequences_scores)
     assert [states[1].shape[0] for states in beams.hidden_states] == [6] * 4
-    with pytest.raises(ValueError, match="an LSTM has no attention"):
+    with pytest.raises(ValueError, match="recurrent layers have no attention"):
         sharp.generate(prompt, output_attentions=True, **options)
 
 
@@ -424,7 +467,7 @@ def test_invalid_fields_raise_an_error(fields, sentence):
 
 def test_invalid_inputs_raise_an_error():
     model, ids = build(), torch.zeros(1, 3, dtype=torch.long)
-    with pytest.raises(ValueError, match="output_attentions=True is invalid: an LSTM has no attention"):
+    with pytest.raises(ValueError, match="output_attentions=True is invalid: recurrent layers have no attention"):
         model(ids, output_attentions=True)
     with pytest.raises(ValueError, match=r"attention_mask has shape \(1, 1, 3, 3\), expected \(1, 3\)"):
         model(ids, attention_mask=torch.ones(1, 1, 3, 3))
