@@ -14,16 +14,23 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoModelForImageSegmentation,
+    AutoModelForKeypointDetection,
+    AutoModelForObjectDetection,
     AutoModelForSeq2SeqLM,
     AutoVideoProcessor,
     ViTImageProcessor,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_SEGMENTATION_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_IMAGE_SEGMENTATION_MAPPING_NAMES,
+    MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES,
+)
 
 from .classic_cnn import ClassicCNNConfig, ClassicCNNForImageClassification, ClassicCNNModel
 from .clip_segmenter import ClipSegmenterConfig, ClipSegmenterForImageSegmentation
 from .conv_classifier import ConvClassifierConfig, ConvClassifierForImageClassification, ConvClassifierModel
+from .detection_processor import DetectionImageProcessor
 from .image_vae import ImageVaeConfig, ImageVaeModel, ImageVaeProcessor
+from .localizer import LocalizerConfig, LocalizerForKeypointDetection, LocalizerForObjectDetection
 from .norm_resnet import NormResNetConfig, NormResNetForImageClassification, NormResNetModel
 from .program_seq2seq import ProgramSeq2SeqConfig, ProgramSeq2SeqForConditionalGeneration, beam_generate
 from .recurrent_lm import RecurrentLMConfig, RecurrentLMForCausalLM, RecurrentLMModel
@@ -67,6 +74,14 @@ REGISTERED = [
         {AutoModel: ClassicCNNModel, AutoModelForImageClassification: ClassicCNNForImageClassification},
         ViTImageProcessor,
     ),
+    (
+        LocalizerConfig,
+        {
+            AutoModelForKeypointDetection: LocalizerForKeypointDetection,
+            AutoModelForObjectDetection: LocalizerForObjectDetection,
+        },
+        DetectionImageProcessor,
+    ),
     (ProgramSeq2SeqConfig, {AutoModelForSeq2SeqLM: ProgramSeq2SeqForConditionalGeneration}, None),
     (RecurrentLMConfig, {AutoModel: RecurrentLMModel, AutoModelForCausalLM: RecurrentLMForCausalLM}, None),
 ]
@@ -92,6 +107,11 @@ MODEL_FOR_IMAGE_SEGMENTATION_MAPPING_NAMES[SlotAutoencoderConfig.model_type] = (
     SlotAutoencoderForImageSegmentation.__name__
 )
 
+# So does the object-detection pipeline.
+for _config, _models, _ in REGISTERED:
+    if AutoModelForObjectDetection in _models:
+        MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES[_config.model_type] = _models[AutoModelForObjectDetection].__name__
+
 _WITH_DIFFUSERS = {
     "SlotUNetModel": "slot_unet",
     "decode_latents": "latent_autoencoder",
@@ -116,9 +136,13 @@ __all__ = [
     "ConvClassifierConfig",
     "ConvClassifierForImageClassification",
     "ConvClassifierModel",
+    "DetectionImageProcessor",
     "ImageVaeConfig",
     "ImageVaeModel",
     "ImageVaeProcessor",
+    "LocalizerConfig",
+    "LocalizerForKeypointDetection",
+    "LocalizerForObjectDetection",
     "NormResNetConfig",
     "NormResNetForImageClassification",
     "NormResNetModel",

@@ -53,6 +53,7 @@ def test_a_pipeline_runs_no_remote_code_and_does_not_ask_for_it(model_type, tmp_
         "AutoModel": "image-feature-extraction",
         "AutoModelForImageClassification": "image-classification",
         "AutoModelForImageSegmentation": "image-segmentation",
+        "AutoModelForObjectDetection": "object-detection",
     }
     task = names[[*models][-1].__name__]
     found = transformers.pipeline(task, str(tmp_path))
