@@ -28,6 +28,7 @@ from transformers.models.auto.modeling_auto import (
 from .classic_cnn import ClassicCNNConfig, ClassicCNNForImageClassification, ClassicCNNModel
 from .clip_segmenter import ClipSegmenterConfig, ClipSegmenterForImageSegmentation
 from .conv_classifier import ConvClassifierConfig, ConvClassifierForImageClassification, ConvClassifierModel
+from .dense_detector import DenseDetectorConfig, DenseDetectorForObjectDetection
 from .detection_processor import DetectionImageProcessor
 from .image_vae import ImageVaeConfig, ImageVaeModel, ImageVaeProcessor
 from .localizer import LocalizerConfig, LocalizerForKeypointDetection, LocalizerForObjectDetection
@@ -80,6 +81,11 @@ REGISTERED = [
             AutoModelForKeypointDetection: LocalizerForKeypointDetection,
             AutoModelForObjectDetection: LocalizerForObjectDetection,
         },
+        DetectionImageProcessor,
+    ),
+    (
+        DenseDetectorConfig,
+        {AutoModelForObjectDetection: DenseDetectorForObjectDetection},
         DetectionImageProcessor,
     ),
     (ProgramSeq2SeqConfig, {AutoModelForSeq2SeqLM: ProgramSeq2SeqForConditionalGeneration}, None),
@@ -136,6 +142,8 @@ __all__ = [
     "ConvClassifierConfig",
     "ConvClassifierForImageClassification",
     "ConvClassifierModel",
+    "DenseDetectorConfig",
+    "DenseDetectorForObjectDetection",
     "DetectionImageProcessor",
     "ImageVaeConfig",
     "ImageVaeModel",

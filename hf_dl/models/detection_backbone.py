@@ -8,15 +8,16 @@
   its config.
 * "timm/NAME": a convolutional network of timm, such as "timm/resnet18".
 
-The feature maps with strides of 8 and more are mapped to the same number of channels by 1x1 convolutions, enlarged to
-stride 8, and added, as in Lin et al., "Feature pyramid networks for object detection", CVPR 2017,
+1x1 convolutions map the feature maps with strides of 8 and more to the same number of channels. The maps are enlarged
+to stride 8 and added, as in Lin et al., "Feature pyramid networks for object detection", CVPR 2017,
 https://arxiv.org/abs/1612.03144. Difference: the result is one map instead of a pyramid.
 """
 
 import difflib
 import importlib
 import json
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -247,16 +248,44 @@ class DetectionBackbone(nn.Module):
         return F.relu(merged)
 
 
-def init_detection_weights(module: nn.Module) -> None:
-    """Initialize a convolution of a detector as `DetectionBackbone` needs it: He et al. 2015, no bias.
+LayerT = TypeVar("LayerT", nn.Linear, nn.Conv2d)
+
+
+def start_with(layer: LayerT, bias: Sequence[float]) -> LayerT:
+    """Mark a layer for `init_detection_weights`: small weights and this bias, so that it starts with this output.
+
+    Only a layer with own parameters can be marked: transformers initializes no others in code outside of it.
 
     Args:
-        module: Any module of a detector. Other modules than convolutions are left as they are.
+        layer: A linear layer or a convolution.
+        bias: One number per output.
+
+    Returns:
+        The layer.
     """
+    layer.start_bias = [float(number) for number in bias]
+    return layer
+
+
+def init_detection_weights(module: nn.Module) -> None:
+    """Initialize a convolution or linear layer of a detector. Other modules stay unchanged.
+
+    Args:
+        module: Any module of a detector. Convolutions are initialized as in He et al. 2015.
+    """
+    if not isinstance(module, (nn.Conv2d, nn.Linear)):
+        return
+    start = getattr(module, "start_bias", None)
+    if start is not None:
+        init.normal_(module.weight, std=0.01)
+        init.copy_(module.bias, torch.tensor(start))
+        return
     if isinstance(module, nn.Conv2d):
         init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        if module.bias is not None:
-            init.zeros_(module.bias)
+    else:
+        init.kaiming_uniform_(module.weight, a=5**0.5)
+    if module.bias is not None:
+        init.zeros_(module.bias)
 
 
 def load_published_weights(backbone: DetectionBackbone, name: str) -> None:

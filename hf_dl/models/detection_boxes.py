@@ -61,6 +61,15 @@ def pairwise_iou(boxes: Tensor, others: Tensor) -> Tensor:
     return torch.where(intersection > 0, intersection / torch.where(union > 0, union, 1), 0)
 
 
+def paired_iou(boxes: Tensor, others: Tensor) -> Tensor:
+    """Compute the IoU of each box (..., 4) with the box at the same place in `others`, (...)."""
+    low, high = torch.maximum(boxes[..., :2], others[..., :2]), torch.minimum(boxes[..., 2:], others[..., 2:])
+    intersection = (high - low).clamp(min=0).prod(-1)
+    area, other_area = ((side[..., 2:] - side[..., :2]).prod(-1) for side in (boxes, others))
+    union = area + other_area - intersection
+    return torch.where(intersection > 0, intersection / torch.where(union > 0, union, 1), 0)
+
+
 def encode_boxes(boxes: Tensor, anchors: Tensor, *, weights: Sequence[float] = (1, 1, 1, 1)) -> Tensor:
     """Compute the codes that move anchors to boxes: the targets of box regression.
 

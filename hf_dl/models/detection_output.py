@@ -25,7 +25,7 @@ class DetectionOutput(ModelOutput):
 
     Args:
         loss: Sum of the loss terms, if `labels` are given.
-        loss_dict: The loss terms by name, as they are summed.
+        loss_dict: The loss terms by name. Their sum is the loss.
         logits: (batch, boxes, classes). `sigmoid(logits)` is the score of each class.
         pred_boxes: (batch, boxes, 4) as center x, center y, width, height, in [0, 1] of the image.
     """

@@ -68,7 +68,7 @@ class DetectionImageProcessor(RgbImageProcessor):
             annotations: One dictionary per image, as in COCO: `image_id` and `annotations`, a list of dictionaries
                 with `bbox` (x, y, width, height in pixels) and `category_id` from 0. Optional: `iscrowd`, and
                 `difficult` as in PASCAL VOC. Boxes are cut at the border, and boxes without area are left out.
-            **kwargs: Settings that replace the ones of the processor, and `return_tensors`.
+            **kwargs: Other settings for this call, and `return_tensors`.
 
         Returns:
             `pixel_values` (batch, 3, height, width), and `labels` if annotations are given: one dictionary per image.
@@ -113,7 +113,7 @@ class DetectionImageProcessor(RgbImageProcessor):
             `scores` (n,), `labels` (n,) and `boxes` (n, 4) as x0, y0, x1, y1 of each image, by descending score.
 
         Raises:
-            ValueError: If there is not one target size per image.
+            ValueError: If the numbers of target sizes and images differ.
         """
         if target_sizes is not None and len(target_sizes) != len(outputs.logits):
             raise ValueError(
