@@ -228,26 +228,38 @@ def match_anchors(iou: Tensor, *, high: float = 0.7, low: float = 0.3, keep_best
 
 
 def sample_matches(
-    matches: Tensor, count: int, *, positive_share: float = 0.5, generator: torch.Generator | None = None
+    matches: Tensor,
+    count: int,
+    *,
+    positive_share: float = 0.5,
+    random: bool = True,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Choose anchors for the loss at random: positives up to their share, filled with negatives.
+    """Choose anchors for the loss: positives up to their share, filled with negatives.
 
     Args:
-        matches: Result of `match_anchors`.
-        count: Number of anchors.
+        matches: Results of `match_anchors`, (..., anchors).
+        count: Number of anchors to choose from each row.
         positive_share: Largest share of positives.
+        random: Whether the choice is random. False takes anchors that are spread over the row, always the same.
         generator: Source of the random numbers. Defaults to the global one.
 
     Returns:
         Bool, True for the chosen anchors. They are fewer than `count` if there are too few negatives.
     """
-    chosen = torch.zeros_like(matches, dtype=torch.bool)
-    positive, negative = (matches >= 0).nonzero()[:, 0], (matches == NEGATIVE).nonzero()[:, 0]
-    few = min(int(count * positive_share), positive.shape[0])
-    for rows, number in ((positive, few), (negative, count - few)):
-        order = torch.randperm(rows.shape[0], generator=generator, device="cpu")[:number]
-        chosen[rows[order.to(rows.device)]] = True
-    return chosen
+    if random:
+        keys = torch.rand(matches.shape, generator=generator, device=matches.device)
+    else:  # multiples of the golden ratio modulo 1, in integers, are spread evenly
+        keys = (torch.arange(matches.shape[-1], device=matches.device) * 40503 % 65536).expand(matches.shape) / 65536
+    positive, negative = matches >= 0, matches == NEGATIVE
+    chosen = positive & (_rank(keys.masked_fill(~positive, -1)) < int(count * positive_share))
+    rest = count - chosen.sum(-1, keepdim=True)
+    return chosen | negative & (_rank(keys.masked_fill(~negative, -1)) < rest)
+
+
+def _rank(values: Tensor) -> Tensor:
+    """Return the place of each value in the descending order of its row, from 0."""
+    return values.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
