@@ -44,6 +44,7 @@ from .slot_autoencoder import (
     SlotImageProcessor,
 )
 from .small_vit import SmallViTConfig, SmallViTForImageClassification, SmallViTImageProcessor, SmallViTModel
+from .two_stage_detector import TwoStageDetectorConfig, TwoStageDetectorForObjectDetection
 
 # One row per model type: the config, the model for each Auto class, and the image processor if it has one.
 REGISTERED = [
@@ -90,6 +91,11 @@ REGISTERED = [
     ),
     (ProgramSeq2SeqConfig, {AutoModelForSeq2SeqLM: ProgramSeq2SeqForConditionalGeneration}, None),
     (RecurrentLMConfig, {AutoModel: RecurrentLMModel, AutoModelForCausalLM: RecurrentLMForCausalLM}, None),
+    (
+        TwoStageDetectorConfig,
+        {AutoModelForObjectDetection: TwoStageDetectorForObjectDetection},
+        DetectionImageProcessor,
+    ),
 ]
 
 # `register_for_auto_class` saves the code of a class with each checkpoint, so that the checkpoint loads with
@@ -170,6 +176,8 @@ __all__ = [
     "SmallViTForImageClassification",
     "SmallViTImageProcessor",
     "SmallViTModel",
+    "TwoStageDetectorConfig",
+    "TwoStageDetectorForObjectDetection",
     "beam_generate",
     "decode_latents",
     "encode_latents",
