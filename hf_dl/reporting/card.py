@@ -29,10 +29,15 @@ TRUST = "# After `import hf_dl`, trust_remote_code is not needed."
 COUNTS = ("images", "examples", "problems", "sentences", "tokens")
 PICTURES = (".png", ".svg", ".jpg", ".jpeg", ".webp", ".gif")
 # Tasks whose pipeline of transformers loads the model, by the ending of the model's class
-TASKS = {"ForImageClassification": "image-classification", "ForCausalLM": "text-generation"}
+TASKS = {
+    "ForImageClassification": "image-classification",
+    "ForObjectDetection": "object-detection",
+    "ForCausalLM": "text-generation",
+}
 EXAMPLES = {  # arguments of an example call of the pipeline
     "image-classification": '"image.png"',
     "image-segmentation": '"image.png"',
+    "object-detection": '"image.png"',
     "text-generation": '"the", max_new_tokens=20',
 }
 # flags of a person's own run

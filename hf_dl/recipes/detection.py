@@ -1,0 +1,568 @@
+"""Object detection: the flags, data, models and evaluation that the scripts and the Space share.
+
+scripts/train_detector.py trains one of `METHODS`, and scripts/evaluate_detector.py scores a saved model. To add a
+detector, write its config and model in hf_dl/models and add one entry to `METHODS`. hf_dl/recipes/detection_report.py
+has the pictures and the model card.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import datasets
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
+
+from hf_dl.data import detection
+from hf_dl.data.detection_augmentation import BoxAugmentation
+from hf_dl.metrics.detection import coco_scores, voc_scores
+from hf_dl.metrics.detection_errors import ERRORS, detection_errors
+from hf_dl.models.dense_detector import DenseDetectorConfig, DenseDetectorForObjectDetection
+from hf_dl.models.detection_backbone import (
+    CLASSIFIERS,
+    STRIDE,
+    DetectionConfig,
+    load_classifier_weights,
+    load_published_weights,
+)
+from hf_dl.models.detection_processor import DetectionImageProcessor
+from hf_dl.models.image_input import to_rgb
+
+from .evaluation import checked_config, hide_progress_bars, report_data, split_size
+
+BATCH_IMAGES = 32  # images per batch during evaluation
+NUM_SCENES = {"train": 5000, "validation": 300, "test": 500}  # default numbers of generated scenes
+
+
+@dataclass(frozen=True)
+class Method:
+    """One detector.
+
+    Attributes:
+        config: Config class, a `DetectionConfig`.
+        model: Model class. `forward` takes `pixel_values` and `labels`, and returns a `DetectionOutput`.
+        summary: First sentence of the model card.
+        fields: Fixed fields of the config.
+        flags: Flags of the training script that set a config field of the same name.
+        learning_rate: Peak learning rate, if the flag is not given.
+        nms_threshold: IoU above which the box with the lower score is removed.
+        score_threshold: Lowest score of the boxes for average precision.
+        stages: Module of the model per stage whose time is reported. "features" includes no other stage.
+    """
+
+    config: type[DetectionConfig]
+    model: type[PreTrainedModel]
+    summary: str
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    flags: tuple[str, ...] = ()
+    learning_rate: float = 1e-3
+    nms_threshold: float = 0.5
+    score_threshold: float = 0.01
+    stages: Mapping[str, str] = field(default_factory=lambda: {"features": "backbone", "head": "head"})
+
+
+METHODS: dict[str, Method] = {
+    "anchor_free": Method(
+        DenseDetectorConfig,
+        DenseDetectorForObjectDetection,
+        "An object detector without anchors: each cell of a feature map predicts classes and one box (after FCOS, "
+        "Tian et al. 2019).",
+        fields={"head_type": "anchor_free"},
+        learning_rate=3e-3,
+        nms_threshold=0.6,
+    ),
+    "yolo_v1": Method(
+        DenseDetectorConfig,
+        DenseDetectorForObjectDetection,
+        "An object detector: YOLO v1 (Redmon et al. 2016), a grid of cells with a few boxes each.",
+        fields={"head_type": "yolo_v1"},
+        flags=("grid_size", "boxes_per_cell", "yolo_head"),
+        score_threshold=0.001,
+    ),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Flags
+
+
+@dataclass
+class DetectionFlags:
+    """Flags that select the images, for training and for evaluation."""
+
+    source: str = field(
+        default="synthetic",
+        metadata={
+            "help": "synthetic (generated, no download), a folder of PASCAL VOC or COCO, saved tables, or a Hub "
+            "dataset id."
+        },
+    )
+    classes: Literal["shape", "shape_color", "shape_material"] = field(
+        default="shape", metadata={"help": "source=synthetic: classes of the objects."}
+    )
+    style: Literal["plain", "textured"] = field(
+        default="plain", metadata={"help": "source=synthetic: look of the scenes."}
+    )
+    num_objects: list[int] = field(
+        default_factory=lambda: [1, 6], metadata={"help": "source=synthetic: fewest and most objects per scene."}
+    )
+    num_train: int = field(
+        default=0, metadata={"help": "Number of training images. 0 uses all images, 5000 for source=synthetic."}
+    )
+    num_test: int | None = field(
+        default=None,
+        metadata={
+            "help": "Maximum number of validation images, and of test images. 0 uses all images. Defaults to all, and "
+            "to at most half of num_train."
+        },
+    )
+    holdout: float = field(
+        default=0.1, metadata={"help": "Fraction of the training images that replaces a missing split."}
+    )
+    border: Literal["clip", "drop", "refuse"] = field(
+        default="clip", metadata={"help": "Boxes across the border: cut them, drop them, or stop with an error."}
+    )
+    corrupt: Literal["refuse", "skip"] = field(
+        default="refuse", metadata={"help": "Damaged image files: refuse stops with an error, skip leaves them out."}
+    )
+
+
+@dataclass
+class ModelFlags:
+    """Flags that select the detector. A flag without a value uses the default of the model's config."""
+
+    method: str = field(
+        default="anchor_free", metadata={"help": "Detector, such as anchor_free or yolo_v1; see METHODS."}
+    )
+    backbone: str = field(
+        default="small",
+        metadata={
+            "help": "small, one of our classifiers such as norm_resnet, the folder of a trained classifier of ours, "
+            "or timm/NAME."
+        },
+    )
+    pretrained: bool = field(
+        default=False, metadata={"help": "backbone=timm/NAME: start from the published weights (a download)."}
+    )
+    image_size: list[int] = field(
+        default_factory=lambda: [128],
+        metadata={"help": "Height and width of the input in pixels, or one number. Multiples of 8."},
+    )
+    grid_size: int | None = field(default=None, metadata={"help": "yolo_v1: rows and columns of cells."})
+    boxes_per_cell: int | None = field(default=None, metadata={"help": "yolo_v1: boxes per cell."})
+    yolo_head: str | None = field(
+        default=None, metadata={"help": "yolo_v1: convolution, or fully_connected as in the paper."}
+    )
+
+
+@dataclass
+class AugmentationFlags:
+    """Flags of the augmentation, see `BoxAugmentation`. A training image keeps its size."""
+
+    flip: float = field(default=0.5, metadata={"help": "Probability of a horizontal flip."})
+    vertical_flip: float = field(default=0.0, metadata={"help": "Probability of a vertical flip."})
+    shift: float = field(default=0.0, metadata={"help": "Largest shift, as a fraction of width and height."})
+    zoom: float = field(default=0.0, metadata={"help": "Largest relative change of the size."})
+    color: float = field(default=0.0, metadata={"help": "Largest relative change of brightness and contrast."})
+
+
+def find_method(name: str) -> Method:
+    """Return the method with this name.
+
+    Raises:
+        ValueError: If the name is unknown.
+    """
+    if name not in METHODS:
+        raise ValueError(f"method={name!r} is unknown. Choose one of: {', '.join(METHODS)}.")
+    return METHODS[name]
+
+
+def method_of(model: PreTrainedModel) -> Method | None:
+    """Return the method of a saved model, or None for a detector of another library."""
+    for method in METHODS.values():
+        if type(model) is method.model and all(getattr(model.config, k) == v for k, v in method.fields.items()):
+            return method
+    return None
+
+
+def complete_flags(args: Any) -> Method:
+    """Check the flags of the model, and enter the defaults of the method.
+
+    Args:
+        args: Flags of the training script with the fields of `ModelFlags`. `learning_rate` is set unless the user
+            gave it.
+
+    Returns:
+        The method.
+
+    Raises:
+        ValueError: If a flag has an invalid value or belongs to another method.
+    """
+    method = find_method(args.method)
+    for name in {name for other in METHODS.values() for name in other.flags} - set(method.flags):
+        if getattr(args, name) is not None:
+            accepted = ", ".join(method.flags) or "no such flags"
+            raise ValueError(
+                f"{name}={getattr(args, name)} is not a flag of method={args.method!r}, which accepts: {accepted}."
+            )
+    if len(args.image_size) not in (1, 2) or any(side < STRIDE or side % STRIDE for side in args.image_size):
+        raise ValueError(
+            f"image_size={args.image_size} is invalid. Expected height and width, or one number, multiples of "
+            f"{STRIDE}."
+        )
+    if args.pretrained and not args.backbone.startswith("timm/"):
+        raise ValueError(f"pretrained needs backbone=timm/NAME, not {args.backbone!r}.")
+    defaults = method.config(**method.fields)
+    for name in method.flags:
+        if getattr(args, name) is None:
+            setattr(args, name, getattr(defaults, name))
+    if "learning_rate" not in (args.given or {}):
+        args.learning_rate = method.learning_rate
+    return method
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data and model
+
+
+class DetectionImages(torch.utils.data.Dataset):
+    """Images with boxes, prepared for a detector. `__getitems__` returns a batch.
+
+    Attributes:
+        rows: The dataset, see `hf_dl.data.detection`.
+        names: Names of the classes.
+
+    Args:
+        rows: The dataset.
+        processor: The image processor.
+        augmentation: Change of each image and its boxes. Defaults to none.
+    """
+
+    def __init__(self, rows: datasets.Dataset, processor: Any, augmentation: BoxAugmentation | None = None):
+        self.rows, self.names = rows, detection.class_names(rows)
+        self._processor, self._augmentation = processor, augmentation
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.__getitems__([index])
+
+    def __getitems__(self, indices: Sequence[int]) -> dict[str, Any]:
+        """Return `pixel_values` (batch, 3, height, width) and `labels`, see `DetectionImageProcessor.preprocess`."""
+        images, annotations = [], []
+        for row in self.rows.select(indices):
+            image, objects = to_rgb(row["image"]), row["objects"]
+            if self._augmentation is not None:
+                image, objects = self._augmentation(image, objects)
+            images.append(image)
+            annotations.append({"image_id": row["image_id"], "annotations": to_annotations(objects)})
+        return dict(self._processor(images, annotations=annotations, return_tensors="pt"))
+
+    def fingerprint_data(self) -> datasets.Dataset:
+        """Return the data without augmentation, for the fingerprint of a training run."""
+        return self.rows.cast_column("image", datasets.Image(decode=False))
+
+
+def to_annotations(objects: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    """Convert the column `objects` of `hf_dl.data.detection` to annotations as in COCO.
+
+    Example:
+        >>> objects = {"bbox": [[2, 3, 6, 4]], "category": [1], "area": [4], "iscrowd": [False], "difficult": [False]}
+        >>> to_annotations(objects)
+        [{'bbox': [2, 3, 4, 1], 'category_id': 1, 'iscrowd': False, 'difficult': False}]
+    """
+    entries = zip(*(objects[key] for key in ("bbox", "category", "iscrowd", "difficult")), strict=True)
+    return [
+        {"bbox": [x0, y0, x1 - x0, y1 - y0], "category_id": kind, "iscrowd": crowd, "difficult": difficult}
+        for (x0, y0, x1, y1), kind, crowd, difficult in entries
+    ]
+
+
+def load_rows(args: DetectionFlags, split: str, *, size: int) -> datasets.Dataset:
+    """Load one split of the images that the flags select.
+
+    Args:
+        args: The flags.
+        split: "train", "validation" or "test".
+        size: Width and height of generated scenes in pixels.
+
+    Returns:
+        The dataset, see `hf_dl.data.detection`.
+    """
+    hide_progress_bars()
+    if len(args.num_objects) != 2:
+        raise ValueError(f"num_objects={args.num_objects} is invalid. Expected the fewest and the most, such as 1 6.")
+    synthetic = args.source == "synthetic"
+    count = split_size(args, split, NUM_SCENES[split] if synthetic else None)
+    if synthetic and split == "train" and count is None:
+        count = NUM_SCENES[split]
+    rows = detection.load(
+        split,
+        args.source,
+        boxes=args.border,
+        corrupt=args.corrupt,
+        num_images=count,
+        holdout=args.holdout,
+        classes=args.classes,
+        style=args.style,
+        size=size,
+        num_objects=(args.num_objects[0], args.num_objects[1]),
+    )
+    report_data(rows, split)
+    return rows
+
+
+def make_augmentation(args: AugmentationFlags) -> BoxAugmentation:
+    """Make the augmentation that the flags select."""
+    return BoxAugmentation(
+        flip=args.flip,
+        vertical_flip=args.vertical_flip,
+        shift=args.shift,
+        scale=(1 / (1 + args.zoom), 1 + args.zoom),
+        color=args.color,
+    )
+
+
+def make_model(args: Any, names: Sequence[str]) -> tuple[PreTrainedModel, DetectionImageProcessor]:
+    """Create the detector that the flags select, and its image processor.
+
+    Args:
+        args: Flags with the fields of `ModelFlags`, after `complete_flags`.
+        names: Names of the classes.
+
+    Returns:
+        The model, in channels-last memory format because its convolutions are faster in it, and the processor.
+
+    Raises:
+        ValueError: If the backbone is unknown or cannot be used.
+    """
+    method, classifier = find_method(args.method), None
+    fields = {"backbone": args.backbone, "backbone_options": None}
+    processor_fields = {"nms_threshold": method.nms_threshold}
+    if Path(args.backbone).is_dir():
+        classifier, fields, statistics = load_backbone(args.backbone)
+        processor_fields |= statistics
+    fields |= dict(method.fields) | {name: getattr(args, name) for name in method.flags}
+    labels = {"id2label": dict(enumerate(names)), "label2id": {name: label for label, name in enumerate(names)}}
+    model = method.model(checked_config(method.config, **fields, **labels))
+    if classifier is not None:
+        load_classifier_weights(model.backbone, classifier)
+    if args.pretrained:
+        load_published_weights(model.backbone, args.backbone)
+        published = model.backbone.trunk.network.pretrained_cfg
+        processor_fields |= {"image_mean": list(published["mean"]), "image_std": list(published["std"])}
+    height, width = args.image_size[0], args.image_size[-1]
+    processor = DetectionImageProcessor(size={"height": height, "width": width}, **processor_fields)
+    return model.to(memory_format=torch.channels_last), processor
+
+
+def load_backbone(folder: str) -> tuple[nn.Module, dict[str, Any], dict[str, Any]]:
+    """Load a trained classifier of ours as a backbone.
+
+    Args:
+        folder: The folder of the classifier.
+
+    Returns:
+        The classifier, the fields `backbone` and `backbone_options` of a config, and the mean and standard deviation
+        of the pixels for the image processor.
+
+    Raises:
+        ValueError: If the folder has no classifier of ours.
+    """
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"backbone={folder!r} is a folder without a model. Train a classifier first.") from error
+    if config.model_type not in CLASSIFIERS:
+        known = ", ".join(CLASSIFIERS)
+        raise ValueError(f"backbone={folder!r} has a model of type {config.model_type!r}. Expected one of: {known}.")
+    options = {name: getattr(config, name) for name in type(config).__annotations__ if name != "model_type"}
+    processor = AutoImageProcessor.from_pretrained(folder)
+    statistics = {"image_mean": list(processor.image_mean), "image_std": list(processor.image_std)}
+    classifier = AutoModelForImageClassification.from_pretrained(folder)
+    return classifier, {"backbone": config.model_type, "backbone_options": options}, statistics
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluation
+
+
+class StageTimer:
+    """Measure the time in modules of a model, and in other code.
+
+    Args:
+        model: The model.
+        stages: Name of a module per stage.
+
+    Attributes:
+        seconds: Seconds per stage. On CPUs, it is the CPU time of this process, which other programs do not change.
+    """
+
+    def __init__(self, model: nn.Module, stages: Mapping[str, str]):
+        self.seconds: dict[str, float] = dict.fromkeys(stages, 0.0)
+        self._device = next(model.parameters()).device
+        self._handles, self._begin = [], {}
+        for stage, name in stages.items():
+            module = model.get_submodule(name)
+            self._handles.append(module.register_forward_pre_hook(self._starter(stage)))
+            self._handles.append(module.register_forward_hook(self._stopper(stage)))
+
+    def now(self) -> float:
+        """Return the time in seconds."""
+        if self._device.type == "cpu":
+            return time.process_time()
+        torch.accelerator.synchronize(self._device)
+        return time.perf_counter()
+
+    @contextmanager
+    def measure(self, stage: str) -> Iterator[None]:
+        """Add the time of a `with` block to a stage."""
+        begin = self.now()
+        yield
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + self.now() - begin
+
+    def close(self) -> None:
+        """Stop measuring modules."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _starter(self, stage: str) -> Callable[..., None]:
+        def start(*args: Any) -> None:
+            self._begin[stage] = self.now()
+
+        return start
+
+    def _stopper(self, stage: str) -> Callable[..., None]:
+        def stop(*args: Any) -> None:
+            self.seconds[stage] += self.now() - self._begin[stage]
+
+        return stop
+
+
+@torch.no_grad()
+def predict(
+    model: PreTrainedModel,
+    processor: Any,
+    data: DetectionImages,
+    *,
+    threshold: float,
+    stages: Mapping[str, str] | None = None,
+    num_images: int | None = None,
+) -> tuple[list[dict[str, torch.Tensor]], dict[str, float]]:
+    """Detect the objects of images.
+
+    Args:
+        model: The detector. It is set to evaluation mode.
+        processor: Its processor, with `post_process_object_detection`.
+        data: The images.
+        threshold: Lowest score. Average precision needs a low one.
+        stages: See `Method.stages`. Defaults to none.
+        num_images: Number of images, from the first one on. Defaults to all.
+
+    Returns:
+        `scores`, `labels` and `boxes` of each image, in pixels of the original image. And the milliseconds per image
+        of each stage, of `nms` (post-processing), and in `total`, without reading the images.
+    """
+    model.eval()
+    count = len(data) if num_images is None else min(num_images, len(data))
+    timer, found = StageTimer(model, stages or {}), []
+    try:
+        for start in range(0, count, BATCH_IMAGES):
+            batch = data.__getitems__(range(start, min(start + BATCH_IMAGES, count)))
+            labels = batch.pop("labels")
+            inputs = {
+                name: value.to(model.device, model.dtype if value.is_floating_point() else None)
+                for name, value in batch.items()
+            }
+            with timer.measure("total"):
+                output = model(**inputs)
+                with timer.measure("nms"):
+                    sizes = [tuple(label["orig_size"].tolist()) for label in labels]
+                    found += processor.post_process_object_detection(output, threshold, sizes)
+    finally:
+        timer.close()
+    times = {stage: 1000 * seconds / count for stage, seconds in timer.seconds.items()}
+    return [{key: value.cpu() for key, value in row.items()} for row in found], times
+
+
+def references(rows: datasets.Dataset) -> list[dict[str, Any]]:
+    """Return the objects of a dataset in the format of `hf_dl.metrics.detection`."""
+    keys = {"bbox": "boxes", "category": "labels", "area": "area", "iscrowd": "iscrowd", "difficult": "difficult"}
+    return [{new: objects[old] for old, new in keys.items()} for objects in rows["objects"]]
+
+
+def watch(model: PreTrainedModel, processor: Any, data: DetectionImages, *, threshold: float) -> dict[str, float]:
+    """Compute the scores to log during training: `map`, `map_50` and `map_75`. See `evaluate`."""
+    found, _ = predict(model, processor, data, threshold=threshold)
+    scores = coco_scores(found, references(data.rows))
+    return {name: scores[name] for name in ("map", "map_50", "map_75")}
+
+
+def evaluate(
+    model: PreTrainedModel,
+    processor: Any,
+    data: DetectionImages,
+    *,
+    threshold: float,
+    stages: Mapping[str, str] | None = None,
+) -> tuple[dict[str, float], list[dict[str, torch.Tensor]]]:
+    """Compute all scores of a detector.
+
+    Args:
+        model: The detector.
+        processor: Its processor.
+        data: The images.
+        threshold: Lowest score of a detection, such as `Method.score_threshold`.
+        stages: See `Method.stages`. Defaults to none.
+
+    Returns:
+        The scores and the detections. The names of the scores are:
+
+        * the names of `coco_scores`, and `voc07_map_50` and `voc10_map_50`;
+        * `error_class` and others: what each kind of error costs, see `detection_errors`;
+        * `ms`, `ms_features` and others: milliseconds per image;
+        * `images` and `objects`: their numbers.
+
+        Scores that no object defines are left out.
+    """
+    found, times = predict(model, processor, data, threshold=threshold, stages=stages)
+    truth = references(data.rows)
+    scores = coco_scores(found, truth)
+    for protocol in ("voc07", "voc10"):
+        scores[f"{protocol}_map_50"] = voc_scores(found, truth, protocol=protocol)["map_50"]
+    errors = detection_errors(found, truth)
+    scores |= {f"error_{name}": errors[name] for name in (*ERRORS, "false_positive", "false_negative")}
+    scores |= {"ms" if stage == "total" else f"ms_{stage}": value for stage, value in times.items()}
+    counts = {"images": len(data), "objects": sum(len(row["labels"]) for row in truth)}
+    return {name: value for name, value in scores.items() if math.isfinite(value)} | counts, found
+
+
+def scene_size(processor: Any) -> int:
+    """Return the size of generated scenes for an image processor: the larger side of its input."""
+    size = dict(processor.size)
+    return max(size["height"], size["width"]) if size.get("height") else 128
+
+
+def check_classes(model: PreTrainedModel, names: Sequence[str], *, source: str) -> None:
+    """Check that a saved model has the classes of the data.
+
+    Args:
+        model: The model.
+        names: Names of the classes of the data.
+        source: Name of the data.
+
+    Raises:
+        ValueError: If they differ.
+    """
+    known = [model.config.id2label[label] for label in range(model.config.num_labels)]
+    if known != list(names):
+        raise ValueError(
+            f"source={source!r} has {len(names)} classes ({', '.join(names[:3])}, ...), but the model has "
+            f"{len(known)} classes ({', '.join(known[:3])}, ...). Use data with the classes of the model."
+        )

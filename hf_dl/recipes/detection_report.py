@@ -1,0 +1,167 @@
+"""Pictures, tables and the model card of a detector."""
+
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from hf_dl.metrics.detection import coco_evaluation, precision_recall_curves
+from hf_dl.models.image_input import to_rgb
+from hf_dl.progress import activity
+from hf_dl.reporting.card import run_card
+from hf_dl.reporting.grids import SEGMENT_COLORS, image_grid
+from hf_dl.reporting.plots import plot_run
+
+from .detection import DetectionImages, find_method, references
+
+SHOWN = 0.5  # lowest score of a box in a picture
+EXAMPLES = 6  # test images in the picture
+SIDE = 256  # pixels of the longer side of an image in a picture
+CURVES = {
+    "loss": {"training": "loss"},
+    "validation mAP": {"IoU 0.5 to 0.95": "val_map", "IoU 0.5": "val_map_50", "IoU 0.75": "val_map_75"},
+}
+LIMITS = (
+    "It finds objects of its classes only, and was trained on images of one source.",
+    "Images are resized to one size, which changes their aspect ratio. Objects of a few pixels are missed.",
+)
+
+
+def draw_boxes(
+    image: Image.Image,
+    boxes: Sequence[Sequence[float]],
+    labels: Sequence[int],
+    *,
+    names: Sequence[str],
+    scores: Sequence[float] | None = None,
+) -> np.ndarray:
+    """Draw boxes with their classes into an image.
+
+    Args:
+        image: The image. It is enlarged or reduced to 256 pixels.
+        boxes: Boxes as x0, y0, x1, y1 in pixels of the image.
+        labels: Class of each box.
+        names: Names of the classes.
+        scores: Score of each box, for the text. Defaults to none.
+
+    Returns:
+        uint8 (height, width, 3).
+    """
+    factor = SIDE / max(image.size)
+    canvas = to_rgb(image).resize([max(1, round(side * factor)) for side in image.size], Image.Resampling.BILINEAR)
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(11)
+    for number, (box, label) in enumerate(zip(boxes, labels, strict=True)):
+        color = tuple(int(value) for value in SEGMENT_COLORS[1 + int(label) % (len(SEGMENT_COLORS) - 1)])
+        corners = [float(value) * factor for value in box]
+        draw.rectangle(corners, outline=color, width=2)
+        text = names[int(label)] + ("" if scores is None else f" {float(scores[number]):.2f}")
+        left, top = corners[0], max(0.0, corners[1] - 13)
+        area = draw.textbbox((left + 2, top), text, font=font)
+        draw.rectangle((left, top, area[2] + 2, top + 13), fill=color)
+        draw.text((left + 2, top), text, fill="black" if sum(color) > 380 else "white", font=font)
+    return np.asarray(canvas)
+
+
+def draw_examples(data: DetectionImages, found: Sequence[Mapping[str, torch.Tensor]], path: Path) -> None:
+    """Draw the annotation and the detections of the first images.
+
+    Args:
+        data: The images.
+        found: The detections of each image.
+        path: The picture to write.
+    """
+    rows: list[list[np.ndarray]] = [[], []]
+    for row, boxes in zip(data.rows.select(range(min(EXAMPLES, len(data)))), found, strict=False):
+        objects, keep = row["objects"], boxes["scores"] >= SHOWN
+        rows[0].append(draw_boxes(row["image"], objects["bbox"], objects["category"], names=data.names))
+        kept = {key: value[keep].tolist() for key, value in boxes.items()}
+        rows[1].append(
+            draw_boxes(row["image"], kept["boxes"], kept["labels"], names=data.names, scores=kept["scores"])
+        )
+    image_grid(rows, path, labels=["annotation", f"detected (score {SHOWN} or more)"], cell=2.2)
+
+
+def draw_precision_recall(
+    found: Sequence[Mapping[str, Any]], truth: Sequence[Mapping[str, Any]], names: Sequence[str], path: Path
+) -> None:
+    """Draw the precision at each recall, at IoU 0.5, one line per class.
+
+    Args:
+        found: The detections of each image.
+        truth: The objects of each image.
+        names: Names of the classes.
+        path: The picture to write.
+    """
+    from matplotlib.figure import Figure  # here, because this import takes most of a second
+
+    figure = Figure(figsize=(4.5, 3.5), layout="constrained", dpi=120)
+    axes = figure.subplots()
+    for label, curve in precision_recall_curves(found, truth).items():
+        if len(curve["recall"]) and np.isfinite(curve["recall"]).all():
+            axes.plot(curve["recall"], curve["precision"], label=names[label], linewidth=1.5)
+    axes.set(xlabel="recall", ylabel="precision at IoU 0.5", xlim=(0, 1.01), ylim=(0, 1.02))
+    if len(names) <= 12:
+        axes.legend(fontsize=8, loc="lower left")
+    figure.savefig(path, facecolor="white", metadata={"Software": None})
+
+
+def class_rows(
+    found: Sequence[Mapping[str, Any]], truth: Sequence[Mapping[str, Any]], names: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Return the average precision and the number of objects of each class with objects."""
+    result, counts = coco_evaluation(found, truth), np.zeros(len(names), int)
+    for row in truth:
+        np.add.at(counts, np.asarray(row["labels"], int), 1)
+    return [
+        {
+            "class": names[label],
+            "objects": int(counts[label]),
+            "AP": round(result.average_precision(label=label), 4),
+            "AP50": round(result.average_precision(label=label, iou=0.5), 4),
+            "AP75": round(result.average_precision(label=label, iou=0.75), 4),
+        }
+        for label in result.labels
+        if counts[label]
+    ]
+
+
+def write_pictures(data: DetectionImages, found: Sequence[Mapping[str, torch.Tensor]], folder: Path) -> None:
+    """Write examples.png, precision_recall.png and classes.csv into a folder.
+
+    Args:
+        data: The images.
+        found: The detections of each image.
+        folder: The folder.
+    """
+    truth = references(data.rows)
+    draw_examples(data, found, folder / "examples.png")
+    draw_precision_recall(found, truth, data.names, folder / "precision_recall.png")
+    with open(folder / "classes.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, ["class", "objects", "AP", "AP50", "AP75"])
+        writer.writeheader()
+        writer.writerows(class_rows(found, truth, data.names))
+
+
+@activity("Writing the report")
+def write_report(folder: Path, method: str) -> None:
+    """Write the learning curves and the model card of a finished run, and print where they are.
+
+    Args:
+        folder: The folder of the run.
+        method: A key of `METHODS`.
+    """
+    plot_run(folder, folder / "curves.png", CURVES)
+    card = run_card(folder, summary=find_method(method).summary, limits=LIMITS, tags=["vision", method])
+    with open(folder / "classes.csv", newline="", encoding="utf-8") as file:
+        rows = [[cell.replace("|", "\\|") for cell in row] for row in csv.reader(file)]
+    lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    card.text += f"\n\n## Classes, on the test split\n\n{table}\n"
+    card.save(folder / "README.md")
+    print(f"checkpoint  {folder}  (pipeline('object-detection', '{folder}'))")
+    print(f"report      {folder / 'README.md'}")
+    print(f"pictures    {folder / 'examples.png'}, precision_recall.png, curves.png")

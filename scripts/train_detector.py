@@ -1,0 +1,94 @@
+r"""Train an object detector.
+
+    scripts/run accelerate launch scripts/train_detector.py
+    scripts/run accelerate launch scripts/train_detector.py --method yolo_v1
+    scripts/run accelerate launch scripts/train_detector.py --source VOCdevkit/VOC2007 --image_size 320 \
+        --backbone timm/resnet18 --pretrained --epochs 30
+
+The first command trains a detector without anchors on generated scenes. It takes about 15 minutes on one CPU core.
+The second command trains YOLO v1 on the same images. model_cards/detection_ladder.md lists times and scores of all
+methods. The third command trains on photos with annotations in the layout of PASCAL VOC; folders of COCO work too.
+
+Use the model with `pipeline("object-detection", "runs/train_detector")` of transformers.
+"""
+
+from dataclasses import dataclass
+
+from hf_dl.data.collate import as_is
+from hf_dl.data.detection import class_names
+from hf_dl.publishing.runs import push_run
+from hf_dl.recipes import detection as recipe
+from hf_dl.recipes import detection_report
+from hf_dl.training.args import Schedule, TrainingArgs, parse_args
+from hf_dl.training.run import TrainingRun
+
+
+@dataclass
+class Args(recipe.ModelFlags, recipe.DetectionFlags, recipe.AugmentationFlags, TrainingArgs):
+    """Flags of this script. Without --learning_rate, the method chooses it."""
+
+    max_steps: int = 0
+    epochs: float = 18.0
+    batch_size: int = 32
+    learning_rate: float = 3e-3
+    weight_decay: float = 0.02
+    schedule: Schedule = "cosine"
+    warmup_steps: int = 100
+    max_grad_norm: float = 10.0
+    eval_epochs: float = 3.0
+
+
+def main(argv: list[str] | None = None) -> dict[str, float]:
+    """Train a detector, and write the model, its processor, its scores and a report to `output_dir`.
+
+    Args:
+        argv: The flags. Defaults to the command line.
+
+    Returns:
+        The scores on the validation and the test split.
+    """
+    args = parse_args(Args, argv)
+    method = recipe.complete_flags(args)
+    rows = {
+        split: recipe.load_rows(args, split, size=max(args.image_size)) for split in ("train", "validation", "test")
+    }
+    model, processor = recipe.make_model(args, class_names(rows["train"]))
+    train = recipe.DetectionImages(rows["train"], processor, recipe.make_augmentation(args))
+    validation, test = (recipe.DetectionImages(rows[split], processor) for split in ("validation", "test"))
+    run = TrainingRun(args, model, train, collate=as_is, processor=processor)
+    threshold = method.score_threshold  # low, because average precision needs boxes with low scores, too
+
+    for batch in run:  # pixel_values, and the classes and boxes of each image as labels
+        terms = run.model(**batch).loss_dict
+
+        # Terms of the loss, as means over the images. hf_dl/models has their definitions.
+        #   anchor_free: classification = sum |y - p|^2 * BCE(p, y) / 9   over all cells, y = IoU or 0
+        #                box            = 2 * sum (1 - CIoU) / 9          over the cells of objects
+        #   yolo_v1:     coordinates    = 5 * squared error of x, y, sqrt(w), sqrt(h)
+        #                object         = (confidence - IoU)^2, no_object = 0.5 * confidence^2
+        #                class          = squared error of the classes of cells with an object
+        loss = sum(terms.values())
+        run.step(loss, **terms)
+
+        if run.evaluation_due:
+            with run.averaged():
+                scores = recipe.watch(run.unwrapped, processor, validation, threshold=threshold)
+            run.log(**{f"val_{name}": value for name, value in scores.items()})
+
+    if args.monitor:
+        run.load_best()
+    with run.averaged():
+        scores, found = recipe.evaluate(run.unwrapped, processor, test, threshold=threshold, stages=method.stages)
+        watched = recipe.watch(run.unwrapped, processor, validation, threshold=threshold)
+    if run.is_main:
+        detection_report.write_pictures(test, found, run.folder)
+    metrics = {f"val_{name}": value for name, value in watched.items()}
+    metrics = run.finish(metrics | {f"test_{name}": value for name, value in scores.items()})
+    if run.is_main:
+        detection_report.write_report(run.folder, args.method)
+    push_run(run)
+    return metrics
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoModelForObjectDetection
+
+from hf_dl.models.detection_processor import DetectionImageProcessor
+from hf_dl.reporting.card import read_card
+from scripts import evaluate_detector, train_detector
+from tests.data.test_detection import write_voc
+from tests.scripts.runs import killed_after, reset
+from tests.snippets import run_snippet
+
+SMALL = "--num_train=24 --num_test=8 --image_size=32 --batch_size=8 --warmup_steps=0 --log_every=1".split()
+STEPS = "--max_steps=6 --eval_every=3 --eval_epochs=0 --save_every=3 --cpu_threads=1".split()
+
+
+def train(folder, *flags):
+    return train_detector.main([f"--output_dir={folder}", *SMALL, *STEPS, *flags])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    threads = torch.get_num_threads()
+    folder = tmp_path_factory.mktemp("train") / "run"
+    metrics = train(folder)
+    reset()
+    yield folder, metrics
+    torch.set_num_threads(threads)
+
+
+def read_log(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def without_times(metrics):
+    return {name: value for name, value in metrics.items() if not name.startswith("test_ms")}
+
+
+def test_the_folder_is_all_that_a_person_needs(finished, capsys):
+    folder, metrics = finished
+    names = {path.name for path in folder.iterdir()}
+    assert names >= {
+        "config.json", "model.safetensors", "preprocessor_config.json", "dense_detector.py", "detection_backbone.py",
+        "results.json", "README.md", "examples.png", "precision_recall.png", "curves.png", "classes.csv",
+    }  # fmt: skip
+    for picture in ("examples.png", "precision_recall.png", "curves.png"):
+        with Image.open(folder / picture) as image:
+            assert min(image.size) > 200 and np.asarray(image.convert("L")).std() > 5
+    card = read_card(folder / "README.md")
+    assert card.data.pipeline_tag == "object-detection" and "| sphere |" in card.text
+    run_snippet(folder)
+    assert capsys.readouterr().out.startswith("[")
+    assert json.loads((folder / "results.json").read_text())["metrics"] == metrics
+
+
+def test_losses_and_scores_are_logged(finished):
+    folder, metrics = finished
+    lines = [line for line in read_log(folder) if "loss" in line]
+    assert len(lines) == 6
+    assert all(line["loss"] == pytest.approx(line["classification"] + line["box"]) for line in lines)
+    assert [line["step"] for line in read_log(folder) if "val_map_50" in line] == [3, 6]
+    for name in ("map", "map_50", "mar_100", "voc07_map_50", "voc10_map_50", "error_class", "error_background"):
+        assert 0 <= metrics[f"test_{name}"] <= 1
+    assert metrics["test_images"] == 8 and metrics["test_objects"] > 8
+    assert metrics["test_ms"] >= metrics["test_ms_features"] + metrics["test_ms_head"] + metrics["test_ms_nms"] > 0
+
+
+def test_evaluating_the_folder_gives_the_same_scores(finished, tmp_path):
+    folder, metrics = finished
+    found = evaluate_detector.main([f"--model={folder}", f"--output_dir={tmp_path}"])
+    assert without_times(found) == pytest.approx(
+        {name: value for name, value in without_times(metrics).items() if name.startswith("test_")}, abs=1e-6
+    )
+    assert {"evaluation.json", "classes.csv", "examples.png"} <= {path.name for path in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match="has 32 classes .*, but the model has 4 classes"):
+        evaluate_detector.main([f"--model={folder}", "--source=synthetic", "--classes=shape_color", "--num_test=2"])
+
+
+def test_killed_and_resumed_it_ends_the_same(finished, tmp_path):
+    folder, metrics = finished
+    with killed_after(4):
+        train(tmp_path)
+    assert without_times(train(tmp_path, "--resume")) == without_times(metrics)
+    left, right = load_file(folder / "model.safetensors"), load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_own_data_with_images_without_objects_trains_yolo(tmp_path):
+    images = {"a": [("dog", 0, 1, 1, 20, 10), ("cat", 1, 5, 3, 8, 6)], "b": [], "c": [("cat", 0, 3, 2, 12, 9)]}
+    source = write_voc(tmp_path, images, {"train": ["a", "b"], "val": ["c"], "test": ["c", "b"]})
+    flags = [f"--source={source}", "--method=yolo_v1", "--grid_size=2", "--max_steps=2", "--batch_size=2"]
+    metrics = train(tmp_path / "run", *flags, "--num_train=0", "--image_size", "32", "64", "--save_every=0")
+    assert metrics["test_objects"] == 1 and metrics["test_images"] == 2
+    model = AutoModelForObjectDetection.from_pretrained(tmp_path / "run")
+    assert model.config.id2label == {0: "cat", 1: "dog"} and model.config.grid_size == 2
+    assert DetectionImageProcessor.from_pretrained(tmp_path / "run").size == {"height": 32, "width": 64}
+    line = next(line for line in read_log(tmp_path / "run") if "loss" in line)
+    assert line["loss"] == pytest.approx(sum(line[k] for k in ("coordinates", "object", "no_object", "class")))
