@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchvision.ops import batched_nms
@@ -22,6 +23,7 @@ class DetectionKwargs(ImagesKwargs, total=False):
 
     nms_threshold: float
     max_detections: int
+    num_proposals: int
 
 
 class DetectionImageProcessor(RgbImageProcessor):
@@ -33,6 +35,7 @@ class DetectionImageProcessor(RgbImageProcessor):
         size: Height and width of the input of the model, multiples of 8.
         nms_threshold: IoU above which the box with the lower score is removed, for boxes of the same class.
         max_detections: Largest number of boxes per image.
+        num_proposals: Boxes of selective search per image, for Fast R-CNN. Defaults to none.
         **kwargs: Settings of all image processors.
 
     Example:
@@ -56,10 +59,15 @@ class DetectionImageProcessor(RgbImageProcessor):
     do_normalize = True
     nms_threshold = 0.6
     max_detections = 100
+    num_proposals = 0
     valid_kwargs = DetectionKwargs
 
     def preprocess(
-        self, images: ImageInput, annotations: dict | Sequence[dict] | None = None, **kwargs: Any
+        self,
+        images: ImageInput,
+        annotations: dict | Sequence[dict] | None = None,
+        proposals: Sequence[Sequence[Sequence[float]]] | None = None,
+        **kwargs: Any,
     ) -> BatchFeature:
         """Prepare images, and their boxes if annotations are given.
 
@@ -68,23 +76,39 @@ class DetectionImageProcessor(RgbImageProcessor):
             annotations: One dictionary per image, as in COCO: `image_id` and `annotations`, a list of dictionaries
                 with `bbox` (x, y, width, height in pixels) and `category_id` from 0. Optional: `iscrowd`, and
                 `difficult` as in PASCAL VOC. Boxes are cut at the border, and boxes without area are left out.
+            proposals: Boxes of each image, x0, y0, x1, y1 in pixels. Defaults to selective search, which takes 0.1
+                seconds per small image. They are unused if `num_proposals` is 0.
             **kwargs: Other settings for this call, and `return_tensors`.
 
         Returns:
             `pixel_values` (batch, 3, height, width), and `labels` if annotations are given: one dictionary per image.
             `class_labels` (objects,) and `boxes` (objects, 4), center x, center y, width, height in [0, 1], are the
             objects. `ignored_boxes` (regions, 4) are crowds and difficult objects. `orig_size` is height and width.
+            With `num_proposals`, `proposals` (batch, num_proposals, 4), see `stack_proposals`.
 
         Raises:
             ValueError: If the numbers of images and annotations differ, or an annotation is invalid.
         """
-        return super().preprocess(images, annotations, **kwargs)
+        return super().preprocess(images, annotations, proposals, **kwargs)
 
     def _preprocess(
-        self, images: list[Tensor], annotations: dict | Sequence[dict] | None, **kwargs: Any
+        self,
+        images: list[Tensor],
+        annotations: dict | Sequence[dict] | None,
+        proposals: Sequence[Sequence[Sequence[float]]] | None,
+        *,
+        num_proposals: int,
+        **kwargs: Any,
     ) -> BatchFeature:
         sizes = [(image.shape[-2], image.shape[-1]) for image in images]
         encoded = super()._preprocess(images, **kwargs)
+        if num_proposals:
+            if proposals is None:
+                # not at the top: only Fast R-CNN needs scipy
+                from .selective_search import selective_search
+
+                proposals = [selective_search(image.permute(1, 2, 0).cpu().numpy()) for image in images]
+            encoded["proposals"] = stack_proposals(proposals, sizes, count=num_proposals)
         if annotations is not None:
             annotations = [annotations] if isinstance(annotations, dict) else annotations
             if len(annotations) != len(images):
@@ -199,3 +223,30 @@ def make_label(annotation: dict[str, Any], height: int, width: int) -> dict[str,
         "ignored_boxes": normalized[filled & unwanted],
         "orig_size": torch.tensor([height, width]),
     }
+
+
+def stack_proposals(
+    proposals: Sequence[Sequence[Sequence[float]]], sizes: Sequence[tuple[int, int]], *, count: int
+) -> Tensor:
+    """Bring the proposals of a batch to one number per image, as the input of a detector.
+
+    Args:
+        proposals: Boxes of each image, x0, y0, x1, y1 in pixels.
+        sizes: Height and width of each image.
+        count: Number of boxes per image. Later boxes are left out.
+
+    Returns:
+        Center x, center y, width and height, divided by the size of the image, (images, count, 4). Rows of zeros fill
+        images with fewer boxes.
+
+    Example:
+        >>> stack_proposals([[[0, 0, 8, 4]], []], [(8, 16), (8, 8)], count=1)
+        tensor([[[0.2500, 0.2500, 0.5000, 0.5000]],
+        <BLANKLINE>
+                [[0.0000, 0.0000, 0.0000, 0.0000]]])
+    """
+    result = torch.zeros(len(proposals), count, 4)
+    for row, boxes, (height, width) in zip(result, proposals, sizes, strict=True):
+        corners = torch.as_tensor(np.asarray(boxes[:count], np.float32).reshape(-1, 4))
+        row[: len(corners)] = to_centers(corners / torch.tensor([width, height, width, height]))
+    return result

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -125,3 +126,15 @@ def test_labels_are_padded():
 def test_wrong_labels_are_refused(labels, message):
     with pytest.raises(ValueError, match=message):
         pad_labels(labels, 3)
+
+
+def test_proposals_are_found_or_given():
+    image = np.zeros((64, 32, 3), np.uint8)
+    image[16:48, 8:24] = 255, 0, 0
+    processor = DetectionImageProcessor(size={"height": 32, "width": 32}, num_proposals=3)
+    found = processor(Image.fromarray(image), return_tensors="pt")["proposals"]
+    assert found.shape == (1, 3, 4) and (found[0] - 0.5).abs().sum(-1).min() == 0
+    boxes = [[[0, 0, 32, 16], [8, 0, 16, 64]]]
+    given = processor(Image.fromarray(image), proposals=boxes, return_tensors="pt")["proposals"]
+    assert given.tolist() == [[[0.5, 0.125, 1, 0.25], [0.375, 0.5, 0.25, 1], [0, 0, 0, 0]]]
+    assert "proposals" not in processor(Image.fromarray(image), proposals=boxes, num_proposals=0)

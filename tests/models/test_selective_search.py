@@ -8,8 +8,9 @@ from PIL import Image
 from hf_dl.data import detection
 from hf_dl.models import selective_search as search
 from hf_dl.models.detection_boxes import pairwise_iou
+from hf_dl.models.detection_processor import stack_proposals
 from hf_dl.models.selective_search import Regions, segment_graph, selective_search
-from hf_dl.recipes.proposals import add_proposals, stack_proposals
+from hf_dl.recipes.proposals import add_proposals
 
 
 def segment_by_definition(colors, scale, min_size):

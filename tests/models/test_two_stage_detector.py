@@ -281,12 +281,14 @@ def test_wrong_fields_are_refused(fields, message):
         TwoStageDetectorConfig(**fields)
 
 
-def test_the_pipeline_of_transformers_gives_boxes_in_pixels(tmp_path):
-    model = detector(num_labels=2, id2label={0: "cat", 1: "dog"}).eval()
+@pytest.mark.parametrize("kind", ["faster", "fast"])
+def test_the_pipeline_of_transformers_gives_boxes_in_pixels(kind, tmp_path):
+    model = detector(two_stage_type=kind, num_labels=2, id2label={0: "cat", 1: "dog"}).eval()
     with torch.no_grad():
         model.head.classes.bias.copy_(torch.tensor([-9.0, 0, 9]))
     model.save_pretrained(tmp_path)
-    DetectionImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    count = 9 if kind == "fast" else 0  # of selective search
+    DetectionImageProcessor(size={"height": 32, "width": 32}, num_proposals=count).save_pretrained(tmp_path)
     found = pipeline("object-detection", str(tmp_path))(
         [Image.new("RGB", (200, 100)), Image.new("L", (30, 60))], batch_size=2
     )
