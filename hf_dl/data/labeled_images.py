@@ -142,6 +142,11 @@ def _read_folder(
     """Return the splits of a local source, with undecoded images and labels; and a report of skipped files."""
     if root.is_file() and root.suffix != ".parquet":
         raise ValueError(f"source={str(root)!r} is not a parquet file. Expected a parquet file or a folder.")
+    if any(root.glob("annotations/instances_*.json")) or any(root.glob("annotations/captions_*.json")):
+        raise ValueError(
+            f"source={str(root)!r} is a folder of COCO, whose images have no class. Expected one folder of images per "
+            "class, or a table with labels."
+        )
     found = read_tables(root)
     if found is not None:
         return _labeled(found, str(root), image_column, label_column), ""

@@ -234,7 +234,7 @@ def clean_names(names: Sequence[str]) -> list[str]:
         names: Names of the classes, such as names of folders.
 
     Raises:
-        ValueError: If a name is empty.
+        ValueError: If a name is empty, or two names differ only by case, spaces or underscores.
 
     Example:
         >>> clean_names(["Sea_Lion", "MRI_scan"]), clean_names(["Paris", "beach"])
@@ -243,6 +243,13 @@ def clean_names(names: Sequence[str]) -> list[str]:
     spaced = [" ".join(name.replace("_", " ").split()) for name in names]
     if "" in spaced:
         raise ValueError(f"names[{spaced.index('')}] is empty. Expected a name for each class.")
+    first: dict[str, str] = {}
+    for name, words in zip(names, spaced, strict=True):
+        if (key := words.casefold()) in first:
+            raise ValueError(
+                f"The classes {first[key]!r} and {name!r} have the same prompt. Rename one, or join them."
+            )
+        first[key] = name
     if not all(name[0].isupper() or not name[0].isalpha() for name in spaced):
         return spaced
     return [" ".join(word if word.isupper() and len(word) > 1 else word.lower() for word in n.split()) for n in spaced]

@@ -1,12 +1,20 @@
 """Features of CLIP and SigLIP models as plain tensors, for every version of transformers.
 
 `get_image_features` and `get_text_features` return a tensor in transformers 4, and an output with `pooler_output` in
-transformers 5. `as_features` accepts both. `check_tokenizer` finds tokenizers of other models.
+transformers 5. `as_features` accepts both. `check_tokenizer` finds tokenizers of other models. `knows_a_word` finds
+texts without a word that a small tokenizer knows.
 """
 
+import re
+from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.nn.functional import normalize
+from transformers import PreTrainedModel
+
+_ARTICLES = ("a", "an", "the")
 
 
 def as_features(output: Any) -> Tensor:
@@ -60,3 +68,70 @@ def check_tokenizer(tokenizer: Any, text_config: Any, *, reads_end: bool) -> Non
             f"The end token of the tokenizer is {tokenizer.eos_token_id}, but the model reads "
             f"{text_config.eos_token_id}. {advice}"
         )
+
+
+@torch.no_grad()
+def encode_texts(model: PreTrainedModel, texts: Iterable[str], tokenizer: Any, *, batch_size: int = 256) -> Tensor:
+    """Compute the features of texts in batches.
+
+    Args:
+        model: A CLIP or SigLIP model. It is set to evaluation mode.
+        texts: The texts. Long ones are truncated.
+        tokenizer: Its tokenizer, or a processor that has one.
+        batch_size: Texts per batch.
+
+    Returns:
+        Features of length 1, float32 (texts, dim), on the CPU.
+
+    Raises:
+        ValueError: If `texts` is empty.
+    """
+    texts = list(texts)
+    if not texts:
+        raise ValueError("The list is empty. Expected at least one text to encode.")
+    model.eval()
+    tokenize = getattr(tokenizer, "tokenizer", tokenizer)
+    # SigLIP was trained on texts of a fixed length without a mask. It reads the last token, also if it is padding.
+    siglip = model.config.model_type.startswith("siglip")
+    longest = min(tokenize.model_max_length, model.config.get_text_config().max_position_embeddings)
+    padding = "max_length" if siglip else True
+    options = {"padding": padding, "max_length": longest, "truncation": True, "return_tensors": "pt"}
+    features = []
+    for start in range(0, len(texts), batch_size):
+        tokens = tokenize(texts[start : start + batch_size], **options).to(model.device)
+        mask = {} if siglip else {"attention_mask": tokens["attention_mask"]}
+        output = model.get_text_features(input_ids=tokens["input_ids"], **mask)
+        features.append(as_features(output).float().cpu())
+    return normalize(torch.cat(features), dim=1)
+
+
+def unknown_words(text: str, tokenizer: Any) -> tuple[str, ...]:
+    """List the words of a text that a tokenizer of whole words does not know.
+
+    Args:
+        text: The text.
+        tokenizer: A tokenizer. Tokenizers of CLIP and SigLIP know the parts of every word, so the result is empty.
+
+    Returns:
+        The words, in their order.
+    """
+    if not _has_unknown_token(tokenizer):
+        return ()
+    words = dict.fromkeys(re.findall(r"\w+", text))
+    return tuple(w for w in words if tokenizer.unk_token_id in tokenizer(w, add_special_tokens=False)["input_ids"])
+
+
+def knows_a_word(text: str, tokenizer: Any) -> bool:
+    """Return whether a tokenizer of whole words knows a word of a text. Articles do not count.
+
+    Args:
+        text: The text.
+        tokenizer: A tokenizer. Tokenizers of CLIP and SigLIP know the parts of every word.
+    """
+    words = {word for word in re.findall(r"\w+", text) if word.lower() not in _ARTICLES}
+    return not _has_unknown_token(tokenizer) or bool(words - set(unknown_words(text, tokenizer)))
+
+
+def _has_unknown_token(tokenizer: Any) -> bool:
+    special = (None, tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id)
+    return tokenizer.unk_token_id not in special  # CLIP has the same token for the end and for unknown words

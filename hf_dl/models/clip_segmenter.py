@@ -377,13 +377,8 @@ class ClipSegmenterForImageSegmentation(PreTrainedModel):
         Raises:
             ValueError: If the shape of the images is invalid.
         """
-        tower, config = self.clip.vision_model, self.clip.config.vision_config
-        if pixel_values.ndim != 4 or pixel_values.shape[1] != config.num_channels:
-            raise ValueError(
-                f"pixel_values has shape {tuple(pixel_values.shape)}. Expected (images, {config.num_channels}, "
-                "height, width)."
-            )
-        self._grid(pixel_values.shape[-2:])
+        tower = self.clip.vision_model
+        self._check_images(pixel_values, "pixel_values")
         layers = self.config.feature_layers
         tokens = tower.pre_layrnorm(tower.embeddings(pixel_values, interpolate_pos_encoding=True))
         features = []
@@ -413,13 +408,15 @@ class ClipSegmenterForImageSegmentation(PreTrainedModel):
             (phrases, projection_dim).
 
         Raises:
-            ValueError: If nothing is given.
+            ValueError: If nothing is given, or a shape or value is invalid.
         """
         clip, texts, images = self.clip, None, None
         if input_ids is not None:
+            self._check_ids(input_ids, attention_mask)
             texts = clip.text_model(input_ids=input_ids, attention_mask=attention_mask, return_dict=True)
             texts = clip.text_projection(texts.pooler_output)
         if conditional_pixel_values is not None:
+            self._check_images(conditional_pixel_values, "conditional_pixel_values")
             images = clip.vision_model(
                 pixel_values=conditional_pixel_values, interpolate_pos_encoding=True, return_dict=True
             )
@@ -428,8 +425,40 @@ class ClipSegmenterForImageSegmentation(PreTrainedModel):
             raise ValueError("No phrase is given. Pass input_ids, conditional_pixel_values or prompt_embeds.")
         if texts is None or images is None:
             return images if texts is None else texts
+        count = texts.shape[0]
+        if images.shape[0] != count:
+            raise ValueError(
+                f"There are {images.shape[0]} support images and {count} phrases. Expected one per phrase."
+            )
+        if isinstance(text_weight, torch.Tensor) and text_weight.shape != (count,):
+            raise ValueError(f"text_weight has shape {tuple(text_weight.shape)}. Expected a number, or ({count},).")
         weight = text_weight if isinstance(text_weight, (int, float)) else text_weight.to(texts)[:, None]
         return weight * texts + (1 - weight) * images
+
+    def _check_images(self, images: torch.Tensor, name: str) -> None:
+        """Raise an error if images have the wrong shape."""
+        channels = self.clip.config.vision_config.num_channels
+        if images.ndim != 4 or images.shape[1] != channels:
+            raise ValueError(f"{name} has shape {tuple(images.shape)}. Expected (images, {channels}, height, width).")
+        self._grid(images.shape[-2:])
+
+    def _check_ids(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
+        """Raise an error if the tokens of phrases are invalid."""
+        config = self.clip.config.text_config
+        shape, longest = tuple(input_ids.shape), config.max_position_embeddings
+        if len(shape) != 2 or not 1 <= shape[1] <= longest:
+            raise ValueError(f"input_ids has shape {shape}. Expected (phrases, length) of at most {longest} tokens.")
+        if input_ids.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"input_ids has dtype {input_ids.dtype}. Expected int64 token ids.")
+        if attention_mask is not None and attention_mask.shape != input_ids.shape:
+            raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}. Expected {shape}.")
+        if not torch.compiler.is_compiling() and shape[0]:
+            lowest, highest = input_ids.min().item(), input_ids.max().item()
+            if lowest < 0 or highest >= config.vocab_size:
+                raise ValueError(
+                    f"input_ids has the value {lowest if lowest < 0 else highest}. Expected ids from 0 to "
+                    f"{config.vocab_size - 1}; use the tokenizer that was saved with the model."
+                )
 
     def _grid(self, size: tuple[int, int] | torch.Size) -> tuple[int, int]:
         """Return rows and columns of the patches of an image of this height and width."""
@@ -488,14 +517,18 @@ class ClipSegmenterForImageSegmentation(PreTrainedModel):
         elif image_size is None:
             image_size = (self.clip.config.vision_config.image_size,) * 2
         grid = self._grid(image_size)
-        expected = (len(self.config.feature_layers), 1 + grid[0] * grid[1])
-        if vision_features.ndim != 4 or tuple(vision_features.shape[1:3]) != expected:
+        channels = self.clip.config.vision_config.hidden_size
+        expected = (len(self.config.feature_layers), 1 + grid[0] * grid[1], channels)
+        if vision_features.ndim != 4 or tuple(vision_features.shape[1:]) != expected:
             raise ValueError(
                 f"vision_features has shape {tuple(vision_features.shape)}. Expected (images, {expected[0]}, "
-                f"{expected[1]}, channels) for images of {image_size[0]}x{image_size[1]} pixels."
+                f"{expected[1]}, {channels}) for images of {image_size[0]}x{image_size[1]} pixels."
             )
         if prompt_embeds is None:
             prompt_embeds = self.encode_prompts(input_ids, attention_mask, conditional_pixel_values, text_weight)
+        width = self.clip.config.projection_dim
+        if prompt_embeds.ndim != 2 or prompt_embeds.shape[1] != width:
+            raise ValueError(f"prompt_embeds has shape {tuple(prompt_embeds.shape)}. Expected (phrases, {width}).")
         image_index = _check_index(image_index, vision_features.shape[0], prompt_embeds.shape[0], prompt_embeds.device)
         dtype = reference_parameter(self.patch_decoder).dtype
         logits = self.patch_decoder(vision_features.to(dtype), prompt_embeds.to(dtype), grid, image_index)
@@ -510,8 +543,11 @@ class ClipSegmenterForImageSegmentation(PreTrainedModel):
                 "phrase."
             )
         logits, labels = logits.float(), labels.to(logits.device).float()
-        if not torch.compiler.is_compiling() and labels.max() > 1:
-            raise ValueError(f"labels has the value {labels.max():g}. Expected masks in [0, 1]; divide by 255.")
+        if not torch.compiler.is_compiling() and labels.numel():
+            if labels.max() > 1:
+                raise ValueError(f"labels has the value {labels.max():g}. Expected masks in [0, 1]; divide by 255.")
+            if not labels.min() >= 0:  # also NaN
+                raise ValueError(f"labels has the value {labels.min():g}. Expected masks in [0, 1].")
         if labels.shape[1:] != logits.shape[1:]:
             logits = F.interpolate(logits[:, None], size=labels.shape[1:], mode="bilinear", align_corners=False)[:, 0]
         loss = F.binary_cross_entropy_with_logits(logits, labels)

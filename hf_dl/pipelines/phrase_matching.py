@@ -28,10 +28,10 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..models.clip_features import as_features
+from ..models.clip_features import as_features, encode_texts, unknown_words
 from ..models.image_input import open_image, to_rgb
 
-THRESHOLD = 1.3  # of the margin; a small CLIP of scripts/train_clip.py then accepts about 5 % of wrong phrases
+THRESHOLD = 1.3  # of the margin, for models whose config has no `match_threshold`
 MAX_NEGATIVES = 64  # near misses per phrase
 MAX_CHARACTERS = 1000  # of a phrase
 GROUPS = (  # a near miss replaces a word by another word of its group
@@ -81,7 +81,7 @@ def match(
     phrases: Sequence[str],
     *,
     negatives: str | Sequence[str] = "auto",
-    threshold: float = THRESHOLD,
+    threshold: float | None = None,
     tokenizer: Any = None,
 ) -> list[PhraseMatch]:
     """Score phrases for one image, and decide for each phrase whether it is true of the image.
@@ -93,7 +93,8 @@ def match(
         phrases: The phrases.
         negatives: "auto" compares each phrase with its `near_misses`. Otherwise, at least two phrases to compare all
             phrases with, which are false of the image.
-        threshold: Smallest margin of an accepted phrase, see `calibrate`.
+        threshold: Smallest margin of an accepted phrase, see `calibrate`. Defaults to `match_threshold` in the config
+            of the model, which scripts/train_clip.py chooses on validation images, and else to `THRESHOLD`.
         tokenizer: Its tokenizer. Defaults to the tokenizer of the processor.
 
     Returns:
@@ -113,6 +114,8 @@ def match(
         raise ValueError(f"negatives={negatives!r} is unknown. Use 'auto', or a list of at least two phrases.")
     if not isinstance(negatives, str) and len(set(negatives)) < 2:
         raise ValueError(f"negatives={list(negatives)!r} must have at least two different phrases, or be 'auto'.")
+    if threshold is None:
+        threshold = getattr(model.config, "match_threshold", THRESHOLD)
     tokenizer = tokenizer or processor.tokenizer
     others: dict[str, tuple[str, ...]] = {}
     for phrase in phrases:
@@ -128,7 +131,7 @@ def match(
         others[phrase] = known
 
     texts = list(dict.fromkeys([*phrases, *(text for known in others.values() for text in known)]))
-    features = _encode_image(model, processor, image) @ _encode_texts(model, tokenizer, texts).T
+    features = _encode_image(model, processor, image) @ encode_texts(model, texts, tokenizer).double().T
     cosines = dict(zip(texts, features[0].tolist(), strict=True))
     results = []
     for phrase in phrases:
@@ -187,23 +190,6 @@ def _find_group(word: str) -> tuple[tuple[str, ...], str]:
     return (), ""
 
 
-def unknown_words(text: str, tokenizer: Any) -> tuple[str, ...]:
-    """List the words of a text that a tokenizer of whole words does not know.
-
-    Args:
-        text: The text.
-        tokenizer: A tokenizer. Tokenizers of CLIP and SigLIP know the parts of every word, so the result is empty.
-
-    Returns:
-        The words, in their order.
-    """
-    special = (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id)
-    if tokenizer.unk_token_id is None or tokenizer.unk_token_id in special:  # CLIP has the same token for both
-        return ()
-    words = dict.fromkeys(re.findall(r"\w+", text))
-    return tuple(w for w in words if tokenizer.unk_token_id in tokenizer(w, add_special_tokens=False)["input_ids"])
-
-
 def standard_margin(cosines: Tensor, negatives: Tensor) -> Tensor:
     """Compute the distance of cosines from the mean of their near misses, in standard deviations.
 
@@ -233,18 +219,6 @@ def _encode_image(model: PreTrainedModel, processor: Any, image: Image.Image | s
     process = getattr(processor, "image_processor", processor)
     pixels = process(images=image, return_tensors="pt")["pixel_values"]
     output = model.get_image_features(pixel_values=pixels.to(model.device, model.dtype))
-    return torch.nn.functional.normalize(as_features(output).double().cpu())
-
-
-def _encode_texts(model: PreTrainedModel, tokenizer: Any, texts: Sequence[str]) -> Tensor:
-    # SigLIP was trained on texts of a fixed length without a mask. It reads the last token, also if it is padding.
-    siglip = model.config.model_type.startswith("siglip")
-    longest = min(tokenizer.model_max_length, model.config.get_text_config().max_position_embeddings)
-    padding = "max_length" if siglip else True
-    tokens = tokenizer(list(texts), padding=padding, truncation=True, max_length=longest, return_tensors="pt")
-    tokens = tokens.to(model.device)
-    mask = {} if siglip else {"attention_mask": tokens["attention_mask"]}
-    output = model.get_text_features(input_ids=tokens["input_ids"], **mask)
     return torch.nn.functional.normalize(as_features(output).double().cpu())
 
 

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageFilter
 from transformers import AutoImageProcessor, AutoTokenizer, BaseImageProcessor, PreTrainedTokenizerBase
 
-from ..models.clip_features import check_tokenizer
+from ..models.clip_features import check_tokenizer, knows_a_word
 from ..models.clip_segmenter import ClipSegmenterForImageSegmentation
 from ..models.image_input import open_image, to_rgb
 from .model_loading import load_config, one_line
@@ -118,9 +118,11 @@ def describe(result: Mapping[str, Any]) -> str:
         result: An entry of the result of `PhraseSegmentationPipeline`.
 
     Example:
-        >>> describe({"label": "a cat", "score": 0.12, "found": False, "area": 0.0})
+        >>> describe({"label": "a cat", "score": 0.12, "found": False, "area": 0.0, "known": True})
         'a cat: not in the image (highest probability 12%)'
     """
+    if not result["known"]:
+        return f"{result['label']}: {NOT_FOUND} (the model knows no word of it)"
     if not result["found"]:
         return f"{result['label']}: {NOT_FOUND} (highest probability {result['score']:.0%})"
     return f"{result['label']}: {result['area']:.1%} of the image (highest probability {result['score']:.0%})"
@@ -252,7 +254,8 @@ class PhraseSegmentationPipeline:
             One dict per phrase, in order. `label` is the phrase, and `score` the highest probability of a pixel.
             `mask` is an 8-bit image of the size of the image, with 255 inside the mask. `found` is whether the mask
             has a pixel, and `area` the fraction of the image that it covers. `probability` is float32 (height, width).
-            `heat_map` is an RGB image.
+            `heat_map` is an RGB image. `known` is False if the tokenizer knows no word of the phrase. Its probability
+            is then 0, because the model cannot tell it from other such phrases.
 
         Raises:
             ValueError: If phrases are missing, or a phrase or another argument is invalid.
@@ -285,7 +288,10 @@ class PhraseSegmentationPipeline:
             # one phrase at a time: at the size of a photograph, a batch would take gigabytes
             for label, scores in zip(labels[start:], logits.float(), strict=False):
                 scores = F.interpolate(scores[None, None], (image.height, image.width), mode="bilinear")[0, 0]
-                results.append(_make_result(image, label, scores.sigmoid().cpu().numpy(), threshold))
+                visual = support is not None and (phrases is None or text_weight < 1)
+                known = visual or knows_a_word(label, self.tokenizer)
+                probability = scores.sigmoid() if known else torch.zeros_like(scores)
+                results.append(_make_result(image, label, probability.cpu().numpy(), threshold) | {"known": known})
         return results
 
     def _check_phrases(

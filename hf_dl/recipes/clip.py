@@ -36,7 +36,7 @@ from hf_dl.data import captions, zero_shot
 from hf_dl.data.image_arrays import ImageTensors
 from hf_dl.data.surfaces import COLORS
 from hf_dl.metrics.modality_gap import modality_gap_scores
-from hf_dl.models.clip_features import as_features, check_tokenizer
+from hf_dl.models.clip_features import as_features, check_tokenizer, encode_texts
 from hf_dl.progress import activity
 from hf_dl.reporting.card import run_card, usage_snippet
 from hf_dl.reporting.plots import plot_run
@@ -258,10 +258,10 @@ def make_config(args: Any, *, vocab_size: int) -> CLIPConfig:
             raise ValueError(f"{name}={getattr(args, name)} must be at least 1.")
     if args.image_size % args.patch_size:
         raise ValueError(f"image_size={args.image_size} must be a multiple of patch_size={args.patch_size}.")
-    if args.image_size < 2 * args.patch_size or args.hidden_size < 4 * args.num_heads:
+    if args.image_size < 2 * args.patch_size or args.hidden_size < max(8, 4 * args.num_heads):
         raise ValueError(
             f"image_size={args.image_size} must be at least 2 x patch_size={args.patch_size}, and "
-            f"hidden_size={args.hidden_size} at least 4 x num_heads={args.num_heads}."
+            f"hidden_size={args.hidden_size} at least 8 and at least 4 x num_heads={args.num_heads}."
         )
     if args.max_length < 3:
         raise ValueError(f"max_length={args.max_length} must be at least 3: the start token, a word, the end token.")
@@ -603,42 +603,9 @@ def encode_images(
         inputs = process(images=batch, return_tensors="pt").to(model.device)
         inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
         features.append(as_features(model.get_image_features(**inputs)).float().cpu())
-    return _unit(features)
-
-
-@torch.no_grad()
-def encode_texts(
-    model: PreTrainedModel, texts: Iterable[str], tokenizer: Any, *, batch_size: int = 256
-) -> torch.Tensor:
-    """Compute the features of texts in batches.
-
-    Args:
-        model: A CLIP or SigLIP model. It is set to evaluation mode.
-        texts: The texts. Long ones are truncated.
-        tokenizer: Its tokenizer, or a processor that has one.
-        batch_size: Texts per batch.
-
-    Returns:
-        Features of length 1, float32 (texts, dim), on the CPU.
-    """
-    model.eval()
-    tokenize = getattr(tokenizer, "tokenizer", tokenizer)
-    # SigLIP was trained on texts of a fixed length without a mask. It reads the last token, also if it is padding.
-    siglip = model.config.model_type.startswith("siglip")
-    text_config = model.config.get_text_config()
-    options = {
-        "padding": "max_length" if siglip else True,
-        "max_length": min(tokenize.model_max_length, text_config.max_position_embeddings),
-        "truncation": True,
-        "return_tensors": "pt",
-    }
-    features = []
-    for batch in _in_batches(texts, batch_size):
-        tokens = tokenize(batch, **options).to(model.device)
-        mask = {} if siglip else {"attention_mask": tokens["attention_mask"]}
-        output = model.get_text_features(input_ids=tokens["input_ids"], **mask)
-        features.append(as_features(output).float().cpu())
-    return _unit(features)
+    if not features:
+        raise ValueError("The list is empty. Expected at least one image to encode.")
+    return F.normalize(torch.cat(features), dim=1)
 
 
 def _in_batches(values: Iterable[Any], size: int) -> Iterator[list[Any]]:
@@ -650,12 +617,6 @@ def _in_batches(values: Iterable[Any], size: int) -> Iterator[list[Any]]:
             batch = []
     if batch:
         yield batch
-
-
-def _unit(features: Sequence[torch.Tensor]) -> torch.Tensor:
-    if not features:
-        raise ValueError("The list is empty. Expected at least one image or text to encode.")
-    return F.normalize(torch.cat(list(features)), dim=1)
 
 
 def class_features(model: PreTrainedModel, prompts: Sequence[Sequence[str]], tokenizer: Any) -> torch.Tensor:
@@ -888,7 +849,9 @@ def evaluate(
     scores["recall_at_1"] = image_recall(images, captioned, texts)
     if labeled is not None:
         result = classify(model, processor, labeled, STYLES)
-        scores |= result.scores() | mismatch_scores(result.cosines[STYLES[0]], result.labels, result.names)
+        threshold = getattr(model.config, "match_threshold", None)
+        cosines = result.cosines[STYLES[0]]
+        scores |= result.scores() | mismatch_scores(cosines, result.labels, result.names, threshold=threshold)
     return {f"{split}_{name}": value for name, value in scores.items()}
 
 

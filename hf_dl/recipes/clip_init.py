@@ -37,26 +37,27 @@ PATCH_SCALE = 0.5  # scale of the content, low enough that LayerNorm keeps the p
 def init_like_convolution(vision: CLIPVisionModel, *, generator: torch.Generator | None = None) -> None:
     """Set the weights of an image encoder so that its attention layers start as convolutions.
 
-    The first channels hold the position of a patch, and all others its content. Values and outputs of the attention
-    use the content only.
+    The first channels, at most half of them, hold the position of a patch, and all others its content. Values and
+    outputs of the attention use the content only.
 
     Args:
         vision: The image encoder of a `CLIPModel`, `model.vision_model`.
         generator: Random number generator of the random weights.
 
     Raises:
-        ValueError: If a head has fewer than four channels, or an image has one patch.
+        ValueError: If a head has fewer than four channels, the encoder has fewer than eight, or an image has one
+            patch.
     """
     config = vision.config
     size, grid = config.hidden_size, config.image_size // config.patch_size
     head = size // config.num_attention_heads
-    if head < 4 or grid < 2:
+    if head < 4 or size < 8 or grid < 2:
         raise ValueError(
             f"hidden_size={size} with {config.num_attention_heads} heads has {head} channels per head, and an image "
-            f"has {grid}x{grid} patches. Expected at least 4 channels and 2x2 patches."
+            f"has {grid}x{grid} patches. Expected hidden_size of at least 8, at least 4 channels and 2x2 patches."
         )
     half = grid // 2
-    count = min(head // 4, half)
+    count = min(head // 4, half, size // 8)
     frequencies = [math.pi / grid * (2 * (k * half // count) + 1) for k in range(count)]
     positions = 4 * count  # channels: the sine and cosine of rows and columns for each frequency
     rows, columns = (each.flatten() for each in torch.meshgrid(*[torch.arange(float(grid))] * 2, indexing="ij"))

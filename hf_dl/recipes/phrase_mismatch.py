@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hf_dl.pipelines.phrase_matching import THRESHOLD, mismatch_auroc, mismatch_kind, standard_margin
+from hf_dl.pipelines.phrase_matching import THRESHOLD, calibrate, mismatch_auroc, mismatch_kind, standard_margin
 
 UNRELATED = ("dog", "airplane", "pizza", "mountain")  # names of classes for prompts that no scene matches
 
@@ -35,7 +35,12 @@ def split_names(names: Sequence[str]) -> list[tuple[str, str]] | None:
 
 
 def mismatch_scores(
-    cosines: Tensor, labels: Tensor, names: Sequence[str], unrelated: Tensor | None = None
+    cosines: Tensor,
+    labels: Tensor,
+    names: Sequence[str],
+    unrelated: Tensor | None = None,
+    *,
+    threshold: float | None = THRESHOLD,
 ) -> dict[str, float]:
     """Compute how well cosines and margins separate true phrases from each kind of wrong phrase.
 
@@ -44,10 +49,13 @@ def mismatch_scores(
         labels: Class of each image (images,).
         names: Names of the classes, such as "red cube".
         unrelated: Cosines of phrases that no image matches (images, phrases). Defaults to no such phrases.
+        threshold: Smallest margin of an accepted phrase. None chooses the threshold on these images, so that about 5 %
+            of the wrong phrases are accepted.
 
     Returns:
         `auroc_<kind>` of the cosine and `margin_auroc_<kind>` of the margin for each kind of mismatch, and the shares
-        of phrases that `match` accepts by default, `accepted_match` and `accepted_<kind>`. Unrelated phrases have no
+        of phrases that are accepted, `accepted_match` and `accepted_<kind>`. `match_threshold` is the threshold that
+        was chosen, if `threshold` is None. Unrelated phrases have no
         near misses among the classes, so they have the cosine only. The result is empty if the classes are not all
         combinations of some colors and some shapes.
     """
@@ -64,7 +72,10 @@ def mismatch_scores(
     if len(near[0]) > 1:
         margins = standard_margin(cosines, cosines[:, torch.tensor(near)]).flatten()
         scores |= {f"margin_auroc_{kind}": area for kind, area in mismatch_auroc(margins, kinds).items()}
-        accepted = margins >= THRESHOLD
+        if threshold is None:
+            threshold = calibrate(margins, torch.tensor([kind == "match" for kind in kinds]))
+            scores["match_threshold"] = threshold
+        accepted = margins >= threshold
         for kind in dict.fromkeys(kinds):
             rows = torch.tensor([each == kind for each in kinds])
             scores[f"accepted_{kind}"] = accepted[rows].double().mean().item()

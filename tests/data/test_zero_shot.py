@@ -96,6 +96,8 @@ def test_mistakes_in_prompts_are_explained():
     assert "templates is empty. Expected texts with {}" in failure(lambda: prompts(["a"], []))
     assert "names[1] is empty. Expected a name for each class" in failure(lambda: prompts(["a", "_"], "plain"))
     assert zero_shot.clean_names(["Cat", "DOG"]) == ["cat", "DOG"]
+    found = failure(lambda: prompts(["red_cube", "dog", "Red cube"], "plain"))
+    assert "The classes 'red_cube' and 'Red cube' have the same prompt. Rename one, or join them." in found
 
 
 # --- real images -----------------------------------------------------------------------------------------------------
@@ -121,6 +123,14 @@ def test_class_folders(tmp_path, streaming):
         assert np.asarray(row["image"])[0, 0, 1] == 100 * row["label"]
         assert row["seen"] == (names[row["label"]] != "red cube")  # the name of a combination that is held out
     assert next(iter(load("train", root, size=6, streaming=streaming)))["image"].size == (6, 6)
+
+
+def test_a_folder_of_coco_has_no_classes(tmp_path):
+    root = write_classes(tmp_path, ("train2017", "val2017"))
+    (root / "annotations").mkdir()
+    (root / "annotations" / "instances_val2017.json").write_text("{}")
+    found = failure(lambda: load("test", root))
+    assert "is a folder of COCO, whose images have no class. Expected one folder of images per class" in found
 
 
 def test_tables_and_ids(tmp_path, monkeypatch):

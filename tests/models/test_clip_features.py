@@ -3,7 +3,7 @@ import torch
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, SiglipConfig, SiglipModel, SiglipTextConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from hf_dl.models.clip_features import as_features, check_tokenizer
+from hf_dl.models.clip_features import as_features, check_tokenizer, knows_a_word
 from hf_dl.recipes.clip import make_tokenizer
 
 SIZES = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -37,6 +37,12 @@ def test_tokenizers_of_other_models():
         check_tokenizer(tokenizer, CLIPTextConfig(vocab_size=7, eos_token_id=5), reads_end=True)
     with pytest.raises(ValueError, match="The tokenizer has 7 tokens, but the model only 6. Use the tokenizer"):
         check_tokenizer(tokenizer, CLIPTextConfig(vocab_size=6, eos_token_id=3), reads_end=True)
+
+
+def test_texts_without_a_known_word():
+    tokenizer = make_tokenizer(["a red cube"])
+    assert knows_a_word("a Cube", tokenizer) and knows_a_word("zorgle cube", tokenizer)
+    assert not any(knows_a_word(text, tokenizer) for text in ("zorgle", "a zorgle", "the", "?!"))
 
 
 def test_tensors_of_transformers_4_pass_through():

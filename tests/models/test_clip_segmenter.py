@@ -410,8 +410,26 @@ def test_too_many_layers_for_the_unet_are_refused():
         ),
         (
             {"vision_features": torch.zeros(1, 2, 16, 16)},
-            "vision_features has shape (1, 2, 16, 16). Expected (images, 2, 17, channels) for images of 16x16 pixels.",
+            "vision_features has shape (1, 2, 16, 16). Expected (images, 2, 17, 16) for images of 16x16 pixels.",
         ),
+        ({"labels": torch.full((3, 16, 16), torch.nan)}, "labels has the value nan. Expected masks in [0, 1]."),
+        ({"labels": -torch.ones(3, 16, 16)}, "labels has the value -1. Expected masks in [0, 1]."),
+        ({"input_ids": torch.full((3, 4), 20)}, "input_ids has the value 20. Expected ids from 0 to 19; use the"),
+        ({"input_ids": -torch.ones(3, 4).long()}, "input_ids has the value -1. Expected ids from 0 to 19"),
+        ({"input_ids": torch.ones(3, 4)}, "input_ids has dtype torch.float32. Expected int64 token ids."),
+        ({"input_ids": torch.ones(4).long()}, "input_ids has shape (4,). Expected (phrases, length)"),
+        (
+            {"input_ids": torch.ones(3, 7).long()},
+            "input_ids has shape (3, 7). Expected (phrases, length) of at most 6",
+        ),
+        ({"attention_mask": torch.ones(3, 5)}, "attention_mask has shape (3, 5). Expected (3, 6)."),
+        ({"conditional_pixel_values": torch.zeros(3, 3, 4, 6)}, "height 4 and width 6. Expected multiples"),
+        ({"conditional_pixel_values": torch.zeros(2, 3, 4, 4)}, "There are 2 support images and 3 phrases."),
+        (
+            {"conditional_pixel_values": torch.zeros(3, 3, 4, 4), "text_weight": torch.ones(2)},
+            "text_weight has shape (2,). Expected a number, or (3,).",
+        ),
+        ({"prompt_embeds": torch.zeros(3, 7)}, "prompt_embeds has shape (3, 7). Expected (phrases, 8)."),
     ],
 )
 def test_wrong_inputs_are_refused(inputs, sentence, model):

@@ -5,6 +5,7 @@ import torch
 from PIL import Image
 from transformers import CLIPImageProcessor, SiglipConfig, SiglipModel
 
+from hf_dl.models.clip_features import unknown_words
 from hf_dl.pipelines.phrase_matching import (
     GROUPS,
     calibrate,
@@ -13,7 +14,6 @@ from hf_dl.pipelines.phrase_matching import (
     mismatch_kind,
     near_misses,
     standard_margin,
-    unknown_words,
 )
 from hf_dl.recipes.clip import ModelFlags, encode_images, encode_texts, make_model, make_tokenizer
 
@@ -86,6 +86,15 @@ def test_own_negatives_and_threshold(tmp_path):
     assert found.margin == pytest.approx((1 - 5 / 8) / (1 / 8)) and found.accepted
     (found,) = match(WordModel(), Processor(), RED_CUBE, "a red cube", **options, threshold=3.5)
     assert not found.accepted
+
+
+def test_the_threshold_of_a_trained_model_is_in_its_config():
+    model = WordModel()
+    [found] = match(model, Processor(), RED_CUBE, ["a red cube"])
+    model.config = SimpleNamespace(**vars(WordModel.config), match_threshold=found.margin + 0.1)
+    [above] = match(model, Processor(), RED_CUBE, ["a red cube"])
+    assert found.accepted and not above.accepted and above.margin == found.margin
+    assert match(model, Processor(), RED_CUBE, ["a red cube"], threshold=found.margin)[0].accepted
 
 
 def test_siglip_has_its_own_probability():

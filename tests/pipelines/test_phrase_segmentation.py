@@ -15,6 +15,7 @@ from hf_dl.pipelines.phrase_segmentation import (
     draw_heat_map,
     highlight,
 )
+from hf_dl.recipes.clip import make_tokenizer as clip_tokenizer
 from tests.models.test_clip_segmenter import CLIP, DECODER, make_clipseg
 
 
@@ -87,6 +88,22 @@ def test_what_does_not_pass_the_threshold_is_not_in_the_image(pipe, image):
     assert describe(absent).startswith(f"red cube: {NOT_FOUND}")
     [present] = pipe(image, "red cube", threshold=score - 1e-4)
     assert present["found"] and "of the image" in describe(present)
+
+
+def test_a_phrase_without_a_known_word_is_not_in_the_image(image):
+    pipe = make_pipeline()
+    pipe.tokenizer = clip_tokenizer(["a red cube"])
+    pipe.tokenizer.model_max_length = 6
+    phrases = ["a zorgle", "zorgle cube"]
+    absent, present = pipe(image, phrases, threshold=1e-6)
+    assert (
+        not absent["known"] and not absent["found"] and absent["score"] == 0 and not np.asarray(absent["mask"]).any()
+    )
+    assert describe(absent) == f"a zorgle: {NOT_FOUND} (the model knows no word of it)"
+    assert present["known"] and present["found"]
+    support = [(image, np.ones((24, 40)))]
+    [mixed] = pipe(image, "a zorgle", support=support, threshold=1e-6)
+    assert mixed["known"] and mixed["found"]  # the support image replaces the phrase in part
 
 
 def test_the_threshold_comes_from_the_config(image):

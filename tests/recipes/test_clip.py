@@ -130,7 +130,7 @@ class TestModel:
             ({"patch_size": 5}, "image_size=32 must be a multiple of patch_size=5"),
             ({"hidden_size": 0}, "hidden_size=0 must be at least 1"),
             ({"hidden_size": 18, "num_heads": 4}, r"hidden size \(18\) is not a multiple"),
-            ({"hidden_size": 8, "num_heads": 4}, "hidden_size=8 at least 4 x num_heads=4"),
+            ({"hidden_size": 8, "num_heads": 4}, "hidden_size=8 at least 8 and at least 4 x num_heads=4"),
             ({"patch_size": 32}, "image_size=32 must be at least 2 x patch_size=32"),
             ({"max_length": 2}, "max_length=2 must be at least 3"),
             ({"vocab_size": 0}, "vocab_size=0 must be at least 1"),

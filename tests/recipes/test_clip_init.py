@@ -37,9 +37,18 @@ def test_patches_are_edges_in_gray_and_mean_colors():
     assert torch.equal(colors, colors[:, :, :1, :1].expand_as(colors)) and colors.std(1).min() > 0
 
 
-@pytest.mark.parametrize("changes", [{"num_attention_heads": 32}, {"patch_size": 48}])
+def test_a_single_head_leaves_half_of_the_channels_to_the_content():
+    encoder = make_encoder(hidden_size=8, num_attention_heads=1)
+    init_like_convolution(encoder)
+    positions, content = encoder.embeddings.patch_embedding.weight.split([4, 4])
+    assert not positions.any() and content.any() and encoder.encoder.layers[0].self_attn.out_proj.weight[4:].any()
+
+
+@pytest.mark.parametrize(
+    "changes", [{"num_attention_heads": 32}, {"patch_size": 48}, {"hidden_size": 4, "num_attention_heads": 1}]
+)
 def test_encoders_without_room_for_positions_are_refused(changes):
-    with pytest.raises(ValueError, match="Expected at least 4 channels and 2x2 patches"):
+    with pytest.raises(ValueError, match="Expected hidden_size of at least 8, at least 4 channels and 2x2 patches"):
         init_like_convolution(make_encoder(**changes))
 
 

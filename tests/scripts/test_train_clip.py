@@ -85,6 +85,9 @@ def test_the_scores_of_both_splits(finished):
     steps = [line["step"] for line in read_log(folder) if "val_plain_accuracy" in line]
     assert steps == [0, 3, 6]  # before training, too: the modality gap of the first weights
     assert metrics["val_loss"] == read_log(folder)[-1]["val_loss"]
+    assert CLIPModel.from_pretrained(folder).config.match_threshold == metrics["val_match_threshold"]
+    wrong = [metrics[f"val_accepted_{kind}"] for kind in ("wrong_color", "wrong_shape", "both")]
+    assert min(wrong) <= 0.05 and "test_match_threshold" not in metrics and "test_accepted_match" in metrics
 
 
 def test_the_folder_loads_with_the_classes_of_transformers(finished):
