@@ -25,6 +25,13 @@ class Args(language_model.TextFlags):
     split: Literal["train", "validation", "test"] = field(default="test", metadata={"help": "Split to evaluate on."})
     prompt: str = field(default="", metadata={"help": "Start of the sampled text."})
     max_new_tokens: int = field(default=60, metadata={"help": "Number of tokens to sample. 0 samples no text."})
+    temperature: float = field(
+        default=1.0, metadata={"help": "Randomness of the text. 0 always takes the most probable token."}
+    )
+    top_k: int = field(default=0, metadata={"help": "Sample from this number of most probable tokens. 0 for all."})
+    top_p: float = field(
+        default=1.0, metadata={"help": "Sample from the most probable tokens that have this probability together."}
+    )
     seed: int = field(default=0, metadata={"help": "Seed of the sampled text."})
     output_dir: str = field(
         default="", metadata={"help": "Folder for the results. Defaults to the folder of the model."}
@@ -57,7 +64,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
     write_evaluation(folder, args, metrics)
     if args.max_new_tokens:
-        options = {"max_new_tokens": args.max_new_tokens, "seed": args.seed}
+        options = {"max_new_tokens": args.max_new_tokens, "seed": args.seed, "temperature": args.temperature}
+        options |= {"top_k": args.top_k, "top_p": args.top_p}
         print(language_model.generate(model, tokenizer, args.prompt, **options))
     return metrics
 

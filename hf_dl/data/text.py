@@ -96,7 +96,7 @@ def load(
     * anything else is a Hub id.
 
     If the source has no validation or test split, the last training rows become that split, `holdout` of all rows
-    each.
+    each. level="char" holds out characters instead of rows, so a text without line breaks has all splits, too.
 
     Args:
         split: "train", "validation" or "test". Usual aliases in the source, such as "valid" or "dev", are recognized.
@@ -107,7 +107,7 @@ def load(
         text_column: Column of the text. Defaults to "text", or to the first column of strings.
         num_rows: Number of rows, from the first. Defaults to all, and to the count in `SPLITS` for synthetic text.
         seed: Seed of the synthetic documents. The language is the same for all seeds.
-        holdout: Share of the training rows to hold out for a missing split, above 0 and below 0.5.
+        holdout: Share of the training rows or characters to hold out for a missing split, above 0 and below 0.5.
         streaming: Generate or fetch while iterating.
 
     Returns:
@@ -155,7 +155,7 @@ def _select(
     found: Mapping[str, Sequence[str]], split: str, source: Source, level: str, holdout: float, num_rows: int | None
 ) -> datasets.Dataset:
     found = {name: _rows(lines, level) for name, lines in found.items()}
-    rows = _choose(found, split, name_source(source), holdout)[:num_rows]
+    rows = _choose(found, split, name_source(source), holdout, level)[:num_rows]
     if not rows:
         raise ValueError(f"split={split!r} of {name_source(source)!r} has no text.")
     return datasets.Dataset.from_dict({"text": rows}, split=datasets.NamedSplit(split))
@@ -404,8 +404,8 @@ def _texts(found: Mapping[str, datasets.Dataset], source: str, text_column: str 
     }
 
 
-def _choose(found: Mapping[str, list[str]], split: str, source: str, holdout: float) -> list[str]:
-    """Return the rows of a split. Missing splits are the last training rows, validation before test."""
+def _choose(found: Mapping[str, list[str]], split: str, source: str, holdout: float, level: str) -> list[str]:
+    """Return the rows of a split. Missing splits are the end of the training text, validation before test."""
     rows = find_split(found, split)
     if rows is not None and split != "train":
         return rows
@@ -413,13 +413,17 @@ def _choose(found: Mapping[str, list[str]], split: str, source: str, holdout: fl
     if rows is None:
         wanted = " or ".join(dict.fromkeys([split, "train"]))
         raise ValueError(f"{source!r} has no {wanted} split. Its splits: {', '.join(found)}.")
-    end, size = len(rows), max(1, round(holdout * len(rows)))
-    for name in ("test", "validation"):
-        if find_split(found, name) is None:
-            if name == split:
-                return rows[max(0, end - size) : end]
-            end = max(0, end - size)
-    return rows[:end]
+    missing = [name for name in ("test", "validation") if find_split(found, name) is None]
+    whole = "\n".join(rows) if level == "char" and missing else rows
+    end, size = len(whole), max(1, round(holdout * len(whole)))
+    part = whole[: max(0, end - len(missing) * size)]
+    for name in missing:
+        if name == split:
+            part = whole[max(0, end - size) : end]
+        end = max(0, end - size)
+    if isinstance(part, str):
+        return part.split("\n") if part else []
+    return part
 
 
 def _stream(

@@ -5,6 +5,7 @@ scripts/evaluate_language_model.py scores a saved model.
 """
 
 import contextlib
+import json
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from hf_dl.data import text
 from hf_dl.data.text import TokenStream, build_tokenizer, floor_perplexity
+from hf_dl.models.layers_recurrent import CELLS
 from hf_dl.models.recurrent_lm import RecurrentLMConfig, RecurrentLMForCausalLM
 from hf_dl.progress import activity
 from hf_dl.reporting.card import run_card
@@ -33,6 +35,7 @@ SUMMARY = (
     "the next {unit}."
 )
 LIMITS = ("It knows the {unit}s of its training text. All other {unit}s become the same token, <unk>.",)
+SAMPLES = "samples.json"
 CURVES = {"loss": {"training": "loss", "validation": "val_loss"}, "perplexity": {"validation": "val_perplexity"}}
 
 
@@ -77,8 +80,12 @@ class ModelFlags(HeadFlags):
     """Flags that select the network."""
 
     embedding_size: int = field(default=128, metadata={"help": "Channels of the token embeddings."})
-    hidden_size: int = field(default=128, metadata={"help": "Channels of the LSTM."})
-    num_hidden_layers: int = field(default=1, metadata={"help": "Number of LSTM layers."})
+    cell: str = field(default="lstm", metadata={"help": f"Recurrent cell. Choose one of: {', '.join(CELLS)}."})
+    hidden_size: int = field(default=128, metadata={"help": "Channels of the recurrent layers."})
+    num_hidden_layers: int = field(default=1, metadata={"help": "Number of recurrent layers."})
+    forget_bias: float | None = field(
+        default=None, metadata={"help": "cell=lstm: initial bias of the forget gate. Defaults to a random one near 0."}
+    )
     dropout: float = field(default=0.2, metadata={"help": "Dropout probability between layers."})
     tie_word_embeddings: bool = field(
         default=False, metadata={"help": "head=softmax or gumbel: share the weights of embedding and output layer."}
@@ -98,15 +105,25 @@ class ModelFlags(HeadFlags):
         default=0, metadata={"help": "Maximum size of the vocabulary. 0 keeps all tokens of the training text."}
     )
     min_count: int = field(default=1, metadata={"help": "Minimum number of occurrences of a token in the vocabulary."})
+    samples: int = field(
+        default=5,
+        metadata={
+            "help": "Number of texts for the card that the model writes during training: after the first step, the "
+            "last step and steps between. 0 writes none."
+        },
+    )
+    sample_tokens: int = field(default=200, metadata={"help": "Number of tokens per such text."})
 
     def __post_init__(self):
         super().__post_init__()
-        for flag in ("window", "eval_rows", "min_count"):
+        for flag in ("window", "eval_rows", "min_count", "sample_tokens"):
             if getattr(self, flag) < 1:
                 raise ValueError(f"{flag}={getattr(self, flag)} must be at least 1.")
+        if self.samples < 0:
+            raise ValueError(f"samples={self.samples} must be 0 or above.")
         if self.accumulation != 1:
             raise ValueError(
-                f"accumulation={self.accumulation} must be 1, because the LSTM state continues from batch to batch."
+                f"accumulation={self.accumulation} must be 1, because the state continues from batch to batch."
             )
         if self.optimizer != "adamw" and self.sparse:
             raise ValueError(f"optimizer={self.optimizer!r} does not support sparse=True. Use optimizer=adamw.")
@@ -150,6 +167,8 @@ def make_config(args: Any, vocab_size: int, class_counts: Sequence[int] | None) 
         embedding_size=args.embedding_size,
         hidden_size=args.hidden_size,
         num_hidden_layers=args.num_hidden_layers,
+        cell=args.cell,
+        forget_bias=args.forget_bias,
         dropout=args.dropout,
         tie_word_embeddings=args.tie_word_embeddings,
         head=name,
@@ -318,9 +337,17 @@ def perplexity_floor(prefix: str, data: datasets.Dataset, tokenizer: PreTrainedT
 
 
 def generate(
-    model: RecurrentLMForCausalLM, tokenizer: PreTrainedTokenizerFast, prompt: str, *, max_new_tokens: int, seed: int
+    model: RecurrentLMForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    prompt: str,
+    *,
+    max_new_tokens: int,
+    seed: int,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
 ) -> str:
-    """Continue a prompt with tokens sampled from the model.
+    """Continue a prompt with tokens sampled from the model. The global random state does not change.
 
     Args:
         model: The model.
@@ -328,22 +355,93 @@ def generate(
         prompt: Start of the text; "" starts a new document.
         max_new_tokens: Number of tokens to sample.
         seed: Seed of the samples.
+        temperature: Divides the log-probabilities. Below 1 prefers probable tokens; 0 takes the most probable one.
+        top_k: Sample from this number of most probable tokens. 0 for all tokens.
+        top_p: Sample from the most probable tokens whose probabilities sum up to this value. 1 for all tokens.
 
     Returns:
         The prompt and its continuation.
+
+    Raises:
+        ValueError: If an option is out of range, or a model of characters does not know one of the prompt.
     """
-    torch.manual_seed(seed)
-    ids = [tokenizer.bos_token_id, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]
-    inputs = torch.tensor([ids], device=model.device)
-    written = model.generate(
-        inputs,
-        attention_mask=torch.ones_like(inputs),
-        do_sample=True,
-        top_k=0,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=None,
-    )
+    for name, value, valid, range_ in (
+        ("temperature", temperature, temperature >= 0, "0 or above"),
+        ("top_k", top_k, top_k >= 0, "0 or above"),
+        ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1"),
+    ):
+        if not valid:
+            raise ValueError(f"{name}={value} must be {range_}.")
+    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    if tokenizer.eos_token != "<eos>" and tokenizer.unk_token_id in ids:  # a model of characters
+        unknown = sorted(
+            {letter for letter, token in zip(prompt, ids, strict=True) if token == tokenizer.unk_token_id}
+        )
+        raise ValueError(f"prompt has characters that the training text does not have: {unknown}. Remove them.")
+    inputs = torch.tensor([[tokenizer.bos_token_id, *ids]], device=model.device)
+    choice = {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        written = model.generate(
+            inputs,
+            attention_mask=torch.ones_like(inputs),
+            max_new_tokens=max_new_tokens,
+            eos_token_id=None,
+            **(choice if temperature else {"do_sample": False}),
+        )
     return tokenizer.decode(written[0, 1:])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Texts from several steps of training
+
+
+def sample_steps(total: int, count: int) -> list[int]:
+    """List the steps after which the model writes a text: the first, the last, and others in equal ratios.
+
+    Args:
+        total: Number of training steps.
+        count: Number of texts.
+
+    Returns:
+        Rising steps, at most `count`.
+
+    Example:
+        >>> sample_steps(1000, 4)
+        [1, 10, 100, 1000]
+    """
+    if count < 2:
+        return [total] * count
+    return sorted({round(total ** (number / (count - 1))) for number in range(count)})
+
+
+def write_sample(run: Any, tokenizer: PreTrainedTokenizerFast, tokens: int) -> None:
+    """Let the model of a training run write a text, and keep it in samples.json of the run.
+
+    Args:
+        run: The `TrainingRun`. Texts from later steps, of an earlier run or before a resume, are deleted.
+        tokenizer: The tokenizer of the model.
+        tokens: Number of tokens to write.
+    """
+    model = run.unwrapped.eval()
+    text = generate(model, tokenizer, "", max_new_tokens=tokens, seed=run.args.seed)
+    model.train()
+    kept = [sample for sample in read_samples(run.folder) if sample["step"] < run.steps]
+    content = json.dumps([*kept, {"step": run.steps, "text": text}], indent=1, ensure_ascii=False)
+    (run.folder / SAMPLES).write_text(content + "\n", encoding="utf-8")
+
+
+def read_samples(folder: Path) -> list[dict[str, Any]]:
+    """Read the texts that the model of a run wrote during training.
+
+    Args:
+        folder: The folder of the run.
+
+    Returns:
+        Dicts with `step` and `text`, in the order of the steps.
+    """
+    path = folder / SAMPLES
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -361,8 +459,15 @@ def write_report(folder: Path, level: str) -> None:
     unit = {"word": "word", "char": "character"}[level]
     plot_run(folder, folder / "curves.png", CURVES)
     limits = [limit.format(unit=unit) for limit in LIMITS]
-    run_card(folder, summary=SUMMARY.format(unit=unit), limits=limits, tags=["recurrent_lm", "language-model"]).save(
-        folder / "README.md"
+    samples = "\n\n".join(
+        f"After step {each['step']}:\n\n````text\n{each['text']}\n````" for each in read_samples(folder)
     )
+    run_card(
+        folder,
+        summary=SUMMARY.format(unit=unit),
+        limits=limits,
+        tags=["recurrent_lm", "language-model"],
+        notes=f"The model wrote these texts during training.\n\n{samples}" if samples else None,
+    ).save(folder / "README.md")
     print(f"checkpoint  {folder}  (AutoModelForCausalLM.from_pretrained)")
     print(f"report      {folder / 'README.md'}")

@@ -344,6 +344,7 @@ def run_card(
     tags: Sequence[str] = (),
     limits: Sequence[str] = (),
     task: str | None = None,
+    notes: str | None = None,
 ) -> ModelCard:
     """Make the model card of a run from the files in its folder.
 
@@ -356,6 +357,7 @@ def run_card(
         tags: More tags; "hf_dl" is always there.
         limits: Limits of the model, one sentence each. Limits that follow from results.json are added.
         task: Task whose pipeline of transformers loads the model. Defaults to the task in `TASKS`.
+        notes: Markdown below the table of results. Defaults to none.
 
     Returns:
         The card; `card.save(path)` writes it. Its `pipeline_tag` is set only if the pipeline of transformers for that
@@ -415,6 +417,7 @@ def run_card(
         title=name,
         summary=summary or f"`{model_class}`{parameters}, trained with `scripts/{script}` of hf_dl.",
         results=_metrics_table(metrics) if metrics else None,
+        notes=notes,
         **_pictures(sorted(path for path in folder.iterdir() if path.suffix.lower() in PICTURES)),
         usage=usage or usage_snippet(folder, model_class),
         training="\n".join(f"- {fact}" for fact in _training_facts(results)),

@@ -188,6 +188,20 @@ def test_characters_keep_their_spaces_and_empty_lines(tmp_path):
     assert load("train", tmp_path / "play.txt", level="char")["text"][:4] == ["A  b", "", "C:", "A  b"]
 
 
+def test_characters_are_held_out_also_from_a_single_line(tmp_path):
+    (tmp_path / "line.txt").write_text("0123456789" * 2)
+    (tmp_path / "lines.txt").write_text("ab\ncd\nef\ngh\n")
+    for name, expected in (("line", ["0123456789012345", "67", "89"]), ("lines", ["ab\ncd\nef\n", "g", "h"])):
+        parts = [
+            "\n".join(load(split, tmp_path / f"{name}.txt", level="char", holdout=0.1)["text"])
+            for split in text.SPLITS
+        ]
+        assert parts == expected
+    (tmp_path / "line.txt").write_text("")
+    with pytest.raises(ValueError, match="split='train' of .*line.txt' has no text"):
+        load("train", tmp_path / "line.txt", level="char")
+
+
 def test_a_folder_s_files_are_named_after_their_split(tmp_path):
     for name in ("wiki.train.tokens", "wiki.valid.tokens", "wiki.test.tokens"):
         (tmp_path / name).write_text(f"in {name}\n" * 4)

@@ -11,16 +11,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_dl.data.text import TokenStream, encode, load
 from hf_dl.models.recurrent_lm import RecurrentLMForCausalLM
+from hf_dl.recipes import language_model
 from hf_dl.reporting.card import read_card
 from hf_dl.reporting.experiment import read_experiment
-from scripts import evaluate_language_model, run_experiment, train_language_model
-from tests.scripts.runs import reset
+from scripts import evaluate_language_model, explain_text, run_experiment, train_language_model
+from tests.scripts.runs import killed_after, reset
 from tests.snippets import run_snippet
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = (
     "--num_train=60 --num_test=20 --batch_size=8 --window=20 --embedding_size=16 --hidden_size=16 --cpu_threads=1 "
-    "--warmup_steps=0 --save_every=0 --eval_train=500 --eval_rows=4"
+    "--warmup_steps=0 --save_every=0 --eval_train=500 --eval_rows=4 --samples=0"
 ).split()
 
 
@@ -137,15 +138,86 @@ def test_killed_and_resumed_it_ends_with_the_same_weights(head, tmp_path, monkey
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 
-def test_characters(tmp_path):
+def test_characters(tmp_path, capsys):
     text = tmp_path / "play.txt"
     text.write_text("A: to be or not\n\nB: to be\n" * 60)
-    metrics = train(tmp_path / "run", "--level=char", f"--source={text}", "--num_train=0", "--num_test=0")
+    flags = ["--level=char", f"--source={text}", "--num_train=0", "--num_test=0", "--save_every=3"]
+    flags += ["--cell=gru", "--num_hidden_layers=2", "--samples=3", "--sample_tokens=20", "--max_steps=6"]
+    with killed_after(4):
+        train(tmp_path / "run", *flags)
+    first = language_model.read_samples(tmp_path / "run")
+    metrics = train(tmp_path / "run", *flags, "--resume=true")
     assert metrics["characters_per_second"] > 0 and "test_perplexity_floor" not in metrics
     assert metrics["vocab_size"] == 2 + len(set("A: to be or notB"))
     assert metrics["test_tokens"] == sum(len(row) + 1 for row in load("test", text, level="char")["text"])
-    found = evaluate_language_model.main([f"--model={tmp_path / 'run'}", f"--source={text}", "--eval_rows=4"])
+
+    samples = language_model.read_samples(tmp_path / "run")
+    assert [each["step"] for each in samples] == language_model.sample_steps(6, 3) == [1, 2, 6]
+    assert samples[:2] == first and all(len(each["text"]) >= 20 for each in samples)
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert card.index("## Results") < card.index(f"After step 6:\n\n````text\n{samples[2]['text']}\n````")
+
+    given = [f"--model={tmp_path / 'run'}", f"--source={text}", "--eval_rows=4", "--prompt=to"]
+    found = evaluate_language_model.main([*given, "--max_new_tokens=9", "--temperature=0"])
     assert found["test_loss"] == pytest.approx(metrics["test_loss"], rel=1e-5)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run")
+    ids = [tokenizer.bos_token_id, *tokenizer("to")["input_ids"]]
+    for _ in range(9):
+        ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    assert capsys.readouterr().out.endswith(tokenizer.decode(ids[1:]) + "\n")
+
+    found = explain_text.main([f"--model={tmp_path / 'run'}"])  # its source is the one of the run
+    assert set(found["cells"]) == {"position_in_line"} and found["absent"] == ["inside_quotes", "bracket_depth"]
+    assert {(row["layer"], row["gate"]) for row in found["gates"]} == {
+        (layer, gate) for layer in (0, 1) for gate in ("reset", "update")
+    }
+    assert json.loads((tmp_path / "run" / "cells.json").read_text()) == found
+    assert "position in line: layer" in (tmp_path / "run" / "cells.html").read_text()
+    assert (tmp_path / "run" / "cell_position_in_line.svg").read_text().startswith("<svg")
+    assert "inside_quotes      is constant" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="The text has 5 characters. Expected at least 20"):
+        explain_text.main([f"--model={tmp_path / 'run'}", "--characters=5"])
+    with pytest.raises(ValueError, match=r"characters that the training text does not have: \['z', 'é'\]"):
+        evaluate_language_model.main([*given[:-1], "--prompt=zé"])
+
+
+def test_sampling_does_not_change_training(tmp_path):
+    flags = ["--epochs=1", "--monitor=", "--eval_epochs=0", "--num_train=20", "--num_test=5", "--dropout=0.5"]
+    train(tmp_path / "with", *flags, "--samples=2", "--sample_tokens=5")
+    train(tmp_path / "without", *flags)
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("with", "without"))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    assert language_model.read_samples(tmp_path / "without") == []
+
+
+def test_top_k_and_top_p_restrict_the_sampled_tokens(finished):
+    model, tokenizer = (kind.from_pretrained(finished[0]) for kind in (AutoModelForCausalLM, AutoTokenizer))
+    options = {"max_new_tokens": 20, "seed": 3}
+    greedy = language_model.generate(model, tokenizer, "the", **options, temperature=0)
+    for choice in ({"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-6}):
+        assert language_model.generate(model, tokenizer, "the", **options, **choice) == greedy
+    assert language_model.generate(model, tokenizer, "the", **options) != greedy
+    for choice, sentence in (
+        ({"temperature": -1}, "temperature=-1 must be 0 or above"),
+        ({"top_k": -1}, "top_k=-1 must be 0 or above"),
+        ({"top_p": 0}, "top_p=0 must be above 0 and at most 1"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            language_model.generate(model, tokenizer, "the", **options, **choice)
+
+
+def test_a_text_in_one_line_is_trained_through_and_a_short_one_refused(tmp_path):
+    text, flags = tmp_path / "line.txt", ["--level=char", "--num_train=0", "--num_test=0", "--max_steps=3"]
+    text.write_text("abcdefg " * 20_000)
+    metrics = train(tmp_path / "run", *flags, f"--source={text}")
+    assert metrics["test_tokens"] == 16_001 and metrics["train_tokens"] == 500
+    text.write_text("abcdefg " * 2)  # fewer tokens than tracks
+    with pytest.raises(ValueError, match="13 tokens, fewer than rows=50. Use more text or fewer rows"):
+        train(tmp_path / "short", *flags, f"--source={text}", "--batch_size=50")
+    text.write_text("")
+    with pytest.raises(ValueError, match="has no text"):
+        train(tmp_path / "empty", *flags, f"--source={text}")
 
 
 @pytest.mark.parametrize(
@@ -157,10 +229,13 @@ def test_characters(tmp_path):
             "head='hierarchical:oak' is unknown. Use hierarchical:TREE with a tree of: huffman",
         ),
         (["--head=softmax:huffman"], "head='softmax:huffman' is unknown. Use softmax."),
-        (["--accumulation=2"], "accumulation=2 must be 1, because the LSTM state"),
+        (["--accumulation=2"], "accumulation=2 must be 1, because the state"),
         (["--sparse=true", "--optimizer=sgd"], "optimizer='sgd' does not support sparse=True. Use optimizer=adamw"),
         (["--temperature=0"], "temperature=0.0 must be greater than 0"),
         (["--window=0"], "window=0 must be at least 1"),
+        (["--samples=-1"], "samples=-1 must be 0 or above"),
+        (["--cell=qrnn"], "cell='qrnn' is unknown. Choose one of: rnn, rnn_relu, gru, lstm"),
+        (["--cell=gru", "--forget_bias=1"], "forget_bias=1.0 needs cell='lstm', not 'gru'"),
         (["--tie_word_embeddings=true", "--head=adaptive"], "does not work with head='adaptive'"),
     ],
 )
@@ -176,3 +251,7 @@ def test_the_experiment_file_names_flags_that_there_are():
     run_experiment.check_flags(experiment, run_experiment.find_scripts(experiment, path))
     heads = {str(cell.flags["head"]).partition(":")[0] for cell in experiment.cells("runs")}
     assert heads == {"softmax", "gumbel", "adaptive", "hierarchical"}
+    path = path.with_name("char_rnn.toml")
+    experiment = read_experiment(path)
+    run_experiment.check_flags(experiment, run_experiment.find_scripts(experiment, path))
+    assert {cell.flags["cell"] for cell in experiment.cells("runs")} == {"rnn", "gru", "lstm"}
