@@ -14,6 +14,8 @@ Use the model with `pipeline("object-detection", "runs/train_detector")` of tran
 
 from dataclasses import dataclass
 
+from datasets import concatenate_datasets
+
 from hf_dl.data.collate import as_is
 from hf_dl.data.detection import class_names
 from hf_dl.publishing.runs import push_run
@@ -24,7 +26,7 @@ from hf_dl.training.run import TrainingRun
 
 
 @dataclass
-class Args(recipe.ModelFlags, recipe.DetectionFlags, recipe.AugmentationFlags, TrainingArgs):
+class Args(recipe.ModelFlags, recipe.DetectionFlags, recipe.TrainingDataFlags, TrainingArgs):
     """Flags of this script. Without --learning_rate, the method chooses it."""
 
     max_steps: int = 0
@@ -52,6 +54,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     rows = {
         split: recipe.load_rows(args, split, size=max(args.image_size)) for split in ("train", "validation", "test")
     }
+    if args.with_validation:
+        rows["train"] = concatenate_datasets([rows["train"], rows["validation"]])
     model, processor = recipe.make_model(args, class_names(rows["train"]))
     train = recipe.DetectionImages(rows["train"], processor, recipe.make_augmentation(args))
     validation, test = (recipe.DetectionImages(rows[split], processor) for split in ("validation", "test"))

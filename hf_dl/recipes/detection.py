@@ -36,6 +36,7 @@ from hf_dl.models.image_input import to_rgb
 from .evaluation import checked_config, hide_progress_bars, report_data, split_size
 
 BATCH_IMAGES = 32  # images per batch during evaluation
+CACHED_PIXELS = 200_000_000  # of decoded images in memory per dataset; 4 bytes each
 NUM_SCENES = {"train": 5000, "validation": 300, "test": 500}  # default numbers of generated scenes
 
 
@@ -161,9 +162,12 @@ class ModelFlags:
 
 
 @dataclass
-class AugmentationFlags:
-    """Flags of the augmentation, see `BoxAugmentation`. A training image keeps its size."""
+class TrainingDataFlags:
+    """Flags of the training images: their augmentation, see `BoxAugmentation`, and their split."""
 
+    with_validation: bool = field(
+        default=False, metadata={"help": "Train on the validation images, too. Their scores then mean little."}
+    )
     flip: float = field(default=0.5, metadata={"help": "Probability of a horizontal flip."})
     vertical_flip: float = field(default=0.0, metadata={"help": "Probability of a vertical flip."})
     shift: float = field(default=0.0, metadata={"help": "Largest shift, as a fraction of width and height."})
@@ -233,6 +237,8 @@ def complete_flags(args: Any) -> Method:
 class DetectionImages(torch.utils.data.Dataset):
     """Images with boxes, prepared for a detector. `__getitems__` returns a batch.
 
+    Decoded images stay in memory, up to `CACHED_PIXELS`, because decoding takes as long as the other preparation.
+
     Attributes:
         rows: The dataset, see `hf_dl.data.detection`.
         names: Names of the classes.
@@ -246,6 +252,8 @@ class DetectionImages(torch.utils.data.Dataset):
     def __init__(self, rows: datasets.Dataset, processor: Any, augmentation: BoxAugmentation | None = None):
         self.rows, self.names = rows, detection.class_names(rows)
         self._processor, self._augmentation = processor, augmentation
+        self._cache: dict[int, tuple[Any, str, dict[str, list]]] = {}
+        self._cached_pixels = 0
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -255,14 +263,25 @@ class DetectionImages(torch.utils.data.Dataset):
 
     def __getitems__(self, indices: Sequence[int]) -> dict[str, Any]:
         """Return `pixel_values` (batch, 3, height, width) and `labels`, see `DetectionImageProcessor.preprocess`."""
+        missing = [index for index in indices if index not in self._cache]
+        new = dict(zip(missing, map(self._read, self.rows.select(missing)), strict=True))
         images, annotations = [], []
-        for row in self.rows.select(indices):
-            image, objects = to_rgb(row["image"]), row["objects"]
+        for index in indices:
+            image, image_id, objects = new[index] if index in new else self._cache[index]
             if self._augmentation is not None:
                 image, objects = self._augmentation(image, objects)
             images.append(image)
-            annotations.append({"image_id": row["image_id"], "annotations": to_annotations(objects)})
-        return dict(self._processor(images, annotations=annotations, return_tensors="pt"))
+            annotations.append({"image_id": image_id, "annotations": to_annotations(objects)})
+        for index, row in new.items():
+            if index not in self._cache and self._cached_pixels < CACHED_PIXELS:
+                self._cache[index] = row
+                self._cached_pixels += row[0].width * row[0].height
+        batch = dict(self._processor(images, annotations=annotations, return_tensors="pt"))
+        batch["pixel_values"] = batch["pixel_values"].contiguous(memory_format=torch.channels_last)
+        return batch
+
+    def _read(self, row: dict[str, Any]) -> tuple[Any, str, dict[str, list]]:
+        return to_rgb(row["image"]), row["image_id"], row["objects"]
 
     def fingerprint_data(self) -> datasets.Dataset:
         """Return the data without augmentation, for the fingerprint of a training run."""
@@ -318,7 +337,7 @@ def load_rows(args: DetectionFlags, split: str, *, size: int) -> datasets.Datase
     return rows
 
 
-def make_augmentation(args: AugmentationFlags) -> BoxAugmentation:
+def make_augmentation(args: TrainingDataFlags) -> BoxAugmentation:
     """Make the augmentation that the flags select."""
     return BoxAugmentation(
         flip=args.flip,

@@ -55,6 +55,9 @@ def test_augmentation_changes_the_batch_and_not_the_fingerprint():
     assert not torch.equal(before["pixel_values"], after["pixel_values"])
     assert not torch.equal(before["labels"][0]["boxes"], after["labels"][0]["boxes"])
     assert plain.fingerprint_data()[0] == changed.fingerprint_data()[0]
+    again = plain.__getitems__([1, 0])  # the second one from memory
+    assert torch.equal(again["pixel_values"][1], before["pixel_values"][0])
+    assert torch.equal(again["labels"][0]["boxes"], plain[1]["labels"][0]["boxes"])
 
 
 def save_classifier(folder):

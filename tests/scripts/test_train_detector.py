@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from transformers import AutoModelForObjectDetection
 
 from hf_dl.models.detection_processor import DetectionImageProcessor
 from hf_dl.reporting.card import read_card
-from scripts import evaluate_detector, train_detector
+from scripts import evaluate_detector, run_experiment, train_detector
 from tests.data.test_detection import write_voc
 from tests.scripts.runs import killed_after, reset
 from tests.snippets import run_snippet
@@ -93,10 +94,19 @@ def test_own_data_with_images_without_objects_trains_yolo(tmp_path):
     images = {"a": [("dog", 0, 1, 1, 20, 10), ("cat", 1, 5, 3, 8, 6)], "b": [], "c": [("cat", 0, 3, 2, 12, 9)]}
     source = write_voc(tmp_path, images, {"train": ["a", "b"], "val": ["c"], "test": ["c", "b"]})
     flags = [f"--source={source}", "--method=yolo_v1", "--grid_size=2", "--max_steps=2", "--batch_size=2"]
-    metrics = train(tmp_path / "run", *flags, "--num_train=0", "--image_size", "32", "64", "--save_every=0")
+    flags += ["--with_validation", "--num_train=0", "--image_size", "32", "64", "--save_every=0", "--eval_every=0"]
+    metrics = train(tmp_path / "run", *flags)
     assert metrics["test_objects"] == 1 and metrics["test_images"] == 2
     model = AutoModelForObjectDetection.from_pretrained(tmp_path / "run")
     assert model.config.id2label == {0: "cat", 1: "dog"} and model.config.grid_size == 2
     assert DetectionImageProcessor.from_pretrained(tmp_path / "run").size == {"height": 32, "width": 64}
     line = next(line for line in read_log(tmp_path / "run") if "loss" in line)
+    assert line["epoch"] == pytest.approx(2 / 3, abs=1e-3)  # of three images, one of them for validation
     assert line["loss"] == pytest.approx(sum(line[k] for k in ("coordinates", "object", "no_object", "class")))
+
+
+@pytest.mark.parametrize("name", ["ladder", "bccd"])
+def test_the_flags_of_the_experiments(name, capsys):
+    path = Path(run_experiment.__file__).parent / "experiments" / f"detection_{name}.toml"
+    assert run_experiment.main([str(path), "--dry_run"]) == 0, capsys.readouterr().err
+    assert " to run now." in capsys.readouterr().out
