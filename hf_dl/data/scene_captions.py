@@ -2,7 +2,7 @@
 
 `hf_dl.data.scenes` has one caption per scene. `scene_captions` writes more of them from the same columns:
 
-    a large red metal cube and two blue spheres stand on a gray floor
+    A large red metal cube and two small blue rubber spheres stand on a gray floor.
     A red cube stands to the left of a blue sphere, with a blue sphere nearby.
 
 `parse_caption` reads the objects and the relation of such a sentence back, also from captions with mistakes that a

@@ -2,8 +2,8 @@
 
 BLEU and similar scores compare words, so a caption with the wrong color scores almost as high as the correct one. For
 generated scenes, the caption is parsed instead, and its objects are matched one to one with the objects of the scene.
-Rohrbach et al., "Object hallucination in image captioning", EMNLP 2018, https://arxiv.org/abs/1809.02156, count
-objects that are not in the image in photographs; here colors, sizes, materials, shapes and relations count as well.
+Rohrbach et al. (EMNLP 2018, https://arxiv.org/abs/1809.02156) count objects that are not in a photograph. Here, the
+attributes and relations count as well.
 """
 
 from collections.abc import Mapping, Sequence

@@ -16,7 +16,9 @@ from transformers import (
     AutoModelForImageSegmentation,
     AutoModelForKeypointDetection,
     AutoModelForObjectDetection,
+    AutoModelForImageTextToText,
     AutoModelForSeq2SeqLM,
+    AutoProcessor,
     AutoVideoProcessor,
     ViTImageProcessor,
 )
@@ -25,11 +27,13 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES,
 )
 
+from .caption_processor import ImageCaptionerProcessor
 from .classic_cnn import ClassicCNNConfig, ClassicCNNForImageClassification, ClassicCNNModel
 from .clip_segmenter import ClipSegmenterConfig, ClipSegmenterForImageSegmentation
 from .conv_classifier import ConvClassifierConfig, ConvClassifierForImageClassification, ConvClassifierModel
 from .dense_detector import DenseDetectorConfig, DenseDetectorForObjectDetection
 from .detection_processor import DetectionImageProcessor
+from .image_captioner import ImageCaptionerConfig, ImageCaptionerForConditionalGeneration
 from .image_vae import ImageVaeConfig, ImageVaeModel, ImageVaeProcessor
 from .localizer import LocalizerConfig, LocalizerForKeypointDetection, LocalizerForObjectDetection
 from .norm_resnet import NormResNetConfig, NormResNetForImageClassification, NormResNetModel
@@ -89,6 +93,8 @@ REGISTERED = [
         {AutoModelForObjectDetection: DenseDetectorForObjectDetection},
         DetectionImageProcessor,
     ),
+    # The processor holds an image processor and a tokenizer, see below.
+    (ImageCaptionerConfig, {AutoModelForImageTextToText: ImageCaptionerForConditionalGeneration}, None),
     (ProgramSeq2SeqConfig, {AutoModelForSeq2SeqLM: ProgramSeq2SeqForConditionalGeneration}, None),
     (RecurrentLMConfig, {AutoModel: RecurrentLMModel, AutoModelForCausalLM: RecurrentLMForCausalLM}, None),
     (
@@ -113,6 +119,9 @@ for _config, _models, _processor in REGISTERED:
             # Every pipeline looks for a video processor, too. Without this entry, transformers expects one in the code
             # of the image processor, and asks at the terminal whether to run this code.
             AutoVideoProcessor.register(_config, None)
+
+AutoProcessor.register(ImageCaptionerConfig, ImageCaptionerProcessor)
+ImageCaptionerProcessor.register_for_auto_class("AutoProcessor")
 
 # The image-segmentation pipeline does not read the registrations, and logs an error for other classes than these.
 MODEL_FOR_IMAGE_SEGMENTATION_MAPPING_NAMES[SlotAutoencoderConfig.model_type] = (
@@ -151,6 +160,9 @@ __all__ = [
     "DenseDetectorConfig",
     "DenseDetectorForObjectDetection",
     "DetectionImageProcessor",
+    "ImageCaptionerConfig",
+    "ImageCaptionerForConditionalGeneration",
+    "ImageCaptionerProcessor",
     "ImageVaeConfig",
     "ImageVaeModel",
     "ImageVaeProcessor",

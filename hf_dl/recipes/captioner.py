@@ -1,0 +1,576 @@
+"""Image captions: the flags, data, model, evaluation, figures and report that the scripts share.
+
+scripts/train_captioner.py trains an `ImageCaptionerForConditionalGeneration`, and scripts/evaluate_captioner.py scores
+a saved model. All scores are free-running: the model reads its own words, never the true ones.
+"""
+
+import itertools
+import math
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+import torch.nn.functional as F
+from transformers import ViTImageProcessor
+
+from hf_dl.data import captions, scenes
+from hf_dl.data.caption_tokenizer import build_caption_tokenizer
+from hf_dl.data.image_arrays import ImageTensors
+from hf_dl.data.scene_captions import caption_words, parse_caption, scene_captions
+from hf_dl.metrics.caption_objects import ATTRIBUTES, caption_object_scores, match_objects
+from hf_dl.metrics.captions import caption_scores
+from hf_dl.models.caption_decoder import ATTENTIONS, CONDITIONINGS
+from hf_dl.models.caption_processor import ImageCaptionerProcessor
+from hf_dl.models.detection_backbone import load_published_weights
+from hf_dl.models.image_captioner import ImageCaptionerConfig, ImageCaptionerForConditionalGeneration
+from hf_dl.models.layers_attention import attention_masks
+from hf_dl.progress import activity
+from hf_dl.reporting.card import LOCAL_ID, run_card
+from hf_dl.reporting.grids import color_heat, image_grid
+from hf_dl.reporting.plots import plot_run
+
+from .evaluation import checked_config, hide_progress_bars, split_size
+
+SPLITS = {"train": "train", "val": "validation", "test": "test"}  # from the prefix of the metrics to the split
+SCENES = {"train": 8000, "validation": 500, "test": 500}  # default numbers of generated scenes
+BATCH_SIZE = 100  # images per batch during evaluation
+TOLERANCE = 4  # pixels between the point of an attention map and the object; half a cell of the feature map
+SUMMARY = (
+    "An image captioner: a convolutional network makes a feature map, and an LSTM describes it word by word "
+    "(Vinyals et al. 2015; Xu et al. 2015)."
+)
+LIMITS = (
+    "It describes images like its training images, with the words of its training captions.",
+    "It also describes images without any known object, and then names objects that are not there.",
+)
+USAGE = f"""\
+from transformers import pipeline
+
+pipe = pipeline("image-text-to-text", "{LOCAL_ID}", trust_remote_code=True)
+print(pipe("image.png", text=""))  # text is the start of the caption"""
+CURVES = {
+    "loss": {"training": "loss", "validation": "val_loss"},
+    "words": {"BLEU-4": "val_bleu_4", "ROUGE-L": "val_rouge_l"},
+    "objects": {
+        "attributes right": "val_attribute_accuracy",
+        "hallucinated": "val_hallucinated",
+        "all right": "val_all_right",
+    },
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Flags
+
+
+@dataclass
+class CaptionFlags:
+    """Flags that select the images and captions, for training and for evaluation."""
+
+    source: str = field(
+        default="synthetic",
+        metadata={
+            "help": "synthetic (generated scenes), a folder of COCO or Flickr, a folder with images and a table of "
+            "captions, or a Hub dataset id."
+        },
+    )
+    annotations: str = field(
+        default="", metadata={"help": "File of the captions, if source is a folder of images without one."}
+    )
+    image_column: str = field(default="", metadata={"help": "Column of the images. Defaults to the first one."})
+    caption_column: str = field(default="", metadata={"help": "Column of the captions. Defaults to a known name."})
+    image_size: int = field(
+        default=64, metadata={"help": "Height and width in pixels, a multiple of 8. Real images are cropped."}
+    )
+    num_train: int = field(
+        default=0, metadata={"help": "Number of training images. 0 uses all, 8000 for source=synthetic."}
+    )
+    num_test: int | None = field(
+        default=None,
+        metadata={
+            "help": "Maximum number of validation images, and of test images. 0 uses all. Defaults to all, 500 for "
+            "source=synthetic, and to at most half of num_train."
+        },
+    )
+    num_references: int = field(
+        default=5, metadata={"help": "source=synthetic: number of references per image for the scores."}
+    )
+
+
+@dataclass
+class ModelFlags:
+    """Flags that select the model."""
+
+    backbone: str = field(
+        default="small_captioner",
+        metadata={
+            "help": "Network of the images: small_captioner, small, norm_resnet, conv_classifier, classic_cnn, "
+            "small_vit, or timm/NAME."
+        },
+    )
+    pretrained: bool = field(default=False, metadata={"help": "backbone=timm/NAME: start from its published weights."})
+    freeze_encoder: bool = field(default=False, metadata={"help": "Do not train the backbone."})
+    conditioning: str = field(
+        default="attention",
+        metadata={"help": f"How the LSTM reads the image. Choose one of: {', '.join(CONDITIONINGS)}."},
+    )
+    feature_size: int = field(default=96, metadata={"help": "Channels of the feature map."})
+    embedding_size: int = field(default=64, metadata={"help": "Channels of the word embeddings."})
+    decoder_hidden_size: int = field(default=256, metadata={"help": "Channels of the LSTM."})
+    attention_size: int = field(default=64, metadata={"help": "Channels of the additive attention."})
+    dropout: float = field(default=0.0, metadata={"help": "Dropout probability of embeddings and features."})
+    min_count: int = field(
+        default=1, metadata={"help": "Minimum number of occurrences of a word in the vocabulary. Use 5 for COCO."}
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data and model
+
+
+class CaptionedImages(torch.utils.data.Dataset):
+    """Images with captions. `__getitems__` returns the images as uint8 and their indices.
+
+    Attributes:
+        images: The images, and their masks if the scenes have them.
+        references: The correct captions of each image.
+        scenes: The rows of generated scenes with `objects`, `caption` and `scene`. Empty for real images.
+
+    Args:
+        dataset: Rows of `hf_dl.data.scenes` or `hf_dl.data.captions`, with images of one size.
+        num_references: Number of references per generated scene.
+    """
+
+    def __init__(self, dataset: datasets.Dataset, *, num_references: int = 5):
+        self.images, self.scenes = ImageTensors(dataset), []
+        if "scene" in dataset.column_names:
+            self.scenes = dataset.select_columns(["objects", "caption", "scene"]).to_list()
+            self.references = [scene_captions(row, num_references) for row in self.scenes]
+        else:
+            self.references = dataset["captions"][:]
+
+    def __len__(self) -> int:
+        return len(self.references)
+
+    def __getitems__(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
+        """Return a batch: `image`, uint8 (rows, 3, height, width), and `index`, int64 (rows,)."""
+        return {"image": self.images.__getitems__(indices)["image"], "index": torch.as_tensor(indices)}
+
+    def draw_captions(self, indices: torch.Tensor, count: int, *, seed: int) -> list[str]:
+        """Draw captions to train on: new ones for generated scenes, and random references for real images.
+
+        Args:
+            indices: Indices of the images, int64 (rows,).
+            count: Number of captions per image.
+            seed: Seed of the choice. Use another one in each step.
+
+        Returns:
+            The captions; those of an image are adjacent.
+        """
+        drawn: list[str] = []
+        for index in indices.tolist():
+            if self.scenes:
+                drawn += scene_captions(self.scenes[index], count, seed=seed)
+            else:
+                texts = self.references[index]
+                rng = random.Random(f"hf_dl.captioner {seed} {index}")
+                shuffled = sorted(texts, key=lambda _: rng.random())  # noqa: B023
+                drawn += list(itertools.islice(itertools.cycle(shuffled), count))
+        return drawn
+
+
+def load_data(args: CaptionFlags, split: str) -> CaptionedImages:
+    """Load one split of the images and captions that the flags select.
+
+    Args:
+        args: The flags.
+        split: "train", "validation" or "test".
+    """
+    hide_progress_bars()
+    generated = args.source == "synthetic"
+    count = split_size(args, split, SCENES[split] if generated else None)
+    if generated:
+        data = scenes.load(split, size=args.image_size, num_scenes=count or SCENES[split])
+    else:
+        data = captions.load(
+            split,
+            args.source,
+            annotations=args.annotations or None,
+            image_column=args.image_column or None,
+            caption_column=args.caption_column or None,
+            size=args.image_size,
+            num_pairs=count,
+        )
+    return CaptionedImages(data, num_references=args.num_references)
+
+
+def make_processor(args: Any, train: CaptionedImages) -> ImageCaptionerProcessor:
+    """Create the processor: images of the right size, and the words of the training captions.
+
+    Args:
+        args: Flags with the fields of `CaptionFlags` and `ModelFlags`.
+        train: The training images. Generated scenes use new captions, whose words are in the references of any
+            hundred scenes.
+    """
+    side = {"height": args.image_size, "width": args.image_size}
+    imagenet = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+    images = ViTImageProcessor(
+        size=side, do_convert_rgb=True, **(imagenet if args.backbone.startswith("timm/") else {})
+    )
+    texts = [text for row in train.references for text in row]
+    if train.scenes:
+        rows = range(min(len(train), 500))
+        texts += [text for seed in range(4) for text in train.draw_captions(torch.tensor([*rows]), 2, seed=seed)]
+    return ImageCaptionerProcessor(images, build_caption_tokenizer(texts, min_count=args.min_count))
+
+
+def make_model(args: Any, processor: ImageCaptionerProcessor) -> ImageCaptionerForConditionalGeneration:
+    """Create the model that the flags select.
+
+    Args:
+        args: Flags with the fields of `CaptionFlags` and `ModelFlags`.
+        processor: The processor, for the size of the vocabulary.
+
+    Raises:
+        ValueError: If a flag has an invalid value.
+    """
+    names = ("backbone", "freeze_encoder", "conditioning", "feature_size", "embedding_size", "decoder_hidden_size",
+             "attention_size", "dropout", "image_size")  # fmt: skip
+    tokenizer = processor.tokenizer
+    config = checked_config(
+        ImageCaptionerConfig,
+        **{name: getattr(args, name) for name in names},
+        vocab_size=len(tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        decoder_start_token_id=tokenizer.bos_token_id,
+    )
+    if args.pretrained and not args.backbone.startswith("timm/"):
+        raise ValueError(f"pretrained=True needs a backbone of timm, such as timm/resnet18, not {args.backbone!r}.")
+    model = ImageCaptionerForConditionalGeneration(config)
+    if args.pretrained:
+        load_published_weights(model.encoder.backbone, args.backbone)
+    return model
+
+
+def to_pixel_values(
+    images: torch.Tensor, processor: ImageCaptionerProcessor, device: torch.device | str = "cpu"
+) -> torch.Tensor:
+    """Normalize images of the right size as the processor does.
+
+    Args:
+        images: uint8 (batch, 3, height, width).
+        processor: Processor of the model.
+        device: Device of the result.
+    """
+    mean, std = (
+        torch.tensor(values, device=device)[:, None, None]
+        for values in (processor.image_processor.image_mean, processor.image_processor.image_std)
+    )
+    return (images.to(device).float() / 255 - mean) / std
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluation
+
+
+@torch.no_grad()
+def write_captions(
+    model: ImageCaptionerForConditionalGeneration,
+    processor: ImageCaptionerProcessor,
+    images: torch.Tensor,
+    *,
+    num_beams: int = 1,
+) -> tuple[list[str], torch.Tensor]:
+    """Describe images.
+
+    Args:
+        model: The model, in evaluation mode.
+        processor: Its processor.
+        images: uint8 (batch, 3, height, width).
+        num_beams: Number of hypotheses; 1 is greedy search.
+
+    Returns:
+        The captions, and their word ids with the end token and padding, int64 (batch, words).
+    """
+    pixel_values = to_pixel_values(images, processor, model.device)
+    sequences = model.beam_search(pixel_values, num_beams=num_beams).sequences[:, 0]
+    return processor.batch_decode(sequences, skip_special_tokens=True), sequences
+
+
+@torch.no_grad()
+def read_attention(
+    model: ImageCaptionerForConditionalGeneration,
+    processor: ImageCaptionerProcessor,
+    images: torch.Tensor,
+    sequences: torch.Tensor,
+) -> torch.Tensor:
+    """Return where the model looked when it wrote each word.
+
+    Args:
+        model: A model with attention.
+        processor: Its processor.
+        images: uint8 (batch, 3, height, width).
+        sequences: The words from `write_captions`, (batch, words).
+
+    Returns:
+        Maps of the size of the images, (batch, words, height, width), which sum over the cells to 1.
+    """
+    start = F.pad(sequences[:, :-1], (1, 0), value=model.config.decoder_start_token_id)
+    pixel_values = to_pixel_values(images, processor, model.device)
+    attention = model(pixel_values, start, output_attentions=True).cross_attentions[0][:, 0]
+    return attention_masks(attention.cpu(), images.shape[-2:], image_size=images.shape[-1])
+
+
+def evaluate(
+    model: ImageCaptionerForConditionalGeneration,
+    processor: ImageCaptionerProcessor,
+    data: CaptionedImages,
+    *,
+    num_beams: int = 1,
+    complete: bool = True,
+) -> dict[str, float]:
+    """Compute all scores of a captioner.
+
+    Args:
+        model: The model, in evaluation mode.
+        processor: Its processor.
+        data: The images.
+        num_beams: Number of hypotheses; 1 is greedy search.
+        complete: Also compute the scores of forced relations and of the attention maps.
+
+    Returns:
+        BLEU, ROUGE-L and CIDEr-D; `ended` and `distinct`, the fractions of captions that end and that differ from all
+        earlier ones. For generated scenes also the scores of `caption_object_scores`, `forced_relation_accuracy`
+        and, with attention, `pointing` and `pointing_chance`. Scores without a case are left out.
+    """
+    texts: list[str] = []
+    ended = 0
+    pointing = Pointing()
+    for start in range(0, len(data), BATCH_SIZE):
+        rows = range(start, min(start + BATCH_SIZE, len(data)))
+        batch = data.images.__getitems__(rows)
+        written, sequences = write_captions(model, processor, batch["image"], num_beams=num_beams)
+        ended += int((sequences == model.config.eos_token_id).any(dim=1).sum())
+        texts += written
+        if complete and data.scenes and model.config.conditioning in ATTENTIONS:
+            maps = read_attention(model, processor, batch["image"], sequences)
+            for row, text, seen, mask in zip(rows, written, maps, batch["mask"], strict=True):
+                pointing.add(text, seen, mask, data.scenes[row]["objects"])
+    scores = caption_scores(texts, data.references)
+    scores |= {"ended": ended / len(data), "distinct": len(set(texts)) / len(texts)}
+    if data.scenes:
+        truth = [row["objects"] for row in data.scenes]
+        scores |= caption_object_scores([parse_caption(text) for text in texts], truth)
+        if complete:
+            scores |= {"forced_relation_accuracy": forced_relations(model, processor, data), **pointing.scores()}
+    return {name: value for name, value in scores.items() if math.isfinite(value)}
+
+
+@torch.no_grad()
+def forced_relations(
+    model: ImageCaptionerForConditionalGeneration, processor: ImageCaptionerProcessor, data: CaptionedImages
+) -> float:
+    """Return how often a relation is right that the model must name.
+
+    Captions may avoid relations. Here each caption starts with "A large red metal cube stands", the name of a random
+    object of the scene, and the model continues it.
+
+    Args:
+        model: The model, in evaluation mode.
+        processor: Its processor.
+        data: Generated scenes. Scenes with one object are skipped.
+
+    Returns:
+        The fraction of captions whose relation holds. A caption without a relation counts as wrong. NaN if all scenes
+        have one object.
+    """
+    rows = [row for row, scene in enumerate(data.scenes) if len(scene["objects"]) > 1]
+    right = 0.0
+    for start in range(0, len(rows), BATCH_SIZE):
+        part = rows[start : start + BATCH_SIZE]
+        starts = []
+        for row in part:
+            objects = data.scenes[row]["objects"]
+            first = random.Random(f"hf_dl.captioner relation {row}").choice(objects)
+            starts.append(f"a {' '.join(first[name] for name in ATTRIBUTES)} stands")
+        images = to_pixel_values(data.images.__getitems__(part)["image"], processor, model.device)
+        words = torch.tensor(processor.tokenizer(starts, add_special_tokens=False)["input_ids"])
+        prefix = F.pad(words, (1, 0), value=model.config.decoder_start_token_id).to(model.device)
+        found = model.generate(images, decoder_input_ids=prefix, num_beams=1, do_sample=False)
+        parsed = [parse_caption(text) for text in processor.batch_decode(found, skip_special_tokens=True)]
+        scores = caption_object_scores(parsed, [data.scenes[row]["objects"] for row in part])
+        if scores["relations_said"]:
+            right += scores["relation_accuracy"] * scores["relations_said"] * len(part)
+    return right / len(rows) if rows else float("nan")
+
+
+class Pointing:
+    """The pointing game: is the brightest pixel of a word's attention map on the object that the word names?
+
+    Zhang et al., "Top-down neural attention by excitation backprop", ECCV 2016. Only words of objects that are named
+    without a mistake count, because other words have no true object. Pixels within `TOLERANCE` of the object count.
+    """
+
+    def __init__(self):
+        self.hits, self.areas = [], []
+
+    def add(self, text: str, maps: torch.Tensor, mask: torch.Tensor, objects: Sequence[Mapping[str, Any]]) -> None:
+        """Add the words of one caption.
+
+        Args:
+            text: The caption.
+            maps: One map per word, (words, height, width).
+            mask: 0 on the ground and i on objects[i - 1], (height, width).
+            objects: The objects of the scene.
+        """
+        parsed = parse_caption(text)
+        targets: dict[tuple[int, ...], list[int]] = {}
+        for i, j in match_objects(parsed.objects, objects):
+            if all(objects[j][name] == value for name, value in parsed.objects[i].items()):
+                targets.setdefault(parsed.words[i], []).append(j + 1)
+        for words, labels in targets.items():
+            near = torch.isin(mask.int(), torch.tensor(labels, dtype=torch.int32)).float()[None, None]
+            near = F.max_pool2d(near, 2 * TOLERANCE + 1, stride=1, padding=TOLERANCE)[0, 0] > 0
+            for word in words[1:]:  # the first word is the article or the number
+                if word < len(maps):
+                    self.hits.append(bool(near.flatten()[maps[word].argmax()]))
+                    self.areas.append(near.float().mean().item())
+
+    def scores(self) -> dict[str, float]:
+        """Return `pointing`, and `pointing_chance` for a random pixel; NaN without any word."""
+        if not self.hits:
+            return {"pointing": float("nan"), "pointing_chance": float("nan")}
+        return {"pointing": float(np.mean(self.hits)), "pointing_chance": float(np.mean(self.areas))}
+
+
+@torch.no_grad()
+def caption_loss(
+    model: ImageCaptionerForConditionalGeneration, processor: ImageCaptionerProcessor, data: CaptionedImages
+) -> float:
+    """Return the mean cross-entropy per word of the first reference of each image, in nats."""
+    total = words = 0.0
+    for start in range(0, len(data), BATCH_SIZE):
+        rows = range(start, min(start + BATCH_SIZE, len(data)))
+        images = to_pixel_values(data.images.__getitems__(rows)["image"], processor, model.device)
+        labels = processor.make_labels([data.references[row][0] for row in rows], max_length=longest(model))
+        count = int((labels != -100).sum())
+        total += model(images, labels=labels.to(model.device)).loss.item() * count
+        words += count
+    return total / words
+
+
+def longest(model: ImageCaptionerForConditionalGeneration) -> int:
+    """Return the maximum number of words of a caption in training."""
+    return model.config.max_caption_length
+
+
+def watch(
+    run: Any, processor: ImageCaptionerProcessor, data: Mapping[str, CaptionedImages], **options: Any
+) -> dict[str, float]:
+    """Compute the scores of the model of a training run on several splits.
+
+    Args:
+        run: The `TrainingRun`. Its averaged weights are used if it has them.
+        processor: Processor of the model.
+        data: The images by prefix of the metrics.
+        **options: Arguments of `evaluate`.
+
+    Returns:
+        The scores, with keys such as `val_bleu_4`.
+    """
+    metrics = {}
+    with run.averaged():
+        model = run.unwrapped.eval()
+        for prefix, part in data.items():
+            scores = {"loss": caption_loss(model, processor, part), **evaluate(model, processor, part, **options)}
+            metrics |= {f"{prefix}_{name}": value for name, value in scores.items()}
+    return metrics
+
+
+def chance_scores(prefix: str, data: CaptionedImages) -> dict[str, float]:
+    """Return the scores of a true caption of the next image, and of another true caption of the same image.
+
+    Args:
+        prefix: Prefix of the metrics.
+        data: The images.
+
+    Returns:
+        Scores with keys such as `test_bleu_4_chance`, and `test_bleu_4_truth` for images with two references or more.
+    """
+    first, found = [texts[0] for texts in data.references], {}
+    rows = {"chance": (first[1:] + first[:1], data.references)}
+    if min(map(len, data.references)) > 1:
+        rows["truth"] = (first, [texts[1:] for texts in data.references])
+    for name, (said, references) in rows.items():
+        scores = caption_scores(said, references)
+        if data.scenes:
+            parsed = [parse_caption(text) for text in said]
+            scores |= caption_object_scores(parsed, [row["objects"] for row in data.scenes])
+        names = ("bleu_4", "rouge_l", "cider_d", "attribute_accuracy", "hallucinated")
+        found |= {f"{prefix}_{key}_{name}": scores[key] for key in names if math.isfinite(scores.get(key, math.nan))}
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Report
+
+
+def draw_captions(
+    model: ImageCaptionerForConditionalGeneration,
+    processor: ImageCaptionerProcessor,
+    data: CaptionedImages,
+    path: Path,
+    *,
+    count: int = 4,
+    most_words: int = 14,
+) -> Path:
+    """Draw images with their captions. With attention, each word has an image of where the model looked.
+
+    Args:
+        model: The model, in evaluation mode.
+        processor: Its processor.
+        data: The images, of which the first ones are drawn.
+        path: The figure to write.
+        count: Number of images.
+        most_words: Maximum number of words per image. Articles and punctuation are left out.
+
+    Returns:
+        The path.
+    """
+    images = data.images.__getitems__(range(min(count, len(data))))["image"]
+    texts, sequences = write_captions(model, processor, images)
+    pictures = images.permute(0, 2, 3, 1).numpy()
+    rows, labels = [[picture] for picture in pictures], [[text] for text in texts]
+    if model.config.conditioning in ATTENTIONS:
+        maps = read_attention(model, processor, images, sequences)
+        labels = [[""] for _ in texts]
+        for number, text in enumerate(texts):
+            words = [(i, word) for i, word in enumerate(caption_words(text)) if word not in ("a", ",", ".", "and")]
+            for i, word in words[:most_words]:
+                heat = maps[number, min(i, maps.shape[1] - 1)]
+                light = color_heat((heat / heat.max()).numpy())
+                rows[number].append((0.45 * pictures[number] + 0.55 * light).astype(np.uint8))
+                labels[number].append(word)
+    return image_grid(rows, path, captions=labels, cell=1.0 if model.config.conditioning in ATTENTIONS else 3.0)
+
+
+@activity("Writing the report")
+def write_report(folder: Path) -> None:
+    """Write the learning curves and the model card of a finished run, and print where they are.
+
+    Args:
+        folder: The folder of the run.
+    """
+    plot_run(folder, folder / "curves.png", CURVES)
+    run_card(folder, summary=SUMMARY, usage=USAGE, limits=LIMITS, tags=["image-captioning", "lstm"]).save(
+        folder / "README.md"
+    )
+    print(f"checkpoint  {folder}  (AutoModelForImageTextToText.from_pretrained)")
+    print(f"report      {folder / 'README.md'}")

@@ -1,0 +1,154 @@
+"""The scripts of the captioner: the files of a run, its scores, the evaluation script, and photographs."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoProcessor, pipeline
+
+from hf_dl.data.scene_captions import caption_words
+from hf_dl.models import ImageCaptionerForConditionalGeneration
+from hf_dl.models.caption_decoder import CONDITIONINGS
+from hf_dl.recipes import captioner
+from hf_dl.reporting.card import read_card
+from hf_dl.reporting.experiment import read_experiment
+from scripts import evaluate_captioner, run_experiment, train_captioner
+from tests.scripts.runs import reset
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = (
+    "--num_train=24 --num_test=8 --batch_size=8 --max_steps=3 --image_size=32 --feature_size=8 --embedding_size=8 "
+    "--decoder_hidden_size=12 --attention_size=6 --cpu_threads=1 --warmup_steps=0 --save_every=0 --log_every=1"
+).split()
+
+
+def train(folder, *flags):
+    metrics = train_captioner.main([f"--output_dir={folder}", *SMALL, *flags])
+    reset()
+    return metrics
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("captions") / "run"
+    return folder, train(folder, "--coverage_weight=0.5", "--teacher_forcing_end=0.5")
+
+
+def test_a_run_leaves_scores_model_processor_and_card(finished):
+    folder, metrics = finished
+    results = json.loads((folder / "results.json").read_text())
+    assert results["metrics"] == metrics and results["model_class"] == "ImageCaptionerForConditionalGeneration"
+    assert all(math.isfinite(value) for value in metrics.values())
+    assert {"val_loss", "test_bleu_4", "test_cider_d", "test_hallucinated_chance"} <= metrics.keys()
+    assert metrics["test_attribute_accuracy_truth"] == 1
+    logged = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    first = next(line for line in logged if "coverage" in line)
+    assert first["loss"] == pytest.approx(first["cross_entropy"] + 0.5 * first["coverage"], rel=1e-4)
+    card = read_card(folder / "README.md")
+    assert "image-text-to-text" in card.text and (folder / "captions.png").is_file()
+    pipe = pipeline("image-text-to-text", str(folder), device="cpu")
+    found = pipe(Image.new("RGB", (50, 40), "red"), text="a red cube", generate_kwargs={"max_length": 8})
+    assert found[0]["generated_text"].startswith("a red cube")
+
+
+def test_the_evaluation_script_finds_the_same(finished):
+    folder, metrics = finished
+    found = evaluate_captioner.main([f"--model={folder}", "--num_test=8", "--num_beams", "1", "2"])
+    for name in ("test_loss", "test_bleu_4", "test_rouge_l", "test_count_accuracy"):
+        assert found[name] == pytest.approx(metrics[name], rel=1e-4, abs=1e-9), name
+    assert "test_bleu_4_beam_2" in found
+    assert json.loads((folder / "evaluation.json").read_text())["metrics"] == found
+    with pytest.raises(ValueError, match=r"num_beams=\[0\] must be numbers of at least 1"):
+        evaluate_captioner.main([f"--model={folder}", "--num_beams", "0"])
+
+
+def test_photographs_with_several_captions(tmp_path):
+    """A folder in the format of Flickr8k."""
+    (tmp_path / "Images").mkdir()
+    lines = ["image,caption"]
+    for number in range(12):
+        Image.new("RGB", (40, 50), (20 * number, 0, 90)).save(tmp_path / "Images" / f"{number}.jpg")
+        lines += [f"{number}.jpg,A dog runs . {number}", f"{number}.jpg,Ein brauner Hund läuft 红 ."]
+    (tmp_path / "captions.txt").write_text("\n".join(lines))
+    metrics = train(
+        tmp_path / "run", f"--source={tmp_path}", "--num_train=0", "--conditioning=first_step", "--num_beams=2"
+    )
+    assert "test_rouge_l" in metrics and "test_attribute_accuracy" not in metrics
+    processor = AutoProcessor.from_pretrained(tmp_path / "run")
+    assert processor.tokenizer.convert_tokens_to_ids("红") != processor.tokenizer.unk_token_id
+
+
+def test_captions_to_train_on_are_new_in_each_step():
+    args = train_captioner.Args(num_train=6, num_test=4, image_size=32)
+    data = captioner.load_data(args, "train")
+    indices = torch.tensor([3, 1])
+    first, again, other = (data.draw_captions(indices, 3, seed=seed) for seed in (0, 0, 1))
+    assert first == again != other and len(first) == 6
+    words = {word for text in first for word in caption_words(text)}
+    tokenizer = captioner.make_processor(args, data).tokenizer
+    assert not {tokenizer.unk_token_id} & set(tokenizer.convert_tokens_to_ids(sorted(words)))
+
+
+def test_pointing_game_needs_the_object_of_the_word():
+    objects = [
+        {"size": "small", "color": "red", "material": "metal", "shape": "cube"},
+        {"size": "large", "color": "blue", "material": "rubber", "shape": "cone"},
+    ]
+    mask = torch.zeros(64, 64, dtype=torch.uint8)
+    mask[4:12, 4:12], mask[40:60, 40:60] = 1, 2
+    maps = torch.zeros(8, 64, 64)
+    maps[:, 6, 6] = 1  # always on the cube
+    game = captioner.Pointing()
+    game.add("a red cube and a blue cone", maps, mask, objects)
+    assert game.scores()["pointing"] == 0.5 and game.scores()["pointing_chance"] < 0.2
+    wrong = captioner.Pointing()
+    wrong.add("a green cube", maps, mask, objects)  # no such object
+    assert math.isnan(wrong.scores()["pointing"])
+
+
+def test_forced_relations_are_scored(monkeypatch):
+    args = train_captioner.Args(num_train=12, num_test=6, image_size=32)
+    data = captioner.load_data(args, "test")
+    processor = captioner.make_processor(args, data)
+    model = captioner.make_model(args, processor).eval()
+    found = captioner.forced_relations(model, processor, data)
+    assert 0 <= found <= 1
+
+    def true_relations(self, images, decoder_input_ids, **kwargs):
+        """Continue each start with a true relation."""
+        rows = iter(row for row in data.scenes if len(row["objects"]) > 1)
+        texts = []
+        for start in processor.batch_decode(decoder_input_ids, skip_special_tokens=True):
+            objects = next(rows)["objects"]
+            first = next(o for o in objects if f"{o['size']} {o['color']} {o['material']} {o['shape']}" in start)
+            place = objects.index(first)
+            other = next(o for o in objects if place in o["relations"]["left"] + o["relations"]["right"])
+            side = "left" if place in other["relations"]["left"] else "right"
+            texts.append(f"{start} to the {side} of a {other['color']} {other['shape']}.")
+        return processor.tokenizer(texts, padding=True, return_tensors="pt")["input_ids"]
+
+    monkeypatch.setattr(ImageCaptionerForConditionalGeneration, "generate", true_relations)
+    assert captioner.forced_relations(model, processor, data) == 1
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ({"captions_per_image": 0}, "captions_per_image=0 must be at least 1"),
+        ({"conditioning": "first_step", "coverage_weight": 1.0}, "coverage_weight=1.0 needs attention"),
+        ({"teacher_forcing_ratio": 2.0}, "teacher_forcing_ratio=2.0 and teacher_forcing_end=-1.0 must be from 0 to 1"),
+    ],
+)
+def test_wrong_flags(flags, message):
+    with pytest.raises(ValueError, match=message):
+        train_captioner.Args(**flags)
+
+
+def test_the_experiment_compares_all_conditionings():
+    path = ROOT / "scripts/experiments/captions.toml"
+    experiment = read_experiment(path)
+    run_experiment.check_flags(experiment, run_experiment.find_scripts(experiment, path))
+    assert {cell.flags["conditioning"] for cell in experiment.cells("runs")} == set(CONDITIONINGS)
