@@ -37,7 +37,7 @@ from hf_dl.reporting.plots import plot_run
 from .evaluation import checked_config, hide_progress_bars, split_size
 
 SPLITS = {"train": "train", "val": "validation", "test": "test"}  # from the prefix of the metrics to the split
-SCENES = {"train": 8000, "validation": 500, "test": 500}  # default numbers of generated scenes
+SCENES = {"train": 10_000, "validation": 500, "test": 500}  # default numbers of generated scenes
 BATCH_SIZE = 100  # images per batch during evaluation
 TOLERANCE = 4  # pixels between the point of an attention map and the object; half a cell of the feature map
 SUMMARY = (
@@ -88,7 +88,7 @@ class CaptionFlags:
         default=64, metadata={"help": "Height and width in pixels, a multiple of 8. Real images are cropped."}
     )
     num_train: int = field(
-        default=0, metadata={"help": "Number of training images. 0 uses all, 8000 for source=synthetic."}
+        default=0, metadata={"help": "Number of training images. 0 uses all, 10000 for source=synthetic."}
     )
     num_test: int | None = field(
         default=None,
