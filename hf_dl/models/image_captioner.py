@@ -4,12 +4,12 @@ The model of Vinyals et al. 2015 ("Show and Tell") and Xu et al. 2015 ("Show, At
 how the LSTM reads the image, see `caption_decoder`. With attention, each word comes with a map of the cells that the
 model looked at.
 
-`backbone="small_captioner"` is a residual network for images of about 64 pixels. All other backbones are those of
-the detectors, see `detection_backbone`: "small", our classifiers, and "timm/NAME". The feature map has one cell per
-8x8 pixels, and each cell has a learned position.
+`backbone="small_captioner"` is a residual network for images of about 64 pixels. The detectors share all other
+backbones, see `detection_backbone`: "small", our classifiers, and "timm/NAME". The feature map has one cell per 8x8
+pixels, and each cell has a learned position.
 
-Training may use scheduled sampling: the decoder reads the true word with probability `teacher_forcing_ratio`, drawn
-per example and step, and its own prediction otherwise (Bengio et al. 2015, "Scheduled Sampling").
+Training may use scheduled sampling (Bengio et al. 2015): the decoder reads the true word with probability
+`teacher_forcing_ratio`, and its own prediction otherwise. This is drawn per example and step.
 
 The model is an encoder-decoder for `AutoModelForImageTextToText` and the pipeline "image-text-to-text". Two searches
 give the same captions: `beam_search` keeps the feature map once per image, and `generate` of transformers supports all
@@ -56,7 +56,7 @@ class ImageCaptionerConfig(DetectionConfig):
             "classic_cnn", "small_vit" or "timm/NAME".
         backbone_options: Fields of the config of a classifier of ours, such as {"n": 2}.
         feature_size: Channels of the feature map.
-        freeze_encoder: Whether to keep the backbone as it is.
+        freeze_encoder: Whether to train only the decoder and the positions.
         image_size: Height and width of the images in pixels, a multiple of 8.
         vocab_size: Number of words, including the special tokens.
         conditioning: How the decoder reads the image, one of `caption_decoder.CONDITIONINGS`.

@@ -170,7 +170,7 @@ class CaptionedImages(torch.utils.data.Dataset):
             seed: Seed of the choice. Use another one in each step.
 
         Returns:
-            The captions; those of an image are adjacent.
+            The captions. All captions of an image are adjacent.
         """
         drawn: list[str] = []
         for index in indices.tolist():
