@@ -252,7 +252,7 @@ class DetectionImages(torch.utils.data.Dataset):
     def __init__(self, rows: datasets.Dataset, processor: Any, augmentation: BoxAugmentation | None = None):
         self.rows, self.names = rows, detection.class_names(rows)
         self._processor, self._augmentation = processor, augmentation
-        self._cache: dict[int, tuple[Any, str, dict[str, list]]] = {}
+        self._cache: dict[int, tuple[Any, dict[str, list]]] = {}
         self._cached_pixels = 0
 
     def __len__(self) -> int:
@@ -267,11 +267,12 @@ class DetectionImages(torch.utils.data.Dataset):
         new = dict(zip(missing, map(self._read, self.rows.select(missing)), strict=True))
         images, annotations = [], []
         for index in indices:
-            image, image_id, objects = new[index] if index in new else self._cache[index]
+            image, objects = new[index] if index in new else self._cache[index]
             if self._augmentation is not None:
                 image, objects = self._augmentation(image, objects)
             images.append(image)
-            annotations.append({"image_id": image_id, "annotations": to_annotations(objects)})
+            # processors of transformers need a number
+            annotations.append({"image_id": index, "annotations": to_annotations(objects)})
         for index, row in new.items():
             if index not in self._cache and self._cached_pixels < CACHED_PIXELS:
                 self._cache[index] = row
@@ -280,8 +281,8 @@ class DetectionImages(torch.utils.data.Dataset):
         batch["pixel_values"] = batch["pixel_values"].contiguous(memory_format=torch.channels_last)
         return batch
 
-    def _read(self, row: dict[str, Any]) -> tuple[Any, str, dict[str, list]]:
-        return to_rgb(row["image"]), row["image_id"], row["objects"]
+    def _read(self, row: dict[str, Any]) -> tuple[Any, dict[str, list]]:
+        return to_rgb(row["image"]), row["objects"]
 
     def fingerprint_data(self) -> datasets.Dataset:
         """Return the data without augmentation, for the fingerprint of a training run."""
@@ -294,17 +295,21 @@ def to_annotations(objects: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]
     Example:
         >>> objects = {"bbox": [[2, 3, 6, 4]], "category": [1], "area": [4], "iscrowd": [False], "difficult": [False]}
         >>> to_annotations(objects)
-        [{'bbox': [2, 3, 4, 1], 'category_id': 1, 'iscrowd': False, 'difficult': False}]
+        [{'bbox': [2, 3, 4, 1], 'category_id': 1, 'area': 4, 'iscrowd': False, 'difficult': False}]
     """
-    entries = zip(*(objects[key] for key in ("bbox", "category", "iscrowd", "difficult")), strict=True)
+    keys = ("area", "iscrowd", "difficult")
+    others = zip(*(objects[key] for key in keys), strict=True)
     return [
-        {"bbox": [x0, y0, x1 - x0, y1 - y0], "category_id": kind, "iscrowd": crowd, "difficult": difficult}
-        for (x0, y0, x1, y1), kind, crowd, difficult in entries
+        {"bbox": [x0, y0, x1 - x0, y1 - y0], "category_id": kind, **dict(zip(keys, values, strict=True))}
+        for (x0, y0, x1, y1), kind, values in zip(objects["bbox"], objects["category"], others, strict=True)
     ]
 
 
 def load_rows(args: DetectionFlags, split: str, *, size: int) -> datasets.Dataset:
     """Load one split of the images that the flags select.
+
+    COCO publishes no annotations of its test images. If a folder of COCO has none, its validation images are the test
+    images, too.
 
     Args:
         args: The flags.
@@ -321,8 +326,10 @@ def load_rows(args: DetectionFlags, split: str, *, size: int) -> datasets.Datase
     count = split_size(args, split, NUM_SCENES[split] if synthetic else None)
     if synthetic and split == "train" and count is None:
         count = NUM_SCENES[split]
+    folder = Path(args.source, "annotations")
+    without_test = folder.is_dir() and not any(folder.glob("instances_test*.json"))
     rows = detection.load(
-        split,
+        "validation" if split == "test" and without_test else split,
         args.source,
         boxes=args.border,
         corrupt=args.corrupt,
@@ -496,7 +503,7 @@ def predict(
             batch = data.__getitems__(range(start, min(start + BATCH_IMAGES, count)))
             labels = batch.pop("labels")
             inputs = {
-                name: value.to(model.device, model.dtype if value.is_floating_point() else None)
+                name: value.to(model.device, model.dtype if value.is_floating_point() else value.dtype)
                 for name, value in batch.items()
             }
             with timer.measure("total"):

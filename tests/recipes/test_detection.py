@@ -44,6 +44,13 @@ def test_the_annotation_itself_has_an_average_precision_of_1(kind, tmp_path):
     assert scores["map"] == pytest.approx(1) and scores["mar_100"] == pytest.approx(1)
 
 
+def test_a_folder_of_coco_without_test_annotations_is_tested_on_its_validation_images(tmp_path):
+    for name, count in (("train2017", 2), ("val2017", 1)):
+        write_coco(tmp_path, [(10, 3, [1, 2, 5, 6], {})], modes=("RGB",) * count, name=name)
+    args = Args(source=str(tmp_path))
+    assert [len(recipe.load_rows(args, split, size=8)) for split in ("train", "validation", "test")] == [2, 1, 1]
+
+
 def test_augmentation_changes_the_batch_and_not_the_fingerprint():
     rows = detection.load("test", num_images=4, size=32)
     args = Args(image_size=[32], flip=1.0, zoom=0.2, shift=0.1, color=0.3)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoModelForObjectDetection
+from transformers import AutoModelForObjectDetection, YolosConfig, YolosForObjectDetection, YolosImageProcessor
 
 from hf_dl.models.detection_processor import DetectionImageProcessor
 from hf_dl.reporting.card import read_card
@@ -79,6 +79,18 @@ def test_evaluating_the_folder_gives_the_same_scores(finished, tmp_path):
     assert {"evaluation.json", "classes.csv", "examples.png"} <= {path.name for path in tmp_path.iterdir()}
     with pytest.raises(ValueError, match="has 32 classes .*, but the model has 4 classes"):
         evaluate_detector.main([f"--model={folder}", "--source=synthetic", "--classes=shape_color", "--num_test=2"])
+
+
+def test_detectors_of_transformers_are_evaluated_too(tmp_path):
+    names = ["sphere", "cube", "cylinder", "cone"]
+    config = YolosConfig(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, image_size=[32, 32],
+        patch_size=16, num_detection_tokens=5, id2label=dict(enumerate(names)),
+    )  # fmt: skip
+    YolosForObjectDetection(config).save_pretrained(tmp_path)
+    YolosImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    found = evaluate_detector.main([f"--model={tmp_path}", "--num_test=3", "--threshold=0.1"])
+    assert 0 <= found["test_map_50"] <= 1 and found["test_images"] == 3 and "test_ms_features" not in found
 
 
 def test_killed_and_resumed_it_ends_the_same(finished, tmp_path):
