@@ -165,6 +165,8 @@ class ImageVaeProcessor(RgbImageProcessor):
         image = super().process_image(image, **kwargs)
         if not do_grayscale or len(image) == 1:
             return image
+        if image.shape[0] != 3:
+            raise ValueError(f"An image has {image.shape[0]} channels. Expected 1 or 3; convert it to RGB.")
         luma = torch.tensor([19595, 38470, 7471], device=image.device).view(3, 1, 1)  # weights sum to 2^16
         if image.is_floating_point():
             return (image * luma / 2**16).sum(dim=0, keepdim=True)

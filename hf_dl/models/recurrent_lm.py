@@ -398,6 +398,17 @@ class RecurrentLMForCausalLM(RecurrentLMPreTrainedModel, GenerationMixin):
     def _supports_default_dynamic_cache(cls) -> bool:
         return False  # recurrent cells have no keys and values to cache
 
+    def _prepare_model_inputs(
+        self, inputs: torch.Tensor | None, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, str | None, dict[str, Any]]:
+        found = super()._prepare_model_inputs(inputs, *args, **kwargs)
+        if found[0].ndim > 1 and not found[0].shape[1]:  # `generate` reads the last token of each text
+            raise ValueError(
+                f"{found[1]} has shape {tuple(found[0].shape)}. Expected at least one token per text. Begin an empty "
+                "text with the start or end token."
+            )
+        return found
+
     def prepare_inputs_for_generation(
         self,
         input_ids: torch.Tensor,

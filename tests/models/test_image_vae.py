@@ -308,6 +308,8 @@ def test_the_processor_makes_gray_as_pillow_does():
     # gray images do not change
     for given in (picture.convert("L"), picture.convert("L").convert("RGB")):
         assert np.allclose(processor(given, return_tensors="pt")["pixel_values"][0, 0].numpy(), gray)
+    with pytest.raises(ValueError, match="An image has 4 channels. Expected 1 or 3; convert it to RGB."):
+        processor(np.zeros((4, 8, 8), np.uint8), input_data_format="channels_first", do_convert_rgb=False)
     color = ImageVaeProcessor(size={"height": 8, "width": 8}, do_grayscale=False)
     pixel_values = color(picture, return_tensors="pt")["pixel_values"]
     assert np.allclose(pixel_values[0].permute(1, 2, 0).numpy(), colors / 255)

@@ -297,6 +297,13 @@ def test_the_pipeline_writes_text(tmp_path):
     assert found["generated_text"].startswith("the a ") and len(found["generated_text"].split()) <= 6
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+def test_generate_needs_a_token_per_text(sharp, rows):
+    sentence = rf"has shape \({rows}, 0\). Expected at least one token per text. Begin an empty text with"
+    with pytest.raises(ValueError, match=sentence):
+        sharp.generate(torch.zeros(rows, 0, dtype=torch.long), max_new_tokens=2, pad_token_id=0)
+
+
 def test_generate_returns_the_outputs_of_each_step(sharp):
     prompt = torch.tensor([[1, 5, 2], [1, 3, 3]])
     outputs = {f"output_{name}": True for name in ("scores", "logits", "hidden_states")}
@@ -475,10 +482,8 @@ def test_invalid_inputs_raise_an_error():
         model(ids, inputs_embeds=torch.zeros(1, 3, 6))
     with pytest.raises(ValueError, match="labels contains 12"):
         model(ids, shift_labels=ids + 12)
-    nothing = torch.ones(1, 0, dtype=torch.long)
-    for call in (model, lambda ids: model.generate(ids, max_new_tokens=2)):
-        with pytest.raises(ValueError, match=r"tokens have shape \(1, 0\). Expected \(batch, length\) with at least"):
-            call(nothing)
+    with pytest.raises(ValueError, match=r"tokens have shape \(1, 0\). Expected \(batch, length\) with at least"):
+        model(torch.ones(1, 0, dtype=torch.long))
     with pytest.raises(ValueError, match=r"tokens have shape \(3,\). Expected \(batch, length\)"):
         model(torch.ones(3, dtype=torch.long))
     with pytest.raises(ValueError, match="guidance_scale=2.0 is not supported"):
