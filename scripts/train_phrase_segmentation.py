@@ -12,7 +12,8 @@ setting of Lüddecke & Ecker 2022, "Image Segmentation Using Text and Image Prom
 times of all decoders: model_cards/phrase_segmentation.md.
 
 Differences from the paper: images are resized to squares instead of cropped at random, phrases have no templates, and
-the false phrases are checked against the annotation.
+the false phrases are checked against the annotation. Support images are optional (--support 1), and their weight is
+drawn per phrase.
 """
 
 from dataclasses import dataclass
@@ -57,6 +58,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     train = data["train"]
     run = TrainingRun(args, model, train, collate=as_is, processor=processor)
     prompt_embeds = recipe.embed_phrases(model, processor.tokenizer, train.phrases)
+    support = recipe.SupportImages(model, processor, train) if args.support else None
     for each in data.values():  # CLIP is frozen, so its tokens never change
         each.cache(model, processor, max_gb=args.cache_gb)
 
@@ -68,10 +70,13 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     latest: dict[str, float] = {}
     for batch in run:
         # Phrases c of each image, and their masks y, (phrases, height, width). False phrases have empty masks.
-        draws = draw_for_batch(run, 1)[:, 0]
-        phrases, image_index, masks = train.pick(batch, draws, args.phrases_per_image)
+        draws = draw_for_batch(run, 1 + 3 * args.phrases_per_image if support else 1)
+        phrases, image_index, masks = train.pick(batch, draws[:, 0], args.phrases_per_image)
+        embeds = prompt_embeds[phrases]
+        if support:  # some phrases become a mixture of the phrase and an object that it describes
+            embeds = support.mix(embeds, phrases, draws[:, 1:].reshape(-1, 3), args.support)
         images = train.vision_inputs(batch, processor, run.device)
-        output = run.model(prompt_embeds=prompt_embeds[phrases], image_index=image_index, **images)
+        output = run.model(prompt_embeds=embeds, image_index=image_index, **images)
         logits = output.logits.float()
 
         # Binary cross-entropy of each pixel: -y log p - (1 - y) log(1 - p), p = sigmoid(logits).

@@ -27,7 +27,7 @@ from hf_dl.metrics.phrase_segmentation import PhraseCounts, best_threshold, phra
 from hf_dl.models.clip_decoders import DECODERS
 from hf_dl.models.clip_segmenter import ClipSegmenterForImageSegmentation
 from hf_dl.models.image_input import to_rgb
-from hf_dl.pipelines.phrase_segmentation import PhraseSegmentationPipeline, draw_heat_map
+from hf_dl.pipelines.phrase_segmentation import PhraseSegmentationPipeline, draw_heat_map, highlight
 from hf_dl.progress import activity
 from hf_dl.reporting.card import run_card, usage_snippet
 from hf_dl.reporting.grids import image_grid
@@ -125,6 +125,13 @@ class SegmentationFlags:
     dice_weight: float = field(
         default=0.0, metadata={"help": "Weight of the Dice loss, which is added to the binary cross-entropy."}
     )
+    support: float = field(
+        default=0.0,
+        metadata={
+            "help": "Probability that a phrase is mixed with a support image: an object with the same phrase. "
+            "The paper uses 1. 0 disables it."
+        },
+    )
     cache_gb: float = field(
         default=2.0,
         metadata={
@@ -139,6 +146,8 @@ class SegmentationFlags:
             raise ValueError(f"phrases_per_image={self.phrases_per_image} must be at least 1.")
         if not 0 <= self.negatives < 1:
             raise ValueError(f"negatives={self.negatives} must be at least 0 and below 1.")
+        if not 0 <= self.support <= 1:
+            raise ValueError(f"support={self.support} must be from 0 to 1.")
         if not self.cache_gb >= 0:
             raise ValueError(f"cache_gb={self.cache_gb} must be at least 0.")
         if not (self.dice_weight >= 0 and math.isfinite(self.dice_weight)):
@@ -356,6 +365,66 @@ class PhraseImages(torch.utils.data.Dataset):
             features = self.features[batch["index"].cpu()].to(device).float()
             return {"vision_features": features, "image_size": self.size}
         return {"pixel_values": to_pixel_values(batch["image"], processor.image_processor, device)}
+
+
+class SupportImages:
+    """Embedded objects of the training images, to mix with the phrases in training (Lüddecke & Ecker 2022, section 3).
+
+    Each object is cut out by `highlight`. The support image of a phrase can come from the same image as its mask.
+
+    Attributes:
+        embeds: Embeddings, (objects, projection_dim). The objects of a phrase follow each other.
+        counts: Number of objects of each phrase, int (phrases,). 0 for phrases that are false of all images.
+
+    Args:
+        model: The model.
+        processor: Its processor.
+        data: The training images.
+    """
+
+    def __init__(self, model: ClipSegmenterForImageSegmentation, processor: CLIPProcessor, data: PhraseImages):
+        side = model.clip.config.vision_config.image_size
+        options = {"size": {"height": side, "width": side}, "return_tensors": "pt"}
+        embeds, found = [], []
+        for index in range(len(data)):
+            item = data[index]
+            rows = data.rows(torch.tensor([index]))
+            image = Image.fromarray(item["image"].permute(1, 2, 0).numpy())
+            true = item["masks"].amax(dim=(1, 2)) > 0
+            if not true.any():
+                continue
+            objects = [highlight(image, mask) for mask in item["masks"][true].numpy()]
+            pixels = processor.image_processor(images=objects, **options)["pixel_values"].to(model.device)
+            with torch.no_grad():
+                embeds.append(model.encode_prompts(conditional_pixel_values=pixels))
+            found.append(data.phrase_index[rows[true]])
+        if not found:
+            raise ValueError("All masks are empty. Expected at least one object for --support.")
+        phrase = torch.cat(found)
+        self.embeds = torch.cat(embeds)[phrase.argsort(stable=True).to(model.device)]
+        self.counts = phrase.bincount(minlength=len(data.phrases))
+        self._first = self.counts.cumsum(0) - self.counts
+
+    def mix(
+        self, prompt_embeds: torch.Tensor, phrases: torch.Tensor, draws: torch.Tensor, probability: float
+    ) -> torch.Tensor:
+        """Mix embedded phrases t with random support images s: w t + (1 - w) s, with a uniform weight w.
+
+        Args:
+            prompt_embeds: Embedded phrases, (batch, projection_dim).
+            phrases: Indices of the phrases, int (batch,).
+            draws: Uniform numbers in [0, 1), (batch, 3): for the choice of phrases to mix, the object, and w.
+            probability: Probability of each phrase to be mixed. Phrases without an object never are.
+
+        Returns:
+            (batch, projection_dim).
+        """
+        phrases = phrases.cpu()
+        count = self.counts[phrases]
+        mixed = (draws[:, 0] < probability) & (count > 0)
+        row = (self._first[phrases] + (draws[:, 1] * count).long()).clamp(max=len(self.embeds) - 1)
+        weight = draws[:, 2].where(mixed, 1.0)[:, None].to(prompt_embeds)
+        return weight * prompt_embeds + (1 - weight) * self.embeds[row.to(self.embeds.device)]
 
 
 def load_rows(args: PhraseFlags, split: str, *, size: int | None) -> datasets.Dataset:

@@ -11,7 +11,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPProcessor
 from hf_dl.data import captions, phrasecut
 from hf_dl.metrics.phrase_segmentation import phrase_segmentation_scores
 from hf_dl.models.clip_segmenter import dice_loss
-from hf_dl.pipelines.phrase_segmentation import PhraseSegmentationPipeline
+from hf_dl.pipelines.phrase_segmentation import PhraseSegmentationPipeline, highlight
 from hf_dl.recipes import clip as clip_recipe
 from hf_dl.recipes import phrase_segmentation as recipe
 from hf_dl.reporting.card import read_card
@@ -188,6 +188,35 @@ def test_masks_and_phrases_of_images(max_gb):
     assert torch.equal(images[1]["masks"], images.__getitems__([1])["masks"])
 
 
+def test_support_images_are_objects_of_the_same_phrase(clip_folder, images, tmp_path):
+    args = train_phrase_segmentation.Args(clip=str(clip_folder), image_size=32, layers=[0, 1])
+    model, processor = recipe.make_model(args)
+    support = recipe.SupportImages(model, processor, images)
+    pipe = PhraseSegmentationPipeline(model, processor.tokenizer, processor.image_processor)
+    item = images[1]
+    place = int(item["masks"].amax(dim=(1, 2)).nonzero()[0])
+    picture = highlight(Image.fromarray(item["image"].permute(1, 2, 0).numpy()), item["masks"][place].numpy())
+    expected = model.encode_prompts(conditional_pixel_values=pipe.prepare(picture, (32, 32)))[0]
+    phrase = images.phrase_index[images.first[1] + place]
+    first = support.counts[:phrase].sum()
+    near = (support.embeds[first : first + support.counts[phrase]] - expected).abs().amax(1)
+    assert near.min() < 1e-4 and support.counts.sum() == len(support.embeds) < len(images.phrase_index)
+
+    texts = recipe.embed_phrases(model, processor.tokenizer, images.phrases)
+    phrases, draws = phrase.repeat(3), torch.tensor([[0.9, 0, 0.25], [0.1, 0, 0.25], [0.1, 0.999, 0.0]])
+    found = support.mix(texts[phrases], phrases, draws, 0.5)
+    last = support.embeds[first + support.counts[phrase] - 1]
+    torch.testing.assert_close(found[0], texts[phrase])
+    torch.testing.assert_close(found[1], 0.25 * texts[phrase] + 0.75 * support.embeds[first])
+    torch.testing.assert_close(found[2], last)
+    support.counts[phrase] = 0  # a phrase that is false of all images
+    torch.testing.assert_close(support.mix(texts[phrases], phrases, draws, 1.0), texts[phrases])
+
+    one = ["--max_steps=1", "--save_every=0", "--eval_every=0", "--num_train=8", "--num_test=4", "--support=1"]
+    assert 0 <= train(tmp_path, clip_folder, *one)["test_miou"] <= 1
+    reset()
+
+
 def test_data_with_several_sizes_is_refused():
     data = phrasecut.load("test", max_images=1, size=32)
     rows = [{**row, "mask": row["mask"].resize((16, 16))} for row in data]
@@ -233,6 +262,7 @@ def test_invalid_flags_of_the_model(flags, sentence, clip_folder, tmp_path, monk
     [
         ({"phrases_per_image": 0}, "phrases_per_image=0 must be at least 1."),
         ({"negatives": 1.0}, "negatives=1.0 must be at least 0 and below 1."),
+        ({"support": 1.5}, "support=1.5 must be from 0 to 1."),
         ({"cache_gb": -1.0}, "cache_gb=-1.0 must be at least 0."),
         ({"dice_weight": -1.0}, "dice_weight=-1.0 must be at least 0."),
     ],
