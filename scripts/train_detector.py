@@ -1,13 +1,14 @@
 r"""Train an object detector.
 
     scripts/run accelerate launch scripts/train_detector.py
-    scripts/run accelerate launch scripts/train_detector.py --method yolo_v1
+    scripts/run accelerate launch scripts/train_detector.py --method faster_rcnn
     scripts/run accelerate launch scripts/train_detector.py --source VOCdevkit/VOC2007 --image_size 320 \
         --backbone timm/resnet18 --pretrained --epochs 30
 
 The first command trains a detector without anchors on generated scenes. It takes about 15 minutes on one CPU core.
-The second command trains YOLO v1 on the same images. model_cards/detection_ladder.md lists times and scores of all
-methods. The third command trains on photos with annotations in the layout of PASCAL VOC; folders of COCO work too.
+The second command trains Faster R-CNN on the same images. `--method` also accepts yolo_v1 and fast_rcnn.
+model_cards/detection_ladder.md lists times and scores of all methods. The third command trains on photos with
+annotations in the layout of PASCAL VOC; folders of COCO work too.
 
 Use the model with `pipeline("object-detection", "runs/train_detector")` of transformers.
 """
@@ -71,6 +72,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         #   yolo_v1:     coordinates    = 5 * squared error of x, y, sqrt(w), sqrt(h)
         #                object         = (confidence - IoU)^2, no_object = 0.5 * confidence^2
         #                class          = squared error of the classes of cells with an object
+        #   faster_rcnn: rpn_objectness = BCE of 256 anchors, rpn_box = smooth L1 of anchors with an object / 256
+        #   both R-CNNs: classification = cross-entropy of 64 regions with classes and background
+        #                box            = smooth L1 of regions with an object / 64
         loss = sum(terms.values())
         run.step(loss, **terms)
 

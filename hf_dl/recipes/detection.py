@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import datasets
 import torch
+from PIL import Image
 from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 
@@ -32,8 +33,10 @@ from hf_dl.models.detection_backbone import (
 )
 from hf_dl.models.detection_processor import DetectionImageProcessor
 from hf_dl.models.image_input import to_rgb
+from hf_dl.models.two_stage_detector import TwoStageDetectorConfig, TwoStageDetectorForObjectDetection
 
 from .evaluation import checked_config, hide_progress_bars, report_data, split_size
+from .proposals import add_proposals, time_proposals
 
 BATCH_IMAGES = 32  # images per batch during evaluation
 CACHED_PIXELS = 200_000_000  # of decoded images in memory per dataset; 4 bytes each
@@ -54,6 +57,7 @@ class Method:
         nms_threshold: IoU above which the box with the lower score is removed.
         score_threshold: Lowest score of the boxes for average precision.
         stages: Module of the model per stage whose time is reported. "features" includes no other stage.
+        num_proposals: Boxes of selective search per image. They are computed once and cached with the images.
     """
 
     config: type[DetectionConfig]
@@ -65,6 +69,7 @@ class Method:
     nms_threshold: float = 0.5
     score_threshold: float = 0.01
     stages: Mapping[str, str] = field(default_factory=lambda: {"features": "backbone", "head": "head"})
+    num_proposals: int = 0
 
 
 METHODS: dict[str, Method] = {
@@ -84,6 +89,24 @@ METHODS: dict[str, Method] = {
         fields={"head_type": "yolo_v1"},
         flags=("grid_size", "boxes_per_cell", "yolo_head"),
         score_threshold=0.001,
+    ),
+    "fast_rcnn": Method(
+        TwoStageDetectorConfig,
+        TwoStageDetectorForObjectDetection,
+        "An object detector: Fast R-CNN (Girshick 2015), which classifies the boxes of selective search on a shared "
+        "feature map.",
+        fields={"two_stage_type": "fast"},
+        flags=("roi_type",),
+        stages={"features": "backbone", "classification": "head"},
+        num_proposals=200,
+    ),
+    "faster_rcnn": Method(
+        TwoStageDetectorConfig,
+        TwoStageDetectorForObjectDetection,
+        "An object detector: Faster R-CNN (Ren et al. 2015), which classifies the boxes of a region proposal network.",
+        fields={"two_stage_type": "faster"},
+        flags=("roi_type", "anchor_sizes"),
+        stages={"features": "backbone", "proposals": "rpn", "classification": "head"},
     ),
 }
 
@@ -158,6 +181,12 @@ class ModelFlags:
     boxes_per_cell: int | None = field(default=None, metadata={"help": "yolo_v1: boxes per cell."})
     yolo_head: str | None = field(
         default=None, metadata={"help": "yolo_v1: convolution, or fully_connected as in the paper."}
+    )
+    roi_type: str | None = field(
+        default=None, metadata={"help": "fast_rcnn, faster_rcnn: align, or pool as in the papers."}
+    )
+    anchor_sizes: list[int] | None = field(
+        default=None, metadata={"help": "faster_rcnn: sides of the anchors in pixels, near the sizes of the objects."}
     )
 
 
@@ -240,19 +269,20 @@ class DetectionImages(torch.utils.data.Dataset):
     Decoded images stay in memory, up to `CACHED_PIXELS`, because decoding takes as long as the other preparation.
 
     Attributes:
-        rows: The dataset, see `hf_dl.data.detection`.
+        rows: The dataset, see `hf_dl.data.detection`. It has a column `proposals` if the processor needs them.
         names: Names of the classes.
 
     Args:
         rows: The dataset.
-        processor: The image processor.
+        processor: The image processor. If it uses proposals, they are computed once and cached by `datasets`.
         augmentation: Change of each image and its boxes. Defaults to none.
     """
 
     def __init__(self, rows: datasets.Dataset, processor: Any, augmentation: BoxAugmentation | None = None):
-        self.rows, self.names = rows, detection.class_names(rows)
+        self.rows = add_proposals(rows) if getattr(processor, "num_proposals", 0) else rows
+        self.names = detection.class_names(rows)
         self._processor, self._augmentation = processor, augmentation
-        self._cache: dict[int, tuple[Any, dict[str, list]]] = {}
+        self._cache: dict[int, tuple[Any, dict[str, list], list[list[float]]]] = {}
         self._cached_pixels = 0
 
     def __len__(self) -> int:
@@ -262,31 +292,60 @@ class DetectionImages(torch.utils.data.Dataset):
         return self.__getitems__([index])
 
     def __getitems__(self, indices: Sequence[int]) -> dict[str, Any]:
-        """Return `pixel_values` (batch, 3, height, width) and `labels`, see `DetectionImageProcessor.preprocess`."""
+        """Return `pixel_values`, `labels`, and `proposals` if used; see `DetectionImageProcessor.preprocess`."""
         missing = [index for index in indices if index not in self._cache]
         new = dict(zip(missing, map(self._read, self.rows.select(missing)), strict=True))
-        images, annotations = [], []
+        images, annotations, proposals = [], [], []
         for index in indices:
-            image, objects = new[index] if index in new else self._cache[index]
+            image, objects, boxes = new[index] if index in new else self._cache[index]
             if self._augmentation is not None:
-                image, objects = self._augmentation(image, objects)
+                image, objects, boxes = augment(image, objects, boxes, augmentation=self._augmentation)
             images.append(image)
             # processors of transformers need a number
             annotations.append({"image_id": index, "annotations": to_annotations(objects)})
+            proposals.append(boxes)
         for index, row in new.items():
             if index not in self._cache and self._cached_pixels < CACHED_PIXELS:
                 self._cache[index] = row
                 self._cached_pixels += row[0].width * row[0].height
-        batch = dict(self._processor(images, annotations=annotations, return_tensors="pt"))
+        given = {"proposals": proposals} if "proposals" in self.rows.column_names else {}
+        batch = dict(self._processor(images, annotations=annotations, return_tensors="pt", **given))
         batch["pixel_values"] = batch["pixel_values"].contiguous(memory_format=torch.channels_last)
         return batch
 
-    def _read(self, row: dict[str, Any]) -> tuple[Any, dict[str, list]]:
-        return to_rgb(row["image"]), row["objects"]
+    def _read(self, row: dict[str, Any]) -> tuple[Any, dict[str, list], list[list[float]]]:
+        return to_rgb(row["image"]), row["objects"], row.get("proposals", [])
 
     def fingerprint_data(self) -> datasets.Dataset:
         """Return the data without augmentation, for the fingerprint of a training run."""
         return self.rows.cast_column("image", datasets.Image(decode=False))
+
+
+def augment(
+    image: Image.Image,
+    objects: Mapping[str, Sequence[Any]],
+    proposals: Sequence[Sequence[float]],
+    *,
+    augmentation: BoxAugmentation,
+) -> tuple[Image.Image, dict[str, list[Any]], list[list[float]]]:
+    """Change an image, and move its objects and its proposals along.
+
+    Args:
+        image: RGB image.
+        objects: The column `objects` of the image.
+        proposals: Boxes of the image in pixels.
+        augmentation: The change.
+
+    Returns:
+        The image, the remaining objects and the remaining proposals.
+    """
+    count, total = len(objects["bbox"]), len(objects["bbox"]) + len(proposals)
+    together = {"bbox": [*objects["bbox"], *proposals], "area": [*objects["area"], *[1.0] * len(proposals)]}
+    image, moved = augmentation(image, together | {"row": list(range(total))})
+    rows = [row for row in moved["row"] if row < count]
+    kept = {key: [values[row] for row in rows] for key, values in objects.items()}
+    kept |= {key: moved[key][: len(rows)] for key in ("bbox", "area")}
+    return image, kept, moved["bbox"][len(rows) :]
 
 
 def to_annotations(objects: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
@@ -370,7 +429,7 @@ def make_model(args: Any, names: Sequence[str]) -> tuple[PreTrainedModel, Detect
     """
     method, classifier = find_method(args.method), None
     fields = {"backbone": args.backbone, "backbone_options": None}
-    processor_fields = {"nms_threshold": method.nms_threshold}
+    processor_fields = {"nms_threshold": method.nms_threshold, "num_proposals": method.num_proposals}
     if Path(args.backbone).is_dir():
         classifier, fields, statistics = load_backbone(args.backbone)
         processor_fields |= statistics
@@ -493,7 +552,8 @@ def predict(
 
     Returns:
         `scores`, `labels` and `boxes` of each image, in pixels of the original image. And the milliseconds per image
-        of each stage, of `nms` (post-processing), and in `total`, without reading the images.
+        of each stage, of `nms` (post-processing), and in `total`, without reading the images. The time of selective
+        search is measured on a few images.
     """
     model.eval()
     count = len(data) if num_images is None else min(num_images, len(data))
@@ -514,6 +574,9 @@ def predict(
     finally:
         timer.close()
     times = {stage: 1000 * seconds / count for stage, seconds in timer.seconds.items()}
+    if stages and getattr(processor, "num_proposals", 0):  # their time is not in the loop, because they are cached
+        times["proposals"] = time_proposals(data.rows)
+        times["total"] += times["proposals"]
     return [{key: value.cpu() for key, value in row.items()} for row in found], times
 
 

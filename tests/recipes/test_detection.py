@@ -67,6 +67,26 @@ def test_augmentation_changes_the_batch_and_not_the_fingerprint():
     assert torch.equal(again["labels"][0]["boxes"], plain[1]["labels"][0]["boxes"])
 
 
+def test_proposals_move_along_with_objects():
+    rows = detection.load("test", num_images=4, size=32)
+    processor = DetectionImageProcessor(size={"height": 32, "width": 32}, num_proposals=20)
+    plain, changed = (
+        recipe.DetectionImages(rows, processor, each)
+        for each in (None, recipe.make_augmentation(Args(image_size=[32], flip=1.0)))
+    )
+    before, after = plain[1], changed[1]
+    assert before["proposals"].shape == (1, 20, 4)
+    for name, boxes, moved in (
+        ("proposals", before["proposals"][0], after["proposals"][0]),
+        ("objects", before["labels"][0]["boxes"], after["labels"][0]["boxes"]),
+    ):
+        filled = boxes[:, 2] > 0
+        mirrored = torch.where(filled[:, None] & (torch.arange(4) == 0), 1 - boxes, boxes)
+        torch.testing.assert_close(moved, mirrored, msg=name)
+        assert filled.any()
+    assert torch.equal(before["labels"][0]["class_labels"], after["labels"][0]["class_labels"])
+
+
 def save_classifier(folder):
     torch.manual_seed(0)
     config = NormResNetConfig(n=1, widths=(4, 4, 8), num_labels=2)
@@ -105,6 +125,7 @@ def test_published_weights_bring_their_statistics(monkeypatch):
         ({"grid_size": 7}, "grid_size=7 is not a flag of method='anchor_free', which accepts: no such flags"),
         ({"image_size": [100]}, r"image_size=\[100\] is invalid. Expected height and width, or one number, multiples"),
         ({"image_size": [8, 8, 8]}, r"image_size=\[8, 8, 8\] is invalid"),
+        ({"method": "fast_rcnn", "anchor_sizes": [8]}, r"anchor_sizes=\[8\] is not a flag of method='fast_rcnn'"),
         ({"pretrained": True}, "pretrained needs backbone=timm/NAME, not 'small'"),
     ],
 )

@@ -122,3 +122,19 @@ def test_the_flags_of_the_experiments(name, capsys):
     path = Path(run_experiment.__file__).parent / "experiments" / f"detection_{name}.toml"
     assert run_experiment.main([str(path), "--dry_run"]) == 0, capsys.readouterr().err
     assert " to run now." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", ["fast_rcnn", "faster_rcnn"])
+def test_detectors_with_proposals_train(method, tmp_path):
+    """The proposals of Fast R-CNN are computed with the images, and their time counts."""
+    folder = tmp_path / "run"
+    metrics = train(folder, f"--method={method}", "--max_steps=2", "--roi_type=pool", "--save_every=0")
+    line = next(line for line in read_log(folder) if "loss" in line)
+    terms = ["classification", "box"] + (["rpn_objectness", "rpn_box"] if method == "faster_rcnn" else [])
+    assert line["loss"] == pytest.approx(sum(line[name] for name in terms))
+    stages = ("features", "proposals", "classification", "nms")
+    assert metrics["test_ms"] >= sum(metrics[f"test_ms_{stage}"] for stage in stages)
+    assert min(metrics[f"test_ms_{stage}"] for stage in stages) > 0
+    model = AutoModelForObjectDetection.from_pretrained(folder)
+    assert (model.config.two_stage_type, model.config.roi_type) == (method.removesuffix("_rcnn"), "pool")
+    assert DetectionImageProcessor.from_pretrained(folder).num_proposals == (200 if method == "fast_rcnn" else 0)
