@@ -20,7 +20,15 @@ from hf_dl.explain import (
     upsample,
 )
 from hf_dl.explain.sanity import rank_correlation
-from tests.explain.tiny import NETWORKS, TRANSFORMERS, assert_untouched, make_convnet, make_images, make_network
+from tests.explain.tiny import (
+    NETWORKS,
+    TRANSFORMERS,
+    WITHOUT_RELU,
+    assert_untouched,
+    make_convnet,
+    make_images,
+    make_network,
+)
 
 FAST = {  # options that make a method cheap
     "occlusion": {"patch": 8, "stride": 8},
@@ -41,7 +49,7 @@ def test_each_method_on_each_network(kind):
     modes = [module.training for module in model.modules()]
     for name, method in METHODS.items():
         given = torch.cat([images, images]) if name == "codes" else images
-        if (method.relu and kind in TRANSFORMERS) or (method.attention and kind not in TRANSFORMERS):
+        if (method.relu and kind in WITHOUT_RELU) or (method.attention and kind not in TRANSFORMERS):
             with pytest.raises(ValueError, match="has no ReLU|has attention over no tokens"):
                 explain(model, given, method=name, **FAST.get(name, {}))
         else:

@@ -1,5 +1,6 @@
 """Tiny networks with random weights, large enough that their outputs depend on everything."""
 
+import timm
 import torch
 from torch import nn
 from torchvision.models import ResNet
@@ -11,6 +12,8 @@ from transformers import (
     Dinov2WithRegistersForImageClassification,
     ResNetConfig,
     ResNetForImageClassification,
+    TimmWrapperConfig,
+    TimmWrapperForImageClassification,
     ViTConfig,
     ViTForImageClassification,
 )
@@ -97,7 +100,22 @@ def make_torchvision():
     return shake(ResNet(BasicBlock, [1, 1, 1, 1], num_classes=5))
 
 
-# Networks of timm are modules that return logits, as ConvNet and the network of torchvision.
+def make_timm_resnet():
+    torch.manual_seed(0)
+    return shake(timm.create_model("test_resnet", num_classes=5, channels=(4, 6, 6, 8), stem_width=4))
+
+
+def make_timm_vit():
+    torch.manual_seed(0)
+    return shake(timm.create_model("test_vit", num_classes=5, img_size=16, patch_size=4, embed_dim=16, depth=2))
+
+
+def make_timm_wrapper():
+    torch.manual_seed(0)
+    config = TimmWrapperConfig(architecture="test_efficientnet", num_labels=5, model_args={"channel_multiplier": 0.25})
+    return shake(TimmWrapperForImageClassification(config))
+
+
 NETWORKS = {
     "norm_resnet": make_norm_resnet,
     "vgg": make_vgg,
@@ -105,14 +123,18 @@ NETWORKS = {
     "vit": lambda: make_vit("vit"),
     "resnet": make_resnet,
     "torchvision": make_torchvision,
+    "timm_resnet": make_timm_resnet,
+    "timm_vit": make_timm_vit,
+    "timm_wrapper": make_timm_wrapper,
     "module": make_convnet,
 }
-TRANSFORMERS = ("small_vit", "vit")
+TRANSFORMERS = ("small_vit", "vit", "timm_vit")
+WITHOUT_RELU = (*TRANSFORMERS, "timm_wrapper")  # an EfficientNet has SiLU
 
 
 def make_network(kind):
     """A network of a kind in double precision, with images of a size that it takes."""
-    side = 32 if kind in ("vgg", "resnet") else 16
+    side = 32 if kind in ("vgg", "resnet", "timm_resnet", "timm_wrapper") else 16
     return NETWORKS[kind]().double(), make_images(2, side, side).double()
 
 
