@@ -144,7 +144,7 @@ class Explorer:
         return choose_channel(inside.find_layers(self.models.get(name))[layer], channel)
 
     def look(self, tab: str, settings: Settings) -> list[Any]:
-        """Fill a tab. Those with a button stay as they are."""
+        """Fill a tab. Tabs with a button stay as they are."""
         if settings.picture is None:
             return []
         classifier, image = self.models.get(settings.name), settings.picture.image
@@ -175,7 +175,8 @@ class Explorer:
     def invert_layers(self, picture: Picture, name: str | None, steps: int) -> Iterator[tuple[str, str]]:
         """Show the inversions of the layers one after the other: progress and pictures."""
         classifier, found = self.models.get(name), []
-        seen, prefix = classifier.crop(picture.image), f"{classifier.model.base_model_prefix}."
+        prefix = f"{classifier.model.base_model_prefix}."
+        seen = classifier.show(classifier.prepare(picture.image), classifier.crop(picture.image).size)
         yield inside.show_progress(0, f"Layer 1 of up to {DEPTHS}"), inside.show_inversions(seen, found, prefix)
         for each in inside.invert(classifier, picture.image, int(steps)):
             found.append(each)
