@@ -39,6 +39,7 @@ from .localizer import LocalizerConfig, LocalizerForKeypointDetection, Localizer
 from .norm_resnet import NormResNetConfig, NormResNetForImageClassification, NormResNetModel
 from .program_seq2seq import ProgramSeq2SeqConfig, ProgramSeq2SeqForConditionalGeneration, beam_generate
 from .recurrent_lm import RecurrentLMConfig, RecurrentLMForCausalLM, RecurrentLMModel
+from .sliding_window import SlidingWindowConfig, SlidingWindowForObjectDetection
 from .slot_autoencoder import (
     SlotAutoencoderConfig,
     SlotAutoencoderForImageSegmentation,
@@ -95,6 +96,11 @@ REGISTERED = [
     ),
     # The processor holds an image processor and a tokenizer, see below.
     (ImageCaptionerConfig, {AutoModelForImageTextToText: ImageCaptionerForConditionalGeneration}, None),
+    (
+        SlidingWindowConfig,
+        {AutoModelForObjectDetection: SlidingWindowForObjectDetection},
+        DetectionImageProcessor,
+    ),
     (ProgramSeq2SeqConfig, {AutoModelForSeq2SeqLM: ProgramSeq2SeqForConditionalGeneration}, None),
     (RecurrentLMConfig, {AutoModel: RecurrentLMModel, AutoModelForCausalLM: RecurrentLMForCausalLM}, None),
     (
@@ -177,6 +183,8 @@ __all__ = [
     "RecurrentLMConfig",
     "RecurrentLMForCausalLM",
     "RecurrentLMModel",
+    "SlidingWindowConfig",
+    "SlidingWindowForObjectDetection",
     "SlotAutoencoderConfig",
     "SlotAutoencoderForImageSegmentation",
     "SlotAutoencoderModel",

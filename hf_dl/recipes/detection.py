@@ -17,7 +17,13 @@ import datasets
 import torch
 from PIL import Image
 from torch import nn
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from hf_dl.data import detection
 from hf_dl.data.detection_augmentation import BoxAugmentation
@@ -34,6 +40,7 @@ from hf_dl.models.detection_backbone import (
 from hf_dl.models.detection_processor import DetectionImageProcessor
 from hf_dl.models.image_input import to_rgb
 from hf_dl.models.two_stage_detector import TwoStageDetectorConfig, TwoStageDetectorForObjectDetection
+from hf_dl.models.sliding_window import SlidingWindowConfig, SlidingWindowForObjectDetection
 
 from .evaluation import checked_config, hide_progress_bars, report_data, split_size
 from .proposals import add_proposals, time_proposals
@@ -48,7 +55,7 @@ class Method:
     """One detector.
 
     Attributes:
-        config: Config class, a `DetectionConfig`.
+        config: Config class. A `DetectionConfig` has the shared backbone, other classes have their own network.
         model: Model class. `forward` takes `pixel_values` and `labels`, and returns a `DetectionOutput`.
         summary: First sentence of the model card.
         fields: Fixed fields of the config.
@@ -60,7 +67,7 @@ class Method:
         num_proposals: Boxes of selective search per image. They are computed once and cached with the images.
     """
 
-    config: type[DetectionConfig]
+    config: type[PreTrainedConfig]
     model: type[PreTrainedModel]
     summary: str
     fields: Mapping[str, Any] = field(default_factory=dict)
@@ -107,6 +114,14 @@ METHODS: dict[str, Method] = {
         fields={"two_stage_type": "faster"},
         flags=("roi_type", "anchor_sizes"),
         stages={"features": "backbone", "proposals": "rpn", "classification": "head"},
+    "sliding_window": Method(
+        SlidingWindowConfig,
+        SlidingWindowForObjectDetection,
+        "An object detector: a classifier of small windows with a box regressor, computed for all windows of an image "
+        "at several scales (after OverFeat, Sermanet et al. 2013).",
+        learning_rate=2e-3,
+        nms_threshold=0.3,
+        stages={"features": "features", "head": "hidden"},
     ),
 }
 
@@ -247,6 +262,10 @@ def complete_flags(args: Any) -> Method:
         raise ValueError(
             f"image_size={args.image_size} is invalid. Expected height and width, or one number, multiples of "
             f"{STRIDE}."
+        )
+    if args.backbone != "small" and not issubclass(method.config, DetectionConfig):
+        raise ValueError(
+            f"backbone={args.backbone!r} does not work with method={args.method!r}: it has its own network."
         )
     if args.pretrained and not args.backbone.startswith("timm/"):
         raise ValueError(f"pretrained needs backbone=timm/NAME, not {args.backbone!r}.")
@@ -433,6 +452,8 @@ def make_model(args: Any, names: Sequence[str]) -> tuple[PreTrainedModel, Detect
     if Path(args.backbone).is_dir():
         classifier, fields, statistics = load_backbone(args.backbone)
         processor_fields |= statistics
+    if not issubclass(method.config, DetectionConfig):  # it has its own network; see `complete_flags`
+        fields = {}
     fields |= dict(method.fields) | {name: getattr(args, name) for name in method.flags}
     labels = {"id2label": dict(enumerate(names)), "label2id": {name: label for label, name in enumerate(names)}}
     model = method.model(checked_config(method.config, **fields, **labels))
