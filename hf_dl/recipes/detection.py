@@ -114,6 +114,7 @@ METHODS: dict[str, Method] = {
         fields={"two_stage_type": "faster"},
         flags=("roi_type", "anchor_sizes"),
         stages={"features": "backbone", "proposals": "rpn", "classification": "head"},
+    ),
     "sliding_window": Method(
         SlidingWindowConfig,
         SlidingWindowForObjectDetection,

@@ -15,7 +15,6 @@ from hf_dl.models.detection_boxes import pairwise_iou, to_corners
 from hf_dl.models.detection_output import NO_CLASS
 from hf_dl.models.detection_processor import DetectionImageProcessor
 from hf_dl.models.localizer import (
-    PLACE_LOSSES,
     LocalizerConfig,
     LocalizerForKeypointDetection,
     LocalizerForObjectDetection,
@@ -45,7 +44,9 @@ class LocalizerFlags:
     source: str = field(
         default="synthetic", metadata={"help": "synthetic, a Hub id, or a folder: PASCAL VOC, COCO or tables."}
     )
-    classes: Literal[detection.CLASSES] = field(default="shape", metadata={"help": "Classes of generated scenes."})
+    classes: Literal["shape", "shape_color", "shape_material"] = field(
+        default="shape", metadata={"help": "Classes of generated scenes."}
+    )
     style: Literal["plain", "textured"] = field(default="plain", metadata={"help": "Style of generated scenes."})
     image_size: int = field(default=128, metadata={"help": "Height and width of the images, a multiple of 32."})
     num_objects: int = field(
@@ -57,14 +58,14 @@ class LocalizerFlags:
     num_test: int | None = field(
         default=None, metadata={"help": "Largest number of validation images, and of test images."}
     )
-    target: Literal[tuple(TARGETS)] = field(
+    target: Literal["box", "point"] = field(
         default="box", metadata={"help": "What the network outputs: boxes, or points at the centers of objects."}
     )
     per_class: bool = field(default=False, metadata={"help": "Whether each class has its own box or point."})
     head_input: Literal["map", "pool"] = field(
         default="map", metadata={"help": "Input of the box layers: the last feature map, or its mean."}
     )
-    place_loss: Literal[tuple(PLACE_LOSSES)] = field(
+    place_loss: Literal["l2", "smooth_l1"] = field(
         default="smooth_l1", metadata={"help": "Loss of boxes and points: squared errors, or smooth L1."}
     )
     backbone: str = field(

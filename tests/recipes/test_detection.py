@@ -122,6 +122,10 @@ def test_published_weights_bring_their_statistics(monkeypatch):
     ("flags", "message"),
     [
         ({"method": "yolo"}, "method='yolo' is unknown. Choose one of: anchor_free, yolo_v1"),
+        (
+            {"method": "sliding_window", "backbone": "timm/x"},
+            "backbone='timm/x' does not work with method='sliding_window'",
+        ),
         ({"grid_size": 7}, "grid_size=7 is not a flag of method='anchor_free', which accepts: no such flags"),
         ({"image_size": [100]}, r"image_size=\[100\] is invalid. Expected height and width, or one number, multiples"),
         ({"image_size": [8, 8, 8]}, r"image_size=\[8, 8, 8\] is invalid"),

@@ -1,0 +1,77 @@
+import numpy as np
+import pytest
+import torch
+
+from hf_dl.data import detection
+from hf_dl.models.detection_output import DetectionOutput
+from hf_dl.models.localizer import KeypointOutput
+from hf_dl.recipes import localizer
+from hf_dl.recipes.box_images import BoxImages, flip_randomly
+from scripts import train_localizer
+from tests.scripts.runs import reset
+
+
+@pytest.fixture(scope="module")
+def data():
+    return BoxImages(detection.load("test", num_images=4, size=64, num_objects=(2, 2)), (32, 64))
+
+
+def test_images_have_one_size_and_normalized_boxes(data):
+    rows = detection.load("test", num_images=4, size=64, num_objects=(2, 2))
+    assert data.pixels.shape == (4, 3, 32, 64) and data.pixels.dtype == torch.uint8
+    for row, labels in zip(rows, data.labels, strict=True):
+        boxes = np.array(row["objects"]["bbox"]) / 64
+        np.testing.assert_allclose(labels[:, 1:3], (boxes[:, :2] + boxes[:, 2:]) / 2, atol=1e-6)
+        assert labels[:, 0].tolist() == row["objects"]["category"]
+
+
+def test_boxes_move_with_their_image():
+    images = torch.arange(4.0).expand(20, 1, 1, 4).clone()
+    labels = torch.tensor([[1, 0.125, 0.5, 0.25, 1.0]]).expand(20, 1, 5).clone()  # the first pixel
+    images, labels = flip_randomly(images, labels, generator=torch.Generator().manual_seed(0))
+    flipped = images[:, 0, 0, 0] == 3
+    assert 0 < flipped.sum() < 20
+    assert (labels[flipped, 0, 1] == 0.875).all() and (labels[~flipped, 0, 1] == 0.125).all()
+
+
+@pytest.mark.parametrize("target", ["box", "point"])
+def test_a_perfect_output_has_perfect_scores(data, target, monkeypatch):
+    flags = localizer.LocalizerFlags(num_objects=2, target=target, per_class=True, image_size=32)
+    model, processor = localizer.make_model(flags, ["a", "b", "c", "d"])
+    model.config.image_size = [32, 64]
+    classes, boxes = localizer.assign_outputs(data.labels[..., 0].long(), data.labels[..., 1:], 2)
+    wrong = classes.clone()
+    wrong[0, 0] = (classes[0, 0] + 1) % 4
+    for named, expected in ((classes, 1.0), (wrong, 7 / 8)):
+        logits = torch.full((4, 2, 4, 4), -9.0)
+        logits[torch.arange(4)[:, None], torch.arange(2), named, named] = 9.0
+        places = boxes[:, :, None, : model.numbers].expand(-1, -1, 4, -1)
+        kind, name = (KeypointOutput, "keypoints") if target == "point" else (DetectionOutput, "pred_boxes")
+        output = kind(**{"logits": logits.flatten(1, 2), name: places.flatten(1, 2)})
+        monkeypatch.setattr(type(model), "forward", lambda self, pixels, output=output: output)
+        scores = localizer.evaluate(model, processor, data)
+        assert scores["class_accuracy"] == expected
+        if target == "point":
+            assert scores["point_accuracy"] == 1 and scores["point_error"] < 1e-4
+        else:
+            assert scores["localization_accuracy"] == expected and scores["box_accuracy"] == 1
+            assert scores["mean_iou"] == pytest.approx(1) and (scores["localization_error"] > 0) == (expected < 1)
+
+
+def test_a_run_trains_saves_and_reports(tmp_path):
+    threads = torch.get_num_threads()
+    flags = "--num_train=16 --num_test=4 --image_size=32 --max_steps=3 --batch_size=8 --eval_every=2 --cpu_threads=1"
+    metrics = train_localizer.main([f"--output_dir={tmp_path}", "--num_objects=2", "--target=point", *flags.split()])
+    reset()
+    torch.set_num_threads(threads)
+    assert {"test_class_accuracy", "test_point_error", "test_point_accuracy"} <= metrics.keys()
+    assert {"model.safetensors", "preprocessor_config.json", "README.md", "curves.png"} <= {
+        path.name for path in tmp_path.iterdir()
+    }
+    loaded = localizer.LocalizerForKeypointDetection.from_pretrained(tmp_path)
+    assert loaded(torch.zeros(1, 3, 32, 32)).keypoints.shape == (1, 2, 2)
+
+
+def test_a_negative_weight_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="place_weight=-1 must be 0 or above"):
+        train_localizer.Args(output_dir=str(tmp_path), place_weight=-1)
