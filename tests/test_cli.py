@@ -80,7 +80,7 @@ def test_version(capsys):
 @pytest.mark.parametrize(
     ("words", "shown"),
     [
-        (["train", "--help"], "systems: autoencoder, broken_heads, classifier"),
+        (["train", "--help"], "systems: autoencoder, broken_heads, captioner, classifier"),
         (["evaluate", "-h"], "hf-dl evaluate SYSTEM [flags of the script]"),
         (["experiment", "--help"], "norms, norms_256"),
         (["demo", "--help"], "Spaces: grad_cam, math_program, phrase_segmentation, see_inside"),

@@ -206,7 +206,8 @@ def load_data(args: CaptionFlags, split: str) -> CaptionedImages:
             size=args.image_size,
             num_pairs=count,
         )
-    return CaptionedImages(data, num_references=args.num_references)
+    # training scenes get new captions in each step, so one reference is enough for their vocabulary
+    return CaptionedImages(data, num_references=1 if split == "train" else args.num_references)
 
 
 def make_processor(args: Any, train: CaptionedImages) -> ImageCaptionerProcessor:
@@ -214,8 +215,7 @@ def make_processor(args: Any, train: CaptionedImages) -> ImageCaptionerProcessor
 
     Args:
         args: Flags with the fields of `CaptionFlags` and `ModelFlags`.
-        train: The training images. Generated scenes use new captions, whose words are in the references of any
-            hundred scenes.
+        train: The training images. Generated scenes have new captions in each step, so more of them are written here.
     """
     side = {"height": args.image_size, "width": args.image_size}
     imagenet = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
