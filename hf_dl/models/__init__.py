@@ -18,6 +18,8 @@ from transformers import (
     AutoModelForKeypointDetection,
     AutoModelForObjectDetection,
     AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoProcessor,
     AutoVideoProcessor,
     ViTImageProcessor,
@@ -38,6 +40,12 @@ from .image_vae import ImageVaeConfig, ImageVaeModel, ImageVaeProcessor
 from .localizer import LocalizerConfig, LocalizerForKeypointDetection, LocalizerForObjectDetection
 from .norm_resnet import NormResNetConfig, NormResNetForImageClassification, NormResNetModel
 from .program_seq2seq import ProgramSeq2SeqConfig, ProgramSeq2SeqForConditionalGeneration, beam_generate
+from .recurrent_classifier import (
+    RecurrentClassifierConfig,
+    RecurrentClassifierModel,
+    RecurrentForSequenceClassification,
+    RecurrentForTokenClassification,
+)
 from .recurrent_lm import RecurrentLMConfig, RecurrentLMForCausalLM, RecurrentLMModel
 from .sliding_window import SlidingWindowConfig, SlidingWindowForObjectDetection
 from .slot_autoencoder import (
@@ -107,6 +115,15 @@ REGISTERED = [
         TwoStageDetectorConfig,
         {AutoModelForObjectDetection: TwoStageDetectorForObjectDetection},
         DetectionImageProcessor,
+    ),
+    (
+        RecurrentClassifierConfig,
+        {
+            AutoModel: RecurrentClassifierModel,
+            AutoModelForSequenceClassification: RecurrentForSequenceClassification,
+            AutoModelForTokenClassification: RecurrentForTokenClassification,
+        },
+        None,
     ),
 ]
 
@@ -180,6 +197,10 @@ __all__ = [
     "NormResNetModel",
     "ProgramSeq2SeqConfig",
     "ProgramSeq2SeqForConditionalGeneration",
+    "RecurrentClassifierConfig",
+    "RecurrentClassifierModel",
+    "RecurrentForSequenceClassification",
+    "RecurrentForTokenClassification",
     "RecurrentLMConfig",
     "RecurrentLMForCausalLM",
     "RecurrentLMModel",

@@ -232,19 +232,27 @@ def check_cell(cell: str) -> None:
 
 
 @torch.no_grad()
-def init_recurrent(module: nn.RNNBase, *, forget_bias: float | None = None) -> None:
+def init_recurrent(
+    module: nn.RNNBase, *, forget_bias: float | None = None, spectral_radius: float | None = None
+) -> None:
     """Draw all weights uniformly within 1 / sqrt(hidden), as torch does.
 
     Args:
         module: A recurrent module of torch.
         forget_bias: Sum of both biases of the forget gate of an LSTM. With 1 or more, it remembers longer from the
             start (Jozefowicz et al. 2015). Defaults to random biases.
+        spectral_radius: Largest absolute eigenvalue of the recurrent matrix of each gate. Defaults to no change.
     """
     bound, hidden = module.hidden_size**-0.5, module.hidden_size
     for name, parameter in module.named_parameters():
         if forget_bias is not None and name.startswith("bias") and isinstance(module, nn.LSTM):
             values = torch.empty_like(parameter).uniform_(-bound, bound)
             values[hidden : 2 * hidden] = forget_bias if name.startswith("bias_ih") else 0.0
+            init.copy_(parameter, values)
+        elif spectral_radius is not None and name.startswith("weight_hh"):
+            values = torch.empty_like(parameter).uniform_(-bound, bound)
+            for matrix in values.split(hidden):
+                matrix *= spectral_radius / torch.linalg.eigvals(matrix.float()).abs().max()
             init.copy_(parameter, values)
         else:
             init.uniform_(parameter, -bound, bound)

@@ -1,0 +1,254 @@
+"""Gradients through time: how fast they vanish or explode in each recurrent cell, and tasks that need a memory.
+
+Hochreiter 1991; Bengio, Simard & Frasconi 1994; Pascanu, Mikolov & Bengio 2013, "On the difficulty of training
+recurrent neural networks". scripts/train_memory.py measures the gradients and trains the cell on a task.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from torch import nn
+
+from hf_dl.data.memory_tasks import TASKS, MemoryTask
+from hf_dl.models.layers_recurrent import CELLS
+from hf_dl.models.recurrent_classifier import RecurrentClassifierConfig, RecurrentForSequenceClassification
+from hf_dl.progress import activity
+from hf_dl.reporting.card import run_card
+from hf_dl.reporting.plots import plot_run
+
+from .evaluation import checked_config
+
+LAGS = (1, 10, 50, 100)
+"""Lags whose gradient is a metric."""
+
+BATCH_SIZE = 250
+SMALLEST = 1e-300  # a gradient that underflows to 0 is reported as this value, which has a logarithm
+SUMMARY = "A recurrent network that {task} over {length} steps, and the gradient that reaches each step."
+TASK_WORDS = {"copy": "remembers the first of 8 symbols", "adding": "adds two marked numbers"}
+CURVES = {"loss": {"training": "loss", "validation": "val_loss"}}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Flags
+
+
+@dataclass
+class MemoryFlags:
+    """Flags that select the task and the cell."""
+
+    task: str = field(default="copy", metadata={"help": f"Task. Choose one of: {', '.join(TASKS)}."})
+    length: int = field(default=50, metadata={"help": "Number of steps of a sequence."})
+    num_train: int = field(default=20_000, metadata={"help": "Number of training sequences."})
+    num_test: int = field(default=1000, metadata={"help": "Number of validation sequences, and of test sequences."})
+    cell: str = field(default="lstm", metadata={"help": f"Recurrent cell. Choose one of: {', '.join(CELLS)}."})
+    hidden_size: int = field(default=64, metadata={"help": "Channels of the state."})
+    forget_bias: float | None = field(
+        default=None, metadata={"help": "cell=lstm: initial bias of the forget gate. Defaults to a random one near 0."}
+    )
+    spectral_radius: float | None = field(
+        default=None,
+        metadata={
+            "help": "Largest absolute eigenvalue of the initial recurrent matrix of each gate. Defaults to the "
+            "weights of torch."
+        },
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.task not in TASKS:
+            raise ValueError(f"task={self.task!r} is unknown. Choose one of: {', '.join(TASKS)}.")
+        for name, least in (("length", 2), ("num_train", 1), ("num_test", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}.")
+        make_config(self)
+
+
+def make_config(args: Any) -> RecurrentClassifierConfig:
+    """Create the config that the flags select.
+
+    Args:
+        args: Flags with the fields of `MemoryFlags`.
+
+    Returns:
+        The config.
+
+    Raises:
+        ValueError: If a flag has an invalid value.
+    """
+    task = TASKS[args.task]
+    return checked_config(
+        RecurrentClassifierConfig,
+        input_type="features",
+        embedding_size=task.features,
+        num_labels=task.num_labels,
+        problem_type="single_label_classification" if task.num_labels > 1 else "regression",
+        hidden_size=args.hidden_size,
+        cell=args.cell,
+        forget_bias=args.forget_bias,
+        spectral_radius=args.spectral_radius,
+        dropout=0.0,
+    )
+
+
+def load_task(args: Any, split: str) -> MemoryTask:
+    """Create the sequences of one split.
+
+    Args:
+        args: Flags with the fields of `MemoryFlags`.
+        split: "train", "validation" or "test".
+
+    Returns:
+        The sequences.
+    """
+    count = args.num_train if split == "train" else args.num_test
+    return MemoryTask(args.task, split, length=args.length, num_rows=count)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Measuring
+
+
+def gradient_norms(module: nn.RNNBase, x: torch.Tensor, *, seed: int = 0) -> torch.Tensor:
+    """Measure how much of the gradient of the last step reaches the earlier steps.
+
+    The loss of the last step T is the product of h_T with a random vector. Its gradient is taken with respect to the
+    state of each step: the cell state c of an LSTM, otherwise h. The h of an LSTM is not its memory.
+
+    Args:
+        module: A `torch.nn.RNN`, `GRU` or `LSTM` with one layer that reads forward.
+        x: Inputs, (batch, length, channels).
+        seed: Seed of the random vectors.
+
+    Returns:
+        The norm of the gradient at step T - lag, divided by the norm at step T, for each lag from 0, (length,). For
+        each lag, it is the mean over the batch in logarithms.
+
+    Raises:
+        ValueError: If the module has several layers or directions.
+
+    Example:
+        ```python
+        >>> norms = gradient_norms(nn.GRU(3, 8, batch_first=True), torch.randn(2, 20, 3))
+        >>> norms.shape, norms[0].item(), bool(norms[19] < 0.01)
+        (torch.Size([20]), 1.0, True)
+
+        ```
+    """
+    if module.num_layers != 1 or module.bidirectional:
+        raise ValueError(
+            f"module has num_layers={module.num_layers} and bidirectional={module.bidirectional}. Expected one layer "
+            "that reads forward."
+        )
+    name = {nn.LSTM: "lstm", nn.GRU: "gru"}.get(type(module)) or f"rnn{'_relu' * (module.nonlinearity == 'relu')}"
+    kind, shape = CELLS[name], (x.shape[0], module.hidden_size)
+    weight_ih, weight_hh, bias_ih, bias_hh = (
+        getattr(module, f"{name}_l0").detach().double() for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+    )
+    x = x.double()  # vanished gradients are too small for float32
+    state, memories = (x.new_zeros(shape, requires_grad=True),) * kind.states, []
+    for from_x in (x @ weight_ih.T + bias_ih).unbind(1):
+        state = kind.update(from_x, state[0] @ weight_hh.T + bias_hh, state)
+        memories.append(state[-1])
+    direction = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(x)
+    gradients = torch.autograd.grad((state[0] * direction).sum(), memories)
+    norms = torch.stack([gradient.double().norm(dim=1) for gradient in reversed(gradients)])  # (lags, batch)
+    return (norms.clamp(min=SMALLEST).log() - norms[0].clamp(min=SMALLEST).log()).mean(1).exp()
+
+
+def norms_of(model: RecurrentForSequenceClassification, data: MemoryTask) -> list[float]:
+    """Measure the flow of gradients in a model on sequences of its task.
+
+    Args:
+        model: The model.
+        data: The sequences. The first 32 are used.
+
+    Returns:
+        The result of `gradient_norms`, one number per lag.
+    """
+    module = model.recurrent.layers.module
+    x = torch.stack([data[row]["inputs_embeds"] for row in range(min(32, len(data)))]).to(module.weight_ih_l0.device)
+    return gradient_norms(module, x).tolist()
+
+
+def flow_metrics(norms: Sequence[float], prefix: str) -> dict[str, float]:
+    """Select the flow of gradients at a few lags as metrics.
+
+    Args:
+        norms: Result of `norms_of`.
+        prefix: Prefix of the metrics, such as "initial".
+
+    Returns:
+        `{prefix}_flow_{lag}`, logarithms to base 10, for the `LAGS` that the sequence has.
+
+    Example:
+        >>> flow_metrics([1.0, 0.1], "initial")
+        {'initial_flow_1': -1.0}
+    """
+    return {f"{prefix}_flow_{lag}": math.log10(norms[lag]) for lag in LAGS if lag < len(norms)}
+
+
+@torch.no_grad()
+def evaluate(model: RecurrentForSequenceClassification, data: MemoryTask) -> dict[str, float]:
+    """Compute the scores of a model on a task.
+
+    Args:
+        model: The model. It is set to evaluation mode.
+        data: The sequences.
+
+    Returns:
+        `loss` and `accuracy`. In the adding task, a sum is right if its error is below 0.1.
+    """
+    model.eval()
+    loss, right, device = 0.0, 0, next(model.parameters()).device
+    for start in range(0, len(data), BATCH_SIZE):
+        rows = [data[row] for row in range(start, min(start + BATCH_SIZE, len(data)))]
+        batch = {name: torch.stack([row[name] for row in rows]).to(device) for name in rows[0]}
+        output = model(**batch)
+        loss += output.loss.item() * len(rows)
+        if TASKS[data.task].num_labels > 1:
+            right += int((output.logits.argmax(1) == batch["labels"]).sum())
+        else:
+            right += int(((output.logits[:, 0] - batch["labels"]).abs() < 0.1).sum())
+    return {"loss": loss / len(data), "accuracy": right / len(data)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Report
+
+
+def plot_flow(flows: dict[str, Sequence[float]], path: Path) -> None:
+    """Draw the norm of the gradient over the lag, on a logarithmic axis.
+
+    Args:
+        flows: Norms from `gradient_norms` by the name of the line.
+        path: File of the picture.
+    """
+    figure = Figure(figsize=(6, 3.2), layout="constrained")
+    axes = figure.subplots()
+    for name, norms in flows.items():
+        axes.plot(range(len(norms)), norms, label=name)
+    axes.set(xlabel="lag in steps", ylabel="norm of the gradient, relative", yscale="log")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+@activity("Writing the report")
+def write_report(args: Any, folder: Path) -> None:
+    """Write the learning curves and the model card of a finished run, and print where they are.
+
+    Args:
+        args: Flags with the fields of `MemoryFlags`.
+        folder: The folder of the run.
+    """
+    plot_run(folder, folder / "curves.png", CURVES)
+    summary = SUMMARY.format(task=TASK_WORDS[args.task], length=args.length)
+    limits = ("The sequences are artificial. Success on them shows a memory, not an understanding of text.",)
+    run_card(folder, summary=summary, limits=limits, tags=["recurrent_classifier"]).save(folder / "README.md")
+    print(f"checkpoint  {folder}  (AutoModelForSequenceClassification.from_pretrained)")
+    print(f"report      {folder / 'README.md'}")
