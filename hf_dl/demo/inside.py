@@ -53,7 +53,7 @@ CSS = """
 .methods h4, .methods p {margin: 0 0 4px}
 .methods section > p {font-size: var(--text-sm)}
 .methods .shown {grid-template-columns: 1fr 1fr; gap: 8px}
-.wide table {display: block; overflow-x: auto; max-width: 100%}
+.wide table {display: block; overflow-x: auto; width: 0 !important; min-width: 100%}
 .wide td, .wide th {white-space: nowrap; overflow-wrap: normal; font-size: var(--text-sm)}
 .wide td, .wide th {padding: 3px 7px !important; border-color: var(--border-color-primary) !important}
 .wide td, .wide th {font-variant-numeric: tabular-nums}

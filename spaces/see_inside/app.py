@@ -50,6 +50,8 @@ PURPOSE = "See what the layers of a classifier respond to, which pixels it uses,
 NEEDS = "an image classifier with convolutions or transformer blocks, such as google/vit-base-patch16-224"
 KINDS = [kind.config.model_type for kind in CLASSIFIERS.values()]
 TOP = "Most likely classes"
+# Runs in the browser after a run is canceled. On the server, it could be overtaken by the last picture of the run.
+MARK_STOPPED = "text => text.includes('Stopped') ? text : text.replace('<p>', '<p>Stopped. ')"
 TABS = {
     "patches": "Filters and patches",
     "occlusion": "Occlusion",
@@ -208,11 +210,6 @@ def choose_channel(count: int, channel: int) -> gr.Slider:
     return gr.Slider(0, max(count - 1, 1), min(channel, count - 1), step=1, label="Channel", elem_id="channel")
 
 
-def stop_text(progress: str) -> str:
-    """Mark the progress as stopped."""
-    return progress.replace("<p>", "<p>Stopped. ", 1) if "Stopped" not in progress else progress
-
-
 def build_demo(explorer: Explorer | None = None) -> gr.Blocks:
     """Build the page.
 
@@ -325,11 +322,13 @@ def build_demo(explorer: Explorer | None = None) -> gr.Blocks:
         climbing = make.click(
             event(explorer.climb), [picture, model, label, steps], [progress, made, made_bars], **PRIVATE | TURN
         )
-        stop.click(stop_text, progress, progress, cancels=climbing, **PRIVATE)
+        stop.click(None, cancels=climbing, **PRIVATE)
+        climbing.failure(None, progress, progress, js=MARK_STOPPED, **PRIVATE)
         inverting = invert.click(
             event(explorer.invert_layers), [picture, model, depth_steps], [depth, inverted], **PRIVATE | TURN
         )
-        stop_invert.click(stop_text, depth, depth, cancels=inverting, **PRIVATE)
+        stop_invert.click(None, cancels=inverting, **PRIVATE)
+        inverting.failure(None, depth, depth, js=MARK_STOPPED, **PRIVATE)
         add_endpoints(explorer.models)
     return demo
 
