@@ -56,10 +56,12 @@ def draw_boxes(
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(11)
     for number, (box, label) in enumerate(zip(boxes, labels, strict=True)):
         color = tuple(int(value) for value in SEGMENT_COLORS[1 + int(label) % (len(SEGMENT_COLORS) - 1)])
-        corners = [float(value) * factor for value in box]
+        limits = (canvas.width - 1, canvas.height - 1) * 2
+        corners = [min(float(value) * factor, limit) for value, limit in zip(box, limits, strict=True)]
         draw.rectangle(corners, outline=color, width=2)
         text = names[int(label)] + ("" if scores is None else f" {float(scores[number]):.2f}")
-        left, top = corners[0], max(0.0, corners[1] - 13)
+        left = max(0.0, min(corners[0], canvas.width - 5 - draw.textlength(text, font=font)))
+        top = max(0.0, corners[1] - 13)
         area = draw.textbbox((left + 2, top), text, font=font)
         draw.rectangle((left, top, area[2] + 2, top + 13), fill=color)
         draw.text((left + 2, top), text, fill="black" if sum(color) > 380 else "white", font=font)

@@ -3,6 +3,7 @@ import time
 import pytest
 import torch
 import transformers
+from PIL import Image
 from torch import nn
 
 from hf_dl.data import detection
@@ -12,6 +13,8 @@ from hf_dl.models.detection_output import PADDING_LOGIT, DetectionOutput, pad_la
 from hf_dl.models.detection_processor import DetectionImageProcessor
 from hf_dl.models.norm_resnet import image_processor
 from hf_dl.recipes import detection as recipe
+from hf_dl.recipes.detection_report import draw_boxes
+from hf_dl.reporting.grids import SEGMENT_COLORS
 from scripts.train_detector import Args
 from tests.data.test_detection import write_coco, write_voc
 
@@ -180,3 +183,14 @@ def test_the_timer_measures_modules_and_blocks():
     timer.close()
     model(torch.zeros(1, 2))
     assert 0.01 <= timer.seconds["slow"] < timer.seconds["total"] < 0.02 and timer.seconds["fast"] < 0.01
+
+
+def test_boxes_and_their_texts_stay_inside_the_picture():
+    boxes = [[0, 0, 40, 20], [30, 10, 40, 20]]
+    picture = draw_boxes(Image.new("RGB", (40, 20), "white"), boxes, [0, 1], names=["cat", "dog"], scores=[1, 0.5])
+    assert picture.shape == (128, 256, 3)
+    first, second = (tuple(SEGMENT_COLORS[1 + number]) for number in (0, 1))
+    assert tuple(picture[5, 0]) == first and tuple(picture[50, -1]) == first  # left and right side
+    assert tuple(picture[-1, -1]) == tuple(picture[64, 220]) == second
+    text = picture[51:64, 200:]  # above the second box, moved to the left of its corner
+    assert (text == second).all(-1).any() and (text == 0).all(-1).any() and not (text[:, -2] == second).all(-1).all()
