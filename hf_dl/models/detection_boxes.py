@@ -336,15 +336,26 @@ def roi_align(
     box = boxes.detach() * scale - (0.5 if aligned else 0.0)
     start, size = box[:, :2], box[:, 2:] - box[:, :2]
     size = size if aligned else size.clamp(min=1)
-    columns = _interpolate(start[:, 0], size[:, 0], bins, sampling, features.shape[3]).to(features.dtype)
-    rows = _interpolate(start[:, 1], size[:, 1], bins, sampling, features.shape[2]).to(features.dtype)
+    columns = interpolation_weights(start[:, 0], size[:, 0], bins, sampling, features.shape[3]).to(features.dtype)
+    rows = interpolation_weights(start[:, 1], size[:, 1], bins, sampling, features.shape[2]).to(features.dtype)
     return torch.einsum("nih,nchw,njw->ncij", rows, features[images], columns)
 
 
-def _interpolate(start: Tensor, size: Tensor, bins: int, sampling: int, cells: int) -> Tensor:
-    """Return the weights of the cells of an axis for the mean of the points of each part, (n, bins, cells)."""
+def interpolation_weights(start: Tensor, size: Tensor, bins: int, sampling: int, cells: int) -> Tensor:
+    """Return the weights of the cells of an axis for the mean of the points of each part of `roi_align`.
+
+    Args:
+        start: First coordinate of each box in cells, (n,).
+        size: Length of each box in cells, (n,).
+        bins: Number of parts.
+        sampling: Points per part. 0 means one point per started cell.
+        cells: Number of cells.
+
+    Returns:
+        (n, bins, cells).
+    """
     count = torch.full_like(size, sampling) if sampling > 0 else (size / bins).ceil()
-    most = int(count.max()) if count.numel() else 0
+    most = sampling if sampling > 0 else int(count.max()) if count.numel() else 0
     point = torch.arange(most, device=size.device, dtype=size.dtype)
     offset = (point + 0.5) / count.clamp(min=1)[:, None]  # (n, points)
     part = torch.arange(bins, device=size.device, dtype=size.dtype)[:, None]

@@ -1,7 +1,7 @@
-"""Fast versions of non-maximum suppression, RoI pooling and RoI align, with the kernels of torchvision.
+"""Fast versions of non-maximum suppression, RoI pooling and RoI align for batches.
 
-The definitions with the same names are in detection_boxes.py, and the tests compare both. The kernels exist for single
-and double precision; other types are converted to single precision and back.
+The definitions with the same names are in detection_boxes.py, and the tests compare both. The kernels of torchvision
+exist for single and double precision. Other types are converted to single precision and back.
 """
 
 import torch
@@ -9,6 +9,8 @@ import torch
 # importing torchvision registers the kernels below torch.ops.torchvision
 import torchvision.ops  # noqa: F401
 from torch import Tensor
+
+from .detection_boxes import interpolation_weights
 
 
 def non_maximum_suppression(
@@ -55,28 +57,50 @@ def _separate(boxes: Tensor, labels: Tensor) -> Tensor:
     return boxes - low + labels[:, None] * (high - low + 1)
 
 
-def roi_pool(features: Tensor, boxes: Tensor, images: Tensor, *, bins: int, scale: float) -> Tensor:
-    """Return the maximum of the feature map in each part of each box. See `detection_boxes.roi_pool`."""
+def roi_pool(features: Tensor, boxes: Tensor, *, bins: int, scale: float) -> Tensor:
+    """Return the maximum of the feature map in each part of each box. See `detection_boxes.roi_pool`.
+
+    Args:
+        features: Feature maps (batch, channels, height, width).
+        boxes: Boxes of each image in pixels, (batch, n, 4).
+        bins: Number of rows and columns of parts.
+        scale: Cells per pixel.
+
+    Returns:
+        (batch * n, channels, bins, bins).
+    """
     single = _to_single(features)
-    regions = torch.cat([images[:, None], boxes.detach()], dim=1).to(single.dtype)
+    images = torch.arange(boxes.shape[0], device=boxes.device)[:, None, None].expand(-1, boxes.shape[1], 1)
+    regions = torch.cat([images, boxes.detach()], dim=-1).flatten(0, 1).to(single.dtype)
     return torch.ops.torchvision.roi_pool(single, regions, scale, bins, bins)[0].to(features.dtype)
 
 
-def roi_align(
-    features: Tensor,
-    boxes: Tensor,
-    images: Tensor,
-    *,
-    bins: int,
-    scale: float,
-    sampling: int = 2,
-    aligned: bool = True,
-) -> Tensor:
-    """Return the mean of interpolated points in each part of each box. See `detection_boxes.roi_align`."""
-    single = _to_single(features)
-    regions = torch.cat([images[:, None], boxes.detach()], dim=1).to(single.dtype)
-    pooled = torch.ops.torchvision.roi_align(single, regions, scale, bins, bins, sampling, aligned)
-    return pooled.to(features.dtype)
+def roi_align(features: Tensor, boxes: Tensor, *, bins: int, scale: float, sampling: int = 2) -> Tensor:
+    """Return the mean of interpolated points in each part of each box. See `detection_boxes.roi_align`.
+
+    Two products of matrices replace the kernel of torchvision, whose gradient takes several times longer on CPUs.
+
+    Args:
+        features: Feature maps (batch, channels, height, width).
+        boxes: Boxes of each image in pixels, (batch, n, 4).
+        bins: Number of rows and columns of parts.
+        scale: Cells per pixel.
+        sampling: Points per part and axis.
+
+    Returns:
+        (batch * n, channels, bins, bins).
+    """
+    batch, channels, height, width = features.shape
+    box = boxes.detach().flatten(0, 1) * scale - 0.5
+    start, size = box[:, :2], box[:, 2:] - box[:, :2]
+    columns = interpolation_weights(start[:, 0], size[:, 0], bins, sampling, width).to(features.dtype)
+    rows = interpolation_weights(start[:, 1], size[:, 1], bins, sampling, height).to(features.dtype)
+    maps = features.transpose(1, 2).reshape(batch, height, channels * width)
+    mixed = (
+        rows.reshape(batch, -1, height) @ maps
+    )  # the rows of cells of each part, (batch, n * bins, channels * width)
+    pooled = mixed.reshape(-1, bins * channels, width) @ columns.transpose(1, 2)
+    return pooled.reshape(-1, bins, channels, bins).transpose(1, 2)
 
 
 def _to_single(values: Tensor) -> Tensor:

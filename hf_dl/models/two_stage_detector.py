@@ -132,9 +132,7 @@ class RegionHead(nn.Module):
             The class logits (batch, n, 1 + classes), with the background first, and the codes (batch, n, classes, 4).
         """
         batch, count = boxes.shape[:2]
-        images = torch.arange(batch, device=boxes.device)[:, None].expand(batch, count).flatten()
-        scale = 1 / DetectionBackbone.stride
-        crops = self.crop(features, boxes.flatten(0, 1), images, bins=self.size, scale=scale)
+        crops = self.crop(features, boxes, bins=self.size, scale=1 / DetectionBackbone.stride)
         hidden = self.hidden(crops.flatten(1))
         logits, codes = self.classes(hidden).float(), self.codes(hidden).float()
         return logits.reshape(batch, count, -1), codes.reshape(batch, count, -1, 4)
