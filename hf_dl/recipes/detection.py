@@ -39,8 +39,8 @@ from hf_dl.models.detection_backbone import (
 )
 from hf_dl.models.detection_processor import DetectionImageProcessor
 from hf_dl.models.image_input import to_rgb
-from hf_dl.models.two_stage_detector import TwoStageDetectorConfig, TwoStageDetectorForObjectDetection
 from hf_dl.models.sliding_window import SlidingWindowConfig, SlidingWindowForObjectDetection
+from hf_dl.models.two_stage_detector import TwoStageDetectorConfig, TwoStageDetectorForObjectDetection
 
 from .evaluation import checked_config, hide_progress_bars, report_data, split_size
 from .proposals import add_proposals, time_proposals
