@@ -68,7 +68,7 @@ class PhraseModel:
 
     @property
     def threshold(self) -> float:
-        """Probability from which on a pixel belongs to a mask, from the training."""
+        """Probability above which a pixel belongs to a mask, from the training."""
         return self.pipeline.model.config.threshold
 
     @property
@@ -97,8 +97,8 @@ class PhraseMap:
         return float(self.probability.max())
 
     def mask(self, threshold: float) -> np.ndarray:
-        """Return the pixels whose probability reaches the threshold, bool (height, width)."""
-        return self.probability >= threshold
+        """Return the pixels whose probability is above the threshold, bool (height, width)."""
+        return self.probability > threshold
 
 
 @dataclass(frozen=True)
@@ -312,7 +312,7 @@ def draw_view(image: Image.Image, found: PhraseMap, threshold: float, view: str 
     Args:
         image: The image.
         found: The pixels of the phrase.
-        threshold: Probability from which on a pixel belongs to the mask.
+        threshold: Probability above which a pixel belongs to the mask.
         view: One of `VIEWS`.
     """
     if view == "probabilities":
@@ -322,7 +322,7 @@ def draw_view(image: Image.Image, found: PhraseMap, threshold: float, view: str 
 
 def summarize(maps: Sequence[PhraseMap], threshold: float) -> str:
     """Summarize in Markdown how many phrases have a mask."""
-    count = sum(found.score >= threshold for found in maps)
+    count = sum(found.score > threshold for found in maps)
     if len(maps) == 1:
         text = f"### “{plain(maps[0].phrase)}” is {'in the image' if count else NOT_FOUND}"
     elif not count:
@@ -352,7 +352,7 @@ def show_maps(image: Image.Image, maps: Sequence[PhraseMap], threshold: float, v
     Args:
         image: The image.
         maps: The pixels of the phrases.
-        threshold: Probability from which on a pixel belongs to a mask.
+        threshold: Probability above which a pixel belongs to a mask.
         view: One of `VIEWS`.
     """
     figures = []

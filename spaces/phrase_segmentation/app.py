@@ -48,7 +48,7 @@ NO_POINTS = (
 )
 ABOUT_MASKS = """### How to read the masks
 A frozen CLIP encodes the image and each phrase. A small decoder turns them into one probability per pixel (CLIPSeg,
-Lüddecke & Ecker 2022). Pixels at or above the threshold belong to the mask. A phrase without such a pixel is **not in
+Lüddecke & Ecker 2022). Pixels above the threshold belong to the mask. A phrase without such a pixel is **not in
 the image**. The first threshold is the best one on validation images.
 
 The small default model knows eight colors, four shapes, and words such as “left of”. It was trained on generated
@@ -154,7 +154,7 @@ def build_demo(explorer: Explorer | None = None) -> gr.Blocks:
                     with gr.Column(visible=False) as masks:
                         sentence = gr.Markdown(elem_id="sentence")
                         with gr.Row():
-                            threshold = gr.Slider(0.01, 0.99, 0.3, step=0.01, label="Threshold", elem_id="threshold")
+                            threshold = gr.Slider(0, 1, 0.3, step=0.01, label="Threshold", elem_id="threshold")
                             view = gr.Radio(list(VIEWS), value=VIEWS[0], label="Show", elem_id="view")
                         pictures = gr.HTML(elem_id="masks")
                         gr.Markdown(ABOUT_MASKS)
@@ -239,7 +239,7 @@ def add_endpoints(explorer: Explorer) -> None:
         Args:
             image: The image file.
             phrases: Phrases such as "red cube", at most 20.
-            threshold: Probability from which on a pixel belongs to a mask. Defaults to the threshold of the model.
+            threshold: Probability above which a pixel belongs to a mask. Defaults to the threshold of the model.
 
         Returns:
             The threshold, and one result per phrase. `found` is False for a phrase that is not in the image.
@@ -328,7 +328,7 @@ def record(run: Path) -> None:
         maps, matches = parts.segment(model, picture.image, chosen), parts.compare(model, picture.image, chosen)
         drawn = {}
         for found in maps:
-            label = found.phrase if found.score >= model.threshold else f"{found.phrase}: not in the image"
+            label = found.phrase if found.score > model.threshold else f"{found.phrase}: not in the image"
             drawn[label] = parts.draw_view(picture.image, found, model.threshold)
         best = max(matches, key=lambda found: found.probability)
         bars = ("Zero-shot probabilities", [(each.phrase, each.probability) for each in matches], best.phrase)
