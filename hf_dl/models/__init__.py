@@ -40,6 +40,7 @@ from .image_vae import ImageVaeConfig, ImageVaeModel, ImageVaeProcessor
 from .localizer import LocalizerConfig, LocalizerForKeypointDetection, LocalizerForObjectDetection
 from .norm_resnet import NormResNetConfig, NormResNetForImageClassification, NormResNetModel
 from .program_seq2seq import ProgramSeq2SeqConfig, ProgramSeq2SeqForConditionalGeneration, beam_generate
+from .rcnn import RcnnConfig, RcnnForObjectDetection
 from .recurrent_classifier import (
     RecurrentClassifierConfig,
     RecurrentClassifierModel,
@@ -104,6 +105,7 @@ REGISTERED = [
     ),
     # The processor holds an image processor and a tokenizer, see below.
     (ImageCaptionerConfig, {AutoModelForImageTextToText: ImageCaptionerForConditionalGeneration}, None),
+    (RcnnConfig, {AutoModelForObjectDetection: RcnnForObjectDetection}, DetectionImageProcessor),
     (
         SlidingWindowConfig,
         {AutoModelForObjectDetection: SlidingWindowForObjectDetection},
@@ -197,6 +199,8 @@ __all__ = [
     "NormResNetModel",
     "ProgramSeq2SeqConfig",
     "ProgramSeq2SeqForConditionalGeneration",
+    "RcnnConfig",
+    "RcnnForObjectDetection",
     "RecurrentClassifierConfig",
     "RecurrentClassifierModel",
     "RecurrentForSequenceClassification",

@@ -15,7 +15,7 @@ suppression instead of averages.
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -238,34 +238,44 @@ class SlidingWindowForObjectDetection(PreTrainedModel):
 
 
 def choose_windows(
-    windows: Tensor, classes: Tensor, boxes: Tensor, noise: Tensor, positives: int, negatives: int
+    windows: Tensor,
+    classes: Tensor,
+    boxes: Tensor,
+    noise: Tensor,
+    positives: int,
+    negatives: int,
+    *,
+    threshold: float = NEGATIVE,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Choose windows for the loss: on objects, near objects, and anywhere else.
 
     Args:
-        windows: (windows, 4), x0, y0, x1, y1.
+        windows: (windows, 4) or (batch, windows, 4), x0, y0, x1, y1. Windows without area are not chosen.
         classes: (batch, rows), `NO_CLASS` for padding and for regions that are ignored.
         boxes: (batch, rows, 4), x0, y0, x1, y1.
         noise: Random numbers (batch, windows) in [0, 1), the preference within each group.
         positives: Largest number of windows on objects per image.
         negatives: Number of windows near objects, and of other windows.
+        threshold: IoU below which a window has no object.
 
     Returns:
         Index, class and object of each chosen window, (batch, positives + 2 * negatives). The class is `NO_CLASS`
         without an object, and -2 for a window that is not used, because its group is too small.
     """
-    low = torch.maximum(boxes[:, None, :, :2], windows[None, :, None, :2])
-    high = torch.minimum(boxes[:, None, :, 2:], windows[None, :, None, 2:])
+    windows = windows[None] if windows.ndim == 2 else windows
+    low = torch.maximum(boxes[:, None, :, :2], windows[:, :, None, :2])
+    high = torch.minimum(boxes[:, None, :, 2:], windows[:, :, None, 2:])
     overlap = (high - low).clamp(min=0).prod(-1)  # (batch, windows, rows)
-    area = (windows[:, 2:] - windows[:, :2]).prod(-1)[:, None]
+    area = (windows[..., 2:] - windows[..., :2]).prod(-1)[..., None]
     iou = overlap / (area + (boxes[..., 2:] - boxes[..., :2]).prod(-1)[:, None] - overlap).clamp(min=1e-6)
     real = (classes != NO_CLASS)[:, None]
-    covered = ((overlap / area) * ~real).amax(-1)  # of the window, by a region that is ignored
+    covered = ((overlap / area.clamp(min=1e-6)) * ~real).amax(-1)  # of the window, by a region that is ignored
+    usable = (covered < 0.5) & (area[..., 0] > 0)
     best, owner = (iou * real).max(-1)
     groups = {
-        "object": (best >= POSITIVE) & (covered < 0.5),
-        "near": (best < NEGATIVE) & (best >= NEAR) & (covered < 0.5),
-        "far": (best < NEAR) & (covered < 0.5),
+        "object": (best >= POSITIVE) & usable,
+        "near": (best < threshold) & (best >= NEAR) & usable,
+        "far": (best < NEAR) & usable,
     }
     chosen, named = [], []
     for (name, members), count in zip(groups.items(), (positives, negatives, negatives), strict=True):
@@ -278,16 +288,19 @@ def choose_windows(
     return chosen, torch.cat(named, dim=1), owner.take_along_dim(chosen, dim=1)
 
 
-def cut_windows(pixel_values: Tensor, boxes: Tensor, size: int = WINDOW) -> Tensor:
+def cut_windows(
+    pixel_values: Tensor, boxes: Tensor, *, size: int = WINDOW, padding: Literal["border", "zeros"] = "border"
+) -> Tensor:
     """Cut boxes out of images and resize them, with the same numbers as windows of the resized image.
 
     Args:
         pixel_values: (batch, channels, height, width).
         boxes: (batch, boxes, 4), x0, y0, x1, y1 in pixels.
         size: Height and width of the result.
+        padding: Outside of the image, the border continues, or the values are 0.
 
     Returns:
-        (batch, boxes, channels, size, size), bilinear. Outside of the image, the border continues.
+        (batch, boxes, channels, size, size), bilinear.
     """
     height, width = pixel_values.shape[-2:]
     step = (torch.arange(size, device=boxes.device, dtype=boxes.dtype) + 0.5) / size
@@ -295,7 +308,7 @@ def cut_windows(pixel_values: Tensor, boxes: Tensor, size: int = WINDOW) -> Tens
     x, y = 2 * x / width - 1, 2 * y / height - 1  # (batch, boxes, size)
     grid = torch.stack(torch.broadcast_tensors(x[:, :, None, :], y[:, :, :, None]), dim=-1)
     found = F.grid_sample(
-        pixel_values, grid.flatten(1, 2).to(pixel_values.dtype), mode="bilinear", padding_mode="border",
+        pixel_values, grid.flatten(1, 2).to(pixel_values.dtype), mode="bilinear", padding_mode=padding,
         align_corners=False,
     )  # fmt: skip
     return found.unflatten(2, (boxes.shape[1], size)).transpose(1, 2)

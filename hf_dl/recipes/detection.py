@@ -39,6 +39,7 @@ from hf_dl.models.detection_backbone import (
 )
 from hf_dl.models.detection_processor import DetectionImageProcessor
 from hf_dl.models.image_input import to_rgb
+from hf_dl.models.rcnn import RcnnConfig, RcnnForObjectDetection
 from hf_dl.models.sliding_window import SlidingWindowConfig, SlidingWindowForObjectDetection
 from hf_dl.models.two_stage_detector import TwoStageDetectorConfig, TwoStageDetectorForObjectDetection
 
@@ -114,6 +115,15 @@ METHODS: dict[str, Method] = {
         fields={"two_stage_type": "faster"},
         flags=("roi_type", "anchor_sizes"),
         stages={"features": "backbone", "proposals": "rpn", "classification": "head"},
+    ),
+    "rcnn": Method(
+        RcnnConfig,
+        RcnnForObjectDetection,
+        "An object detector: R-CNN (Girshick et al. 2014), which classifies each box of selective search as an image "
+        "of its own.",
+        nms_threshold=0.3,
+        stages={"features": "backbone", "hidden": "hidden"},
+        num_proposals=200,
     ),
     "sliding_window": Method(
         SlidingWindowConfig,
