@@ -134,6 +134,34 @@ def test_forced_relations_are_scored(monkeypatch):
     assert captioner.forced_relations(model, processor, data) == 1
 
 
+@pytest.mark.slow
+def test_eight_scenes_are_described_word_for_word():
+    """Greedy search, beam search and `generate` write the captions that the model has learned by heart."""
+    torch.manual_seed(0)
+    args = train_captioner.Args(num_train=16, num_test=8, image_size=32, feature_size=32, decoder_hidden_size=64)
+    data = captioner.load_data(args, "test")
+    processor = captioner.make_processor(args, data)
+    model = captioner.make_model(args, processor).train()
+    images, captions = data.images.__getitems__(range(8))["image"], [texts[0] for texts in data.references]
+    pixel_values, labels = captioner.to_pixel_values(images, processor), processor.make_labels(captions)
+    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
+    for _ in range(150):
+        loss = model(pixel_values, labels=labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    model.eval()
+    for beams in (1, 3):
+        written, _ = captioner.write_captions(model, processor, images, num_beams=beams)
+        assert [text.lower() for text in captions] == written
+        found = processor.batch_decode(model.generate(pixel_values, num_beams=beams), skip_special_tokens=True)
+        assert found == written
+    scores = captioner.evaluate(model, processor, data)
+    assert scores["all_right"] == scores["ended"] == 1 and scores["hallucinated"] == 0
+    data.images.kept["image"] = images.roll(1, dims=0)  # the captions of other images are wrong
+    assert captioner.evaluate(model, processor, data)["covered"] < 0.4
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
