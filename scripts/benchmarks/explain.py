@@ -9,11 +9,11 @@ interleaved repetitions:
   layer and for the last four blocks. Expected: hf_dl is at least 2 times as fast, and the maps are equal up to 1e-4;
 - a ViT of base width with six blocks and random weights at 224x224: the forward pass, CLS attention of all layers by
   hf_dl with SDPA, and CLS attention by the model with eager attention;
-- occlusion in a residual network with 14 layers at 32x32, and in ResNet-18 at 96x96, both with random weights: captum
-  with its default of one window per forward pass, and hf_dl with windows in batches. Expected: the attributions are
-  equal up to 1e-4, and hf_dl is at least 5 times as fast for the small network. In ResNet-18, multiply-adds dominate
-  even for one window, and batches do not save any. `gigaflops` is the number of multiplications and additions per
-  second in hf_dl, to compare with the peak of a core;
+- occlusion in a residual network with 14 layers at 32x32, and in ResNet-18 at 96x96, both with random weights. By
+  default, captum covers one window per forward pass, and hf_dl runs batches. Expected: the attributions are equal up
+  to 1e-4, and hf_dl is at least 5 times as fast for the small network. In ResNet-18, multiply-adds dominate even for
+  one window, and batches do not save any. `gigaflops` is the number of multiplications and additions per second in
+  hf_dl, to compare with the peak of a core;
 - gradient, guided backpropagation, deconvolution and integrated gradients in ResNet-18: captum and hf_dl. Expected:
   the attributions are equal up to rounding.
 """

@@ -372,7 +372,7 @@ class TestBrowser:
         self.open(browser, address)
         self.choose_tab(browser, "class_model")
         number = "document.querySelector('#steps input[type=number]')"
-        browser.execute_script(f"{number}.value = 500; {number}.dispatchEvent(new Event('input'))")
+        browser.execute_script(f"{number}.value = 500; {number}.dispatchEvent(new Event('input', {{bubbles: true}}))")
         self.click(browser, "make")
         wait_for(lambda: shown(browser, "made") and "step " in text_of(browser, "progress"))
         self.click(browser, "stop")
@@ -391,10 +391,11 @@ class TestBrowser:
         wait_for(lambda: "Done: 4 layers" in text_of(browser, "depth"))
         self.choose_tab(browser, "attack")
         wait_for(lambda: "lipped" in text_of(browser, "flip"))
-        before = text_of(browser, "flip")
+        changed = "return [...document.querySelectorAll('#attacked img')].at(-1)?.src"
+        before = browser.execute_script(changed)
         number = "document.querySelector('#epsilon input[type=number]')"
-        browser.execute_script(f"{number}.value = 32; {number}.dispatchEvent(new Event('input'))")
-        wait_for(lambda: text_of(browser, "flip") not in ("", before))
+        browser.execute_script(f"{number}.value = 32; {number}.dispatchEvent(new Event('input', {{bubbles: true}}))")
+        wait_for(lambda: browser.execute_script(changed) not in (None, before))
 
     def test_an_image_and_an_example(self, browser, address, tmp_path):
         from selenium.webdriver.common.by import By
