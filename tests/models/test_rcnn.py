@@ -32,6 +32,10 @@ class TestRcnn(ModelContract):
         proposals = torch.cat([others, boxes], dim=1)
         return {"pixel_values": pixels, "labels": torch.cat([classes, boxes], -1), "proposals": proposals}
 
+    @pytest.mark.slow
+    def test_compiles_to_the_same_numbers(self, model):
+        super().test_compiles_to_the_same_numbers(model)
+
 
 def make(**fields):
     torch.manual_seed(0)

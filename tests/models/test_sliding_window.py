@@ -16,7 +16,7 @@ class TestSlidingWindow(ModelContract):
     model_class = SlidingWindowForObjectDetection
     processor_class = DetectionImageProcessor
     auto_classes = ("AutoModelForObjectDetection",)
-    overfit_steps = 80
+    overfit_steps = 60
     overfit_learning_rate = 1e-2
     overfit_ratio = 0.5  # other windows in each step
 
@@ -29,6 +29,14 @@ class TestSlidingWindow(ModelContract):
         boxes = torch.rand(batch, 1, 4, generator=draw) * 0.1 + torch.tensor([0.45, 0.45, 0.5, 0.5])
         pixels = torch.randn(batch, 3, 48, 40, generator=draw)
         return {"pixel_values": pixels, "labels": torch.cat([classes, boxes], -1)}
+
+    @pytest.mark.slow
+    def test_compiles_to_the_same_numbers(self, model):
+        super().test_compiles_to_the_same_numbers(model)
+
+    @pytest.mark.slow  # TestRcnn loads the same files in a fresh process
+    def test_loads_in_a_fresh_process_without_the_package(self, model, tmp_path, run_fresh):
+        super().test_loads_in_a_fresh_process_without_the_package(model, tmp_path, run_fresh)
 
 
 def make(**fields):
