@@ -23,7 +23,7 @@ from hf_dl.reporting.plots import plot_run
 
 from .evaluation import checked_config
 
-LAGS = (1, 10, 50, 100)
+LAGS = (1, 10, 40)
 """Lags whose gradient is a metric."""
 
 BATCH_SIZE = 250

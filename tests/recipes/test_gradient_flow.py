@@ -97,7 +97,7 @@ def test_a_run_learns_and_reports_the_flow(tmp_path, capsys):
     metrics = train_memory.main([f"--output_dir={tmp_path}", *flags, "--forget_bias=3", "--learning_rate=2e-2"])
     reset()
     assert metrics["test_accuracy"] > 0.9
-    assert metrics["initial_flow_10"] > -1 and "initial_flow_50" not in metrics
+    assert metrics["initial_flow_10"] > -1 and "initial_flow_40" not in metrics
     assert (tmp_path / "gradient_flow.png").is_file() and "## Limits" in (tmp_path / "README.md").read_text()
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path)
     scores = evaluate(model, MemoryTask("copy", "test", length=12, num_rows=100))
