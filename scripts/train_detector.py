@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         #   faster_rcnn: rpn_objectness = BCE of 256 anchors, rpn_box = smooth L1 of anchors with an object / 256
         #   both R-CNNs: classification = cross-entropy of 128 regions with classes and background
         #                box            = smooth L1 of regions with an object / 128
-        #   rcnn:        classification = cross-entropy of some regions; scripts/train_rcnn.py does the rest
+        #   rcnn:        classification = cross-entropy of some regions; scripts/fit_rcnn.py does the rest
         #   sliding_window: classification = cross-entropy of some windows, with the class "no object"
         #                box            = smooth L1 of the codes of windows on objects
         loss = sum(terms.values())

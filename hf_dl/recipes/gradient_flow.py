@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
 from torch import nn
 
 from hf_dl.data.memory_tasks import TASKS, MemoryTask
@@ -228,6 +227,8 @@ def plot_flow(flows: dict[str, Sequence[float]], path: Path) -> None:
         flows: Norms from `gradient_norms` by the name of the line.
         path: File of the picture.
     """
+    from matplotlib.figure import Figure  # here, because this import takes most of a second
+
     figure = Figure(figsize=(6, 3.2), layout="constrained")
     axes = figure.subplots()
     for name, norms in flows.items():

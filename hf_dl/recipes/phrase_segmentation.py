@@ -25,6 +25,7 @@ from hf_dl.data import phrasecut
 from hf_dl.data.image_arrays import ImageTensors
 from hf_dl.metrics.phrase_segmentation import PhraseCounts, best_threshold, phrase_segmentation_scores
 from hf_dl.models.clip_decoders import DECODERS
+from hf_dl.models.clip_features import knows_a_word
 from hf_dl.models.clip_segmenter import ClipSegmenterForImageSegmentation
 from hf_dl.models.image_input import to_rgb
 from hf_dl.pipelines.phrase_segmentation import PhraseSegmentationPipeline, draw_heat_map, highlight
@@ -230,6 +231,14 @@ def embed_phrases(
         tokens = tokenizer(list(phrases[start : start + batch_size]), **options).to(model.device)
         embeds.append(model.encode_prompts(tokens["input_ids"], tokens["attention_mask"]))
     return torch.cat(embeds)
+
+
+def find_known(tokenizer: Any, phrases: Sequence[str]) -> torch.Tensor:
+    """Return 1 for phrases with a word that the tokenizer knows, else 0, as float32 (phrases,).
+
+    The pipeline finds nothing for a phrase without a known word, so its probabilities count as 0 in the scores too.
+    """
+    return torch.tensor([float(knows_a_word(phrase, tokenizer)) for phrase in phrases])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -480,6 +489,7 @@ def predict(
     """
     model.eval()
     embeds = embed_phrases(model, processor.tokenizer, data.phrases)
+    known = find_known(processor.tokenizer, data.phrases)
     count = len(data) if num_images is None else min(num_images, len(data))
     for start in range(0, count, BATCH_IMAGES):
         batch = data.__getitems__(range(start, min(start + BATCH_IMAGES, count)))
@@ -491,7 +501,8 @@ def predict(
             image_index=image_index.to(embeds.device),
             **data.vision_inputs(batch, processor, model.device),
         ).logits
-        yield {**batch, "rows": rows, "probabilities": logits.float().sigmoid().cpu()}
+        probabilities = logits.float().sigmoid().cpu() * known[data.phrase_index[rows], None, None]
+        yield {**batch, "rows": rows, "probabilities": probabilities}
 
 
 def count_pixels(
@@ -524,7 +535,8 @@ def count_original_pixels(pipeline: PhraseSegmentationPipeline, data: datasets.D
         logits = model(pixel_values, prompt_embeds=embeds).logits.float()
         masks = torch.from_numpy(np.stack([np.asarray(mask) > 0 for mask in data[rows]["mask"]]))
         logits = F.interpolate(logits[:, None], masks.shape[1:], mode="bilinear")[:, 0]
-        counts.update(logits.sigmoid().cpu(), masks, subsets=[subsets[row] for row in rows])
+        known = find_known(pipeline.tokenizer, [phrases[row] for row in rows])
+        counts.update(logits.sigmoid().cpu() * known[:, None, None], masks, subsets=[subsets[row] for row in rows])
     return counts
 
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from sklearn.svm import LinearSVC
 
 from hf_dl.models.detection_boxes import encode_boxes, pairwise_iou, to_corners
 from hf_dl.models.rcnn import RcnnForObjectDetection
@@ -132,6 +131,7 @@ def fit_svm(positive: np.ndarray, negative: np.ndarray, *, seed: int = 0) -> tup
     Returns:
         The weight (features,), the bias, and the number of negatives in the last fit.
     """
+    from sklearn.svm import LinearSVC  # here, because this import takes most of a second
 
     def solve(kept: np.ndarray) -> tuple[np.ndarray, float]:
         machine = LinearSVC(

@@ -1,7 +1,7 @@
 """Fit the SVMs and the boxes of R-CNN to the feature vectors of a fine-tuned network.
 
     scripts/run accelerate launch scripts/train_detector.py --method rcnn --epochs 4 --output_dir runs/rcnn_network
-    scripts/run python scripts/train_rcnn.py --model runs/rcnn_network --output_dir runs/rcnn
+    scripts/run python scripts/fit_rcnn.py --model runs/rcnn_network --output_dir runs/rcnn
 
 The first command fine-tunes the network as a classifier of proposals. The second one computes the feature vectors of
 all proposals once, fits a linear SVM and a box regression per class, and scores the test images. It takes a few
@@ -23,7 +23,7 @@ class Args(detection.DetectionFlags):
 
     model: str = field(default="runs/train_detector", metadata={"help": "Folder or Hub id of the fine-tuned network."})
     seed: int = field(default=0, metadata={"help": "Seed of the solver of the SVMs."})
-    output_dir: str = field(default="runs/train_rcnn", metadata={"help": "Folder for the model and its scores."})
+    output_dir: str = field(default="runs/fit_rcnn", metadata={"help": "Folder for the model and its scores."})
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:

@@ -4,7 +4,7 @@ import torch
 from PIL import Image
 from transformers import pipeline
 
-from scripts import train_detector, train_rcnn
+from scripts import fit_rcnn, train_detector
 from tests.scripts.runs import reset
 
 DATA = "--num_train=6 --num_test=2 --num_objects 1 2".split()
@@ -18,7 +18,7 @@ def test_the_fitted_model_loads_and_detects(tmp_path):
     reset()
     torch.set_num_threads(threads)
     before = json.loads((network / "config.json").read_text())
-    scores = train_rcnn.main([f"--model={network}", f"--output_dir={folder}"])
+    scores = fit_rcnn.main([f"--model={network}", f"--output_dir={folder}"])
     after = json.loads((folder / "config.json").read_text())
     assert (before["fitted"], after["fitted"]) == (False, True) and after["model_type"] == "rcnn"
     assert scores["images"] == 2 and scores["ms_proposals"] > 0 and scores["ms_features"] > 0
