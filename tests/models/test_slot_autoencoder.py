@@ -94,6 +94,10 @@ class TestPaperKind(TestDefaultKind):
     overfit_steps = 400
     overfit_ratio = 0.1
 
+    @pytest.mark.slow  # the other kinds overfit in less time
+    def test_overfits_eight_examples(self):
+        super().test_overfits_eight_examples()
+
     def config(self):
         return SlotAutoencoderConfig(
             **TINY,
@@ -111,6 +115,10 @@ class TestResNetKind(TestDefaultKind):
 
     skipped = SAME_CODE | COMPILED
     overfit_steps = 300  # four seeds ended between 0.05 and 0.08 of where they began
+
+    @pytest.mark.slow  # the other kinds overfit in less time
+    def test_overfits_eight_examples(self):
+        super().test_overfits_eight_examples()
 
     def config(self):
         small = {"encoder_type": "resnet18", "image_size": 8, "decoder_size": 4, "canvas_size": 8}

@@ -98,7 +98,7 @@ def test_the_schedule_is_the_published_one():
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
-@pytest.mark.parametrize("steps", [None, 7])
+@pytest.mark.parametrize("steps", [pytest.param(None, marks=pytest.mark.slow), 7])
 def test_ancestral_sampling_equals_that_of_diffusers(steps, prediction_type):
     """All 1000 steps, and a few that jump."""
     config = noise_schedule(prediction_type=prediction_type).config

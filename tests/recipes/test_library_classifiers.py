@@ -83,7 +83,8 @@ def test_grad_cam_finds_the_layer_of_a_timm_network():
         ("VIT", {"image_size": 64}, "image_size=64 does not fit .*, which expects 32x32 pixels. Add --image_size 32"),
     ],
 )  # fmt: skip
-def test_errors_name_the_solution(name, options, message, vit):
+def test_errors_name_the_solution(name, options, message, vit, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # a missing Hub is tried for a minute
     with pytest.raises(ValueError, match=message):
         make(vit if name == "VIT" else name, **options)
 

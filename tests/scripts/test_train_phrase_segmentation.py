@@ -251,6 +251,7 @@ def test_the_loss_of_the_script_is_the_loss_of_the_model(clip_folder, images):
     ],
 )
 def test_invalid_flags_of_the_model(flags, sentence, clip_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # a missing Hub is tried for a minute
     monkeypatch.chdir(tmp_path)
     args = train_phrase_segmentation.Args(**{"clip": str(clip_folder), "image_size": 32, **flags})
     with pytest.raises(ValueError, match=sentence.replace("[", r"\[")):

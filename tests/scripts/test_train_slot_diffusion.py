@@ -637,6 +637,7 @@ def test_the_benchmark_counts_the_tensors_of_a_step():
     assert benchmark.tensor_memory(step) == pytest.approx(2.0, rel=0.05)
 
 
+@pytest.mark.slow
 def test_the_benchmark_measures_both_networks(tmp_path, monkeypatch):
     megabytes = benchmark.memory_of("ours", "training", "small", 8, processes=1)
     assert megabytes > 10
