@@ -36,6 +36,9 @@ SPACE = ROOT / "spaces" / "slot_explorer"
 app = load_app("slot_explorer")
 
 
+NO_TRUTH = "Slot {} covers no single object, so this edit has no true result."  # the model is untrained
+
+
 @pytest.fixture(scope="module")
 def model():
     return make_slots()
@@ -195,8 +198,7 @@ class TestBrowser:
         boxes = browser.find_elements(By.CSS_SELECTOR, "#keep input[type=checkbox]")
         boxes[-1].click()  # so that a slot is left
         boxes[0].click()
-        reason = "Slot 1 covers no single object, so this edit has no true result."  # the model is untrained
-        wait_for(lambda: reason in text_of(browser, "painted_note"))
+        wait_for(lambda: NO_TRUTH.format(1) in text_of(browser, "painted_note"))
         wait_for(lambda: not shown(browser, "painted_truth"))
         boxes[0].click()
         wait_for(lambda: shown(browser, "painted_truth"))
@@ -215,7 +217,8 @@ class TestBrowser:
 
         self.open(browser, address)
         next(b for b in browser.find_elements(By.CSS_SELECTOR, "button[role=tab]") if b.text == "Move").click()
-        wait_for(lambda: shown(browser, "moved") and shown(browser, "moved_truth"))
+        wait_for(lambda: shown(browser, "moved") and NO_TRUTH.format(2) in text_of(browser, "moved_note"))
+        assert not shown(browser, "moved_truth")
         before, (_, y) = shown(browser, "moved"), numbers()
         field = browser.find_element(By.CSS_SELECTOR, "#x input[type=number]")
         field.send_keys(Keys.CONTROL, "a")
