@@ -48,6 +48,7 @@ from .proposals import add_proposals, time_proposals
 
 BATCH_IMAGES = 32  # images per batch during evaluation
 CACHED_PIXELS = 200_000_000  # of decoded images in memory per dataset; 4 bytes each
+STAGES = ("proposals", "features", "classification", "nms")  # their time is reported, 0 where a method has none
 NUM_SCENES = {"train": 5000, "validation": 300, "test": 500}  # default numbers of generated scenes
 
 
@@ -64,7 +65,7 @@ class Method:
         learning_rate: Peak learning rate, if the flag is not given.
         nms_threshold: IoU above which the box with the lower score is removed.
         score_threshold: Lowest score of the boxes for average precision.
-        stages: Module of the model per stage whose time is reported. "features" includes no other stage.
+        stages: Module of the model per stage whose time is reported, for keys of `STAGES`.
         num_proposals: Boxes of selective search per image. They are computed once and cached with the images.
     """
 
@@ -76,7 +77,7 @@ class Method:
     learning_rate: float = 1e-3
     nms_threshold: float = 0.5
     score_threshold: float = 0.01
-    stages: Mapping[str, str] = field(default_factory=lambda: {"features": "backbone", "head": "head"})
+    stages: Mapping[str, str] = field(default_factory=lambda: {"features": "backbone", "classification": "head"})
     num_proposals: int = 0
 
 
@@ -105,7 +106,6 @@ METHODS: dict[str, Method] = {
         "feature map.",
         fields={"two_stage_type": "fast"},
         flags=("roi_type",),
-        stages={"features": "backbone", "classification": "head"},
         num_proposals=200,
     ),
     "faster_rcnn": Method(
@@ -122,7 +122,7 @@ METHODS: dict[str, Method] = {
         "An object detector: R-CNN (Girshick et al. 2014), which classifies each box of selective search as an image "
         "of its own.",
         nms_threshold=0.3,
-        stages={"features": "backbone", "hidden": "hidden"},
+        stages={"features": "backbone", "classification": "hidden"},
         num_proposals=200,
     ),
     "sliding_window": Method(
@@ -132,7 +132,7 @@ METHODS: dict[str, Method] = {
         "at several scales (after OverFeat, Sermanet et al. 2013).",
         learning_rate=2e-3,
         nms_threshold=0.3,
-        stages={"features": "features", "head": "hidden"},
+        stages={"features": "features", "classification": "hidden"},
     ),
 }
 
@@ -584,8 +584,8 @@ def predict(
 
     Returns:
         `scores`, `labels` and `boxes` of each image, in pixels of the original image. And the milliseconds per image
-        of each stage, of `nms` (post-processing), and in `total`, without reading the images. The time of selective
-        search is measured on a few images.
+        of all `STAGES`, and in `total`, without reading the images. "nms" is the post-processing. The time of
+        selective search is measured on a few images. Without `stages`, only "nms" and "total" are measured.
     """
     model.eval()
     count = len(data) if num_images is None else min(num_images, len(data))
@@ -605,7 +605,8 @@ def predict(
                     found += processor.post_process_object_detection(output, threshold, sizes)
     finally:
         timer.close()
-    times = {stage: 1000 * seconds / count for stage, seconds in timer.seconds.items()}
+    times = dict.fromkeys(STAGES, 0.0) if stages else {}
+    times |= {stage: 1000 * seconds / count for stage, seconds in timer.seconds.items()}
     if stages and getattr(processor, "num_proposals", 0):  # their time is not in the loop, because they are cached
         times["proposals"] = time_proposals(data.rows)
         times["total"] += times["proposals"]
