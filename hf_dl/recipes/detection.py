@@ -407,6 +407,9 @@ def load_rows(args: DetectionFlags, split: str, *, size: int) -> datasets.Datase
 
     Returns:
         The dataset, see `hf_dl.data.detection`.
+
+    Raises:
+        ValueError: If no training image has an object.
     """
     hide_progress_bars()
     if len(args.num_objects) != 2:
@@ -430,6 +433,11 @@ def load_rows(args: DetectionFlags, split: str, *, size: int) -> datasets.Datase
         num_objects=(args.num_objects[0], args.num_objects[1]),
     )
     report_data(rows, split)
+    if split == "train" and not any(objects["bbox"] for objects in rows["objects"]):
+        raise ValueError(
+            f"No training image of source={args.source!r} has an object. Expected boxes for at least one of its "
+            f"{len(rows)} images; check its annotations."
+        )
     return rows
 
 
@@ -620,10 +628,10 @@ def references(rows: datasets.Dataset) -> list[dict[str, Any]]:
 
 
 def watch(model: PreTrainedModel, processor: Any, data: DetectionImages, *, threshold: float) -> dict[str, float]:
-    """Compute the scores to log during training: `map`, `map_50` and `map_75`. See `evaluate`."""
+    """Compute the scores to log during training, without undefined ones: `map`, `map_50`, `map_75`. See `evaluate`."""
     found, _ = predict(model, processor, data, threshold=threshold)
     scores = coco_scores(found, references(data.rows))
-    return {name: scores[name] for name in ("map", "map_50", "map_75")}
+    return {name: scores[name] for name in ("map", "map_50", "map_75") if math.isfinite(scores[name])}
 
 
 def evaluate(
