@@ -225,8 +225,8 @@ def activation_maximization(
         pixel_values: Image, (1, channels, height, width), which gives the size.
         channels: One or several channels; one picture per channel.
         layer: Name or module. Defaults to the last feature map.
-        position: Row and column of the neuron. Defaults to the sum of the channel over all positions. A mean would be too
-            small for the penalties of `Ascent`, which suit class logits.
+        position: Row and column of the neuron. Defaults to the sum of the channel over all positions. A mean would be
+            too small for the penalties of `Ascent`, which suit class logits.
         ascent: Options of the optimization. Defaults to `Ascent()`.
         image_mean: Mean of the normalization, see `fill_patches`.
         image_std: Standard deviation of the normalization, see `fill_patches`.
