@@ -44,7 +44,7 @@ from hf_dl.models.sliding_window import SlidingWindowConfig, SlidingWindowForObj
 from hf_dl.models.two_stage_detector import TwoStageDetectorConfig, TwoStageDetectorForObjectDetection
 
 from .evaluation import checked_config, hide_progress_bars, report_data, split_size
-from .proposals import add_proposals, time_proposals
+from .proposals import add_proposals, choose_anchor_sizes, time_proposals
 
 BATCH_IMAGES = 32  # images per batch during evaluation
 CACHED_PIXELS = 200_000_000  # of decoded images in memory per dataset; 4 bytes each
@@ -212,7 +212,8 @@ class ModelFlags:
         default=None, metadata={"help": "fast_rcnn, faster_rcnn: align, or pool as in the papers."}
     )
     anchor_sizes: list[int] | None = field(
-        default=None, metadata={"help": "faster_rcnn: sides of the anchors in pixels, near the sizes of the objects."}
+        default=None,
+        metadata={"help": "faster_rcnn: sides of the anchors in pixels. Defaults to three sizes of the training boxes."},
     )
 
 
@@ -287,6 +288,17 @@ def complete_flags(args: Any) -> Method:
     if "learning_rate" not in (args.given or {}):
         args.learning_rate = method.learning_rate
     return method
+
+
+def complete_anchors(args: Any, data: datasets.Dataset) -> None:
+    """Choose the sizes of the anchors, if the method has anchors and the user gave no sizes.
+
+    Args:
+        args: Flags of the training script, after `complete_flags`.
+        data: The training images.
+    """
+    if "anchor_sizes" in find_method(args.method).flags and "anchor_sizes" not in (args.given or {}):
+        args.anchor_sizes = choose_anchor_sizes(data, image_size=args.image_size) or args.anchor_sizes
 
 
 # ---------------------------------------------------------------------------------------------------------------------
