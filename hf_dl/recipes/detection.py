@@ -48,7 +48,7 @@ from .proposals import add_proposals, choose_anchor_sizes, time_proposals
 
 BATCH_IMAGES = 32  # images per batch during evaluation
 CACHED_PIXELS = 200_000_000  # of decoded images in memory per dataset; 4 bytes each
-STAGES = ("proposals", "features", "classification", "nms")  # their time is reported, 0 where a method has none
+STAGES = ("proposals", "features", "classification", "nms")  # of a detector, whose times are reported
 NUM_SCENES = {"train": 5000, "validation": 300, "test": 500}  # default numbers of generated scenes
 
 

@@ -63,8 +63,8 @@ def choose_anchor_sizes(data: datasets.Dataset, *, image_size: Sequence[int], co
         count: Largest number of sizes.
 
     Returns:
-        Square roots of areas in pixels of the input, ascending. They are fewer if the boxes have fewer sizes, and
-        none if there are no boxes.
+        Square roots of areas in pixels of the input, ascending. Boxes of few sizes give fewer anchors. The list is
+        empty without boxes.
     """
     from sklearn.cluster import KMeans  # here, because this import takes most of a second
 
