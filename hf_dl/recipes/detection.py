@@ -63,6 +63,7 @@ class Method:
         fields: Fixed fields of the config.
         flags: Flags of the training script that set a config field of the same name.
         learning_rate: Peak learning rate, if the flag is not given.
+        batch_size: Images per step, if the flag is not given.
         nms_threshold: IoU above which the box with the lower score is removed.
         score_threshold: Lowest score of the boxes for average precision.
         stages: Module of the model per stage whose time is reported, for keys of `STAGES`.
@@ -75,6 +76,7 @@ class Method:
     fields: Mapping[str, Any] = field(default_factory=dict)
     flags: tuple[str, ...] = ()
     learning_rate: float = 1e-3
+    batch_size: int = 32
     nms_threshold: float = 0.5
     score_threshold: float = 0.01
     stages: Mapping[str, str] = field(default_factory=lambda: {"features": "backbone", "classification": "head"})
@@ -106,6 +108,8 @@ METHODS: dict[str, Method] = {
         "feature map.",
         fields={"two_stage_type": "fast"},
         flags=("roi_type",),
+        learning_rate=3e-3,
+        batch_size=16,
         num_proposals=200,
     ),
     "faster_rcnn": Method(
@@ -114,6 +118,8 @@ METHODS: dict[str, Method] = {
         "An object detector: Faster R-CNN (Ren et al. 2015), which classifies the boxes of a region proposal network.",
         fields={"two_stage_type": "faster"},
         flags=("roi_type", "anchor_sizes"),
+        learning_rate=3e-3,
+        batch_size=16,
         stages={"features": "backbone", "proposals": "rpn", "classification": "head"},
     ),
     "rcnn": Method(
@@ -213,7 +219,9 @@ class ModelFlags:
     )
     anchor_sizes: list[int] | None = field(
         default=None,
-        metadata={"help": "faster_rcnn: sides of the anchors in pixels. Defaults to three sizes of the training boxes."},
+        metadata={
+            "help": "faster_rcnn: sides of the anchors in pixels. Defaults to three sizes of the training boxes."
+        },
     )
 
 
@@ -254,8 +262,8 @@ def complete_flags(args: Any) -> Method:
     """Check the flags of the model, and enter the defaults of the method.
 
     Args:
-        args: Flags of the training script with the fields of `ModelFlags`. `learning_rate` is set unless the user
-            gave it.
+        args: Flags of the training script with the fields of `ModelFlags`. `learning_rate` and `batch_size` are set
+            unless the user gave them.
 
     Returns:
         The method.
@@ -285,8 +293,9 @@ def complete_flags(args: Any) -> Method:
     for name in method.flags:
         if getattr(args, name) is None:
             setattr(args, name, getattr(defaults, name))
-    if "learning_rate" not in (args.given or {}):
-        args.learning_rate = method.learning_rate
+    for name in ("learning_rate", "batch_size"):
+        if name not in (args.given or {}):
+            setattr(args, name, getattr(method, name))
     return method
 
 

@@ -159,15 +159,20 @@ def test_wrong_backbones_and_data_are_refused(tmp_path):
         recipe.check_classes(model, ["cat"], source="birds")
 
 
-def test_the_method_sets_the_learning_rate_and_its_flags():
+def test_the_method_sets_the_learning_rate_the_batch_size_and_its_flags():
     args = Args(method="yolo_v1", grid_size=4)
     args.given = {}
     recipe.complete_flags(args)
-    assert (args.learning_rate, args.grid_size, args.boxes_per_cell) == (1e-3, 4, 2)
-    args = Args(method="yolo_v1", learning_rate=0.5)
-    args.given = {"learning_rate": 0.5}
+    assert (args.learning_rate, args.batch_size, args.grid_size, args.boxes_per_cell) == (1e-3, 32, 4, 2)
+    for method in ("fast_rcnn", "faster_rcnn"):  # with 1e-3, the classes are learned several times slower
+        args = Args(method=method)
+        args.given = {}
+        recipe.complete_flags(args)
+        assert (args.learning_rate, args.batch_size) == (3e-3, 16)
+    args = Args(method="faster_rcnn", learning_rate=0.5, batch_size=8)
+    args.given = {"learning_rate": 0.5, "batch_size": 8}
     recipe.complete_flags(args)
-    assert args.learning_rate == 0.5
+    assert (args.learning_rate, args.batch_size) == (0.5, 8)
 
 
 def test_anchors_fit_the_boxes_of_the_training_images():
