@@ -27,8 +27,7 @@ MAX_DRAWN = 150  # regions in color
 MAX_BARS = 6  # scores below a picture
 NEUTRAL = (255, 190, 60)  # regions without a class, such as anchors
 STAGES = {
-    "proposals": "#e8a33d", "features": "#4f6bd8", "head": "#2a9d8f", "classification": "#2a9d8f", "nms": "#c8547a",
-    "other": "#94a3b8",
+    "proposals": "#e8a33d", "features": "#4f6bd8", "classification": "#2a9d8f", "nms": "#c8547a", "other": "#94a3b8",
 }  # fmt: skip
 STAGE_NAMES = {"nms": "NMS", "other": "other, such as resizing"}
 CSS = """

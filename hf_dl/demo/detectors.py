@@ -173,7 +173,7 @@ class Detection:
         boxes: x0, y0, x1, y1 in [0, 1] of the image, (n, 4).
         scores: (n, classes).
         regions: Regions by view.
-        milliseconds: Time per stage: "proposals", "features", "head" or "classification", and "other".
+        milliseconds: Time per stage: some of `hf_dl.recipes.detection.STAGES`, and "other".
     """
 
     boxes: torch.Tensor
@@ -313,8 +313,6 @@ def detect(detector: Detector, image: Image.Image) -> Detection:
     times = {stage: 1000 * value for stage, value in timer.seconds.items()}
     total = times.pop("total")
     times["other"] = max(total - sum(times.values()), 0.0)
-    if "hidden" in times:
-        times["classification"] = times.pop("hidden")
     return Detection(boxes, scores, regions, times)
 
 

@@ -177,7 +177,7 @@ class TestEndpoints:
         assert found["detector"] == "YOLO v1" and len(found["results"]) == len(chosen.boxes) > 0
         for result, box, score in zip(found["results"], chosen.boxes.tolist(), chosen.scores.tolist(), strict=True):
             assert list(result["box"].values()) == pytest.approx(box) and result["score"] == pytest.approx(score)
-        assert set(found["milliseconds"]) == {"features", "head", "other", "nms"}
+        assert set(found["milliseconds"]) == {"features", "classification", "other", "nms"}
         with Image.open(found["image"]["path"]) as picture:
             assert picture.size == (768, 512)
         assert (
