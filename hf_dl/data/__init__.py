@@ -13,6 +13,7 @@
 - `phrasecut`: images with phrases and one mask per phrase: generated, PhraseCut, COCO, or the Hub
 - `zero_shot`: images and prompts for zero-shot classification
 - `text`: a generated language, text files, or the Hub, with tokenizers and batches
+- `nested_text`: a generated language with quotes and nested brackets, for models of characters
 - `math_programs`: word problems with programs: generated, MathQA files, or the Hub
 
 The other files are parts of these: `image_arrays` and `collate` feed training loops, `raycast` renders scenes,

@@ -336,6 +336,28 @@ def perplexity_floor(prefix: str, data: datasets.Dataset, tokenizer: PreTrainedT
     return {} if floor is None else {f"{prefix}_perplexity_floor": floor}
 
 
+def encode_characters(tokenizer: PreTrainedTokenizerFast, text: str, *, name: str = "prompt") -> list[int]:
+    """Convert a text to one token per character.
+
+    Args:
+        tokenizer: Tokenizer of a model of characters. "<unk>" is five characters here.
+        text: The text.
+        name: Name of the text in the error.
+
+    Returns:
+        The token ids.
+
+    Raises:
+        ValueError: If the training text of the tokenizer does not have one of the characters.
+    """
+    ids = tokenizer.convert_tokens_to_ids(list(text))
+    if tokenizer.unk_token_id in ids:
+        unknown = {letter for letter, token in zip(text, ids, strict=True) if token == tokenizer.unk_token_id}
+        shown = ", ".join(map(repr, sorted(unknown)[:10])) + (", ..." if len(unknown) > 10 else "")
+        raise ValueError(f"{name} has characters that the training text does not have: {shown}. Remove them.")
+    return ids
+
+
 def generate(
     model: RecurrentLMForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
@@ -372,12 +394,12 @@ def generate(
     ):
         if not valid:
             raise ValueError(f"{name}={value} must be {range_}.")
-    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    if tokenizer.eos_token != "<eos>" and tokenizer.unk_token_id in ids:  # a model of characters
-        unknown = sorted(
-            {letter for letter, token in zip(prompt, ids, strict=True) if token == tokenizer.unk_token_id}
-        )
-        raise ValueError(f"prompt has characters that the training text does not have: {unknown}. Remove them.")
+    characters = tokenizer.eos_token != "<eos>"
+    ids = (
+        encode_characters(tokenizer, prompt)
+        if characters
+        else tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    )
     inputs = torch.tensor([[tokenizer.bos_token_id, *ids]], device=model.device)
     choice = {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p}
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
@@ -387,6 +409,7 @@ def generate(
             attention_mask=torch.ones_like(inputs),
             max_new_tokens=max_new_tokens,
             eos_token_id=None,
+            suppress_tokens=[tokenizer.unk_token_id] if characters else None,
             **(choice if temperature else {"do_sample": False}),
         )
     return tokenizer.decode(written[0, 1:])

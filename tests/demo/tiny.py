@@ -5,18 +5,19 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from transformers import CLIPImageProcessor
+from transformers import CLIPImageProcessor, ViTImageProcessor
 
+from hf_dl.data.caption_tokenizer import build_caption_tokenizer
 from hf_dl.data.captions import COLORS, SHAPES
 from hf_dl.demo.slots import make_explanation
+from hf_dl.models.caption_processor import ImageCaptionerProcessor
 from hf_dl.models.clip_segmenter import ClipSegmenterConfig, ClipSegmenterForImageSegmentation
-from hf_dl.models.detection_processor import DetectionImageProcessor
+from hf_dl.models.image_captioner import ImageCaptionerConfig, ImageCaptionerForConditionalGeneration
 from hf_dl.models.norm_resnet import NormResNetConfig, NormResNetForImageClassification, image_processor
 from hf_dl.models.slot_autoencoder import SlotAutoencoderConfig, SlotAutoencoderModel
 from hf_dl.models.small_vit import SmallViTConfig, SmallViTForImageClassification, SmallViTImageProcessor
 from hf_dl.pipelines.phrase_segmentation import PhraseSegmentationPipeline
 from hf_dl.recipes.clip import make_tokenizer
-from hf_dl.recipes.detection import METHODS
 
 from ..pipelines.test_slot_diffusion import make_pipe
 
@@ -26,15 +27,6 @@ TINY_SLOTS = {
     "decoder_channels": [8], "decoder_size": 4,
 }  # fmt: skip
 TINY_VIT = {"image_size": 16, "patch_size": 4, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
-TINY_DETECTORS = {
-    "anchor_free": {"feature_size": 8},
-    "yolo_v1": {"feature_size": 8, "grid_size": 4},
-    "fast_rcnn": {"feature_size": 8, "hidden_size": 8, "roi_size": 2},
-    "faster_rcnn": {"feature_size": 8, "hidden_size": 8, "roi_size": 2, "num_proposals": 20},
-    "rcnn": {"feature_size": 8, "hidden_size": 8, "crop_size": 16},
-    "sliding_window": {"widths": [4, 4, 4, 8], "hidden_size": 8, "window_sizes": [16, 31]},
-}
-SHAPE_NAMES = ["sphere", "cube", "cylinder", "cone"]
 VIT_NAMES = ["cat", "dog", "bird", "fish", "cow", "hen", "fox"]
 
 
@@ -92,21 +84,6 @@ def save_vit(folder):
     return folder
 
 
-def save_detector(folder, method="anchor_free", names=SHAPE_NAMES, seed=0):
-    """Save a detector of the ladder whose untrained scores differ between boxes."""
-    torch.manual_seed(seed)
-    step = METHODS[method]
-    model = step.model(step.config(**step.fields, **TINY_DETECTORS[method], id2label=dict(enumerate(names))))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "output" in name and parameter.ndim == 4:
-                parameter.mul_(20)
-    model.save_pretrained(folder)
-    count = 10 if step.num_proposals else 0
-    DetectionImageProcessor(size={"height": 32, "width": 32}, num_proposals=count).save_pretrained(folder)
-    return folder
-
-
 def save_phrase_model(folder, seed=0, **fields):
     """Save a model of phrases that knows the words of scenes. Its probabilities differ between phrases and pixels."""
     torch.manual_seed(seed)
@@ -147,3 +124,22 @@ def make_gap(details=("rich", "poor"), temperatures=("learned", "0.5")):
                 {"detail": detail, "temperature": temperature, "seeds": 3, "seed": 0, "scores": scores, "views": views}
             )
     return {"script": "train_clip.py", "commit": "0123456", "cells": cells}
+
+
+def save_captioner(folder, **options):
+    """Save a captioner with the words of generated scenes. Its attention and its captions depend on the image."""
+    torch.manual_seed(0)
+    captions = [
+        "a large red metal cube and two small blue rubber spheres stand on a gray floor.",
+        "a small green rubber cone stands to the left of a large purple metal cylinder, with a cyan cube nearby.",
+    ]
+    tokenizer = build_caption_tokenizer(captions)
+    fields = {"feature_size": 8, "embedding_size": 8, "decoder_hidden_size": 16, "attention_size": 8, **options}
+    config = ImageCaptionerConfig(vocab_size=len(tokenizer), image_size=32, max_caption_length=8, **fields)
+    model = ImageCaptionerForConditionalGeneration(config)
+    with torch.no_grad():
+        for parameter in model.decoder.parameters():
+            parameter.mul_(2)
+    model.save_pretrained(folder)
+    ImageCaptionerProcessor(ViTImageProcessor(size={"height": 32, "width": 32}), tokenizer).save_pretrained(folder)
+    return folder
