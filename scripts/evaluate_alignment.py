@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from hf_dl.recipes import clip, modality
+from hf_dl.recipes import modality, zero_shot_classifier
 from hf_dl.recipes.evaluation import use_training_data, write_evaluation
 from hf_dl.reporting.experiment import find_run, portable
 from hf_dl.training.args import parse_flags
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     started = time.monotonic()
     folder = find_run(args.model, args.run, args.seed) if args.run else args.model
     use_training_data(args, folder, modality.LabeledFlags, argv)
-    metrics, panels = modality.evaluate(*clip.load_clip(folder), args)
+    metrics, panels = modality.evaluate(*zero_shot_classifier.load_clip(folder), args)
 
     folder = Path(args.output_dir or "runs/evaluate_alignment")
     folder.mkdir(parents=True, exist_ok=True)

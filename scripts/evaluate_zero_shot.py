@@ -14,7 +14,7 @@ from typing import Literal
 
 from hf_dl.data import zero_shot
 from hf_dl.metrics.paired import compare
-from hf_dl.recipes import clip
+from hf_dl.recipes import zero_shot_classifier
 from hf_dl.recipes.evaluation import hide_progress_bars, make_output_folder, report_data, write_evaluation
 from hf_dl.training.args import parse_flags
 
@@ -35,7 +35,7 @@ class Args:
         default="refuse", metadata={"help": "Damaged images: refuse stops with an error, skip leaves them out."}
     )
     prompts: list[str] = field(
-        default_factory=lambda: list(clip.STYLES),
+        default_factory=lambda: list(zero_shot_classifier.STYLES),
         metadata={
             "help": f"Prompt styles to compare: {', '.join(zero_shot.PROMPTS)}, or templates such as "
             "'a drawing of {a}'. Join several by + for an ensemble."
@@ -49,7 +49,7 @@ class Args:
 
     def __post_init__(self):
         for style in self.prompts:
-            clip.find_templates(style)
+            zero_shot_classifier.find_templates(style)
         if not self.prompts or len(set(self.prompts)) < len(self.prompts):
             raise ValueError(f"prompts={self.prompts} must be different prompt styles, at least one.")
         if not 0 < self.confidence < 1:
@@ -66,21 +66,21 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         The scores, with keys such as `test_photo_accuracy`.
     """
     args = parse_flags(Args, argv)
-    model, processor, tokenizer = clip.load_clip(args.model)
+    model, processor, tokenizer = zero_shot_classifier.load_clip(args.model)
     folder = make_output_folder(args)
     hide_progress_bars()
     # Generated images are rendered at the size of the model. The processor resizes all others.
-    size = clip.scene_size(model) if args.source == "synthetic" else None
+    size = zero_shot_classifier.scene_size(model) if args.source == "synthetic" else None
     options = {"num_images": args.num_images or None, "style": args.style, "corrupt": args.corrupt}
     data = zero_shot.load(args.split, args.source, size=size, **options)
     report_data(data, args.split)
 
-    result = clip.classify(model, processor, data, args.prompts, tokenizer=tokenizer)
+    result = zero_shot_classifier.classify(model, processor, data, args.prompts, tokenizer=tokenizer)
     comparisons = compare(result.correct, confidence=args.confidence, seed=args.seed)
     prefix = "val" if args.split == "validation" else args.split
     metrics = {f"{prefix}_{name}": value for name, value in result.scores().items()}
 
-    rows = clip.write_classes(result, folder)
+    rows = zero_shot_classifier.write_classes(result, folder)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

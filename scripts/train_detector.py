@@ -57,6 +57,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     }
     if args.with_validation:
         rows["train"] = concatenate_datasets([rows["train"], rows["validation"]])
+    recipe.complete_anchors(args, rows["train"])
     model, processor = recipe.make_model(args, class_names(rows["train"]))
     train = recipe.DetectionImages(rows["train"], processor, recipe.make_augmentation(args))
     validation, test = (recipe.DetectionImages(rows[split], processor) for split in ("validation", "test"))

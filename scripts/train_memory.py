@@ -2,7 +2,7 @@
 
     scripts/run accelerate launch scripts/train_memory.py --cell lstm --forget_bias 3
     scripts/run accelerate launch scripts/train_memory.py --cell rnn --spectral_radius 1.5 --max_grad_norm 1
-    scripts/run accelerate launch scripts/train_memory.py --task adding --cell gru --length 100
+    scripts/run accelerate launch scripts/train_memory.py --task adding --cell gru --length 100 --max_steps 2000
 
 Training takes less than a minute on one core. The picture gradient_flow.png in the output folder shows the norm of the
 gradient over the lag, before and after training. scripts/experiments/gradient_flow.toml compares the cells.
@@ -43,6 +43,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     model = gradient_flow.RecurrentForSequenceClassification(gradient_flow.make_config(args))
     run = TrainingRun(args, model, train)
     norms = {"before training": gradient_flow.norms_of(run.unwrapped, test)}
+    metrics = {"initial_slope": gradient_flow.memory_slope(run.unwrapped, test)}
 
     for batch in run:
         output = run.model(**batch)
@@ -53,7 +54,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
                 **{f"val_{name}": value for name, value in gradient_flow.evaluate(run.unwrapped, validation).items()}
             )
 
-    metrics = {}
+    metrics["trained_slope"] = gradient_flow.memory_slope(run.unwrapped, test)
     for split, data in (("val", validation), ("test", test)):
         metrics |= {f"{split}_{name}": value for name, value in gradient_flow.evaluate(run.unwrapped, data).items()}
     norms["after training"] = gradient_flow.norms_of(run.unwrapped, test)

@@ -2,6 +2,7 @@
 
     scripts/run accelerate launch scripts/train_sequence_classifier.py
     scripts/run accelerate launch scripts/train_sequence_classifier.py --source ag_news.csv --epochs 5
+    scripts/run accelerate launch scripts/train_sequence_classifier.py --embeddings glove.txt --embedding_size 25
     scripts/run accelerate launch scripts/train_sequence_classifier.py --task frames --cell gru --epochs 15
     scripts/run accelerate launch scripts/train_sequence_classifier.py --task dates --epochs 10
 
@@ -45,7 +46,11 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     splits = sequence_classifier.load_splits(args)
     train = splits["train"]
     model = sequence_classifier.make_model(args, train)
-    run = TrainingRun(args, model, train, collate=sequence_classifier.collate, processor=train.tokenizer)
+    known = sequence_classifier.copy_vectors(args, model, train)
+    lengths = train.lengths if args.group_by_length else None
+    run = TrainingRun(
+        args, model, train, collate=sequence_classifier.collate, processor=train.tokenizer, lengths=lengths
+    )
 
     for batch in run:
         output = run.model(**batch)
@@ -57,6 +62,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     if args.monitor:
         run.load_best()
     metrics = sequence_classifier.evaluate_splits(run, {split: splits[split] for split in ("val", "test")})
+    metrics |= known
     metrics["test_majority_accuracy"] = sequence_classifier.majority_accuracy(splits["test"], train)
     metrics = run.finish(metrics)
     if run.is_main:

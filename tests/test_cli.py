@@ -83,7 +83,7 @@ def test_version(capsys):
         (["train", "--help"], "systems: autoencoder, broken_heads, captioner, classifier"),
         (["evaluate", "-h"], "hf-dl evaluate SYSTEM [flags of the script]"),
         (["experiment", "--help"], "norms, norms_256"),
-        (["demo", "--help"], "Spaces: grad_cam, math_program, phrase_segmentation, recurrent"),
+        (["demo", "--help"], "Spaces: detector, grad_cam, math_program, phrase_segmentation, recurrent"),
     ],
 )
 def test_help_of_a_command_lists_the_choices(capsys, words, shown):

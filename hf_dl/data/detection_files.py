@@ -47,7 +47,7 @@ class BoxSource:
         """
         names = list(found.values()) if categories is None else list(categories)
         if not names:
-            raise ValueError(f"{source!r} has no categories. Give their names with categories=[...].")
+            raise ValueError(f"{source!r} has no categories. Add them to it, or give categories=[...].")
         if len(set(names)) < len(names):
             double = next(name for name in names if names.count(name) > 1)
             raise ValueError(f"The category {double!r} of {source!r} occurs twice. Expected different names.")

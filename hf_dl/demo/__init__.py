@@ -8,6 +8,7 @@
 - `slots`, `decoders`, `slot_explorer`: the slot explorer without its layout
 - `masking`: masking the patches of an image, without the layout of the page
 - `phrases`, `gap`: masks and matches of phrases, and the plots of the modality gap, without the layout of the page
+- `detectors`, `detector_views`: object detectors and their pictures, without the layout of the page
 - `captioner`, `characters`, `gradients`, `recurrent_api`: captions with attention, the cells of a model of characters,
   gradients through time, and their endpoints, without the layout of the page
 - `inside`, `inside_api`: all methods of `hf_dl.explain` for one image, and their endpoints

@@ -10,9 +10,12 @@ A page looks for its model in this order:
 import json
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoImageProcessor, PreTrainedModel
 
 from .training import Training
 
@@ -51,12 +54,20 @@ def find_pipeline(kind: str, *, variable: str, space: Path, root: Path) -> str |
     return newest_pipeline(root, kind)
 
 
-def newest_run(root: Path, kinds: Sequence[str]) -> str | None:
-    """Return the newest finished run under root/runs whose `model_type` is one of `kinds`, or None."""
+def newest_run(root: Path, kinds: Sequence[str], fields: Mapping[str, Any] | None = None) -> str | None:
+    """Return the newest finished run of some kinds of models, or None.
+
+    Args:
+        root: Folder that contains runs/.
+        kinds: Suitable values of `model_type`.
+        fields: Values that other fields of config.json must have. Defaults to none.
+    """
 
     def fits(folder: Path) -> bool:
         in_pipeline = (folder.parent / "model_index.json").is_file()  # a part of a pipeline may lack a decoder
-        return not in_pipeline and _read(folder / "config.json").get("model_type") in kinds
+        config = _read(folder / "config.json")
+        wanted = all(config.get(key) == value for key, value in (fields or {}).items())
+        return not in_pipeline and config.get("model_type") in kinds and wanted
 
     return _newest(root, "model.safetensors", fits)
 
@@ -116,6 +127,53 @@ def describe_model(name: str, *facts: str, kind: str = "Model") -> str:
         kind: The first word of the line.
     """
     return " · ".join([f"{kind} `{shown_name(name).replace('`', '')}`", *facts])
+
+
+def load_vision_model(name: str, auto: Any, known: Container[type], *, kind: str) -> tuple[PreTrainedModel, Any]:
+    """Load a model for evaluation, on the GPU if one is available, and its image processor.
+
+    Weights must be safetensors, so nothing is unpickled. Code inside a model repository is never run.
+
+    Args:
+        name: A folder or a Hub id.
+        auto: The Auto class that loads it.
+        known: The types of configs that the Auto class can load.
+        kind: Kind of model for the messages, such as "image classifier".
+
+    Raises:
+        ValueError: If the model is missing, damaged, or of another kind.
+    """
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:
+        if not Path(name).is_dir() and not isinstance(error, ValueError):
+            raise ValueError(
+                f"The model {name!r} was not found. Expected a folder with a config.json, or the id of a model on a "
+                "Hub that can be reached."
+            ) from error
+        raise ValueError(f"The model {name!r} cannot be used ({one_line(error)}).") from error
+    if type(config) not in known:
+        raise ValueError(
+            f"The model {name!r} has model_type={config.model_type!r}, which is not an {kind}. Choose an {kind}."
+        )
+    try:
+        model, info = auto.from_pretrained(
+            name,
+            config=config,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+        processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # each library reports damaged files with its own type of error
+        raise ValueError(f"The model {name!r} cannot be loaded ({one_line(error)}).") from error
+    if wrong := [*info["missing_keys"], *info["mismatched_keys"]]:
+        raise ValueError(
+            f"The model {name!r} is not a trained {kind} for this version of transformers and hf_dl: {len(wrong)} of "
+            "its tensors are missing or have the wrong shape."
+        )
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), processor
 
 
 class PageModels:

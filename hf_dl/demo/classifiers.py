@@ -5,16 +5,15 @@ Weights must be safetensors, so nothing is unpickled. Code inside a model reposi
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING as CLASSIFIERS
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
+from transformers import AutoModelForImageClassification
 
-from .checkpoints import describe_model, one_line
+from .checkpoints import describe_model, load_vision_model
 from .pictures import SIDE
 
 TOP_K = 5
@@ -134,38 +133,8 @@ def load_classifier(name: str) -> Classifier:
         ValueError: If the model is missing, damaged, or not an image classifier.
     """
     name = name.strip()
-    try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except Exception as error:
-        if not Path(name).is_dir() and not isinstance(error, ValueError):
-            raise ValueError(
-                f"The model {name!r} was not found. Expected a folder with a config.json, or the id of a model on a "
-                "Hub that can be reached."
-            ) from error
-        raise ValueError(f"The model {name!r} cannot be used ({one_line(error)}).") from error
-    if type(config) not in CLASSIFIERS:
-        raise ValueError(
-            f"The model {name!r} has model_type={config.model_type!r}, which is not an image classifier. "
-            "Choose an image classification model."
-        )
-    try:
-        model, info = AutoModelForImageClassification.from_pretrained(
-            name,
-            config=config,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-        )
-        processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
-    except Exception as error:  # each library reports damaged files with its own type of error
-        raise ValueError(f"The model {name!r} cannot be loaded ({one_line(error)}).") from error
-    if wrong := [*info["missing_keys"], *info["mismatched_keys"]]:
-        raise ValueError(
-            f"The model {name!r} is not a trained image classifier for this version of transformers and hf_dl: "
-            f"{len(wrong)} of its tensors are missing or have the wrong shape."
-        )
-    return Classifier(model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), processor, name)
+    found = load_vision_model(name, AutoModelForImageClassification, CLASSIFIERS, kind="image classifier")
+    return Classifier(*found, name)
 
 
 def describe(classifier: Classifier) -> str:

@@ -15,7 +15,7 @@ from ..data.captions import COLORS, SHAPES
 from ..models.clip_features import encode_texts, unknown_words
 from ..pipelines.phrase_matching import PhraseMatch, match, near_misses
 from ..pipelines.phrase_segmentation import NOT_FOUND, PhraseSegmentationPipeline
-from ..recipes.clip import encode_images
+from ..recipes.zero_shot_classifier import encode_images
 from .checkpoints import describe_model
 from .page import plain, show_scale
 from .pictures import as_url, overlay

@@ -225,7 +225,8 @@ def activation_maximization(
         pixel_values: Image, (1, channels, height, width), which gives the size.
         channels: One or several channels; one picture per channel.
         layer: Name or module. Defaults to the last feature map.
-        position: Row and column of the neuron. By default, the mean of the channel over all positions.
+        position: Row and column of the neuron. Defaults to the sum of the channel over all positions. A mean would be
+            too small for the penalties of `Ascent`, which suit class logits.
         ascent: Options of the optimization. Defaults to `Ascent()`.
         image_mean: Mean of the normalization, see `fill_patches`.
         image_std: Standard deviation of the normalization, see `fill_patches`.
@@ -250,7 +251,7 @@ def activation_maximization(
 
         def score(x: torch.Tensor) -> torch.Tensor:
             output = reader.as_map(x)[torch.arange(len(x)), channels]
-            return output.mean(dim=(1, 2)) if position is None else output[:, position[0], position[1]]
+            return output.sum(dim=(1, 2)) if position is None else output[:, position[0], position[1]]
 
         images = images.expand(len(channels), *images.shape[1:])
         return _run(score, images, ascent or Ascent(), channels, image_mean, image_std)

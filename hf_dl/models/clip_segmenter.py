@@ -14,7 +14,6 @@ Differences from the paper and from `CLIPSegForImageSegmentation` of transformer
 - There are two more decoders, "deconv" (a baseline of the paper) and "unet".
 - The refined head works with all patch sizes.
 - The loss can have a Dice term. Decoders have no dropout, as in transformers; the paper uses 0.1.
-- The multiplier of FiLM has a bias of 1 at the start of training.
 
 `from_clip` takes any checkpoint of `CLIPModel`. `from_clipseg` converts checkpoints of CLIPSeg, such as
 "CIDAS/clipseg-rd64-refined". The paper reads blocks 3, 7 and 9 of ViT-B/16, and this checkpoint reads 3, 6 and 9.
@@ -36,7 +35,6 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .clip_decoders import DECODERS
-from .layers_conditioning import FiLM
 from .layers_precision import reference_parameter
 
 SMALL_CLIP: dict[str, Any] = {
@@ -263,8 +261,6 @@ class ClipSegmenterForImageSegmentation(PreTrainedModel):
         elif isinstance(module, nn.LayerNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)
-        elif isinstance(module, FiLM):
-            init.ones_(module.multiply.bias)
 
     def train(self, mode: bool = True) -> "ClipSegmenterForImageSegmentation":
         """Set the mode of the decoder. CLIP stays in evaluation mode."""

@@ -251,19 +251,21 @@ class DetectionBackbone(nn.Module):
 LayerT = TypeVar("LayerT", nn.Linear, nn.Conv2d)
 
 
-def start_with(layer: LayerT, bias: Sequence[float]) -> LayerT:
+def start_with(layer: LayerT, bias: Sequence[float] | None = None, *, std: float = 0.01) -> LayerT:
     """Mark a layer for `init_detection_weights`: small weights and this bias, so that it starts with this output.
 
     Only a layer with own parameters can be marked: transformers initializes no others in code outside of it.
 
     Args:
         layer: A linear layer or a convolution.
-        bias: One number per output.
+        bias: One number per output. Defaults to zeros.
+        std: Standard deviation of the weights.
 
     Returns:
         The layer.
     """
-    layer.start_bias = [float(number) for number in bias]
+    layer.start_bias = [0.0] * layer.bias.shape[0] if bias is None else [float(number) for number in bias]
+    layer.start_std = std
     return layer
 
 
@@ -277,7 +279,7 @@ def init_detection_weights(module: nn.Module) -> None:
         return
     start = getattr(module, "start_bias", None)
     if start is not None:
-        init.normal_(module.weight, std=0.01)
+        init.normal_(module.weight, std=module.start_std)
         init.copy_(module.bias, torch.tensor(start))
         return
     if isinstance(module, nn.Conv2d):

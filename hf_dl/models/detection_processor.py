@@ -18,7 +18,7 @@ from .image_input import RgbImageProcessor
 MAX_CANDIDATES = 1000  # boxes per image that enter NMS, the highest scores
 
 
-class DetectionKwargs(ImagesKwargs, total=False):
+class DetectionImageProcessorKwargs(ImagesKwargs, total=False):
     """The settings of `DetectionImageProcessor` besides the settings of all image processors."""
 
     nms_threshold: float
@@ -60,7 +60,7 @@ class DetectionImageProcessor(RgbImageProcessor):
     nms_threshold = 0.6
     max_detections = 100
     num_proposals = 0
-    valid_kwargs = DetectionKwargs
+    valid_kwargs = DetectionImageProcessorKwargs
 
     def preprocess(
         self,

@@ -15,9 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
-from transformers import initialization as init
 
-from .detection_backbone import STRIDE
+from .detection_backbone import STRIDE, start_with
 from .detection_boxes import (
     IGNORED,
     NEGATIVE,
@@ -52,15 +51,10 @@ class RegionProposalNetwork(nn.Module):
         self.sizes, self.ratios = config.anchor_sizes, config.anchor_ratios
         self.limits = {"candidates": config.num_candidates, "count": config.num_proposals}
         count, channels = len(self.sizes) * len(self.ratios), config.feature_size
-        self.hidden = nn.Conv2d(channels, channels, 3, padding=1)
-        self.objectness = nn.Conv2d(channels, count, 1)
-        self.codes = nn.Conv2d(channels, 4 * count, 1)
-
-    def init_weights(self) -> None:
-        """Initialize the weights as in the paper."""
-        for layer in (self.hidden, self.objectness, self.codes):
-            init.normal_(layer.weight, std=0.01)
-            init.zeros_(layer.bias)
+        # initialized as in the paper: the first proposals are the anchors
+        self.hidden = start_with(nn.Conv2d(channels, channels, 3, padding=1))
+        self.objectness = start_with(nn.Conv2d(channels, count, 1))
+        self.codes = start_with(nn.Conv2d(channels, 4 * count, 1))
 
     def forward(
         self, features: Tensor, height: int, width: int

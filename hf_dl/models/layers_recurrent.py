@@ -233,7 +233,11 @@ def check_cell(cell: str) -> None:
 
 @torch.no_grad()
 def init_recurrent(
-    module: nn.RNNBase, *, forget_bias: float | None = None, spectral_radius: float | None = None
+    module: nn.RNNBase,
+    *,
+    forget_bias: float | None = None,
+    input_bias: float | None = None,
+    spectral_radius: float | None = None,
 ) -> None:
     """Draw all weights uniformly within 1 / sqrt(hidden), as torch does.
 
@@ -241,13 +245,18 @@ def init_recurrent(
         module: A recurrent module of torch.
         forget_bias: Sum of both biases of the forget gate of an LSTM. With 1 or more, it remembers longer from the
             start (Jozefowicz et al. 2015). Defaults to random biases.
+        input_bias: Sum of both biases of the input gate of an LSTM. If the forget gate is open, a negative value
+            keeps c from drifting to values at which tanh is flat (Hochreiter & Schmidhuber 1997, section 4). Tallec &
+            Ollivier 2018 use minus the forget bias. Defaults to random biases.
         spectral_radius: Largest absolute eigenvalue of the recurrent matrix of each gate. Defaults to no change.
     """
     bound, hidden = module.hidden_size**-0.5, module.hidden_size
+    gates = [bias for bias in enumerate((input_bias, forget_bias)) if bias[1] is not None]  # the first two of an LSTM
     for name, parameter in module.named_parameters():
-        if forget_bias is not None and name.startswith("bias") and isinstance(module, nn.LSTM):
+        if gates and name.startswith("bias") and isinstance(module, nn.LSTM):
             values = torch.empty_like(parameter).uniform_(-bound, bound)
-            values[hidden : 2 * hidden] = forget_bias if name.startswith("bias_ih") else 0.0
+            for gate, bias in gates:
+                values[gate * hidden : (gate + 1) * hidden] = bias if name.startswith("bias_ih") else 0.0
             init.copy_(parameter, values)
         elif spectral_radius is not None and name.startswith("weight_hh"):
             values = torch.empty_like(parameter).uniform_(-bound, bound)

@@ -68,6 +68,7 @@ class RecurrentClassifierConfig(PreTrainedConfig):
         cell: A key of `CELLS` in layers_recurrent.py: "rnn", "rnn_relu", "gru" or "lstm".
         bidirectional: Whether to read the sequence forward and backward.
         forget_bias: Initial bias of the forget gate of an LSTM. Defaults to a random one near 0, as in torch.
+        input_bias: Initial bias of the input gate of an LSTM. Defaults to a random one near 0, as in torch.
         spectral_radius: Largest absolute eigenvalue of each initial recurrent matrix. Defaults to the values of torch,
             about 0.58 for a large vanilla RNN.
         pooling: Summary of a sequence for one label, a key of `POOLINGS`: "last" is the final state, "max_mean" the
@@ -95,6 +96,7 @@ class RecurrentClassifierConfig(PreTrainedConfig):
     cell: str = "lstm"
     bidirectional: bool = False
     forget_bias: float | None = None
+    input_bias: float | None = None
     spectral_radius: float | None = None
     pooling: str = "last"
     dropout: float = 0.2
@@ -116,8 +118,9 @@ class RecurrentClassifierConfig(PreTrainedConfig):
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout} must be at least 0 and below 1.")
         check_cell(self.cell)
-        if self.forget_bias is not None and self.cell != "lstm":
-            raise ValueError(f"forget_bias={self.forget_bias} needs cell='lstm', not {self.cell!r}. Remove it.")
+        for name in ("forget_bias", "input_bias"):
+            if getattr(self, name) is not None and self.cell != "lstm":
+                raise ValueError(f"{name}={getattr(self, name)} needs cell='lstm', not {self.cell!r}. Remove it.")
         if self.spectral_radius is not None and self.spectral_radius <= 0:
             raise ValueError(f"spectral_radius={self.spectral_radius} must be above 0.")
         check_problem_type(self.problem_type, PROBLEM_TYPES)
@@ -170,7 +173,12 @@ class RecurrentClassifierPreTrainedModel(PreTrainedModel):
         if isinstance(module, nn.Embedding):
             init.normal_(module.weight, std=0.3)
         elif isinstance(module, nn.RNNBase):
-            init_recurrent(module, forget_bias=self.config.forget_bias, spectral_radius=self.config.spectral_radius)
+            init_recurrent(
+                module,
+                forget_bias=self.config.forget_bias,
+                input_bias=self.config.input_bias,
+                spectral_radius=self.config.spectral_radius,
+            )
         elif isinstance(module, nn.Conv2d | nn.Linear):
             init.kaiming_uniform_(module.weight, a=5**0.5 if isinstance(module, nn.Linear) else 0)
             init.zeros_(module.bias)

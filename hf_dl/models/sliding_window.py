@@ -32,6 +32,7 @@ from .localizer import log_odds
 WINDOW, STRIDE, CELLS = 31, 8, 2  # pixels per window, pixels between windows, cells of a window along each axis
 CODE_WEIGHTS = (10, 10, 5, 5)  # one over the standard deviations of the codes, as in Fast R-CNN
 POSITIVE, NEGATIVE = 0.5, 0.35  # IoU from which a window has the class of an object, and below which it has none
+MAX_PAIRS = 2**24  # of windows and boxes that are compared at once
 NEAR = 0.05  # IoU from which a negative window counts as near an object
 
 
@@ -263,15 +264,22 @@ def choose_windows(
         without an object, and -2 for a window that is not used, because its group is too small.
     """
     windows = windows[None] if windows.ndim == 2 else windows
-    low = torch.maximum(boxes[:, None, :, :2], windows[:, :, None, :2])
-    high = torch.minimum(boxes[:, None, :, 2:], windows[:, :, None, 2:])
-    overlap = (high - low).clamp(min=0).prod(-1)  # (batch, windows, rows)
-    area = (windows[..., 2:] - windows[..., :2]).prod(-1)[..., None]
-    iou = overlap / (area + (boxes[..., 2:] - boxes[..., :2]).prod(-1)[:, None] - overlap).clamp(min=1e-6)
     real = (classes != NO_CLASS)[:, None]
-    covered = ((overlap / area.clamp(min=1e-6)) * ~real).amax(-1)  # of the window, by a region that is ignored
-    usable = (covered < 0.5) & (area[..., 0] > 0)
-    best, owner = (iou * real).max(-1)
+    best, owner, covered = [], [], []
+    length = max(MAX_PAIRS // max(classes.numel(), 1), 1)  # windows at once: an image may have thousands of boxes
+    for part in windows.split(length, dim=1):
+        low = torch.maximum(boxes[:, None, :, :2], part[:, :, None, :2])
+        high = torch.minimum(boxes[:, None, :, 2:], part[:, :, None, 2:])
+        overlap = (high - low).clamp(min=0).prod(-1)  # (batch, windows, rows)
+        area = (part[..., 2:] - part[..., :2]).prod(-1)[..., None]
+        iou = overlap / (area + (boxes[..., 2:] - boxes[..., :2]).prod(-1)[:, None] - overlap).clamp(min=1e-6)
+        highest, row = (iou * real).max(-1)
+        best.append(highest)
+        owner.append(row)
+        # of the window, by a region that is ignored
+        covered.append(((overlap / area.clamp(min=1e-6)) * ~real).amax(-1))
+    best, owner, covered = (torch.cat(each, dim=1) for each in (best, owner, covered))
+    usable = (covered < 0.5) & ((windows[..., 2:] - windows[..., :2]).prod(-1) > 0)
     groups = {
         "object": (best >= POSITIVE) & usable,
         "near": (best < threshold) & (best >= NEAR) & usable,

@@ -21,10 +21,9 @@ import torch.nn.functional as F
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers import initialization as init
 from transformers.utils import can_return_tuple
 
-from .detection_backbone import DetectionBackbone, DetectionConfig, init_detection_weights
+from .detection_backbone import DetectionBackbone, DetectionConfig, init_detection_weights, start_with
 from .detection_boxes import IGNORED, clip_boxes, decode_boxes, match_anchors, sample_matches, to_centers, to_corners
 from .detection_kernels import roi_align, roi_pool
 from .detection_output import PADDING_LOGIT, DetectionOutput, Labels, pad_labels
@@ -112,14 +111,9 @@ class RegionHead(nn.Module):
             nn.Linear(config.hidden_size, config.hidden_size),
             nn.ReLU(),
         )
-        self.classes = nn.Linear(config.hidden_size, config.num_labels + 1)  # class 0 is the background
-        self.codes = nn.Linear(config.hidden_size, 4 * config.num_labels)
-
-    def init_weights(self) -> None:
-        """Initialize the output layers as in Fast R-CNN."""
-        for layer, std in ((self.classes, 0.01), (self.codes, 0.001)):
-            init.normal_(layer.weight, std=std)
-            init.zeros_(layer.bias)
+        # initialized as in Fast R-CNN; class 0 is the background
+        self.classes = start_with(nn.Linear(config.hidden_size, config.num_labels + 1), std=0.01)
+        self.codes = start_with(nn.Linear(config.hidden_size, 4 * config.num_labels), std=0.001)
 
     def forward(self, features: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
         """Classify regions.
@@ -169,11 +163,6 @@ class TwoStageDetectorForObjectDetection(PreTrainedModel):
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
         init_detection_weights(module)
-        if isinstance(module, nn.Linear):
-            init.kaiming_uniform_(module.weight, a=5**0.5)
-            init.zeros_(module.bias)
-        elif isinstance(module, (RegionProposalNetwork, RegionHead)):
-            module.init_weights()
 
     @can_return_tuple
     def forward(

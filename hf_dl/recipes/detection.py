@@ -44,10 +44,11 @@ from hf_dl.models.sliding_window import SlidingWindowConfig, SlidingWindowForObj
 from hf_dl.models.two_stage_detector import TwoStageDetectorConfig, TwoStageDetectorForObjectDetection
 
 from .evaluation import checked_config, hide_progress_bars, report_data, split_size
-from .proposals import add_proposals, time_proposals
+from .proposals import add_proposals, choose_anchor_sizes, time_proposals
 
 BATCH_IMAGES = 32  # images per batch during evaluation
 CACHED_PIXELS = 200_000_000  # of decoded images in memory per dataset; 4 bytes each
+STAGES = ("proposals", "features", "classification", "nms")  # of a detector, whose times are reported
 NUM_SCENES = {"train": 5000, "validation": 300, "test": 500}  # default numbers of generated scenes
 
 
@@ -62,9 +63,10 @@ class Method:
         fields: Fixed fields of the config.
         flags: Flags of the training script that set a config field of the same name.
         learning_rate: Peak learning rate, if the flag is not given.
+        batch_size: Images per step, if the flag is not given.
         nms_threshold: IoU above which the box with the lower score is removed.
         score_threshold: Lowest score of the boxes for average precision.
-        stages: Module of the model per stage whose time is reported. "features" includes no other stage.
+        stages: Module of the model per stage whose time is reported, for keys of `STAGES`.
         num_proposals: Boxes of selective search per image. They are computed once and cached with the images.
     """
 
@@ -74,9 +76,10 @@ class Method:
     fields: Mapping[str, Any] = field(default_factory=dict)
     flags: tuple[str, ...] = ()
     learning_rate: float = 1e-3
+    batch_size: int = 32
     nms_threshold: float = 0.5
     score_threshold: float = 0.01
-    stages: Mapping[str, str] = field(default_factory=lambda: {"features": "backbone", "head": "head"})
+    stages: Mapping[str, str] = field(default_factory=lambda: {"features": "backbone", "classification": "head"})
     num_proposals: int = 0
 
 
@@ -105,7 +108,8 @@ METHODS: dict[str, Method] = {
         "feature map.",
         fields={"two_stage_type": "fast"},
         flags=("roi_type",),
-        stages={"features": "backbone", "classification": "head"},
+        learning_rate=3e-3,
+        batch_size=16,
         num_proposals=200,
     ),
     "faster_rcnn": Method(
@@ -114,6 +118,8 @@ METHODS: dict[str, Method] = {
         "An object detector: Faster R-CNN (Ren et al. 2015), which classifies the boxes of a region proposal network.",
         fields={"two_stage_type": "faster"},
         flags=("roi_type", "anchor_sizes"),
+        learning_rate=3e-3,
+        batch_size=16,
         stages={"features": "backbone", "proposals": "rpn", "classification": "head"},
     ),
     "rcnn": Method(
@@ -122,7 +128,7 @@ METHODS: dict[str, Method] = {
         "An object detector: R-CNN (Girshick et al. 2014), which classifies each box of selective search as an image "
         "of its own.",
         nms_threshold=0.3,
-        stages={"features": "backbone", "hidden": "hidden"},
+        stages={"features": "backbone", "classification": "hidden"},
         num_proposals=200,
     ),
     "sliding_window": Method(
@@ -132,7 +138,7 @@ METHODS: dict[str, Method] = {
         "at several scales (after OverFeat, Sermanet et al. 2013).",
         learning_rate=2e-3,
         nms_threshold=0.3,
-        stages={"features": "features", "head": "hidden"},
+        stages={"features": "features", "classification": "hidden"},
     ),
 }
 
@@ -212,7 +218,10 @@ class ModelFlags:
         default=None, metadata={"help": "fast_rcnn, faster_rcnn: align, or pool as in the papers."}
     )
     anchor_sizes: list[int] | None = field(
-        default=None, metadata={"help": "faster_rcnn: sides of the anchors in pixels, near the sizes of the objects."}
+        default=None,
+        metadata={
+            "help": "faster_rcnn: sides of the anchors in pixels. Defaults to three sizes of the training boxes."
+        },
     )
 
 
@@ -253,8 +262,8 @@ def complete_flags(args: Any) -> Method:
     """Check the flags of the model, and enter the defaults of the method.
 
     Args:
-        args: Flags of the training script with the fields of `ModelFlags`. `learning_rate` is set unless the user
-            gave it.
+        args: Flags of the training script with the fields of `ModelFlags`. `learning_rate` and `batch_size` are set
+            unless the user gave them.
 
     Returns:
         The method.
@@ -284,9 +293,21 @@ def complete_flags(args: Any) -> Method:
     for name in method.flags:
         if getattr(args, name) is None:
             setattr(args, name, getattr(defaults, name))
-    if "learning_rate" not in (args.given or {}):
-        args.learning_rate = method.learning_rate
+    for name in ("learning_rate", "batch_size"):
+        if name not in (args.given or {}):
+            setattr(args, name, getattr(method, name))
     return method
+
+
+def complete_anchors(args: Any, data: datasets.Dataset) -> None:
+    """Choose the sizes of the anchors, if the method has anchors and the user gave no sizes.
+
+    Args:
+        args: Flags of the training script, after `complete_flags`.
+        data: The training images.
+    """
+    if "anchor_sizes" in find_method(args.method).flags and "anchor_sizes" not in (args.given or {}):
+        args.anchor_sizes = choose_anchor_sizes(data, image_size=args.image_size) or args.anchor_sizes
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -407,6 +428,9 @@ def load_rows(args: DetectionFlags, split: str, *, size: int) -> datasets.Datase
 
     Returns:
         The dataset, see `hf_dl.data.detection`.
+
+    Raises:
+        ValueError: If no training image has an object.
     """
     hide_progress_bars()
     if len(args.num_objects) != 2:
@@ -430,6 +454,11 @@ def load_rows(args: DetectionFlags, split: str, *, size: int) -> datasets.Datase
         num_objects=(args.num_objects[0], args.num_objects[1]),
     )
     report_data(rows, split)
+    if split == "train" and not any(objects["bbox"] for objects in rows["objects"]):
+        raise ValueError(
+            f"No training image of source={args.source!r} has an object. Expected boxes for at least one of its "
+            f"{len(rows)} images; check its annotations."
+        )
     return rows
 
 
@@ -584,8 +613,8 @@ def predict(
 
     Returns:
         `scores`, `labels` and `boxes` of each image, in pixels of the original image. And the milliseconds per image
-        of each stage, of `nms` (post-processing), and in `total`, without reading the images. The time of selective
-        search is measured on a few images.
+        of all `STAGES`, and in `total`, without reading the images. "nms" is the post-processing. The time of
+        selective search is measured on a few images. Without `stages`, only "nms" and "total" are measured.
     """
     model.eval()
     count = len(data) if num_images is None else min(num_images, len(data))
@@ -605,7 +634,8 @@ def predict(
                     found += processor.post_process_object_detection(output, threshold, sizes)
     finally:
         timer.close()
-    times = {stage: 1000 * seconds / count for stage, seconds in timer.seconds.items()}
+    times = dict.fromkeys(STAGES, 0.0) if stages else {}
+    times |= {stage: 1000 * seconds / count for stage, seconds in timer.seconds.items()}
     if stages and getattr(processor, "num_proposals", 0):  # their time is not in the loop, because they are cached
         times["proposals"] = time_proposals(data.rows)
         times["total"] += times["proposals"]
@@ -619,10 +649,10 @@ def references(rows: datasets.Dataset) -> list[dict[str, Any]]:
 
 
 def watch(model: PreTrainedModel, processor: Any, data: DetectionImages, *, threshold: float) -> dict[str, float]:
-    """Compute the scores to log during training: `map`, `map_50` and `map_75`. See `evaluate`."""
+    """Compute the scores to log during training, without undefined ones: `map`, `map_50`, `map_75`. See `evaluate`."""
     found, _ = predict(model, processor, data, threshold=threshold)
     scores = coco_scores(found, references(data.rows))
-    return {name: scores[name] for name in ("map", "map_50", "map_75")}
+    return {name: scores[name] for name in ("map", "map_50", "map_75") if math.isfinite(scores[name])}
 
 
 def evaluate(

@@ -20,6 +20,7 @@ from .detection import DetectionImages, find_method, references
 
 SHOWN = 0.5  # lowest score of a box in a picture
 EXAMPLES = 6  # test images in the picture
+MAX_TEXTS = 40  # texts in an image; more would cover it
 SIDE = 256  # pixels of the longer side of an image in a picture
 CURVES = {
     "loss": {"training": "loss"},
@@ -31,6 +32,11 @@ LIMITS = (
 )
 
 
+def box_color(label: int) -> tuple[int, int, int]:
+    """Return the color of the boxes of a class."""
+    return tuple(int(value) for value in SEGMENT_COLORS[1 + int(label) % (len(SEGMENT_COLORS) - 1)])
+
+
 def draw_boxes(
     image: Image.Image,
     boxes: Sequence[Sequence[float]],
@@ -38,34 +44,88 @@ def draw_boxes(
     *,
     names: Sequence[str],
     scores: Sequence[float] | None = None,
+    notes: Sequence[str] | None = None,
+    side: int = SIDE,
+    text_size: int = 11,
 ) -> np.ndarray:
-    """Draw boxes with their classes into an image.
+    """Draw boxes with their classes into an image. The texts avoid each other if possible.
+
+    Only the first 40 boxes have a text.
 
     Args:
-        image: The image. It is enlarged or reduced to 256 pixels.
+        image: The image. It is enlarged or reduced.
         boxes: Boxes as x0, y0, x1, y1 in pixels of the image.
         labels: Class of each box.
         names: Names of the classes.
         scores: Score of each box, for the text. Defaults to none.
+        notes: More text for each box. Defaults to none.
+        side: Pixels of the longer side of the result.
+        text_size: Size of the text in pixels.
 
     Returns:
         uint8 (height, width, 3).
     """
-    factor = SIDE / max(image.size)
-    canvas = to_rgb(image).resize([max(1, round(side * factor)) for side in image.size], Image.Resampling.BILINEAR)
-    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(11)
+    factor = side / max(image.size)
+    canvas = to_rgb(image).resize([max(1, round(length * factor)) for length in image.size], Image.Resampling.BILINEAR)
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(text_size)
+    limits = (canvas.width - 1, canvas.height - 1) * 2
+    placed: list[tuple[float, float, float, float]] = []
+    texts = []
     for number, (box, label) in enumerate(zip(boxes, labels, strict=True)):
-        color = tuple(int(value) for value in SEGMENT_COLORS[1 + int(label) % (len(SEGMENT_COLORS) - 1)])
-        limits = (canvas.width - 1, canvas.height - 1) * 2
         corners = [min(float(value) * factor, limit) for value, limit in zip(box, limits, strict=True)]
-        draw.rectangle(corners, outline=color, width=2)
+        draw.rectangle(corners, outline=box_color(label), width=max(2, side // 190))
+        if number >= MAX_TEXTS:
+            continue
         text = names[int(label)] + ("" if scores is None else f" {float(scores[number]):.2f}")
-        left = max(0.0, min(corners[0], canvas.width - 5 - draw.textlength(text, font=font)))
-        top = max(0.0, corners[1] - 13)
-        area = draw.textbbox((left + 2, top), text, font=font)
-        draw.rectangle((left, top, area[2] + 2, top + 13), fill=color)
-        draw.text((left + 2, top), text, fill="black" if sum(color) > 380 else "white", font=font)
+        text += f" {notes[number]}" if notes and notes[number] else ""
+        size = draw.textlength(text, font=font) + 4, text_size + 2
+        placed.append(place_label(corners, size, placed, canvas.size))
+        texts.append((text, box_color(label)))
+    for (left, top, right, bottom), (text, color) in zip(placed, texts, strict=True):
+        draw.rectangle((left, top, right, bottom), fill=color)
+        middle = (top + bottom + 1) / 2
+        draw.text((left + 2, middle), text, fill="black" if sum(color) > 380 else "white", font=font, anchor="lm")
     return np.asarray(canvas)
+
+
+def place_label(
+    box: Sequence[float],
+    size: tuple[float, float],
+    placed: Sequence[Sequence[float]],
+    limits: tuple[int, int],
+) -> tuple[float, float, float, float]:
+    """Choose a place for the text of a box: above it, below it, or inside, where it covers other texts least.
+
+    Args:
+        box: The box x0, y0, x1, y1.
+        size: Width and height of the text.
+        placed: Rectangles of other texts.
+        limits: Width and height of the picture.
+
+    Returns:
+        The rectangle of the text, x0, y0, x1, y1.
+
+    Example:
+        >>> place_label((10, 30, 50, 60), (20, 8), [], (100, 100))
+        (10, 22, 30, 30)
+        >>> place_label((10, 30, 50, 60), (20, 8), [(0, 20, 100, 40)], (100, 100))
+        (10, 60, 30, 68)
+    """
+    (width, height), (x0, y0, x1, y1) = size, box
+    columns, rows = (x0, x1 - width, (x0 + x1 - width) / 2), (y0 - height, y1, y0, y1 - height)
+    best, least = None, None
+    for y in rows:
+        for x in columns:
+            left = max(0, min(x, limits[0] - 1 - width))
+            top = max(0, min(y, limits[1] - 1 - height))
+            covered = sum(
+                max(0, min(left + width, other[2]) - max(left, other[0]))
+                * max(0, min(top + height, other[3]) - max(top, other[1]))
+                for other in placed
+            )
+            if least is None or covered < least:
+                best, least = (left, top, left + width, top + height), covered
+    return best
 
 
 def draw_examples(data: DetectionImages, found: Sequence[Mapping[str, torch.Tensor]], path: Path) -> None:
@@ -106,7 +166,7 @@ def draw_precision_recall(
         if len(curve["recall"]) and np.isfinite(curve["recall"]).all():
             axes.plot(curve["recall"], curve["precision"], label=names[label], linewidth=1.5)
     axes.set(xlabel="recall", ylabel="precision at IoU 0.5", xlim=(0, 1.01), ylim=(0, 1.02))
-    if len(names) <= 12:
+    if axes.lines and len(names) <= 12:
         axes.legend(fontsize=8, loc="lower left")
     figure.savefig(path, facecolor="white", metadata={"Software": None})
 

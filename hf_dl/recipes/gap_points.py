@@ -14,7 +14,7 @@ from typing import Any
 from hf_dl.metrics.alignment import METHODS
 from hf_dl.reporting.experiment import read_results
 
-from . import clip, modality
+from . import modality, zero_shot_classifier
 
 ALIGNMENTS = ("none", "centering", "rotation", "centered_rotation")
 SCORES = ("centroid_distance", "rmg", "separability", "accuracy")  # of each alignment
@@ -90,7 +90,7 @@ def align_run(
     """
     args = read_results(folder)["args"]
     flags = _Flags(detail=args["detail"], style=args["style"], image_size=args["image_size"])
-    parts = (*clip.load_clip(folder), flags)
+    parts = (*zero_shot_classifier.load_clip(folder), flags)
     test, classes, _ = modality.embed_labeled(*parts, "test", num_test)
     fit = modality.embed_captioned(*parts, "train", num_pairs)
     new = modality.embed_captioned(*parts, "test", num_pairs)

@@ -49,6 +49,13 @@ class MemoryFlags:
     forget_bias: float | None = field(
         default=None, metadata={"help": "cell=lstm: initial bias of the forget gate. Defaults to a random one near 0."}
     )
+    input_bias: float | None = field(
+        default=None,
+        metadata={
+            "help": "cell=lstm: initial bias of the input gate. A negative one keeps the cell state from drifting. "
+            "Defaults to a random one near 0."
+        },
+    )
     spectral_radius: float | None = field(
         default=None,
         metadata={
@@ -89,6 +96,7 @@ def make_config(args: Any) -> RecurrentClassifierConfig:
         hidden_size=args.hidden_size,
         cell=args.cell,
         forget_bias=args.forget_bias,
+        input_bias=args.input_bias,
         spectral_radius=args.spectral_radius,
         dropout=0.0,
     )
@@ -169,9 +177,31 @@ def norms_of(model: RecurrentForSequenceClassification, data: MemoryTask) -> lis
     Returns:
         The result of `gradient_norms`, one number per lag.
     """
-    module = model.recurrent.layers.module
-    x = torch.stack([data[row]["inputs_embeds"] for row in range(min(32, len(data)))]).to(module.weight_ih_l0.device)
-    return gradient_norms(module, x).tolist()
+    return gradient_norms(model.recurrent.layers.module, _first_inputs(model, data)).tolist()
+
+
+@torch.no_grad()
+def memory_slope(model: RecurrentForSequenceClassification, data: MemoryTask) -> float:
+    """Measure whether the output of a cell can still show its memory after the last step.
+
+    The output of an LSTM is h = o * tanh(c). An LSTM that forgets little adds up its inputs, so c may drift to values
+    at which tanh is flat. `gradient_norms` does not show this, because it compares gradients with respect to c.
+
+    Args:
+        model: The model.
+        data: The sequences. The first 32 are used.
+
+    Returns:
+        The mean slope of tanh at c, from 0 to 1; 1 for other cells, whose memory is h.
+    """
+    if model.config.cell != "lstm":
+        return 1.0
+    _, (_, cell) = model.recurrent.layers.module(_first_inputs(model, data))
+    return (1 - cell.tanh().square()).mean().item()
+
+
+def _first_inputs(model, data):
+    return torch.stack([data[row]["inputs_embeds"] for row in range(min(32, len(data)))]).to(model.device)
 
 
 def flow_metrics(norms: Sequence[float], prefix: str) -> dict[str, float]:

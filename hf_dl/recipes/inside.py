@@ -113,8 +113,14 @@ def clip_outliers(heats: np.ndarray) -> np.ndarray:
 
 
 def to_square(pictures: Sequence[Any], longest: int = 12) -> list[list[Any]]:
-    """Arrange pictures in rows of equal length, nearly as a square."""
-    columns = min(max(math.ceil(math.sqrt(len(pictures))), 1), longest)
+    """Arrange pictures in rows of equal length, nearly as a square, with few empty places.
+
+    Example:
+        >>> to_square("abcdefg")
+        [['a', 'b', 'c', 'd'], ['e', 'f', 'g']]
+    """
+    side = min(max(math.ceil(math.sqrt(len(pictures))), 1), longest)
+    columns = min(range(side, min(side + 2, longest + 1)), key=lambda columns: -len(pictures) % columns)
     return [list(pictures[start : start + columns]) for start in range(0, len(pictures), columns)]
 
 

@@ -22,8 +22,9 @@ from hf_dl.data import captions, zero_shot
 from hf_dl.metrics.alignment import METHODS, Alignment, permuted_label_control
 from hf_dl.metrics.modality_gap import modality_gap_scores
 from hf_dl.metrics.paired import mcnemar
+from hf_dl.models.clip_features import encode_texts
 
-from . import clip
+from . import zero_shot_classifier
 from .evaluation import hide_progress_bars
 from .phrase_mismatch import UNRELATED, mismatch_scores
 
@@ -115,7 +116,10 @@ def embed_labeled(
     data = zero_shot.load(split, args.source, num_images=num_images, **options)
     names = zero_shot.clean_names(data.features["label"].names)
     classes = embed_classes(model, tokenizer, args, names)
-    images, labels = clip.encode_images(model, data["image"], processor), torch.tensor(data["label"][:])
+    images, labels = (
+        zero_shot_classifier.encode_images(model, data["image"], processor),
+        torch.tensor(data["label"][:]),
+    )
     seen = torch.tensor(data["seen"][:]) if "seen" in data.column_names else torch.ones_like(labels, dtype=torch.bool)
     ids = [f"{split} {row}" for row in range(len(labels))]
     return Embeddings(ids, images, classes[labels], labels, seen), classes, names
@@ -133,8 +137,8 @@ def embed_classes(model: Any, tokenizer: Any, args: Any, names: Sequence[str]) -
     Returns:
         Features of length 1 (classes, dim).
     """
-    prompts = zero_shot.prompts(names, clip.find_templates(args.prompts))
-    return clip.class_features(model, prompts, tokenizer)
+    prompts = zero_shot.prompts(names, zero_shot_classifier.find_templates(args.prompts))
+    return zero_shot_classifier.class_features(model, prompts, tokenizer)
 
 
 def embed_captioned(model: Any, processor: Any, tokenizer: Any, args: Any, split: str, num_images: int) -> Embeddings:
@@ -157,8 +161,8 @@ def embed_captioned(model: Any, processor: Any, tokenizer: Any, args: Any, split
     options = {"detail": args.detail, "style": args.style, "size": args.image_size}
     data = captions.load(split, num_objects=(1, 1), num_pairs=num_images, **options)
     pairs = [(each[0]["color"], each[0]["shape"]) for each in data["objects"]]
-    images = clip.encode_images(model, data["image"], processor)
-    texts = clip.encode_texts(model, [each[0] for each in data["captions"]], tokenizer)
+    images = zero_shot_classifier.encode_images(model, data["image"], processor)
+    texts = encode_texts(model, [each[0] for each in data["captions"]], tokenizer)
     labels = torch.tensor([captions.COMBINATIONS.index(pair) for pair in pairs])
     seen = torch.tensor([pair not in captions.HELD_OUT for pair in pairs])
     return Embeddings(list(data["image_id"]), images, texts, labels, seen)

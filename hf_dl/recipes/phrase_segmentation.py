@@ -35,8 +35,8 @@ from hf_dl.reporting.grids import image_grid
 from hf_dl.reporting.plots import plot_run
 
 from .classifier import to_pixel_values
-from .clip import load_clip
 from .evaluation import checked_config, hide_progress_bars, report_data, split_size
+from .zero_shot_classifier import load_clip
 
 CLIP_FOLDER = "runs/train_clip"
 SUMMARY = (

@@ -16,7 +16,7 @@ import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from hf_dl.data import labeled_texts, motion, rewriting
+from hf_dl.data import labeled_texts, motion, rewriting, word_vectors
 from hf_dl.models.layers_recurrent import CELLS
 from hf_dl.models.recurrent_classifier import (
     RecurrentClassifierConfig,
@@ -61,6 +61,11 @@ class Examples(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         return {"inputs": self.inputs[index], "labels": self.labels[index]}
+
+    @property
+    def lengths(self) -> list[int]:
+        """Return the number of steps of each sequence."""
+        return [len(each) for each in self.inputs]
 
     def fingerprint_data(self) -> list[torch.Tensor]:
         """Return the labels, which a resumed run compares with the labels of the original run."""
@@ -120,6 +125,15 @@ class SequenceFlags:
         default="max_mean", metadata={"help": "task=topics: last (the final state) or max_mean (over all steps)."}
     )
     max_length: int = field(default=100, metadata={"help": "task=topics: maximum number of tokens of a text."})
+    embeddings: str = field(
+        default="",
+        metadata={
+            "help": "task=topics: file of word vectors in the format of GloVe, with embedding_size numbers each."
+        },
+    )
+    group_by_length: bool = field(
+        default=True, metadata={"help": "Put sequences of similar length into a batch, which saves padding."}
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -127,6 +141,8 @@ class SequenceFlags:
             raise ValueError(f"task={self.task!r} is unknown. Choose one of: {', '.join(TASKS)}.")
         if self.source != "synthetic" and self.task != "topics":
             raise ValueError(f"source={self.source!r} works only with task='topics'. Remove it.")
+        if self.embeddings and self.task != "topics":
+            raise ValueError(f"embeddings={self.embeddings!r} works only with task='topics'. Remove it.")
         for name, least in (("num_train", 0), ("num_test", 0), ("max_length", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {least}.")
@@ -293,6 +309,40 @@ def make_model(args: Any, train: Examples) -> Model:
     """
     size = len(train.tokenizer) if train.tokenizer is not None else 1
     return TASKS[args.task].model(make_config(args, train.names, size))
+
+
+@torch.no_grad()
+def copy_vectors(args: Any, model: Model, train: Examples) -> dict[str, float]:
+    """Copy the word vectors of the flag `embeddings` into the embedding of a model.
+
+    Args:
+        args: Flags with the fields of `SequenceFlags`.
+        model: The model. Rows of words without a vector keep their random values.
+        train: The training texts.
+
+    Returns:
+        `known_words`, the share of the words in the training texts that have a vector; nothing without the flag.
+
+    Raises:
+        FileNotFoundError: If the file does not exist.
+        ValueError: If the file is invalid, or its vectors do not have `embedding_size` numbers.
+    """
+    if not args.embeddings:
+        return {}
+    words = train.tokenizer.get_vocab()
+    special = set(train.tokenizer.all_special_tokens)
+    vectors = word_vectors.load(
+        args.embeddings, [word for word in words if word not in special], width=args.embedding_size
+    )
+    known = torch.zeros(len(words), dtype=torch.bool)
+    for word, vector in vectors.items():
+        known[words[word]] = True
+        model.get_input_embeddings().weight[words[word]] = vector
+    tokens = torch.cat(list(train.inputs))
+    tokens = tokens[tokens != train.tokenizer.bos_token_id]
+    share = known[tokens].float().mean().item() if len(tokens) else 0.0
+    print(f"{args.embeddings} has vectors of {len(vectors)} words, {share:.0%} of the words in the training texts.")
+    return {"known_words": share}
 
 
 @torch.no_grad()

@@ -68,7 +68,8 @@ def _number(report: Report, placeholder: str) -> str:
 def _group(report: Report, setting: str, where: str) -> Group:
     shown, grid = report.shown_flags(), report.experiment.grid
     given = {}
-    for part in filter(None, (part.strip() for part in setting.split(","))):
+    # A value may contain a comma, if no flag and equals sign follow it.
+    for part in filter(None, (part.strip() for part in re.split(r",(?=\s*\w+\s*=)", setting))):
         name, equals, value = (text.strip() for text in part.partition("="))
         if not equals or name not in shown:
             raise ValueError(

@@ -57,12 +57,15 @@ def mean_and_deviation(values: Sequence[float], decimals: int) -> str:
         decimals: Number of decimals.
 
     Returns:
-        The text, such as "0.912 ± 0.015", or only the mean for a single run.
+        The text, such as "0.912 ± 0.015", or only the mean for a single run. A count that is the same in all runs has
+        no deviation.
 
     Example:
-        >>> mean_and_deviation([0.9, 0.92, 0.94], 3)
-        '0.920 ± 0.020'
+        >>> mean_and_deviation([0.9, 0.92, 0.94], 3), mean_and_deviation([143001, 143001], 0)
+        ('0.920 ± 0.020', '143,001')
     """
+    if decimals == 0 and len(set(values)) == 1 and float(values[0]).is_integer():
+        return f"{int(values[0]):,}"
     mean = f"{np.mean(values):.{decimals}f}"
     return mean if len(values) == 1 else f"{mean} ± {np.std(values, ddof=1):.{decimals}f}"
 

@@ -188,7 +188,7 @@ def test_damaged_sources(tmp_path):
     with pytest.raises(FileNotFoundError, match="b.jpg does not exist. Expected the image of b.xml"):
         detection.load("train", root)
     root = write_coco(tmp_path / "coco", [], categories=())
-    with pytest.raises(ValueError, match="has no categories. Give their names"):
+    with pytest.raises(ValueError, match="has no categories. Add them to it, or give"):
         detection.load("train", root)
     double = write_coco(tmp_path / "double", [], categories=((1, "cat"), (2, "cat")))
     with pytest.raises(ValueError, match="The category 'cat' of .* occurs twice"):

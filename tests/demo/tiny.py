@@ -12,12 +12,14 @@ from hf_dl.data.captions import COLORS, SHAPES
 from hf_dl.demo.slots import make_explanation
 from hf_dl.models.caption_processor import ImageCaptionerProcessor
 from hf_dl.models.clip_segmenter import ClipSegmenterConfig, ClipSegmenterForImageSegmentation
+from hf_dl.models.detection_processor import DetectionImageProcessor
 from hf_dl.models.image_captioner import ImageCaptionerConfig, ImageCaptionerForConditionalGeneration
 from hf_dl.models.norm_resnet import NormResNetConfig, NormResNetForImageClassification, image_processor
 from hf_dl.models.slot_autoencoder import SlotAutoencoderConfig, SlotAutoencoderModel
 from hf_dl.models.small_vit import SmallViTConfig, SmallViTForImageClassification, SmallViTImageProcessor
 from hf_dl.pipelines.phrase_segmentation import PhraseSegmentationPipeline
 from hf_dl.recipes.clip import make_tokenizer
+from hf_dl.recipes.detection import METHODS
 
 from ..pipelines.test_slot_diffusion import make_pipe
 
@@ -27,6 +29,15 @@ TINY_SLOTS = {
     "decoder_channels": [8], "decoder_size": 4,
 }  # fmt: skip
 TINY_VIT = {"image_size": 16, "patch_size": 4, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
+TINY_DETECTORS = {
+    "anchor_free": {"feature_size": 8},
+    "yolo_v1": {"feature_size": 8, "grid_size": 4},
+    "fast_rcnn": {"feature_size": 8, "hidden_size": 8, "roi_size": 2},
+    "faster_rcnn": {"feature_size": 8, "hidden_size": 8, "roi_size": 2, "num_proposals": 20},
+    "rcnn": {"feature_size": 8, "hidden_size": 8, "crop_size": 16},
+    "sliding_window": {"widths": [4, 4, 4, 8], "hidden_size": 8, "window_sizes": [16, 31]},
+}
+SHAPE_NAMES = ["sphere", "cube", "cylinder", "cone"]
 VIT_NAMES = ["cat", "dog", "bird", "fish", "cow", "hen", "fox"]
 
 
@@ -81,6 +92,21 @@ def save_vit(folder):
     config = SmallViTConfig(**TINY_VIT, intermediate_size=24, initializer_range=0.5, id2label=labels)
     SmallViTForImageClassification(config).save_pretrained(folder)
     SmallViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)
+    return folder
+
+
+def save_detector(folder, method="anchor_free", names=SHAPE_NAMES, seed=0):
+    """Save a detector of the ladder whose untrained scores differ between boxes."""
+    torch.manual_seed(seed)
+    step = METHODS[method]
+    model = step.model(step.config(**step.fields, **TINY_DETECTORS[method], id2label=dict(enumerate(names))))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "output" in name and parameter.ndim == 4:
+                parameter.mul_(20)
+    model.save_pretrained(folder)
+    count = 10 if step.num_proposals else 0
+    DetectionImageProcessor(size={"height": 32, "width": 32}, num_proposals=count).save_pretrained(folder)
     return folder
 
 

@@ -89,7 +89,7 @@ def test_a_neuron_of_a_linear_layer_by_hand(position):
             direction[:, 1, 2] = weights[:, 0, 0]
         torch.testing.assert_close(change[row], 0.01 * direction / direction.square().mean().sqrt())
     values = model[0](2 * output.pictures - 1).detach()[torch.arange(2), [5, 2]]
-    torch.testing.assert_close(output.scores, values.mean((1, 2)) if position is None else values[:, 1, 2])
+    torch.testing.assert_close(output.scores, values.sum((1, 2)) if position is None else values[:, 1, 2])
 
 
 def test_inversion_descends_the_loss_of_the_paper_by_hand():

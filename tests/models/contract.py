@@ -34,6 +34,14 @@ SAME_CODE = dict.fromkeys(
 """For `skipped` of classes that differ from another one in an option of a layer."""
 
 
+def owners(model, name):
+    """Yield the module of this name, and the modules that contain it, the innermost first."""
+    while name:
+        yield model.get_submodule(name)
+        name = name.rpartition(".")[0]
+    yield model
+
+
 def cast(inputs, dtype):
     """Return the inputs with floating-point tensors in another precision."""
     return {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}
@@ -171,6 +179,19 @@ if {self.processor_class is not None}:
             json.loads((tmp_path / "config.json").read_text())["model_type"]
             == self.model_class.config_class.model_type
         )
+
+    def test_initialization_reaches_every_module(self, model):
+        # transformers skips modules without own tensors in code outside of it, so they must have nothing to initialize
+        for name, part in model.named_modules():
+            owner = next((owner for owner in owners(model, name) if isinstance(owner, PreTrainedModel)), None)
+            own = (*part.parameters(recurse=False), *part.buffers(recurse=False))
+            if own or not type(owner).__module__.startswith("hf_dl."):
+                continue
+            before = {key: value.clone() for key, value in part.state_dict().items()}
+            with torch.no_grad():
+                owner._init_weights(part)
+            changed = [key for key, value in part.state_dict().items() if not torch.equal(value, before[key])]
+            assert not changed, (name, changed)
 
     def test_every_parameter_gets_a_gradient(self, model):
         model.train()

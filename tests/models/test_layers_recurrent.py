@@ -152,12 +152,16 @@ def test_the_last_output_is_not_the_summary_of_both_directions(directions):
         assert not torch.allclose(h[:, 0], outputs[:, -1])
 
 
-def test_the_forget_bias_counts_once():
+def test_the_biases_of_both_gates_count_once():
     lstm = nn.LSTM(4, 6, 2)
     init_recurrent(lstm, forget_bias=3.0)
     for layer in range(2):
         both = getattr(lstm, f"bias_ih_l{layer}") + getattr(lstm, f"bias_hh_l{layer}")
         assert (both[6:12] == 3).all() and (both[:6] != 3).all() and (both[12:] != 3).all()
+    init_recurrent(lstm, forget_bias=3.0, input_bias=-2.0)
+    for layer in range(2):
+        both = getattr(lstm, f"bias_ih_l{layer}") + getattr(lstm, f"bias_hh_l{layer}")
+        assert (both[6:12] == 3).all() and (both[:6] == -2).all() and (both[12:].abs() < 1).all()
 
 
 def test_the_kernel_has_the_gradient_of_the_steps():

@@ -137,6 +137,7 @@ def test_text_pipelines(tmp_path):
         ({"hidden_size": 0}, "hidden_size=0 must be at least 1"),
         ({"dropout": 1.0}, "dropout=1.0 must be at least 0 and below 1"),
         ({"cell": "gru", "forget_bias": 1.0}, "forget_bias=1.0 needs cell='lstm', not 'gru'"),
+        ({"cell": "rnn", "input_bias": -1.0}, "input_bias=-1.0 needs cell='lstm', not 'rnn'"),
         ({"spectral_radius": 0.0}, "spectral_radius=0.0 must be above 0"),
     ],
 )

@@ -3,7 +3,12 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub.errors import StrictDataclassError
 
-from hf_dl.models import DetectionImageProcessor, SlidingWindowConfig, SlidingWindowForObjectDetection
+from hf_dl.models import (
+    DetectionImageProcessor,
+    SlidingWindowConfig,
+    SlidingWindowForObjectDetection,
+    sliding_window,
+)
 from hf_dl.models.detection_boxes import decode_boxes, to_centers, to_corners
 from hf_dl.models.detection_output import NO_CLASS
 from hf_dl.models.sliding_window import CODE_WEIGHTS, STRIDE, WINDOW, choose_windows, cut_windows
@@ -129,3 +134,14 @@ def test_invalid_inputs_name_the_value():
         make()(torch.zeros(1, 3, 15, 40))
     with pytest.raises(ValueError, match="Got 1 images and labels of 2"):
         make()(torch.zeros(1, 3, 40, 40), labels=[label(), label()])
+
+
+def test_thousands_of_boxes_are_compared_in_parts(monkeypatch):
+    draw = torch.Generator().manual_seed(0)
+    windows, boxes = (torch.rand(*shape, 4, generator=draw).cumsum(-1) for shape in ((50,), (2, 40)))
+    classes = torch.randint(-1, 3, (2, 40), generator=draw)
+    noise = torch.rand(2, 50, generator=draw)
+    expected = choose_windows(windows, classes, boxes, noise, 5, 5)
+    monkeypatch.setattr(sliding_window, "MAX_PAIRS", 7 * classes.numel())
+    for found, wanted in zip(choose_windows(windows, classes, boxes, noise, 5, 5), expected, strict=True):
+        assert torch.equal(found, wanted)

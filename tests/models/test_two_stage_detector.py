@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -45,9 +47,9 @@ class TestFaster(ModelContract):
     model_class = TwoStageDetectorForObjectDetection
     processor_class = DetectionImageProcessor
     auto_classes = ("AutoModelForObjectDetection",)
-    overfit_steps = 60
+    overfit_steps = 90
     overfit_learning_rate = 1e-2
-    overfit_ratio = 0.4
+    overfit_ratio = 0.5
     dynamo = {"capture_dynamic_output_shape_ops": True}  # of non-maximum suppression
 
     def config(self):
@@ -182,6 +184,20 @@ def test_regions_are_matched_as_in_torchvision():
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Samples, padding and outputs
+
+
+def test_a_new_detector_proposes_its_anchors_and_is_undecided():
+    """transformers skips modules without own parameters, so each layer must be initialized by itself."""
+    model = detector(feature_size=64)
+    layers = [(model.rpn.hidden, 0.01), (model.rpn.objectness, 0.01), (model.rpn.codes, 0.01)]
+    for layer, std in [*layers, (model.head.classes, 0.01), (model.head.codes, 0.001)]:
+        assert layer.weight.std().item() == pytest.approx(std, rel=0.3) and not layer.bias.any()
+    output = model(torch.randn(2, 3, 32, 32), labels=[label([1, 0.5, 0.5, 0.4, 0.4])] * 2)
+    assert output.loss_dict["rpn_objectness"].item() == pytest.approx(math.log(2), abs=0.02)
+    assert output.loss_dict["classification"].item() == pytest.approx(math.log(4), abs=0.05)
+    found, codes, anchors = model.rpn.score_anchors(model.backbone(torch.randn(2, 3, 32, 32)))
+    moved = P.decode_boxes(codes, anchors.expand_as(codes))
+    assert (moved - anchors).abs().max() < 1  # pixels
 
 
 def test_a_sample_holds_a_quarter_of_objects_and_ignores_padding():

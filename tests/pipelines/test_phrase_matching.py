@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 from transformers import CLIPImageProcessor, SiglipConfig, SiglipModel
 
-from hf_dl.models.clip_features import unknown_words
+from hf_dl.models.clip_features import encode_texts, unknown_words
 from hf_dl.pipelines.phrase_matching import (
     GROUPS,
     calibrate,
@@ -15,7 +15,8 @@ from hf_dl.pipelines.phrase_matching import (
     near_misses,
     standard_margin,
 )
-from hf_dl.recipes.clip import ModelFlags, encode_images, encode_texts, make_model, make_tokenizer
+from hf_dl.recipes.clip import ModelFlags, make_model, make_tokenizer
+from hf_dl.recipes.zero_shot_classifier import encode_images
 
 COLORS, SHAPES = ("red", "green", "blue", "yellow"), ("sphere", "cube", "cylinder", "cone")
 TOKENIZER = make_tokenizer([f"a {color} {shape}" for color in COLORS for shape in SHAPES])

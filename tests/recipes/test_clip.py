@@ -1,28 +1,16 @@
-import csv
 import math
 from types import SimpleNamespace
 
-import datasets
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from transformers import (
     AutoTokenizer,
-    CLIPConfig,
-    CLIPImageProcessor,
-    CLIPModel,
-    SiglipConfig,
-    SiglipImageProcessor,
-    SiglipModel,
 )
 
-from hf_dl.data import zero_shot
 from hf_dl.data.surfaces import COLORS
 from hf_dl.recipes import clip
 
-SIZES = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 WORDS = ["a photo of red blue green cube sphere there is in this picture"]
 
 
@@ -31,31 +19,9 @@ def make_clip(tokenizer, seed=0):
     return clip.make_model(clip_flags(), tokenizer)
 
 
-def make_images(count=6, size=32):
-    rng = np.random.default_rng(0)
-    return [Image.fromarray(rng.integers(0, 256, (size, size, 3), dtype=np.uint8)) for _ in range(count)]
-
-
 @pytest.fixture(scope="module")
 def tokenizer():
     return clip.make_tokenizer(WORDS)
-
-
-def image_processor(kind=CLIPImageProcessor):
-    size = {"shortest_edge": 32} if kind is CLIPImageProcessor else {"height": 32, "width": 32}
-    crop = {"crop_size": {"height": 32, "width": 32}} if kind is CLIPImageProcessor else {}
-    return kind(size=size, **crop)
-
-
-@pytest.fixture(scope="module", params=["clip", "siglip"])
-def family(request, tokenizer):
-    torch.manual_seed(0)
-    text, image = SIZES | {"vocab_size": len(tokenizer)}, SIZES | {"image_size": 32, "patch_size": 16}
-    if request.param == "clip":
-        config = CLIPConfig(text_config=text | {"eos_token_id": 3}, vision_config=image, projection_dim=8)
-        return CLIPModel(config), image_processor()
-    text |= {"max_position_embeddings": 12}
-    return SiglipModel(SiglipConfig(text_config=text, vision_config=image)), image_processor(SiglipImageProcessor)
 
 
 class TestTokenizer:
@@ -224,86 +190,6 @@ class TestBatches:
         assert draws(1, 0).unique().numel() == 32
 
 
-class TestFeatures:
-    def test_features_equal_the_embeddings_of_the_model(self, family, tokenizer):
-        model, processor = family
-        images, texts = make_images(5), ["a red cube", "a photo of a blue sphere"]
-        siglip = isinstance(model, SiglipModel)
-        padding = {"padding": "max_length", "max_length": 12} if siglip else {"padding": True}
-        tokens = tokenizer(texts, return_tensors="pt", **padding)
-        if siglip:
-            tokens.pop("attention_mask")
-        with torch.no_grad():
-            output = model.eval()(**tokens, **processor(images=images, return_tensors="pt"))
-        found = clip.encode_images(model, images, processor, batch_size=2)
-        assert torch.allclose(found, output.image_embeds, atol=1e-5)
-        assert torch.allclose(clip.encode_texts(model, texts, tokenizer), output.text_embeds, atol=1e-5)
-        assert torch.allclose(found.norm(dim=1), torch.ones(5))
-
-    def test_a_text_has_the_same_features_in_any_batch(self, family, tokenizer):
-        model, _ = family
-        texts = ["cube", "a photo of a blue sphere", "there is a red cube in this picture"]
-        alone = torch.cat([clip.encode_texts(model, [text], tokenizer) for text in texts])
-        assert torch.allclose(clip.encode_texts(model, texts, tokenizer), alone, atol=1e-5)
-
-    def test_the_features_of_a_class_are_the_mean_of_its_prompts(self, family, tokenizer):
-        model, _ = family
-        prompts = [["cube", "a cube"], ["a red sphere", "sphere"]]
-        found = clip.class_features(model, prompts, tokenizer)
-        for features, texts in zip(found, prompts, strict=True):
-            mean = clip.encode_texts(model, texts, tokenizer).mean(0)
-            assert torch.allclose(features, F.normalize(mean, dim=0), atol=1e-6)
-
-    def test_nothing_to_encode_is_refused(self, family, tokenizer):
-        with pytest.raises(ValueError, match="The list is empty"):
-            clip.encode_texts(family[0], [], tokenizer)
-
-
-class TestZeroShot:
-    def test_styles_are_names_templates_and_ensembles(self):
-        assert clip.find_templates("photo") == zero_shot.PROMPTS["photo"]
-        both = clip.find_templates("plain+photo + a drawing of {a}")
-        assert both == (*zero_shot.PROMPTS["plain"], *zero_shot.PROMPTS["photo"], "a drawing of {a}")
-        with pytest.raises(ValueError, match="unknown part 'foto'. Choose from plain, photo"):
-            clip.find_templates("plain+foto")
-
-    def test_scores_and_class_rows(self, tmp_path):
-        result = clip.ZeroShotResult(
-            names=["cat", "dog", "owl"],
-            labels=torch.tensor([0, 0, 1, 1]),
-            seen=torch.tensor([True, True, False, False]),
-            predictions={"plain": torch.tensor([0, 1, 2, 2]), "photo": torch.tensor([0, 0, 1, 2])},
-            top_5={"plain": torch.ones(4), "photo": torch.ones(4)},
-        )
-        assert result.scores() == {
-            **{"plain_accuracy": 0.25, "plain_seen_accuracy": 0.5, "plain_unseen_accuracy": 0.0},
-            **{"photo_accuracy": 0.75, "photo_seen_accuracy": 1.0, "photo_unseen_accuracy": 0.5},
-            **{"images": 4.0, "unseen_images": 2.0},
-        }
-        rows = clip.write_classes(result, tmp_path)
-        assert rows == [
-            ["class", "unseen", "images", "plain", "photo", "mistaken for"],
-            ["cat", "no", "2", "0.5", "1.0", "dog"],
-            ["dog", "yes", "2", "0.0", "0.5", "owl"],
-            ["owl", "no", "0", "", "", ""],
-        ]
-        with open(tmp_path / "classes.csv", newline="") as file:
-            assert list(csv.reader(file)) == rows
-
-    def test_the_nearest_prompt_wins(self, tokenizer):
-        model, processor = make_clip(tokenizer), image_processor()
-        images = make_images(4)
-        names = datasets.ClassLabel(names=["red_cube", "blue_sphere"])
-        features = datasets.Features(image=datasets.Image(), label=names)
-        data = datasets.Dataset.from_dict({"image": images, "label": [0, 1, 1, 0]}, features=features)
-        result = clip.classify(model, processor, data, ["photo"], tokenizer=tokenizer)
-        prompts = ["a photo of a red cube", "a photo of a blue sphere"]
-        nearest = clip.encode_images(model, images, processor) @ clip.encode_texts(model, prompts, tokenizer).T
-        assert torch.equal(result.predictions["photo"], nearest.argmax(1))
-        assert result.names == ["red cube", "blue sphere"] and result.seen.all()
-        assert list(result.scores()) == ["photo_accuracy", "images", "unseen_images"]
-
-
 class TestPairScores:
     def test_the_loss_of_perfect_and_of_equal_features(self):
         perfect = clip.pair_scores(torch.eye(4), torch.eye(4), 100.0)
@@ -315,28 +201,3 @@ class TestPairScores:
         images, texts = torch.eye(3), torch.eye(3)[[1, 0, 2]]
         assert clip.image_recall(images, texts, ["a", "b", "c"]) == pytest.approx(1 / 3)
         assert clip.image_recall(images, texts, ["a", "a", "c"]) == 1
-
-
-class TestLoading:
-    def test_a_model_without_texts_is_refused(self, tmp_path):
-        from hf_dl.models.image_vae import ImageVaeConfig, ImageVaeModel
-
-        ImageVaeModel(ImageVaeConfig(image_size=8, hidden_sizes=[4], latent_size=2)).save_pretrained(tmp_path)
-        with pytest.raises(ValueError, match="is a ImageVaeModel. Expected a model of images and texts"):
-            clip.load_clip(tmp_path)
-        with pytest.raises(ValueError, match="is not a folder, and cannot be loaded"):
-            clip.load_clip(tmp_path / "missing")
-
-    def test_a_tokenizer_of_another_model_is_refused(self, tokenizer, tmp_path):
-        make_clip(tokenizer).save_pretrained(tmp_path)
-        clip.CLIPImageProcessor().save_pretrained(tmp_path)
-        tokenizer.save_pretrained(tmp_path)
-        clip.load_clip(tmp_path)
-        clip.make_tokenizer([" ".join(f"word{i}" for i in range(99))]).save_pretrained(tmp_path)
-        with pytest.raises(ValueError, match="The tokenizer has 103 tokens, but the model only"):
-            clip.load_clip(tmp_path)
-
-    @pytest.mark.parametrize(("size", "expected"), [(64, 64), (224, 224), (16, 32), (336, 256), ([48, 64], 64)])
-    def test_scenes_are_rendered_at_the_size_of_the_model(self, size, expected):
-        config = SimpleNamespace(vision_config=SimpleNamespace(image_size=size))
-        assert clip.scene_size(SimpleNamespace(config=config)) == expected

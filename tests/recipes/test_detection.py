@@ -3,6 +3,7 @@ import time
 import pytest
 import torch
 import transformers
+from datasets import Dataset
 from PIL import Image
 from torch import nn
 
@@ -14,6 +15,7 @@ from hf_dl.models.detection_processor import DetectionImageProcessor
 from hf_dl.models.norm_resnet import image_processor
 from hf_dl.recipes import detection as recipe
 from hf_dl.recipes.detection_report import draw_boxes
+from hf_dl.recipes.proposals import choose_anchor_sizes
 from hf_dl.reporting.grids import SEGMENT_COLORS
 from scripts.train_detector import Args
 from tests.data.test_detection import write_coco, write_voc
@@ -157,15 +159,43 @@ def test_wrong_backbones_and_data_are_refused(tmp_path):
         recipe.check_classes(model, ["cat"], source="birds")
 
 
-def test_the_method_sets_the_learning_rate_and_its_flags():
+def test_the_method_sets_the_learning_rate_the_batch_size_and_its_flags():
     args = Args(method="yolo_v1", grid_size=4)
     args.given = {}
     recipe.complete_flags(args)
-    assert (args.learning_rate, args.grid_size, args.boxes_per_cell) == (1e-3, 4, 2)
-    args = Args(method="yolo_v1", learning_rate=0.5)
-    args.given = {"learning_rate": 0.5}
+    assert (args.learning_rate, args.batch_size, args.grid_size, args.boxes_per_cell) == (1e-3, 32, 4, 2)
+    for method in ("fast_rcnn", "faster_rcnn"):  # with 1e-3, the classes are learned several times slower
+        args = Args(method=method)
+        args.given = {}
+        recipe.complete_flags(args)
+        assert (args.learning_rate, args.batch_size) == (3e-3, 16)
+    args = Args(method="faster_rcnn", learning_rate=0.5, batch_size=8)
+    args.given = {"learning_rate": 0.5, "batch_size": 8}
     recipe.complete_flags(args)
-    assert args.learning_rate == 0.5
+    assert (args.learning_rate, args.batch_size) == (0.5, 8)
+
+
+def test_anchors_fit_the_boxes_of_the_training_images():
+    """Two rare sizes keep their anchors beside many boxes of one size, in pixels of the input."""
+    boxes = [[*([0, 0, 40 + number % 3, 40] for number in range(30)), [0, 0, 10, 10]], [[0, 0, 80, 90], [3, 3, 3, 9]]]
+    picture = Image.new("RGB", (100, 100))
+    rows = Dataset.from_list([{"image": picture, "objects": {"bbox": each}} for each in [*boxes, []]])
+    args = Args(method="faster_rcnn", image_size=[200])
+    args.given = {}
+    recipe.complete_flags(args)
+    recipe.complete_anchors(args, rows)
+    assert args.anchor_sizes == [20, 81, 170]
+    assert choose_anchor_sizes(rows, image_size=[50, 200], count=2) == [10, 41]  # the area stays the same
+    assert choose_anchor_sizes(rows.select([1]), image_size=[100]) == [85]
+    args.anchor_sizes = [8]
+    recipe.complete_anchors(args, rows.select([2]))
+    assert args.anchor_sizes == [8]  # without boxes, the default remains
+    args.given = {"anchor_sizes": [8]}
+    recipe.complete_anchors(args, rows)
+    assert args.anchor_sizes == [8]
+    args = Args(method="fast_rcnn")
+    recipe.complete_anchors(args, rows)
+    assert args.anchor_sizes is None
 
 
 def test_the_timer_measures_modules_and_blocks():

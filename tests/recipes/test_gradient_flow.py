@@ -11,12 +11,13 @@ from transformers import AutoModelForSequenceClassification
 
 from hf_dl.data.memory_tasks import MemoryTask
 from hf_dl.models.layers_recurrent import init_recurrent
-from hf_dl.recipes.gradient_flow import evaluate, gradient_norms
+from hf_dl.models.recurrent_classifier import RecurrentForSequenceClassification
+from hf_dl.recipes.gradient_flow import evaluate, gradient_norms, make_config, memory_slope, norms_of
 from hf_dl.reporting.experiment import read_experiment
 from scripts import run_experiment, train_memory
 from tests.scripts.runs import reset
 
-EXPERIMENT = Path(__file__).resolve().parents[2] / "scripts" / "experiments" / "gradient_flow.toml"
+EXPERIMENTS = Path(__file__).resolve().parents[2] / "scripts" / "experiments"
 
 
 def norms(kind, length=60, **options):
@@ -62,6 +63,19 @@ def test_the_spectral_radius_of_every_gate_is_set():
     for layer in range(2):
         for matrix in getattr(module, f"weight_hh_l{layer}").split(8):
             assert torch.linalg.eigvals(matrix).abs().max().item() == pytest.approx(1.3, rel=1e-4)
+
+
+def test_an_open_forget_gate_drifts_unless_the_input_gate_is_closed():
+    """The gradient with respect to c arrives in both cells, but without an input bias, h no longer shows c."""
+    data = MemoryTask("copy", "test", length=200, num_rows=4)
+    found = {}
+    for cell, input_bias in (("lstm", None), ("lstm", -5.0), ("gru", None)):
+        torch.manual_seed(0)
+        args = train_memory.Args(cell=cell, forget_bias=5.0 if cell == "lstm" else None, input_bias=input_bias)
+        model = RecurrentForSequenceClassification(make_config(args))
+        found[cell, input_bias] = memory_slope(model, data)
+        assert cell == "gru" or norms_of(model, data)[40] > 0.5
+    assert found["lstm", None] < 0.1 and found["lstm", -5.0] > 0.9 and found["gru", None] == 1
 
 
 def test_the_tasks():
@@ -114,7 +128,11 @@ def test_a_run_learns_and_reports_the_flow(tmp_path, capsys):
     assert "task='xor' is unknown. Choose one of: copy, adding." in capsys.readouterr().err
 
 
-def test_the_experiment_file_names_flags_that_there_are():
-    experiment = read_experiment(EXPERIMENT)
-    run_experiment.check_flags(experiment, run_experiment.find_scripts(experiment, EXPERIMENT))
-    assert {cell.flags["length"] for cell in experiment.cells("runs")} == {50, 100, 200, 400}
+@pytest.mark.parametrize(
+    ("name", "lengths"), [("gradient_flow", {50, 100, 200, 400}), ("gradient_flow_rates", {50, 200})]
+)
+def test_the_experiment_files_name_flags_that_there_are(name, lengths):
+    path = EXPERIMENTS / f"{name}.toml"
+    experiment = read_experiment(path)
+    run_experiment.check_flags(experiment, run_experiment.find_scripts(experiment, path))
+    assert {cell.flags["length"] for cell in experiment.cells("runs")} == lengths

@@ -67,6 +67,8 @@ def test_mistakes_are_found_when_the_card_is_made(report, reading, message):
         experiment_card(report(reading))
 
 
-def test_a_value_may_contain_a_colon_and_an_equals_sign(report):
-    text = TOML.replace('"batch", "group"', '"x=a:b", "group"')
-    assert float(fill_reading(report("{norm=x=a:b, width=4: val_accuracy}", text))) > 0
+@pytest.mark.parametrize("value", ["x=a:b", "batch, bias 5"])
+def test_a_value_may_contain_a_colon_an_equals_sign_and_a_comma(report, value):
+    text = TOML.replace('"batch", "group"', f'"{value}", "group"')
+    for setting in (f"norm={value}, width=4", f"width=4, norm={value}"):
+        assert float(fill_reading(report(f"{{{setting}: val_accuracy}}", text))) > 0

@@ -7,7 +7,7 @@ from PIL import Image
 from transformers import CLIPImageProcessor
 
 from hf_dl.metrics.alignment import METHODS
-from hf_dl.recipes import clip, modality
+from hf_dl.recipes import clip, modality, zero_shot_classifier
 from hf_dl.reporting.experiment import read_results
 from scripts import evaluate_alignment
 
@@ -63,7 +63,7 @@ def test_captions_are_pairs_to_fit_on(runs, tmp_path, monkeypatch):
     assert "permuted_gain_4" not in found and 0 <= found["rmg_12"] <= 1
     assert (tmp_path / "runs" / "evaluate_alignment" / "alignment.png").is_file()
     # every method runs
-    model = clip.load_clip(runs / "rich")
+    model = zero_shot_classifier.load_clip(runs / "rich")
     test, classes, names = modality.embed_labeled(*model, modality_flags(), "test", 32)
     pairs = modality.embed_captioned(*model, modality_flags(), "train", 12)
     assert names[5] == "red cube" and pairs.seen.all() and len(set(pairs.ids)) == 12 and not test.seen.all()

@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from hf_dl.data import captions, zero_shot
-from hf_dl.recipes import clip
+from hf_dl.recipes import clip, zero_shot_classifier
 from hf_dl.reporting.card import read_card
 from hf_dl.reporting.experiment import read_experiment
 from scripts import evaluate_zero_shot, run_experiment, train_clip
@@ -74,7 +74,7 @@ def test_the_folder_is_all_that_a_person_needs(finished, tmp_path):
 def test_the_scores_of_both_splits(finished):
     folder, metrics = finished
     for split in ("val", "test"):
-        for style in clip.STYLES:
+        for style in zero_shot_classifier.STYLES:
             for kind in ("accuracy", "seen_accuracy", "unseen_accuracy", "top_5_accuracy"):
                 assert 0 <= metrics[f"{split}_{style}_{kind}"] <= 1
         unseen = metrics[f"{split}_unseen_images"] / metrics[f"{split}_images"]

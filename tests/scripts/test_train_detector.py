@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForObjectDetection, YolosConfig, YolosForObjectDetection, YolosImageProcessor
 
 from hf_dl.models.detection_processor import DetectionImageProcessor
+from hf_dl.recipes import detection as recipe
 from hf_dl.reporting.card import read_card
 from scripts import evaluate_detector, run_experiment, train_detector
 from tests.data.test_detection import write_voc
@@ -67,7 +68,9 @@ def test_losses_and_scores_are_logged(finished):
     for name in ("map", "map_50", "mar_100", "voc07_map_50", "voc10_map_50", "error_class", "error_background"):
         assert 0 <= metrics[f"test_{name}"] <= 1
     assert metrics["test_images"] == 8 and metrics["test_objects"] > 8
-    assert metrics["test_ms"] >= metrics["test_ms_features"] + metrics["test_ms_head"] + metrics["test_ms_nms"] > 0
+    times = {name: metrics[f"test_ms_{name}"] for name in recipe.STAGES}
+    assert times.pop("proposals") == 0 < min(times.values())  # it has no proposals
+    assert metrics["test_ms"] >= sum(times.values())
 
 
 def test_evaluating_the_folder_gives_the_same_scores(finished, tmp_path):
@@ -117,6 +120,46 @@ def test_own_data_with_images_without_objects_trains_yolo(tmp_path):
     assert line["loss"] == pytest.approx(sum(line[k] for k in ("coordinates", "object", "no_object", "class")))
 
 
+def write_odd_coco(root):
+    """Write COCO files with gaps in the ids, odd boxes, images of many modes, and 10,000 boxes in one image."""
+    draw = np.random.default_rng(0)
+    boxes = [[5, 4, 20, 10], [3, 3, 0, 5], [50, 3, 9, 9], [30, 20, 90, 90]]  # without area, outside, across the border
+    places = np.concatenate([draw.uniform(0, 20, (10_000, 2)), draw.uniform(1, 10, (10_000, 2))], 1).tolist()
+    pairs = [*((1, box) for box in boxes), *((2, box) for box in places)]
+    annotations = [
+        {"id": number, "image_id": image, "category_id": (7, 90)[number % 2], "bbox": box}
+        for number, (image, box) in enumerate(pairs)
+    ]
+    (root / "annotations").mkdir(parents=True)
+    for split, found in (("train", annotations), ("val", [])):
+        (root / f"{split}2017").mkdir()
+        modes = ["RGB", "L", "RGBA", "P", "CMYK"]
+        for number, mode in enumerate(modes):
+            image = Image.fromarray(draw.integers(0, 256, (30, 40, 3), dtype=np.uint8)).convert(mode)
+            image.save(root / f"{split}2017" / f"{number}.tif")
+        images = [{"id": number, "file_name": f"{number}.tif"} for number in range(len(modes))]
+        classes = [{"id": 1, "name": "unused"}, {"id": 7, "name": "cat"}, {"id": 90, "name": "dog"}]
+        text = json.dumps({"images": images, "annotations": found, "categories": classes})
+        (root / "annotations" / f"instances_{split}2017.json").write_text(text)
+    return root
+
+
+def test_odd_annotations_train_and_missing_ones_are_refused(tmp_path):
+    source = write_odd_coco(tmp_path / "coco")
+    flags = [f"--source={source}", "--num_train=0", "--max_steps=2", "--batch_size=3", "--save_every=0"]
+    with pytest.warns(UserWarning, match=r"Cut or dropped boxes in 1 images .* 1 \(2 without area, 1 outside\)"):
+        metrics = train(tmp_path / "run", *flags)
+    assert metrics["test_images"] == 5 and metrics["test_objects"] == 0
+    assert not any("map" in name for name in metrics)  # undefined without an object
+    lines = [line["classification"] for line in read_log(tmp_path / "run") if "loss" in line]
+    assert len(lines) == 2 and np.isfinite(lines).all()
+    assert AutoModelForObjectDetection.from_pretrained(tmp_path / "run").config.label2id["dog"] == 2
+    reset()
+    (source / "annotations" / "instances_val2017.json").rename(source / "annotations" / "instances_train2017.json")
+    with pytest.raises(ValueError, match="No training image of source='.*' has an object. Expected boxes for at lea"):
+        train_detector.recipe.load_rows(train_detector.Args(source=str(source)), "train", size=32)
+
+
 @pytest.mark.parametrize("name", ["ladder", "bccd"])
 def test_the_flags_of_the_experiments(name, capsys):
     path = Path(run_experiment.__file__).parent / "experiments" / f"detection_{name}.toml"
@@ -132,9 +175,8 @@ def test_detectors_with_proposals_train(method, tmp_path):
     line = next(line for line in read_log(folder) if "loss" in line)
     terms = ["classification", "box"] + (["rpn_objectness", "rpn_box"] if method == "faster_rcnn" else [])
     assert line["loss"] == pytest.approx(sum(line[name] for name in terms))
-    stages = ("features", "proposals", "classification", "nms")
-    assert metrics["test_ms"] >= sum(metrics[f"test_ms_{stage}"] for stage in stages)
-    assert min(metrics[f"test_ms_{stage}"] for stage in stages) > 0
+    times = [metrics[f"test_ms_{stage}"] for stage in recipe.STAGES]
+    assert metrics["test_ms"] >= sum(times) and min(times) > 0
     model = AutoModelForObjectDetection.from_pretrained(folder)
     assert (model.config.two_stage_type, model.config.roi_type) == (method.removesuffix("_rcnn"), "pool")
     assert DetectionImageProcessor.from_pretrained(folder).num_proposals == (200 if method == "fast_rcnn" else 0)

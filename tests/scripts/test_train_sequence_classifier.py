@@ -8,12 +8,13 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from transformers import AutoModelForTokenClassification, AutoTokenizer, pipeline
+from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoTokenizer, pipeline
 
-from hf_dl.data import labeled_texts, motion, rewriting
+from hf_dl.data import labeled_texts, motion, rewriting, word_vectors
 from hf_dl.data.scenes import visible_scenes
 from hf_dl.recipes import sequence_classifier
 from hf_dl.reporting.experiment import read_experiment
+from hf_dl.training.batches import Share, batches
 from scripts import run_experiment, train_sequence_classifier
 from tests.scripts.runs import reset
 
@@ -37,6 +38,70 @@ def test_a_pipeline_reads_a_run_on_reviews(tmp_path):
     assert sum(right) / 20 == pytest.approx(metrics["test_accuracy"])
     assert json.loads((tmp_path / "results.json").read_text())["metrics"] == metrics
     assert "## Results" in (tmp_path / "README.md").read_text()
+
+
+def test_word_vectors_are_copied_into_the_embedding(tmp_path, monkeypatch):
+    monkeypatch.setattr(sequence_classifier, "write_report", lambda args, folder: None)
+    texts = labeled_texts.load("train", num_rows=64)["text"]
+    words = sorted({word for text in texts for word in text.split()} - {"but"})
+    random.seed(0)
+    rows = {word: [round(random.gauss(0, 1), 3) for _ in range(8)] for word in [*words, "zebra", ". . ."]}
+    lines = [" ".join([word, *map(str, row)]) for word, row in rows.items()]
+    with gzip.open(tmp_path / "vectors.txt.gz", "wt", encoding="utf-8") as file:
+        file.write("\n".join([f"{len(rows)} 8", *lines, lines[0].replace("0", "9"), ""]))
+    flags = [f"--embeddings={tmp_path / 'vectors.txt.gz'}", "--learning_rate=1e-9", "--max_steps=1"]
+    metrics = train(tmp_path / "run", *flags)
+    count = sum(text.split().count("but") for text in texts) / sum(len(text.split()) for text in texts)
+    assert metrics["known_words"] == pytest.approx(1 - count, abs=0.02)  # a few rare words are <unk>
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run")
+    vocabulary = AutoTokenizer.from_pretrained(tmp_path / "run").get_vocab()
+    weight = model.get_input_embeddings().weight
+    for word in set(vocabulary) & set(words):
+        torch.testing.assert_close(weight[vocabulary[word]], torch.tensor(rows[word]))
+    assert weight[vocabulary["but"]].abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (
+            "good 1 2 3\n",
+            "has 3 numbers per word, but 2 were expected. Use vectors of this width, or set embedding_size",
+        ),
+        (
+            "good 1 2\nbad 1\n",
+            "Line 2 of 'vectors.txt' is 'bad 1'. Expected a word and 2 numbers, separated by spaces",
+        ),
+        ("good 1 x\n", "Line 1 of 'vectors.txt' is 'good 1 x'. Expected a word and 2 numbers"),
+        ("good 1 nan\n", "Line 1 of 'vectors.txt' is 'good 1 nan'"),
+        ("\xff 1 2\n", "'vectors.txt' is not a text file in UTF-8"),
+    ],
+)
+def test_invalid_word_vectors_are_refused_in_a_sentence(content, sentence, tmp_path):
+    (tmp_path / "vectors.txt").write_bytes(content.encode("latin-1"))
+    with pytest.raises(ValueError, match=sentence):
+        word_vectors.load(tmp_path / "vectors.txt", ["good"], width=2)
+    with pytest.raises(FileNotFoundError, match="no.txt' does not exist. Expected a text file with a word"):
+        word_vectors.load(tmp_path / "no.txt", ["good"], width=2)
+
+
+def test_batches_of_similar_length_have_less_padding(monkeypatch):
+    found = []
+
+    def count_padding(args, model, data, *, collate, lengths, **options):
+        loader = batches(
+            data, Share(16), seed=0, collate=collate, lengths=lengths, step=0, position=(0, 0), max_steps=4
+        )
+        masks = [batch["attention_mask"] for _, batch in loader]
+        assert sum(len(mask) for mask in masks) == 64
+        found.append(sum(int((mask == 0).sum()) for mask in masks))
+        raise InterruptedError
+
+    monkeypatch.setattr(train_sequence_classifier, "TrainingRun", count_padding)
+    for flags in ([], ["--group_by_length=false"]):
+        with pytest.raises(InterruptedError):
+            train("unused", *flags)
+    assert found[0] < 0.5 * found[1]
 
 
 @pytest.mark.parametrize("task", ["frames", "dates", "reversal"])
@@ -143,6 +208,7 @@ def test_sequences_of_different_lengths_are_filled():
     [
         (["--task=sort"], "task='sort' is unknown. Choose one of: topics, frames, dates, reversal"),
         (["--task=frames", "--source=a.csv"], "source='a.csv' works only with task='topics'"),
+        (["--task=dates", "--embeddings=a.txt"], "embeddings='a.txt' works only with task='topics'"),
         (["--cell=qrnn"], "cell='qrnn' is unknown. Choose one of: rnn"),
         (["--max_length=0"], "max_length=0 must be at least 1"),
     ],
