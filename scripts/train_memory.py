@@ -2,7 +2,7 @@
 
     scripts/run accelerate launch scripts/train_memory.py --cell lstm --forget_bias 3
     scripts/run accelerate launch scripts/train_memory.py --cell rnn --spectral_radius 1.5 --max_grad_norm 1
-    scripts/run accelerate launch scripts/train_memory.py --task adding --cell gru --length 100 --max_steps 2000
+    scripts/run accelerate launch scripts/train_memory.py --task adding --cell gru --max_steps 1500
 
 Training takes less than a minute on one core. The picture gradient_flow.png in the output folder shows the norm of the
 gradient over the lag, before and after training. scripts/experiments/gradient_flow.toml compares the cells.

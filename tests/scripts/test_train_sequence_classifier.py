@@ -18,7 +18,7 @@ from hf_dl.training.batches import Share, batches
 from scripts import run_experiment, train_sequence_classifier
 from tests.scripts.runs import reset
 
-EXPERIMENT = Path(__file__).resolve().parents[2] / "scripts" / "experiments" / "sequence_shapes.toml"
+EXPERIMENTS = Path(__file__).resolve().parents[2] / "scripts" / "experiments"
 SMALL = "--num_train=64 --num_test=20 --batch_size=16 --hidden_size=12 --embedding_size=8 --save_every=0".split()
 
 
@@ -219,10 +219,11 @@ def test_wrong_flags_are_refused_in_a_sentence(flags, sentence, tmp_path, capsys
     assert sentence in capsys.readouterr().err
 
 
-def test_the_experiment_file_names_flags_that_there_are():
-    experiment = read_experiment(EXPERIMENT)
-    run_experiment.check_flags(experiment, run_experiment.find_scripts(experiment, EXPERIMENT))
-    assert {cell.script for cell in experiment.cells("runs")} == {
-        "train_sequence_classifier.py",
-        "train_classifier.py",
-    }
+@pytest.mark.parametrize(
+    ("name", "others"), [("sequence_shapes", {"train_classifier.py", "train_captioner.py"}), ("topics", set())]
+)
+def test_the_experiment_files_name_flags_that_there_are(name, others):
+    path = EXPERIMENTS / f"{name}.toml"
+    experiment = read_experiment(path)
+    run_experiment.check_flags(experiment, run_experiment.find_scripts(experiment, path))
+    assert {cell.script for cell in experiment.cells("runs")} == {"train_sequence_classifier.py", *others}
