@@ -531,9 +531,13 @@ def _kept(x, attention_mask):
 def _read_packed(module, x, keep, lengths, state):
     """Run the kernel of torch; return outputs (batch, length, channels), with 0 for masked tokens, and the states."""
     # The kernel needs the tokens to read at the start of each row. A stable sort keeps their order.
-    order = keep.logical_not().to(torch.uint8).argsort(dim=1, stable=True)
-    x = x.gather(1, order[..., None].expand_as(x))
+    order = None
+    if bool((keep[:, 1:] & ~keep[:, :-1]).any()):
+        order = keep.logical_not().to(torch.uint8).argsort(dim=1, stable=True)
+        x = x.gather(1, order[..., None].expand_as(x))
     packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
     packed, states = module(packed, state)
     outputs, _ = pad_packed_sequence(packed, batch_first=True, total_length=x.shape[1])
-    return torch.zeros_like(outputs).scatter(1, order[..., None].expand_as(outputs), outputs), states
+    if order is not None:
+        outputs = torch.zeros_like(outputs).scatter(1, order[..., None].expand_as(outputs), outputs)
+    return outputs, states

@@ -164,11 +164,13 @@ def test_the_biases_of_both_gates_count_once():
         assert (both[6:12] == 3).all() and (both[:6] == -2).all() and (both[12:].abs() < 1).all()
 
 
-def test_the_kernel_has_the_gradient_of_the_steps():
+@pytest.mark.parametrize("first", [[1, 1, 0, 1, 0], [1, 1, 1, 0, 0]])
+@pytest.mark.parametrize("second", [[0, 1, 1, 1, 1], [1, 1, 1, 1, 0]])
+def test_the_kernel_has_the_gradient_of_the_steps(first, second):
     # the CPU does not use the kernel for gradients, so call it directly
     torch.manual_seed(3)
     lstm, x = BidirectionalLSTM(4, 6, num_layers=2), torch.randn(3, 5, 4)
-    keep = torch.tensor([[1, 1, 0, 1, 0], [0, 1, 1, 1, 1], [1, 1, 1, 1, 1]]).bool()
+    keep = torch.tensor([first, second, [1, 1, 1, 1, 1]]).bool()
     found = []
     zeros = (torch.zeros(3, 2, 12),) * 2
     for outputs, (h, c) in (lstm._run_kernel(x, zeros, keep, keep.sum(1)), lstm._run_steps(x, zeros, keep)):
