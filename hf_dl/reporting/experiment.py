@@ -479,15 +479,16 @@ def find_run(root: str | Path, flag: str, seed: int, *, script: str | None = Non
         script: Name of the script, such as "train_slots.py", if the folder has runs of several scripts.
 
     Returns:
-        The folder of the run; the first by name if several match.
+        The folder of the run.
 
     Raises:
-        ValueError: If `flag` is not a flag with a value, or no run matches.
+        ValueError: If `flag` is not a flag with a value, no run matches, or several runs match.
     """
     parts = [part.strip().partition("=") for part in flag.split(",")]
     wanted = {name: value for name, _, value in parts}
     if not all(name and equals for name, equals, _ in parts):
         raise ValueError(f"run={flag!r} is not a flag with a value. Write it like norm=batch.")
+    matches = {}
     for path in sorted(Path(root).glob("*/results.json")):
         results = read_results(path.parent)
         args = results["args"]
@@ -495,7 +496,17 @@ def find_run(root: str | Path, flag: str, seed: int, *, script: str | None = Non
             continue
         found = {name: str(args[name]) for name in wanted if name in args}
         if found == wanted and args.get("seed") == seed:
-            return path.parent
+            matches[path.parent] = {name: str(value) for name, value in args.items() if name != "output_dir"}
+    if len(matches) > 1:
+        first, second = list(matches.values())[:2]
+        differ = [name for name in first if name in second and first[name] != second[name]]
+        example = f" Add a flag, such as {flag},{differ[0]}={first[differ[0]]}." if differ else " Remove all but one."
+        raise ValueError(
+            f"run={flag!r} matches {len(matches)} runs with seed {seed} in {str(root)!r}: "
+            f"{', '.join(folder.name for folder in matches)}.{example}"
+        )
+    if matches:
+        return next(iter(matches))
     of = f" of {script}" if script else ""
     words = " ".join(f"--{name} {value}" for name, value in wanted.items())
     raise ValueError(

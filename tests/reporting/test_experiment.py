@@ -207,10 +207,19 @@ def test_a_run_is_found_by_its_flags(toml, tmp_path):
     write_runs(experiment, tmp_path)
     root = next(tmp_path.glob("*/*/results.json")).parents[1]
     for seed in experiment.seeds[:2]:
-        args = read_results(find_run(root, "width=8", seed))["args"]
-        assert args["width"] == 8 and args["seed"] == seed
-    script = read_results(find_run(root, "width=8", 0))["script"]
-    assert find_run(root, "width=8", 0, script=script) == find_run(root, "width=8", 0)
+        args = read_results(find_run(root, "width=8,norm=batch", seed))["args"]
+        assert (args["width"], args["norm"], args["seed"]) == (8, "batch", seed)
+    run = find_run(root, "width=8,norm=batch", 0)
+    assert find_run(root, "width=8,norm=batch", 0, script=read_results(run)["script"]) == run
+    with pytest.raises(
+        ValueError, match=r"run='width=8' matches 2 runs with seed 0 .*: \w+, \w+\. Add a flag, such"
+    ):
+        find_run(root, "width=8", 0)
+    (root / "zz").mkdir()
+    (root / "zz" / "results.json").write_text((run / "results.json").read_text())
+    with pytest.raises(ValueError, match=f"{run.name}, zz. Remove all but one"):
+        find_run(root, "width=8,norm=batch", 0)
+    (root / "zz" / "results.json").unlink()
     both = read_results(find_run(root, "norm=group, width=4", 1))["args"]
     assert (both["width"], both["norm"], both["seed"]) == (4, "group", 1)
     with pytest.raises(ValueError, match="with --width 4 --norm bath --seed 0. Run its experiment first"):
