@@ -211,9 +211,7 @@ def test_a_run_is_found_by_its_flags(toml, tmp_path):
         assert (args["width"], args["norm"], args["seed"]) == (8, "batch", seed)
     run = find_run(root, "width=8,norm=batch", 0)
     assert find_run(root, "width=8,norm=batch", 0, script=read_results(run)["script"]) == run
-    with pytest.raises(
-        ValueError, match=r"run='width=8' matches 2 runs with seed 0 .*: \w+, \w+\. Add a flag, such"
-    ):
+    with pytest.raises(ValueError, match=r"run='width=8' matches 2 runs with seed 0 .*: \w+, \w+\. Add a flag, such"):
         find_run(root, "width=8", 0)
     (root / "zz").mkdir()
     (root / "zz" / "results.json").write_text((run / "results.json").read_text())
