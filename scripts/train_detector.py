@@ -74,8 +74,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         #                object         = (confidence - IoU)^2, no_object = 0.5 * confidence^2
         #                class          = squared error of the classes of cells with an object
         #   faster_rcnn: rpn_objectness = BCE of 256 anchors, rpn_box = smooth L1 of anchors with an object / 256
-        #   both R-CNNs: classification = cross-entropy of 128 regions with classes and background
-        #                box            = smooth L1 of regions with an object / 128
+        #   both R-CNNs: classification = cross-entropy of 64 regions with classes and background
+        #                box            = smooth L1 of regions with an object / 64
         #   rcnn:        classification = cross-entropy of some regions; scripts/fit_rcnn.py does the rest
         #   sliding_window: classification = cross-entropy of some windows, with the class "no object"
         #                box            = smooth L1 of the codes of windows on objects

@@ -67,7 +67,7 @@ class TwoStageDetectorConfig(DetectionConfig):
     anchor_ratios: list[int | float] | tuple[int | float, ...] = (0.7, 1.0, 1.4)
     num_candidates: int = 600
     num_proposals: int = 150
-    region_sample: int = 128
+    region_sample: int = 64
     roi_type: str = "align"
     roi_size: int = 5
     hidden_size: int = 256
