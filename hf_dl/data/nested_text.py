@@ -29,8 +29,8 @@ NOUNS = ("king", "girl", "owl", "bird", "goat", "boat", "tree", "jay")
 VERBS = ("see", "hear", "call", "find", "like", "lead")
 OWNERS = ("my", "your")
 THINGS = ("bread", "song", "home", "rain", "sleep", "work", "luck", "name")  # in quotations
-CHANCES = {"quote": 0.4, "adjective": 0.3, "bracket": 0.5, "more": 0.35}
-_VERSION = 5  # increase it when rows change: `datasets` caches by arguments, not by code
+CHANCES = {"quote": 0.45, "adjective": 0.3, "bracket": 0.5, "thing": 0.6, "more": 0.35}
+_VERSION = 6  # increase it when rows change: `datasets` caches by arguments, not by code
 _SHARD = 500
 
 
@@ -93,7 +93,7 @@ def sample_sentence(index: int, split: str = "train", *, seed: int = 0) -> str:
     rng = random.Random(f"hf_dl.nested_text {seed} {split} {index}")
     if rng.random() < CHANCES["quote"]:
         things = [f"{rng.choice(OWNERS)} {rng.choice(THINGS)}"]
-        while rng.random() < CHANCES["more"]:
+        while rng.random() < CHANCES["thing"]:
             things.append(f"{rng.choice(OWNERS)} {rng.choice(THINGS)}")
         return f'{rng.choice(NAMES)} said "{rng.choice(("I", "we"))} {rng.choice(VERBS)} {" and ".join(things)}."'
     text = f"{_noun_phrase(rng)} {rng.choice(VERBS)}s {_noun_phrase(rng)}{_brackets(rng)}."

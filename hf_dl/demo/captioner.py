@@ -293,7 +293,7 @@ def summarize(scene: Scene, beam: Beam) -> str:
 
 def show_beams(beams: Sequence[Beam]) -> list[tuple[str, int]]:
     """Return the captions with their scores, as choices of a `gr.Radio`."""
-    return [(f"{beam.score:.3f}  {beam.text}", place) for place, beam in enumerate(beams)]
+    return [(f"{beam.text} ({beam.score:.3f})", place) for place, beam in enumerate(beams)]
 
 
 def draw_word(image: Image.Image, heat: np.ndarray) -> Image.Image:

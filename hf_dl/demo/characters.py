@@ -34,10 +34,9 @@ PROPERTY_NAMES = {
     "position_in_line": "position in the line",
 }
 assert PROPERTY_NAMES.keys() == PROPERTIES.keys()
-SENTENCES, STEPS, WARMUP, ROWS, WINDOW = 6000, 1500, 30, 32, 64  # of the training
-HIDDEN_SIZE = 96
+SENTENCES, STEPS, WARMUP, ROWS, WINDOW = 6000, 2000, 30, 32, 64  # of the training
+HIDDEN_SIZE = 64
 LEARNING_RATE = 6e-3
-FORGET_BIAS = 3.0  # of an LSTM; with less, its gradients do not reach back to the start of a quotation
 SAMPLE = 160  # characters that the model writes during training
 SAMPLES = 6
 MAX_CHARACTERS = 4000  # of the text to color
@@ -106,7 +105,7 @@ def describe(found: CharacterModel) -> str:
 
 
 @functools.cache
-def held_out_text(characters: int = 1500) -> str:
+def held_out_text(characters: int = 2400) -> str:
     """Return generated text that the models were not trained on."""
     return "\n".join(nested_text.sample_sentence(index, "test") for index in range(characters // 20))[:characters]
 
@@ -139,7 +138,7 @@ def train(
         embedding_size=32,
         hidden_size=HIDDEN_SIZE,
         cell=cell,
-        forget_bias=FORGET_BIAS if cell == "lstm" else None,
+        forget_bias=1.0 if cell == "lstm" else None,
         dropout=0.0,
     )
     model = RecurrentLMForCausalLM(config)

@@ -97,14 +97,16 @@ def describe(curve: Sequence[float]) -> str:
 
     Example:
         >>> describe([1.0, 0.1, 0.001]), describe([1.0, 50.0, 2e3]), describe([1.0, 0.9, 1.1])
-        ('vanishes: below 1% after 2 steps', 'explodes: 2e+03 times after 2 steps', 'stays: 1.1 after 2 steps')
+        ('vanishes: below 1% after 2 steps', 'explodes: 2e+03 times after 2 steps', 'stays near 1.1')
     """
     last, steps = curve[-1], len(curve) - 1
     if reach(curve) < steps:
         return f"vanishes: below 1% after {reach(curve) + 1} step{'s' * (reach(curve) > 0)}"
     if last > 100:
         return f"explodes: {last:.0e} times after {steps} steps"
-    return f"stays: {last:.2g} after {steps} steps"
+    if 0.5 <= last <= 2:
+        return f"stays near {last:.1f}"
+    return f"{'falls' if last < 1 else 'grows'} to {last:.2g} after {steps} steps"
 
 
 def draw(curves: Mapping[str, Sequence[float]]) -> str:
@@ -132,8 +134,7 @@ def draw(curves: Mapping[str, Sequence[float]]) -> str:
         kind = "one" if exponent == 0 else "grid"
         marks.append(f"<line class='{kind}' x1='{left}' y1='{y:.1f}' x2='{left + width}' y2='{y:.1f}'/>")
         marks.append(f"<text x='{left - 6}' y='{y + 4:.1f}' text-anchor='end'>{_power(exponent)}</text>")
-    for part in range(5):
-        distance = round(part * steps / 4)
+    for distance in range(0, steps + 1, next(jump for jump in (1, 2, 5, 10, 20, 50) if steps / jump < 8)):
         x = place(distance, low)[0]
         marks.append(f"<line class='grid' x1='{x:.1f}' y1='{top}' x2='{x:.1f}' y2='{top + height}'/>")
         marks.append(f"<text x='{x:.1f}' y='{top + height + 16}' text-anchor='middle'>{distance}</text>")

@@ -227,7 +227,7 @@ def add_captions(demo: gr.Blocks, explorer: Explorer) -> None:
             with gr.Row():
                 image = view("Image", "image", height=230)
                 with gr.Column(min_width=300, scale=2):
-                    found = gr.Radio([], label="Captions by score", elem_id="beams")
+                    found = gr.Radio([], label="Captions (score)", elem_id="beams")
                     truth = gr.HTML(elem_id="truth")
             words = gr.HTML(elem_id="words")
             gr.Markdown(ABOUT_CAPTIONS)
@@ -277,12 +277,11 @@ def add_characters(explorer: Explorer, tab: gr.Tab) -> None:
             )  # fmt: skip
             line = gr.Markdown()
         with gr.Column(scale=3, min_width=300):
-            with gr.Row(elem_classes="bottom"):
-                what = gr.Radio(
-                    [(label, key) for key, label in PROPERTY_NAMES.items()], value="inside_quotes",
-                    label="Property of the text", elem_id="property",
-                )  # fmt: skip
-                find = gr.Button("Find a cell", variant="primary", elem_id="find", min_width=140)
+            what = gr.Radio(
+                [(label, key) for key, label in PROPERTY_NAMES.items()], value="inside_quotes",
+                label="Property of the text", elem_id="property",
+            )  # fmt: skip
+            find = gr.Button("Find a cell that follows the property", variant="primary", elem_id="find")
             told = gr.Markdown(elem_id="told")
             with gr.Row():
                 layer = gr.Slider(0, 1, 0, step=1, label="Layer", elem_id="layer", visible=False)
@@ -374,7 +373,7 @@ def record(run: Path) -> None:
                 pictures[f"{number}. {word}"] = captioner.draw_word(scene.image, heat)
         lines = captioner.summarize(scene, beam).splitlines()[1:]
         examples.append(Example(beam.text, pictures, lines=lines))
-        shown += [scene.image, list(pictures.values())[-1]]
+        shown += list(pictures.values())[:2]
     save_recordings(
         SPACE, run, examples, title=join_pictures(shown[:4], side=180),
         scores={"Test attributes right": "test_attribute_accuracy"},

@@ -16,6 +16,14 @@ from hf_dl.recipes.language_model import generate
 TEXT = 'The owl (a jay [one]).\nAnn said "I call"\nThe owl (a jay [one]).\nAnn said "I call"'
 
 
+@pytest.fixture(scope="module", autouse=True)
+def few_sentences():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(characters, "SENTENCES", 300)
+        patch.setattr(characters, "SAMPLE", 10)
+        yield
+
+
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     """A folder with a model that was trained for a few steps."""
@@ -40,14 +48,14 @@ def test_a_trained_model_is_kept(root, monkeypatch):
     models = CharacterModels(root)
     models.start("gru")
     assert models.wait("gru") is models.get("gru") and not models.learning
-    assert "gru · 1 layer of 96 cells" in characters.describe(models.get("gru"))
+    assert "gru · 1 layer of 64 cells" in characters.describe(models.get("gru"))
 
 
 def test_a_training_lowers_the_loss(tmp_path):
     losses = []
     characters.train("lstm", tmp_path / "lstm", steps=12, report=lambda step, loss, sample: losses.append(loss))
     assert losses[-1] < losses[0] - 0.1 and len(losses) == 12
-    assert characters.load_character_model(str(tmp_path / "lstm")).model.config.forget_bias == 3.0
+    assert characters.load_character_model(str(tmp_path / "lstm")).model.config.forget_bias == 1.0
 
 
 def test_a_stopped_training_saves_nothing(tmp_path):
@@ -119,8 +127,8 @@ def test_a_text_has_the_colors_of_a_cell(found):
     shown = characters.color(layers, TEXT, 0, 7)
     assert shown.count('<span style="background') == len(TEXT) and "Download as SVG" in shown
     ElementTree.fromstring(characters.picture(layers, TEXT, 0, 7))
-    with pytest.raises(ValueError, match="cell=96 is out of range. Choose a number from 0 to 95."):
-        characters.activations(layers, 0, 96)
+    with pytest.raises(ValueError, match="cell=64 is out of range. Choose a number from 0 to 63."):
+        characters.activations(layers, 0, 64)
     with pytest.raises(ValueError, match="layer=1 is out of range. Choose a number from 0 to 0."):
         characters.activations(layers, 1, 0)
 
@@ -142,7 +150,7 @@ def test_the_held_out_text_has_all_properties(found):
     text = characters.held_out_text()
     layers = characters.read(found, text)
     for what in characters.PROPERTY_NAMES:
-        assert characters.search(layers, text, what).unit < 96
+        assert characters.search(layers, text, what).unit < 64
 
 
 def test_models_of_words_and_damaged_models_get_a_sentence(tmp_path):
