@@ -430,7 +430,7 @@ def load_rows(args: DetectionFlags, split: str, *, size: int) -> datasets.Datase
         The dataset, see `hf_dl.data.detection`.
 
     Raises:
-        ValueError: If no training image has an object.
+        ValueError: If no training image has an object, or no validation image although `args.monitor` names a score.
     """
     hide_progress_bars()
     if len(args.num_objects) != 2:
@@ -454,11 +454,14 @@ def load_rows(args: DetectionFlags, split: str, *, size: int) -> datasets.Datase
         num_objects=(args.num_objects[0], args.num_objects[1]),
     )
     report_data(rows, split)
-    if split == "train" and not any(objects["bbox"] for objects in rows["objects"]):
-        raise ValueError(
-            f"No training image of source={args.source!r} has an object. Expected boxes for at least one of its "
-            f"{len(rows)} images; check its annotations."
-        )
+    monitor = getattr(args, "monitor", "")
+    if split == "train" or (split == "validation" and monitor.startswith("val_")):
+        if not any(objects["bbox"] for objects in rows["objects"]):
+            needs = "" if split == "train" else f", but monitor={monitor!r} needs one"
+            raise ValueError(
+                f"No {split} image of source={args.source!r} has an object{needs}. Expected boxes for at least one of "
+                f"its {len(rows)} images; check its annotations."
+            )
     return rows
 
 

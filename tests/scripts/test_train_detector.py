@@ -155,9 +155,12 @@ def test_odd_annotations_train_and_missing_ones_are_refused(tmp_path):
     assert len(lines) == 2 and np.isfinite(lines).all()
     assert AutoModelForObjectDetection.from_pretrained(tmp_path / "run").config.label2id["dog"] == 2
     reset()
+    args = train_detector.Args(source=str(source), monitor="val_map")
+    with pytest.raises(ValueError, match="No validation image of .* has an object, but monitor='val_map' needs one"):
+        train_detector.recipe.load_rows(args, "validation", size=32)
     (source / "annotations" / "instances_val2017.json").rename(source / "annotations" / "instances_train2017.json")
-    with pytest.raises(ValueError, match="No training image of source='.*' has an object. Expected boxes for at lea"):
-        train_detector.recipe.load_rows(train_detector.Args(source=str(source)), "train", size=32)
+    with pytest.raises(ValueError, match="No train image of source='.*' has an object. Expected boxes for at least"):
+        train_detector.recipe.load_rows(args, "train", size=32)
 
 
 @pytest.mark.parametrize("name", ["ladder", "bccd"])
