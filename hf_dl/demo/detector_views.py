@@ -1,7 +1,7 @@
 """Pictures and HTML of object detectors on a page: boxes, the regions that a method looks at, and times per stage."""
 
 import html
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from PIL import Image, ImageDraw
@@ -18,12 +18,14 @@ from .detectors import (
     Regions,
     Selection,
     count,
+    describe,
 )
 from .page import show_bars
 from .pictures import as_url
 
 SIDE, TEXT = 768, 26  # pixels of the longer side of a picture, and of its texts: sharp on large screens
-MAX_DRAWN = 150  # regions in color
+MAX_DRAWN = 40  # regions in color
+MANY = 20  # more regions without color are thin and gray
 MAX_BARS = 6  # scores below a picture
 NEUTRAL = (255, 190, 60)  # regions without a class, such as anchors
 STAGES = {
@@ -32,7 +34,9 @@ STAGES = {
 STAGE_NAMES = {"nms": "NMS", "other": "other, such as resizing"}
 CSS = """
 .detector img {width: 100%; height: auto; display: block; border-radius: 6px}
-.detector .note {font-size: var(--text-sm); margin: 6px 0 10px; min-height: 2.8em}
+.detector .note {margin: 6px 0 10px; min-height: 2.8em}
+.detector .note, .detector .model {font-size: var(--text-sm)}
+.detector .model {margin-top: 14px}
 .detector h4 {margin: 10px 0 2px}
 .detector p {margin: 0 0 6px}
 .times {margin: 12px 0}
@@ -77,14 +81,24 @@ def draw_view(
         notes = ["" if hit else "false" for hit in counts.hits]
         draw = ImageDraw.Draw(image)
         for box in picture.boxes:
-            x0, y0, x1, y1 = (value * scale for value in box)
-            draw.rectangle((x0 - 3, y0 - 3, x1 + 3, y1 + 3), outline="black", width=6)  # visible on white, too
-            draw.rectangle((x0 - 2, y0 - 2, x1 + 2, y1 + 2), outline="white", width=4)
+            draw_outline(draw, [value * scale for value in box])
     drawn = draw_boxes(
         image, (chosen.boxes * scale).tolist(), chosen.labels.tolist(), names=detector.classes,
         scores=chosen.scores.tolist(), notes=notes, side=SIDE, text_size=TEXT,
     )  # fmt: skip
     return Image.fromarray(drawn)
+
+
+def draw_outline(draw: ImageDraw.ImageDraw, box: Sequence[float]) -> None:
+    """Draw a white rectangle with dark edges, which is visible on any color.
+
+    Args:
+        draw: The picture.
+        box: x0, y0, x1, y1 in pixels of the picture.
+    """
+    x0, y0, x1, y1 = box
+    draw.rectangle((x0 - 3, y0 - 3, x1 + 3, y1 + 3), outline="black", width=6)
+    draw.rectangle((x0 - 2, y0 - 2, x1 + 2, y1 + 2), outline="white", width=4)
 
 
 def find_view(found: Detection, view: str) -> Regions:
@@ -97,7 +111,7 @@ def find_view(found: Detection, view: str) -> Regions:
 def draw_regions(
     image: Image.Image, regions: Regions, found: Detection, chosen: Selection, *, threshold: float
 ) -> Image.Image:
-    """Draw the regions with a high score in the color of their class, and some others in gray.
+    """Draw the regions with the highest scores in the color of their class, and others in white or gray.
 
     In a grid, the color of each cell is its class, and stronger colors are higher scores. The cells that gave the
     remaining boxes are outlined, with these boxes.
@@ -124,11 +138,13 @@ def draw_regions(
             draw.rectangle(place, outline=(*box_color(label), 255), width=3)
             draw.rectangle(corners[owner], outline="white", width=5)
     else:
-        for row in regions.shown.tolist():
+        plain, order = regions.shown.tolist(), best.argsort(descending=True)[:MAX_DRAWN]
+        for row in plain if len(plain) > MANY else []:
             draw.rectangle(corners[row], outline=(240, 240, 240, 120), width=2)
-        order = best.argsort(descending=True)[:MAX_DRAWN]
         for row in order[best[order] > threshold].flip(0).tolist():
             draw.rectangle(corners[row], outline=(*colors[row], 255), width=4)
+        for row in plain if len(plain) <= MANY else []:
+            draw_outline(draw, corners[row])
     return Image.alpha_composite(canvas, layer).convert("RGB")
 
 
@@ -180,7 +196,8 @@ def explain_view(detector: Detector, found: Detection, view: str, threshold: flo
     number = int((regions.boxes[:, 2:] > regions.boxes[:, :2]).all(1).sum())
     name = detector.views[view].lower()
     score = "an objectness" if view == "anchors" else "a score"
-    return f"{number:,} {name}, {strong:,} with {score} above {threshold:.2f}. {detector.step.about}"
+    about = detector.step.views[view].about
+    return f"{number:,} {name}, {strong:,} with {score} above {threshold:.2f}. {about}"
 
 
 def show_times(milliseconds: Mapping[str, float], longest: float) -> str:
@@ -247,5 +264,6 @@ def show_detector(
     picture_url = as_url(drawn)
     return (
         f"<div class='detector'><img src='{picture_url}' alt='{html.escape(first)}'>{head}"
-        f"{f'<p class=note>{note}</p>' if note else ''}{times}{show_scores(detector, chosen)}</div>"
+        f"{f'<p class=note>{note}</p>' if note else ''}{times}{show_scores(detector, chosen)}"
+        f"<p class=model>{html.escape(describe(detector))}</p></div>"
     )

@@ -24,7 +24,7 @@ from ..models.detection_boxes import to_corners
 from ..models.detection_processor import DetectionImageProcessor, select_boxes
 from ..models.selective_search import selective_search
 from ..recipes.detection import METHODS, Method, StageTimer, method_of
-from .checkpoints import describe_model, load_vision_model, newest_run
+from .checkpoints import load_vision_model, newest_run, shown_name
 from .uploads import open_image
 
 SCENE_SIDE = 192  # pixels of generated scenes
@@ -33,53 +33,43 @@ MATCH = 0.5  # smallest IoU of a box and the true box that it finds
 FOUND, CANDIDATES = "found", "candidates"  # the views of every detector
 
 
-@dataclass(frozen=True)
-class Step:
-    """A method on the page.
+class View(NamedTuple):
+    """Regions that a method looks at: their label on the page, and one or two sentences about them."""
 
-    Attributes:
-        title: Name for readers.
-        views: Regions that the method looks at, as view and label.
-        about: One sentence about these regions.
-    """
-
-    title: str
-    views: Mapping[str, str]
+    label: str
     about: str
 
 
+@dataclass(frozen=True)
+class Step:
+    """A method on the page: its name for readers, and its views by key."""
+
+    title: str
+    views: Mapping[str, View]
+
+
+SEARCHED = "Selective search proposes them from the colors of the image. In color: the best ones on an object."
 LADDER: dict[str, Step] = {
     "sliding_window": Step(
         "Sliding window",
-        {"windows": "Windows"},
-        "It classifies windows of several sizes. Gray: one window per size. In color: windows on an object.",
+        {"windows": View("Windows", "White: one window per size. In color: the best windows on an object.")},
     ),
-    "rcnn": Step(
-        "R-CNN",
-        {"proposals": "Region proposals"},
-        "It classifies the boxes of selective search one by one. In color: boxes on an object.",
-    ),
-    "fast_rcnn": Step(
-        "Fast R-CNN",
-        {"proposals": "Region proposals"},
-        "It classifies the boxes of selective search on one feature map. In color: boxes on an object.",
-    ),
+    "rcnn": Step("R-CNN", {"proposals": View("Region proposals", SEARCHED)}),
+    "fast_rcnn": Step("Fast R-CNN", {"proposals": View("Region proposals", SEARCHED)}),
     "faster_rcnn": Step(
         "Faster R-CNN",
-        {"proposals": "Region proposals", "anchors": "Anchors"},
-        "A network moves some of its anchors to objects, and classifies the results. Gray: proposals without an "
-        "object, or the anchors of one cell. In color: boxes on an object.",
+        {
+            "proposals": View("Region proposals", "A network moved them to objects. In color: the best ones."),
+            "anchors": View("Anchors", "White: the anchors of one cell. In color: the best ones, before they move."),
+        },
     ),
     "yolo_v1": Step(
         "YOLO v1",
-        {"cells": "Grid cells"},
-        "Each cell predicts a class and a few boxes. The color is the class, and outlined cells are responsible for "
-        "the found boxes.",
+        {"cells": View("Grid cells", "The color is the class. Outlined cells are responsible for the found boxes.")},
     ),
     "anchor_free": Step(
         "Anchor-free",
-        {"cells": "Grid cells"},
-        "Each cell predicts a class and one box. The color is the class, and outlined cells gave the found boxes.",
+        {"cells": View("Grid cells", "The color is the class. Outlined cells predicted the found boxes.")},
     ),
 }
 KINDS = list(dict.fromkeys(method.config.model_type for method in METHODS.values()))
@@ -140,12 +130,13 @@ class Detector:
         for name, method in METHODS.items():
             if method is self.method:
                 return LADDER[name]
-        return Step(type(self.model).__name__.removesuffix("ForObjectDetection"), {}, "")
+        return Step(type(self.model).__name__.removesuffix("ForObjectDetection"), {})
 
     @property
     def views(self) -> dict[str, str]:
         """Views of the page, as key and label."""
-        return {FOUND: "Found boxes", CANDIDATES: "Boxes before NMS", **self.step.views}
+        more = {key: view.label for key, view in self.step.views.items()}
+        return {FOUND: "Found boxes", CANDIDATES: "Boxes before NMS", **more}
 
 
 @dataclass(frozen=True)
@@ -155,7 +146,7 @@ class Regions:
     Attributes:
         boxes: x0, y0, x1, y1 in [0, 1] of the image, (n, 4).
         scores: Highest score of each class in each region, or one score per region, (n, classes) or (n, 1).
-        shown: Rows to draw even if their scores are low.
+        shown: Rows to draw without color, even if their scores are low.
         grid: Whether the regions are the cells of a grid.
     """
 
@@ -271,10 +262,9 @@ def find_runs(root: Path) -> dict[str, str]:
 
 
 def describe(detector: Detector) -> str:
-    """Describe a detector in one line of Markdown."""
-    count = detector.model.num_parameters()
-    facts = f"{len(detector.classes)} classes", f"{count:,} parameters"
-    return describe_model(detector.name, *facts, kind=detector.step.title)
+    """Describe a detector in one line."""
+    facts = f"{len(detector.classes)} classes", f"{detector.model.num_parameters():,} parameters"
+    return " · ".join([f"{detector.step.title}: {shown_name(detector.name)}", *facts])
 
 
 @torch.no_grad()
@@ -393,9 +383,9 @@ def select(found: Detection, size: tuple[int, int], *, threshold: float, nms_thr
         threshold: Boxes with this score or less are removed.
         nms_threshold: IoU above which the box with the lower score is removed, for boxes of the same class.
     """
-    begin = time.perf_counter()
+    begin = time.process_time()  # as the other stages
     kept = select_boxes(found.boxes, found.scores, threshold, nms_threshold=nms_threshold, max_detections=MAX_BOXES)
-    milliseconds = 1000 * (time.perf_counter() - begin)
+    milliseconds = 1000 * (time.process_time() - begin)
     same = (found.boxes == kept["boxes"][:, None]).all(-1) & (
         found.scores[:, kept["labels"]].T == kept["scores"][:, None]
     )

@@ -157,7 +157,7 @@ class Explorer:
         choices = self.choices(left, detector.name)
         shown = gr.Dropdown(choices, value=left), gr.Dropdown(choices, value=detector.name)
         columns = self.look(picture, left, detector.name, left_view, FOUND, *settings)
-        return *shown, self.switch(detector.name, FOUND), parts.describe(detector), *columns
+        return *shown, self.switch(detector.name, FOUND), *columns
 
     def start(self, seed: int, *settings: Any) -> tuple:
         """Show the first example with the first two detectors that can be loaded."""
@@ -171,14 +171,13 @@ class Explorer:
         left, right = found[0], found[-1]
         right_view = FOUND if len(found) > 1 else CANDIDATES
         columns = self.look(picture, left.name, right.name, FOUND, right_view, *settings)
-        lines = [*dict.fromkeys(parts.describe(each) for each in found), *problems]
         return (
             picture,
             gr.Dropdown(choices, value=left.name),
             gr.Dropdown(choices, value=right.name),
             self.switch(left.name, FOUND),
             self.switch(right.name, right_view),
-            "\n\n".join(lines),
+            "\n\n".join(problems),
             *columns,
         )
 
@@ -235,7 +234,7 @@ def build_demo(explorer: Explorer | None = None) -> gr.Blocks:
         first = [picture, left, right, left_view, right_view, line, *shown]
         ready.change(event(explorer.start), [seed, *dials], first, **PRIVATE | TURN)
         fill_gallery(ready, seed, examples, others, draw)
-        loaded = [left, right, right_view, line, *shown]
+        loaded = [left, right, right_view, *shown]
         name.submit(event(explorer.load), [name, picture, left, left_view, *dials], loaded, **PRIVATE | TURN)
         opened = file.upload(event(explorer.open), [file, *settings], [picture, *shown], **PRIVATE | TURN)
         make_room(opened, file)
@@ -330,18 +329,18 @@ def record(run: Path) -> None:
     first = parts.load_detector(str(run))
     loaded = {first.step.title: first} | loaded
     examples, shown = [], []
-    for picture in parts.draw_scenes(0)[:3]:
+    for number, picture in enumerate(parts.draw_scenes(0)[:3]):
         pictures, lines = {}, []
         for label, detector in loaded.items():
             found = parts.detect(detector, picture.image)
             chosen = parts.select(found, picture.image.size, threshold=THRESHOLD, nms_threshold=NMS)
-            pictures[label] = views.draw_view(picture, detector, found, chosen, threshold=THRESHOLD)
             lines.append(f"{label}: {' '.join(views.summarize(picture, detector, chosen, THRESHOLD))}")
-            for view, name in detector.step.views.items():
-                drawn = views.draw_view(picture, detector, found, chosen, view=view, threshold=THRESHOLD)
-                pictures[f"{label}: {name.lower()}"] = drawn
+            for view, name in detector.views.items():
+                if view == FOUND or (not number and view != CANDIDATES):  # the regions of one scene are enough
+                    drawn = views.draw_view(picture, detector, found, chosen, view=view, threshold=THRESHOLD)
+                    pictures[f"{label}: {name.lower()}"] = drawn
+                    shown += [] if number or (view == FOUND and shown) else [drawn]
         examples.append(Example(f"A scene with {len(picture.boxes)} objects.", pictures, lines=lines))
-        shown += list(pictures.values())[:2]
     save_recordings(
         SPACE, run, examples, title=join_pictures(shown[:4], side=180), scores={"Test mAP at IoU 0.5": "test_map_50"}
     )

@@ -44,7 +44,7 @@ def make_selection(*rows):
 class TestLadder:
     def test_every_method_has_a_step(self):
         assert set(LADDER) == set(METHODS) and set(views.STAGES) == {*STAGES, "other"}
-        assert all(step.title and step.views and step.about.endswith(".") for step in LADDER.values())
+        assert all(view.label and view.about.endswith(".") for step in LADDER.values() for view in step.views.values())
 
     @pytest.mark.parametrize("name", METHODS)
     def test_boxes_regions_and_times(self, ladder, detections, image, name):
@@ -63,6 +63,14 @@ class TestLadder:
                 assert re.match(
                     r"[\d,]+ .*with an? \w+ above 0.10\. \w", views.explain_view(detector, found, view, 0.1)
                 )
+
+    @pytest.mark.parametrize("name", METHODS)
+    def test_tiny_images_and_no_boxes(self, ladder, name):
+        image = Image.new("RGB", (30, 1))
+        found = detectors.detect(ladder[name], image)
+        chosen = detectors.select(found, image.size, threshold=0.999, nms_threshold=0.5)
+        for view in ladder[name].views:
+            assert views.draw_view(DetectionPicture(image), ladder[name], found, chosen, view=view).size == (768, 26)
 
     def test_selected_boxes_are_the_ones_of_the_processor(self, ladder, detections, image):
         detector, found = ladder["anchor_free"], detections["anchor_free"]
@@ -112,7 +120,7 @@ class TestOtherLibraries:
         assert found.scores.shape == (5, 2) and ((found.scores > 0).sum(1) == 1).all()
         assert list(found.milliseconds) == ["other"]
         text = detectors.describe(yolos)
-        assert text.startswith("Yolos `") and "2 classes" in text and "/" not in text
+        assert text.startswith("Yolos: ") and "2 classes" in text and "/" not in text
 
     def test_names_of_classes_are_text(self, yolos, image):
         found = Detection(torch.tensor([[0.1, 0.1, 0.5, 0.5]]), torch.tensor([[0.0, 0.9]]))
