@@ -81,7 +81,7 @@ def draw_boxes(
         size = draw.textlength(text, font=font) + 4, text_size + 2
         placed.append(place_label(corners, size, placed, canvas.size))
         texts.append((text, box_color(label)))
-    for (left, top, right, bottom), (text, color) in zip(placed, texts, strict=True):
+    for (left, top, right, bottom), (text, color) in reversed(list(zip(placed, texts, strict=True))):  # best on top
         draw.rectangle((left, top, right, bottom), fill=color)
         middle = (top + bottom + 1) / 2
         draw.text((left + 2, middle), text, fill="black" if sum(color) > 380 else "white", font=font, anchor="lm")

@@ -43,7 +43,7 @@ SPACE = Path(__file__).resolve().parent
 PURPOSE = "Compare two steps in the history of object detection: regions, found boxes and time."
 NEEDS = "an object detector, such as hustvl/yolos-tiny"
 SECOND = "HF_DL_SECOND_MODEL"
-THRESHOLD, NMS = 0.3, 0.5  # at the start
+THRESHOLD, NMS = 0.4, 0.5  # at the start
 ABOUT = """### How to read the page
 The **threshold** removes boxes with low scores. **NMS** is non-maximum suppression: if the IoU of two boxes of one
 class is above its value, the better box stays. Both act on the boxes of the last run, without a new run.
@@ -329,20 +329,26 @@ def record(run: Path) -> None:
     first = parts.load_detector(str(run))
     loaded = {first.step.title: first} | loaded
     examples, shown = [], []
-    for number, picture in enumerate(parts.draw_scenes(0)[:3]):
-        pictures, lines = {}, []
+    for number, picture in enumerate(parts.draw_scenes(0)[:3:2]):
+        boxes, regions, lines = {}, {}, []
         for label, detector in loaded.items():
             found = parts.detect(detector, picture.image)
             chosen = parts.select(found, picture.image.size, threshold=THRESHOLD, nms_threshold=NMS)
             lines.append(f"{label}: {' '.join(views.summarize(picture, detector, chosen, THRESHOLD))}")
-            for view, name in detector.views.items():
-                if view == FOUND or (not number and view != CANDIDATES):  # the regions of one scene are enough
-                    drawn = views.draw_view(picture, detector, found, chosen, view=view, threshold=THRESHOLD)
-                    pictures[f"{label}: {name.lower()}"] = drawn
-                    shown += [] if number or (view == FOUND and shown) else [drawn]
-        examples.append(Example(f"A scene with {len(picture.boxes)} objects.", pictures, lines=lines))
+            boxes[label] = views.draw_view(picture, detector, found, chosen)
+            for view in detector.step.views:
+                drawn = views.draw_view(picture, detector, found, chosen, view=view, threshold=THRESHOLD)
+                regions[f"{label}: {detector.views[view].lower()}"] = drawn
+        examples.append(Example(f"Boxes in a scene with {len(picture.boxes)} objects", boxes, lines=lines))
+        if not number:
+            examples.append(Example("Regions that the detectors look at in this scene", regions))
+            shown = [*list(boxes.values())[:1], *list(regions.values())[1:]]
     save_recordings(
-        SPACE, run, examples, title=join_pictures(shown[:4], side=180), scores={"Test mAP at IoU 0.5": "test_map_50"}
+        SPACE,
+        run,
+        examples,
+        title=join_pictures(shown[:4], side=180),
+        scores={f"{first.step.title}: test mAP at IoU 0.5": "test_map_50"},
     )
 
 

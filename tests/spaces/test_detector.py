@@ -32,6 +32,7 @@ from .pages import (
     upload,
     wait_for,
     write_hostile,
+    write_script,
 )
 
 app = load_app("detector")
@@ -142,9 +143,31 @@ class TestExplorer:
                 event(explorer.load)(name, draw_scenes(0)[0], str(folder), FOUND, *DIALS)
 
 
-class TestPage:
-    def test_with_a_model(self, explorer):
-        assert build_demo(app, explorer).analytics_enabled is False
+class TestTraining:
+    def test_trains_both_default_models(self, folder, second, tmp_path, monkeypatch):
+        monkeypatch.delenv("HF_DL_MODEL", raising=False)
+        write_script(
+            tmp_path,
+            "train_detector.py",
+            "import shutil, sys, pathlib\n"
+            "flags = dict(zip(sys.argv[1::2], sys.argv[2::2]))\n"
+            "folder = pathlib.Path(sys.argv[sys.argv.index('--output_dir', 12) + 1])\n"
+            f"models = {{'anchor_free': {str(folder)!r}, 'yolo_v1': {str(second)!r}}}\n"
+            "shutil.copytree(models[flags['--method']], folder, dirs_exist_ok=True)\n"
+            "print('step 3/6 loss 0.5 val_map 0.25', file=sys.stderr)\n"
+            "(folder / 'results.json').touch()\n",
+        )
+        explorer = app.Explorer(tmp_path)
+        training = explorer.models.training
+        assert not explorer.models.ready and explorer.models.can_train
+        training.start()
+        try:
+            wait_for(lambda: not training.running)
+        finally:
+            training.stop()
+        assert training.progress() == (0.75, "Model 2 of 2. Step 3 of 6 · loss 0.5 · validation mAP 0.25")
+        assert explorer.models.ready and [label for label, _ in explorer.choices()] == ["Anchor-free", "YOLO v1"]
+        assert "YOLO v1: yolo_v1 · 4 classes" in explorer.start(0, *DIALS)[-1]
 
     def test_the_real_script_takes_the_flags(self, monkeypatch):
         from scripts import train_detector
@@ -156,6 +179,11 @@ class TestPage:
             (args,) = HfArgumentParser(train_detector.Args).parse_args_into_dataclasses(each.command[2:])
             assert args.resume and Path(args.output_dir) == each.folder and args.method == method
         assert training.shown.count("\n") == 1
+
+
+class TestPage:
+    def test_with_a_model(self, explorer):
+        assert build_demo(app, explorer).analytics_enabled is False
 
 
 class TestEndpoints:
