@@ -47,9 +47,9 @@ class TestFaster(ModelContract):
     model_class = TwoStageDetectorForObjectDetection
     processor_class = DetectionImageProcessor
     auto_classes = ("AutoModelForObjectDetection",)
-    overfit_steps = 90
+    overfit_steps = 150
     overfit_learning_rate = 1e-2
-    overfit_ratio = 0.5
+    overfit_ratio = 0.4
     dynamo = {"capture_dynamic_output_shape_ops": True}  # of non-maximum suppression
 
     def config(self):
