@@ -161,6 +161,12 @@ def test_the_forget_bias_is_set_in_new_models_and_kept_in_loaded_ones(tmp_path):
     assert torch.equal(loaded.bias_ih_l1, lstm.bias_ih_l1)
 
 
+def test_the_range_of_the_initial_embeddings_is_set():
+    for options, bound in (({}, 0.1), ({"embedding_range": 1.7}, 1.7)):
+        highest = build(**options).get_input_embeddings().weight.abs().max().item()
+        assert 0.8 * bound < highest <= bound
+
+
 def test_the_unfused_lstm_gives_the_same_result():
     fused, ids = build(), torch.randint(12, (2, 9))
     steps = build(fused=False)

@@ -232,6 +232,7 @@ def test_a_text_in_one_line_is_trained_through_and_a_short_one_refused(tmp_path)
         (["--accumulation=2"], "accumulation=2 must be 1, because the state"),
         (["--sparse=true", "--optimizer=sgd"], "optimizer='sgd' does not support sparse=True. Use optimizer=adamw"),
         (["--temperature=0"], "temperature=0.0 must be greater than 0"),
+        (["--embedding_range=0"], "embedding_range=0.0 must be above 0"),
         (["--window=0"], "window=0 must be at least 1"),
         (["--samples=-1"], "samples=-1 must be 0 or above"),
         (["--cell=qrnn"], "cell='qrnn' is unknown. Choose one of: rnn, rnn_relu, gru, lstm"),
