@@ -24,9 +24,17 @@ def image():
 
 
 @pytest.fixture(scope="module")
-def ladder(tmp_path_factory):
+def root(tmp_path_factory):
+    """A folder with a run of each method."""
     root = tmp_path_factory.mktemp("detectors")
-    return {name: detectors.load_detector(str(save_detector(root / name, name))) for name in METHODS}
+    for name in METHODS:
+        save_detector(root / "runs" / name, name)
+    return root
+
+
+@pytest.fixture(scope="module")
+def ladder(root):
+    return {name: detectors.load_detector(str(root / "runs" / name)) for name in METHODS}
 
 
 @pytest.fixture(scope="module")
@@ -137,12 +145,9 @@ class TestOtherLibraries:
             detectors.load_detector(str(tmp_path / "nothing"))
 
 
-def test_the_newest_run_of_each_method_is_found(ladder, tmp_path):
-    for name in ("yolo_v1", "faster_rcnn", "anchor_free"):
-        save_detector(tmp_path / "runs" / f"my_{name}", name)
-    found = detectors.find_runs(tmp_path)
-    assert list(found.values()) == ["Anchor-free", "YOLO v1", "Faster R-CNN"]
-    assert [path.rpartition("/")[2] for path in found] == ["my_anchor_free", "my_yolo_v1", "my_faster_rcnn"]
+def test_the_newest_run_of_each_method_is_found(root, tmp_path):
+    assert detectors.find_runs(root) == {str(root / "runs" / name): LADDER[name].title for name in METHODS}
+    assert detectors.find_runs(tmp_path) == {}
 
 
 def test_a_new_threshold_does_not_run_the_network(ladder, image, monkeypatch):

@@ -1,3 +1,4 @@
+import shutil
 from pathlib import Path
 
 import gradio as gr
@@ -78,9 +79,10 @@ class TestExplorer:
         assert (left_view.value, right_view.value) == (FOUND, CANDIDATES) and "before NMS" in columns[1]
         assert not line
 
-    def test_newest_runs_are_choices(self, folder, tmp_path, monkeypatch):
+    def test_newest_runs_are_choices(self, folder, second, tmp_path, monkeypatch):
         monkeypatch.delenv("HF_DL_MODEL", raising=False)
-        for name in ("faster_rcnn", "yolo_v1", "sliding_window"):
+        shutil.copytree(second, tmp_path / "runs" / "yolo_v1")
+        for name in ("faster_rcnn", "sliding_window"):
             save_detector(tmp_path / "runs" / name, name)
         (tmp_path / "runs" / "yolo_v1" / "model.safetensors").write_bytes(b"broken")
         explorer = app.Explorer(tmp_path)
