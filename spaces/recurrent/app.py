@@ -47,6 +47,7 @@ PURPOSE = "Watch recurrent networks describe images, write texts, and lose or ke
 NEEDS = "a captioner that train_captioner.py trained"
 KINDS = ["image_captioner"]
 WORDS = {*ATTRIBUTE_WORDS["color"], *ATTRIBUTE_WORDS["shape"]}  # whose maps are recorded
+FIRST_PROPERTY = "bracket_depth"  # of the second tab
 FIRST_CELLS = ["rnn", "gru", "lstm"]  # of the third tab
 ABOUT_CAPTIONS = """### How to read the captions
 A convolutional network makes a map of 8 x 8 features. An LSTM reads it word by word. Before each word, **attention**
@@ -154,7 +155,7 @@ class Explorer:
         return match.layer, match.unit, characters.tell(match, what), colored
 
     def open_text_model(self, name: str) -> tuple[str, str, int, int, str, int, int, str, str]:
-        """Describe a trained model of characters, and show a text in the colors of its cell for quotes.
+        """Describe a trained model of characters, and show a text in the colors of its cell for brackets.
 
         Returns:
             The line about the model, its name, its numbers of layers and cells, the text, and the results of `find`.
@@ -163,8 +164,8 @@ class Explorer:
         config = found.model.config
         text = characters.held_out_text() if name in BUILT_IN else characters.write(found, "", length=600)
         try:
-            cell = self.find(name, text, "inside_quotes")
-        except ValueError:  # the text of another model may have no quotes
+            cell = self.find(name, text, FIRST_PROPERTY)
+        except ValueError:  # the text of another model may have no brackets
             cell = 0, 0, "", self.color(name, text, 0, 0)
         return characters.describe(found), name, config.num_hidden_layers, config.hidden_size, text, *cell
 
@@ -278,7 +279,7 @@ def add_characters(explorer: Explorer, tab: gr.Tab) -> None:
             line = gr.Markdown()
         with gr.Column(scale=3, min_width=300):
             what = gr.Radio(
-                [(label, key) for key, label in PROPERTY_NAMES.items()], value="inside_quotes",
+                [(label, key) for key, label in PROPERTY_NAMES.items()], value=FIRST_PROPERTY,
                 label="Property of the text", elem_id="property",
             )  # fmt: skip
             find = gr.Button("Find a cell that follows the property", variant="primary", elem_id="find")
