@@ -54,8 +54,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     streams = language_model.make_streams(args, ids)
 
     # TrainingRun cannot count the epochs of a stream, which has no length, so they are converted to steps here.
-    args.max_steps = args.max_steps or round(args.epochs * train.windows)
-    args.eval_every = round(args.eval_epochs * train.windows) or args.eval_every
+    args.max_steps = args.max_steps or max(1, round(args.epochs * train.windows))
+    args.eval_every = max(1, round(args.eval_epochs * train.windows)) if args.eval_epochs else args.eval_every
     args.epochs = args.eval_epochs = 0.0
 
     def optimizers(model):

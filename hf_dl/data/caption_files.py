@@ -13,7 +13,7 @@ from typing import Any
 import datasets
 
 from .class_folders import SUFFIXES, file_stamp, find_images, shown_path
-from .splits import SPLIT_OF
+from .splits import MAX_FIELD, SPLIT_OF
 
 IMAGE_NAMES = ("image", "image_name", "filename", "file_name", "file", "image_path", "path", "image_id")
 CAPTION_NAMES = ("captions", "caption", "sentences", "sentence", "comment", "texts", "text", "raw")
@@ -179,6 +179,7 @@ def _read_table(path: Path, text: str, image_column: str | None, caption_column:
     # a table with bars or tabs has quotation marks in its captions, and does not quote them
     quoting = csv.QUOTE_MINIMAL if delimiter in ",;" else csv.QUOTE_NONE
     quoted = quoting == csv.QUOTE_MINIMAL
+    csv.field_size_limit(MAX_FIELD)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting, skipinitialspace=quoted)
     header: list[str] | None = None
     for fields in reader:

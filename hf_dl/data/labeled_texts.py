@@ -18,7 +18,7 @@ import numpy as np
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from .splits import Source, find_local, find_split, given_splits, hold_out, name_source, read_tables
+from .splits import MAX_FIELD, Source, find_local, find_split, given_splits, hold_out, name_source, read_tables
 
 SPLITS = {"train": 4000, "validation": 500, "test": 500}  # default numbers of reviews
 NAMES = ("negative", "positive")
@@ -121,6 +121,7 @@ def _dataset(texts: Sequence[str], labels: Sequence[str], names: Sequence[str], 
 
 
 def _read_csv(path: Path) -> datasets.Dataset:
+    csv.field_size_limit(MAX_FIELD)
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8", newline="") as file:
             rows = [row for row in csv.reader(file) if row]

@@ -20,6 +20,7 @@ SPLIT_NAMES = {
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing", "eval"),
 }
+MAX_FIELD = 2**31 - 1  # characters in a field of a CSV file; the default of Python is 131072
 SPLIT_OF = {name: split for split, names in SPLIT_NAMES.items() for name in names}
 
 

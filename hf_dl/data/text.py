@@ -96,7 +96,8 @@ def load(
     * anything else is a Hub id.
 
     If the source has no validation or test split, the last training rows become that split, `holdout` of all rows
-    each. level="char" holds out characters instead of rows, so a text without line breaks has all splits, too.
+    each. level="char" holds out characters instead of rows, and a text of one or two rows is cut between words. So a
+    text without line breaks has all splits, too.
 
     Args:
         split: "train", "validation" or "test". Usual aliases in the source, such as "valid" or "dev", are recognized.
@@ -157,7 +158,7 @@ def _select(
     found = {name: _rows(lines, level) for name, lines in found.items()}
     rows = _choose(found, split, name_source(source), holdout, level)[:num_rows]
     if not rows:
-        raise ValueError(f"split={split!r} of {name_source(source)!r} has no text.")
+        raise ValueError(f"split={split!r} of {name_source(source)!r} has no text. Use a longer text.")
     return datasets.Dataset.from_dict({"text": rows}, split=datasets.NamedSplit(split))
 
 
@@ -414,16 +415,20 @@ def _choose(found: Mapping[str, list[str]], split: str, source: str, holdout: fl
         wanted = " or ".join(dict.fromkeys([split, "train"]))
         raise ValueError(f"{source!r} has no {wanted} split. Its splits: {', '.join(found)}.")
     missing = [name for name in ("test", "validation") if find_split(found, name) is None]
-    whole = "\n".join(rows) if level == "char" and missing else rows
+    whole, cut = rows, None  # the separator of the parts that are cut, unless these are rows
+    if level == "char" and missing:
+        whole, cut = "\n".join(rows), ""
+    elif len(rows) <= len(missing):
+        whole, cut = " ".join(rows).split(" "), " "
     end, size = len(whole), max(1, round(holdout * len(whole)))
     part = whole[: max(0, end - len(missing) * size)]
     for name in missing:
         if name == split:
             part = whole[max(0, end - size) : end]
         end = max(0, end - size)
-    if isinstance(part, str):
-        return part.split("\n") if part else []
-    return part
+    if cut is None:
+        return part
+    return cut.join(part).split("\n") if part else []
 
 
 def _stream(

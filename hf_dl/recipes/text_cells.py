@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerFast
 
 from hf_dl.explain.recurrent import (
@@ -49,8 +50,8 @@ def explain_text(
         raise ValueError("The model reads words. Expected a model of characters, trained with --level char.")
     if len(text) < 20:
         raise ValueError(f"The text has {len(text)} characters. Expected at least 20.")
-    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"].to(model.device)
-    layers = record_cells(model, ids)
+    ids = tokenizer.convert_tokens_to_ids(list(text))  # the tokenizer would read "<unk>" as one character
+    layers = record_cells(model, torch.tensor([ids], device=model.device))
     cells, absent, figures = {}, [], []
     folder.mkdir(parents=True, exist_ok=True)
     for name, measure in PROPERTIES.items():

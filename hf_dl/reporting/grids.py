@@ -1,5 +1,6 @@
 """Colors for segments and maps, and grids of images with titles."""
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -98,5 +99,9 @@ def image_grid(
             fontsize = min(7, 125 * cell / max(len(text), 1))  # long texts are smaller
             figure.text((side + (x + 0.485) * cell) / width, place, text, ha="center", va="center", fontsize=fontsize)
     path = Path(path)
-    figure.savefig(path, facecolor="white", metadata={"Software": None} if path.suffix == ".png" else None)
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", "Glyph .* missing from font"
+        )  # it draws a box for letters of other alphabets
+        figure.savefig(path, facecolor="white", metadata={"Software": None} if path.suffix == ".png" else None)
     return path

@@ -102,6 +102,15 @@ def test_objects_are_counted_as_the_metric_does(text, right, hallucinated, missi
         assert right_colors / colors == scores["color_accuracy"]
 
 
+def test_in_an_image_without_objects_all_objects_are_hallucinated():
+    found = compare("A red cube stands on a gray floor.", ())
+    assert (found.found, found.hallucinated, found.missing) == (0, 1, ())
+    empty = Scene(Image.new("RGB", (8, 8)), ())
+    assert "none left" in captioner.show_truth(empty, make_beam("A red cube."))
+    assert "Found 0 of 0 objects, hallucinated 1." in captioner.summarize(empty, make_beam("A red cube."))
+    assert caption_object_scores([parse_caption("A red cube.")], [()])["hallucinated"] == 1
+
+
 def test_the_table_shows_what_is_wrong():
     scene = Scene(Image.new("RGB", (8, 8)), OBJECTS)
     beam = make_beam("A small red cube stands to the right of a small blue cone.")

@@ -70,6 +70,9 @@ class TestImageGrid:
         assert sheet.getpixel((58, 60)) == (0, 255, 0) and sheet.getpixel((58, 2 + 139 + 60)) == (0, 0, 255)
         assert sheet.getpixel((58, 2 + 139 + 180)) == (255, 0, 0)
 
+    def test_letters_of_other_alphabets_give_no_warning(self, tmp_path):
+        assert image_grid([[plain((0, 255, 0))]], tmp_path / "a.png", captions=[["红 🙂 дом"]]).is_file()
+
     def test_an_image_is_not_smoothed(self, tmp_path):
         checks = np.where(np.indices((4, 4)).sum(0)[..., None] % 2, 255, 0).astype(np.uint8).repeat(3, axis=2)
         sheet = np.asarray(Image.open(image_grid([[checks]], tmp_path / "a.png", cell=1.0)).convert("L"))

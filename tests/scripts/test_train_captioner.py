@@ -68,10 +68,10 @@ def test_the_evaluation_script_finds_the_same(finished):
 def test_photographs_with_several_captions(tmp_path):
     """A folder in the format of Flickr8k."""
     (tmp_path / "Images").mkdir()
-    lines = ["image,caption"]
+    lines = ["image,caption", f"0.jpg,{'A dog runs . ' * 50_000}"]
     for number in range(12):
         Image.new("RGB", (40, 50), (20 * number, 0, 90)).save(tmp_path / "Images" / f"{number}.jpg")
-        lines += [f"{number}.jpg,A dog runs . {number}", f"{number}.jpg,Ein brauner Hund läuft 红 ."]
+        lines += [f"{number}.jpg,A dog runs . {number}", f"{number}.jpg,Ein brauner Hund läuft 红 🙂 ."]
     (tmp_path / "captions.txt").write_text("\n".join(lines))
     metrics = train(
         tmp_path / "run", f"--source={tmp_path}", "--num_train=0", "--conditioning=first_step", "--num_beams=2"

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_dl.data.text import TokenStream, encode, load
 from hf_dl.models.recurrent_lm import RecurrentLMForCausalLM
-from hf_dl.recipes import language_model
+from hf_dl.recipes import language_model, text_cells
 from hf_dl.reporting.card import read_card
 from hf_dl.reporting.experiment import read_experiment
 from scripts import evaluate_language_model, explain_text, run_experiment, train_language_model
@@ -176,6 +176,8 @@ def test_characters(tmp_path, capsys):
     assert "position in line: layer" in (tmp_path / "run" / "cells.html").read_text()
     assert (tmp_path / "run" / "cell_position_in_line.svg").read_text().startswith("<svg")
     assert "inside_quotes      is constant" in capsys.readouterr().out
+    read = text_cells.explain_text(model, tokenizer, 'to <unk> "b"\n' * 4, tmp_path / "unknown")
+    assert read["characters"] == 52 and "inside_quotes" in read["cells"]  # "<unk>" is five unknown characters
     with pytest.raises(ValueError, match="The text has 5 characters. Expected at least 20"):
         explain_text.main([f"--model={tmp_path / 'run'}", "--characters=5"])
     with pytest.raises(ValueError, match=r"characters that the training text does not have: 'z', 'é'"):
@@ -215,6 +217,10 @@ def test_a_text_in_one_line_is_trained_through_and_a_short_one_refused(tmp_path)
     text.write_text("abcdefg " * 2)  # fewer tokens than tracks
     with pytest.raises(ValueError, match="13 tokens, fewer than rows=50. Use more text or fewer rows"):
         train(tmp_path / "short", *flags, f"--source={text}", "--batch_size=50")
+    text.write_text("abc def\n" * 8)  # shorter than the window
+    assert train(tmp_path / "window", *flags, f"--source={text}", "--window=500")["test_tokens"] == 7
+    text.write_text("abcdefg " * 20_000)
+    assert train(tmp_path / "words", *flags[1:], f"--source={text}")["test_tokens"] == 2001
     text.write_text("")
     with pytest.raises(ValueError, match="has no text"):
         train(tmp_path / "empty", *flags, f"--source={text}")

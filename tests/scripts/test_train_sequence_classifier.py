@@ -144,6 +144,8 @@ def test_files_with_labels(tmp_path):
     table = tmp_path / "table.csv"
     table.write_text("label,text\n" + "x,a b\ny,c\nx,\n" * 10)
     assert labeled_texts.load("test", table).features["label"].names == ["x", "y"]
+    table.write_text("label,text\n" + f"x,{'a long text ' * 100_000}\ny,c\n" + "x,b\n" * 10)
+    assert max(map(len, labeled_texts.load("train", table, holdout=0.1)["text"])) == 1_200_000
     given = datasets.Dataset.from_dict({"text": ["a", "b"] * 9, "label": [3, 5] * 9})
     assert labeled_texts.load("train", given, num_rows=4).num_rows == 4
     (tmp_path / "bad.csv").write_text("one\ntwo\n")
