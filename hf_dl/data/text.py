@@ -40,6 +40,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from . import nested_text
 from .generation import counted, row_bar
 from .splits import SPLIT_OF, Rows, Source, find_split, given_splits, name_source, read_tables, streamed_split
 
@@ -88,6 +89,7 @@ def load(
     The kind of `source` is detected from its content:
 
     * "synthetic": generated documents;
+    * "nested": sentences of `hf_dl.data.nested_text`, with quotes and brackets;
     * a text file, also gzipped;
     * a folder of text files. Names with a split, such as `wiki.valid.tokens`, select the split. Files without a split
       in their names are joined;
@@ -96,18 +98,18 @@ def load(
     * anything else is a Hub id.
 
     If the source has no validation or test split, the last training rows become that split, `holdout` of all rows
-    each. level="char" holds out characters instead of rows, and a text of one or two rows is cut between words. So a
-    text without line breaks has all splits, too.
+    each. level="char" holds out characters instead of rows. A text of one or two rows is cut between words. So a text
+    without line breaks has all splits, too.
 
     Args:
         split: "train", "validation" or "test". Usual aliases in the source, such as "valid" or "dev", are recognized.
-        source: "synthetic", a path, a Hub id, or a dataset that you already have. A single `Dataset` without a split
-            is the training split. An `IterableDataset` is streamed.
+        source: "synthetic", "nested", a path, a Hub id, or a dataset that you already have. A single `Dataset` without
+            a split is the training split. An `IterableDataset` is streamed.
         level: "word" separates words by single spaces and removes empty rows. "char" keeps all rows unchanged.
         config: Configuration of the Hub dataset, if it has several.
         text_column: Column of the text. Defaults to "text", or to the first column of strings.
-        num_rows: Number of rows, from the first. Defaults to all, and to the count in `SPLITS` for synthetic text.
-        seed: Seed of the synthetic documents. The language is the same for all seeds.
+        num_rows: Number of rows, from the first. Defaults to all, and to the count in `SPLITS` for generated text.
+        seed: Seed of the generated texts. The language is the same for all seeds.
         holdout: Share of the training rows or characters to hold out for a missing split, above 0 and below 0.5.
         streaming: Generate or fetch while iterating.
 
@@ -138,6 +140,9 @@ def load(
         return _select(_texts(given, name_source(source), text_column), split, source, level, holdout, num_rows)
     if str(source) == "synthetic":
         return _load_synthetic(split, num_rows, seed, streaming)
+    if str(source) == "nested":
+        data = nested_text.load(split, num_rows=num_rows, seed=seed)
+        return data.to_iterable_dataset() if streaming else data
     root = Path(source).expanduser()
     if root.exists():
         found = _read_local(root.resolve(), text_column)

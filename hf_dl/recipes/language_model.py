@@ -17,7 +17,7 @@ import datasets
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from hf_dl.data import text
+from hf_dl.data import nested_text, text
 from hf_dl.data.text import TokenStream, build_tokenizer, floor_perplexity
 from hf_dl.models.layers_recurrent import CELLS
 from hf_dl.models.recurrent_lm import RecurrentLMConfig, RecurrentLMForCausalLM
@@ -49,12 +49,16 @@ class TextFlags:
 
     source: str = field(
         default="synthetic",
-        metadata={"help": "synthetic (generated), a Hub dataset id, or a file or folder of text or parquet."},
+        metadata={
+            "help": "synthetic (generated), nested (generated, with quotes and brackets), a Hub dataset id, or a file "
+            "or folder of text or parquet."
+        },
     )
     config: str = field(default="", metadata={"help": "Configuration name of a Hub dataset with several of them."})
     level: Literal["word", "char"] = field(default="word", metadata={"help": "Tokens: words or characters."})
     num_train: int = field(
-        default=0, metadata={"help": "Number of training rows. 0 uses all rows, 24000 for source=synthetic."}
+        default=0,
+        metadata={"help": "Number of training rows. 0 uses all: 24000 for source=synthetic, 8000 for source=nested."},
     )
     num_test: int | None = field(
         default=None,
@@ -197,7 +201,8 @@ def load_text(args: TextFlags, split: str) -> datasets.Dataset:
         Rows with the column `text`.
     """
     hide_progress_bars()
-    count = split_size(args, split, text.SPLITS[split] if args.source == "synthetic" else None)
+    generated = {"synthetic": text.SPLITS, "nested": nested_text.SPLITS}.get(args.source)
+    count = split_size(args, split, generated and generated[split])
     options = {"config": args.config or None, "holdout": args.holdout, "num_rows": count}
     return text.load(split, args.source, level=args.level, **options)
 

@@ -65,7 +65,8 @@ small generated language, in which quotes and brackets always close. Most cells 
 text over many characters (Karpathy et al. 2015).
 
 **Find a cell** takes the cell with the highest correlation on the first half of the text, and reports its correlation
-on the second half. Otherwise the best of many random cells would seem to have a meaning.
+on the second half. Otherwise the best of many random cells would seem to have a meaning. Compare the three models: a
+model can also spread a property over many cells.
 """
 ABOUT_FLOW = """### How to read the curves
 The loss of the last step t depends on the state k steps earlier. The curve is the norm of its gradient with respect to
@@ -303,7 +304,7 @@ def add_characters(explorer: Explorer, tab: gr.Tab) -> None:
 
     def choose(name: str) -> dict:
         """Show a model if it is trained. Otherwise train it, and show the progress."""
-        name = name.strip()
+        name = name.strip() or explorer.first_text
         failed = name in explorer.texts.learning and explorer.texts.learning[name].error
         if explorer.texts.is_ready(name):
             return show_model(explorer.open_text_model(name))
@@ -315,7 +316,8 @@ def add_characters(explorer: Explorer, tab: gr.Tab) -> None:
         }  # fmt: skip
 
     whole = [line, model, text, told, colored, progress, kind, content, timer, layer, unit]
-    tab.select(event(choose), model, whole, **PRIVATE)
+    # a text that a visitor wrote stays when the tab is opened again
+    tab.select(event(lambda name, read: gr.skip() if read else choose(name)), [model, text], whole, **PRIVATE)
     timer.tick(event(choose), model, whole, **PRIVATE)
     kind.input(event(choose), kind, whole, **PRIVATE)
     name.submit(event(choose), name, whole, **PRIVATE | TURN)
