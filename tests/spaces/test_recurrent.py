@@ -1,6 +1,7 @@
 import json
 import re
 import shutil
+import time
 
 import gradio as gr
 import pytest
@@ -328,6 +329,10 @@ class TestBrowser:
         self.write(browser, "prompt", "Cleo")
         browser.find_element(By.ID, "write").click()
         wait_for(lambda: text_of(browser, "colored").startswith("Cleo"))
+        self.choose_tab(browser, "Gradients")
+        self.choose_tab(browser, "Characters")
+        time.sleep(2)
+        assert text_of(browser, "colored").startswith("Cleo")  # the text stays
         self.write(browser, "prompt", f"naïve {HTML}")
         browser.find_element(By.ID, "write").click()
         wait_for(lambda: "that the training text does not have" in browser.page_source)
