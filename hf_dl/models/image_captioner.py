@@ -282,7 +282,8 @@ class ImageCaptionerForConditionalGeneration(PreTrainedModel, GenerationMixin):
             init.zeros_(module.bias_hh[forget])  # both biases are added
         elif isinstance(module, CaptionEncoder):
             init.normal_(module.positions, std=0.1)
-        init_detection_weights(module)
+        elif isinstance(module, nn.Conv2d):
+            init_detection_weights(module)
 
     def train(self, mode: bool = True) -> "ImageCaptionerForConditionalGeneration":
         """Set the mode; a frozen backbone stays in evaluation mode and is not trained."""
