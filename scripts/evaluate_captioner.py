@@ -44,11 +44,13 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         The scores, with keys such as `test_bleu_4`. Larger beams add their size: `test_bleu_4_beam_3`.
 
     Raises:
-        ValueError: If the model cannot be loaded, or a beam size is less than 1.
+        ValueError: If the model cannot be loaded, or a beam size or the number of pictures is too small.
     """
     args = parse_flags(Args, argv)
     if not args.num_beams or min(args.num_beams) < 1:
         raise ValueError(f"num_beams={args.num_beams} must be numbers of at least 1.")
+    if args.num_pictures < 0:
+        raise ValueError(f"num_pictures={args.num_pictures} must be at least 0. 0 draws none.")
     use_training_data(args, args.model, captioner.CaptionFlags, argv)
     model = load_model(ImageCaptionerForConditionalGeneration, args.model).eval()
     processor = load_model(AutoProcessor, args.model)

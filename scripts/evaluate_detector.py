@@ -45,9 +45,11 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         The scores, with keys such as `test_map`.
 
     Raises:
-        ValueError: If the classes of the data are not the classes of the model.
+        ValueError: If the threshold is not from 0 to 1, or the classes of the data are not the classes of the model.
     """
     args = parse_flags(Args, argv)
+    if args.threshold is not None and not 0 <= args.threshold <= 1:
+        raise ValueError(f"threshold={args.threshold} must be from 0 to 1.")
     use_training_data(args, args.model, recipe.DetectionFlags, argv)
     model = load_model(AutoModelForObjectDetection, args.model)
     processor = load_model(AutoImageProcessor, args.model)

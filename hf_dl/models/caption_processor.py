@@ -37,7 +37,7 @@ class ImageCaptionerProcessor(ProcessorMixin):
             ValueError: If images are missing, or the starts have different numbers of words.
         """
         if images is None:
-            raise ValueError("images is missing. Pass one image or a list of images.")
+            raise ValueError("images is missing. Pass an image or a list of images; a pipeline needs text='' as well.")
         for name in ("padding", "truncation", "max_length"):
             kwargs.pop(name, None)
         kwargs["return_tensors"] = "pt"

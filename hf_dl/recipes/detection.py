@@ -193,7 +193,11 @@ class ModelFlags:
     """Flags that select the detector. A flag without a value uses the default of the model's config."""
 
     method: str = field(
-        default="anchor_free", metadata={"help": "Detector, such as anchor_free or yolo_v1; see METHODS."}
+        default="anchor_free",
+        metadata={
+            "help": "Detector: anchor_free, yolo_v1, fast_rcnn, faster_rcnn, rcnn or sliding_window. fit_rcnn.py "
+            "completes rcnn."
+        },
     )
     backbone: str = field(
         default="small",
@@ -466,7 +470,13 @@ def load_rows(args: DetectionFlags, split: str, *, size: int) -> datasets.Datase
 
 
 def make_augmentation(args: TrainingDataFlags) -> BoxAugmentation:
-    """Make the augmentation that the flags select."""
+    """Make the augmentation that the flags select.
+
+    Raises:
+        ValueError: If a flag is out of range.
+    """
+    if args.zoom < 0:
+        raise ValueError(f"zoom={args.zoom} must be at least 0. 0 keeps the size.")
     return BoxAugmentation(
         flip=args.flip,
         vertical_flip=args.vertical_flip,

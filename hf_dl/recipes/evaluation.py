@@ -115,11 +115,17 @@ def split_size(flags: Any, split: str, default: int | None = None) -> int | None
     Returns:
         The number, or None for all examples.
 
+    Raises:
+        ValueError: If a number is negative.
+
     Example:
         >>> from types import SimpleNamespace
         >>> [split_size(SimpleNamespace(num_train=n, num_test=None), "test", 2000) for n in (0, 500, 5000)]
         [2000, 250, 2000]
     """
+    for name in ("num_train", "num_test"):
+        if (getattr(flags, name, None) or 0) < 0:
+            raise ValueError(f"{name}={getattr(flags, name)} must be at least 0. 0 uses all examples.")
     if split == "train":
         return flags.num_train or None
     if flags.num_test is not None:

@@ -1,3 +1,4 @@
+import dataclasses
 import time
 
 import pytest
@@ -17,6 +18,7 @@ from hf_dl.recipes import detection as recipe
 from hf_dl.recipes.detection_report import draw_boxes
 from hf_dl.recipes.proposals import choose_anchor_sizes
 from hf_dl.reporting.grids import SEGMENT_COLORS
+from scripts import evaluate_detector
 from scripts.train_detector import Args
 from tests.data.test_detection import write_coco, write_voc
 
@@ -141,6 +143,18 @@ def test_published_weights_bring_their_statistics(monkeypatch):
 def test_wrong_flags_of_the_model_are_refused(flags, message):
     with pytest.raises(ValueError, match=message):
         recipe.complete_flags(Args(**flags))
+
+
+def test_help_names_all_methods_and_wrong_numbers_are_refused():
+    text = next(field.metadata["help"] for field in dataclasses.fields(recipe.ModelFlags) if field.name == "method")
+    assert all(name in text for name in recipe.METHODS)
+    with pytest.raises(ValueError, match="zoom=-1 must be at least 0. 0 keeps the size"):
+        recipe.make_augmentation(Args(zoom=-1))
+    with pytest.raises(ValueError, match="num_test=-3 must be at least 0. 0 uses all examples"):
+        recipe.load_rows(Args(num_test=-3), "test", size=32)
+    for threshold in (-0.1, 2):
+        with pytest.raises(ValueError, match=f"threshold={threshold}.* must be from 0 to 1"):
+            evaluate_detector.main([f"--threshold={threshold}"])
 
 
 def test_wrong_backbones_and_data_are_refused(tmp_path):

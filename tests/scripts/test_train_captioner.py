@@ -63,6 +63,8 @@ def test_the_evaluation_script_finds_the_same(finished):
     assert json.loads((folder / "evaluation.json").read_text())["metrics"] == found
     with pytest.raises(ValueError, match=r"num_beams=\[0\] must be numbers of at least 1"):
         evaluate_captioner.main([f"--model={folder}", "--num_beams", "0"])
+    with pytest.raises(ValueError, match="num_pictures=-1 must be at least 0. 0 draws none"):
+        evaluate_captioner.main(["--num_pictures=-1"])
 
 
 def test_photographs_with_several_captions(tmp_path):
