@@ -10,7 +10,16 @@ import datasets
 from ..progress import Progress
 
 GeneratorT = TypeVar("GeneratorT", bound=Callable[..., Iterator[Any]])
-_bars: list[Progress] = []
+
+
+class _RowBar:
+    """The bar of a `row_bar` block, its number of rows, and whether a generator is counting."""
+
+    def __init__(self, bar: Progress):
+        self.bar, self.done, self.counting = bar, 0, False
+
+
+_bars: list[_RowBar] = []
 
 
 @contextlib.contextmanager
@@ -25,7 +34,7 @@ def row_bar(total: int, description: str) -> Iterator[None]:
     datasets.disable_progress_bars()
     try:
         with Progress(total, description=description, unit="row") as bar:
-            _bars.append(bar)
+            _bars.append(_RowBar(bar))
             yield
     finally:
         _bars.clear()
@@ -34,13 +43,25 @@ def row_bar(total: int, description: str) -> Iterator[None]:
 
 
 def counted(generator: GeneratorT) -> GeneratorT:
-    """Decorate a generator of rows, so that `row_bar` counts them. Without a bar, as for a stream, show nothing."""
+    """Decorate a generator of rows, so that `row_bar` counts them. Without a bar, as for a stream, show nothing.
+
+    `datasets` may call the generator once for each part of the rows. If a generator reads another one, only the rows
+    of the outer one count.
+    """
 
     @functools.wraps(generator)
     def rows(*args: Any, **kwargs: Any) -> Iterator[Any]:
-        for done, row in enumerate(generator(*args, **kwargs), start=1):
-            yield row
-            if _bars:
-                _bars[-1].update(done)
+        shown = _bars[-1] if _bars and not _bars[-1].counting else None
+        if shown is None:
+            yield from generator(*args, **kwargs)
+            return
+        shown.counting = True
+        try:
+            for row in generator(*args, **kwargs):
+                yield row
+                shown.done += 1
+                shown.bar.update(shown.done)
+        finally:
+            shown.counting = False
 
     return rows

@@ -18,6 +18,8 @@ from collections.abc import Iterator
 
 import datasets
 
+from .generation import counted, row_bar
+
 SPLITS = {"train": 8000, "validation": 500, "test": 500}  # default numbers of sentences
 BRACKETS = ("()", "[]", "{}")
 NAMES = tuple("Ann Ben Cleo Dan Eve Finn Gus Hal Ida Jo Kit Lea Max Nora Otto Pam Quin Rose Sam Tom".split())
@@ -64,14 +66,16 @@ def load(
     if count < 1:
         raise ValueError(f"num_rows={num_rows} must be at least 1.")
     shards = [(start, min(start + _SHARD, count)) for start in range(0, count, _SHARD)]
-    return datasets.Dataset.from_generator(
-        _generate,
-        features=datasets.Features(text=datasets.Value("string")),
-        gen_kwargs={"shards": shards, "split": split, "seed": seed, "version": _VERSION},
-        split=datasets.NamedSplit(split),
-    )
+    with row_bar(count, f"Generating {split} sentences"):
+        return datasets.Dataset.from_generator(
+            _generate,
+            features=datasets.Features(text=datasets.Value("string")),
+            gen_kwargs={"shards": shards, "split": split, "seed": seed, "version": _VERSION},
+            split=datasets.NamedSplit(split),
+        )
 
 
+@counted
 def _generate(shards: list[tuple[int, int]], split: str, seed: int, version: int) -> Iterator[dict[str, str]]:
     for start, end in shards:
         for index in range(start, end):

@@ -31,6 +31,21 @@ def test_rows_are_counted_with_a_total(monkeypatch, capsys):
     assert capsys.readouterr().err == ""
 
 
+@counted
+def pairs(number):
+    numbers = [row["number"] for row in rows(2 * number)]
+    yield from ({"pair": pair} for pair in zip(numbers[::2], numbers[1::2], strict=True))
+
+
+def test_parts_are_added_up_and_inner_rows_do_not_count(monkeypatch):
+    counts = []
+    monkeypatch.setattr(progress.Progress, "update", lambda bar, step: counts.append(step))
+    with row_bar(5, "Rendering pairs"):
+        list(pairs(2))
+        list(pairs(3))
+    assert counts == [1, 2, 3, 4, 5]
+
+
 @pytest.mark.parametrize("path", sorted(DATA.glob("*.py")), ids=lambda path: path.stem)
 def test_all_generated_rows_have_a_bar(path):
     """`datasets` shows a bar without a total, and none in a file."""
