@@ -27,7 +27,14 @@ TOKEN = "hf_loopback"
 LFS_PATTERNS = ("*.safetensors", "*.bin", "*.npz", "*.parquet", "*.arrow", "*.tar", "*.zip", "saved_model/*")
 LFS_BYTES = 10_000_000
 SPACE_SDKS = ("gradio", "docker", "static", "streamlit")
-TASKS = ("image-segmentation", "image-to-image", "object-detection", "image-classification", "image-to-text")
+TASKS = (
+    "image-segmentation",
+    "image-to-image",
+    "object-detection",
+    "image-classification",
+    "image-to-text",
+    "image-text-to-text",
+)
 COLORS = ("red", "yellow", "green", "blue", "indigo", "purple", "pink", "gray")
 
 

@@ -47,6 +47,7 @@ SUMMARY = (
 LIMITS = (
     "It describes images like its training images, with the words of its training captions.",
     "It also describes images without any known object, and then names objects that are not there.",
+    "After a short training, many objects that it names are not in the image. `test_hallucinated` is their share.",
 )
 USAGE = f"""\
 from transformers import pipeline
@@ -569,8 +570,8 @@ def write_report(folder: Path) -> None:
         folder: The folder of the run.
     """
     plot_run(folder, folder / "curves.png", CURVES)
-    run_card(folder, summary=SUMMARY, usage=USAGE, limits=LIMITS, tags=["image-captioning", "lstm"]).save(
-        folder / "README.md"
-    )
+    tags = ["image-captioning", "lstm"]
+    card = run_card(folder, summary=SUMMARY, usage=USAGE, limits=LIMITS, tags=tags, task="image-text-to-text")
+    card.save(folder / "README.md")
     print(f"checkpoint  {folder}  (AutoModelForImageTextToText.from_pretrained)")
     print(f"report      {folder / 'README.md'}")

@@ -48,6 +48,7 @@ def test_a_run_leaves_scores_model_processor_and_card(finished):
     first = next(line for line in logged if "coverage" in line)
     assert first["loss"] == pytest.approx(first["cross_entropy"] + 0.5 * first["coverage"], rel=1e-4)
     card = read_card(folder / "README.md")
+    assert card.data.pipeline_tag == "image-text-to-text"
     assert "image-text-to-text" in card.text and (folder / "captions.png").is_file()
     pipe = pipeline("image-text-to-text", str(folder), device="cpu")
     found = pipe(Image.new("RGB", (50, 40), "red"), text="a red cube", generate_kwargs={"max_length": 8})
