@@ -17,6 +17,10 @@ class Args:
     """Flags of this script."""
 
     output: str = field(default="", metadata={"help": "File to write. By default, the tables are printed."})
+    experiment: str = field(
+        default=str(Path(__file__).parent / "experiments" / "case_studies.toml"),
+        metadata={"help": "Experiment with the small networks."},
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -26,7 +30,7 @@ def main(argv: list[str] | None = None) -> None:
         argv: The flags. Defaults to the command line.
     """
     args = parse_flags(Args, argv)
-    text = write_tables()
+    text = write_tables(args.experiment)
     if args.output:
         Path(args.output).write_text(text, encoding="utf-8")
     else:

@@ -6,11 +6,14 @@ The claims are from the papers, and from the notes and slides of Stanford's CS23
 
 import functools
 import math
+import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
+from transformers import AutoConfig, AutoModelForImageClassification
 
 from hf_dl.explain import Arithmetic, Row, arithmetic
 from hf_dl.models.classic_architectures import ARCHITECTURES
@@ -36,6 +39,7 @@ NETWORKS = (
 """The networks of the table."""
 LAYER_BY_LAYER = ("lenet5", "alexnet", "zfnet", "vgg16")
 """Networks whose layers are shown one by one; the others are shown by stage."""
+SMALL_CLASSES = 25  # of the generated images, on which the small networks train
 
 
 @functools.cache
@@ -101,6 +105,38 @@ def summary_table(names: Sequence[str] = NETWORKS) -> str:
     return markdown_table(header, rows, keys=2)
 
 
+def small_table(path: str | Path) -> str:
+    """Return the table of the small networks of an experiment in Markdown: operations and memory of a training step.
+
+    Args:
+        path: An experiment with train_classifier.py whose variants are networks, such as
+            scripts/experiments/case_studies.toml. Its variants have fields of the configurations as flags.
+    """
+    with open(path, "rb") as file:
+        experiment = tomllib.load(file)
+    size, batch = experiment["fixed"]["image_size"], experiment["fixed"]["batch_size"]
+    (variants,) = experiment["variants"].values()
+    rows = []
+    for name, variant in variants.items():
+        flags = {"image_size": size, "num_channels": 3, "num_labels": SMALL_CLASSES, **variant["flags"]}
+        kind = flags.pop("model")
+        known = AutoConfig.for_model(kind)
+        config = AutoConfig.for_model(kind, **{flag: value for flag, value in flags.items() if hasattr(known, flag)})
+        with torch.device("meta"):
+            model = AutoModelForImageClassification.from_config(config)
+            result = arithmetic(model, torch.zeros(batch, 3, size, size))
+        rows.append(
+            [
+                name,
+                f"{result.parameters:,}",
+                _short(result.multiply_adds // batch),
+                show_bytes(result.saved_bytes),
+                show_bytes(result.peaks["adam"].bytes),
+            ]
+        )
+    return markdown_table(["network", "parameters", "multiply-adds per image", "saved", "training"], rows, keys=1)
+
+
 def layer_table(name: str) -> str:
     """Return the lecture's table of a network in Markdown: convolutions, pooling and linear layers.
 
@@ -133,8 +169,12 @@ def errata_table() -> str:
     return markdown_table(["network", "claim", "correction", "computation"], rows, keys=4)
 
 
-def write_tables() -> str:
-    """Return all tables of the card in Markdown."""
+def write_tables(experiment: str | Path) -> str:
+    """Return all tables of the card in Markdown.
+
+    Args:
+        experiment: The experiment with the small networks, see `small_table`.
+    """
     parts = [
         "# The arithmetic of the classic networks",
         "`scripts/make_case_study_tables.py` computes all numbers from the layers of the networks. "
@@ -144,6 +184,10 @@ def write_tables() -> str:
         'One image of the published size in float32. "Layer outputs" are the image and the outputs of convolutions, '
         'pooling and linear layers. "Saved" is what autograd keeps for the backward pass. "Field" is the receptive '
         'field of the last feature map in pixels. "Training" is the predicted peak memory of a step.',
+        "## Small networks",
+        small_table(experiment),
+        'The networks of [case_studies](case_studies.md) for one batch in float32. "Saved" is what autograd keeps for '
+        'the backward pass, and "training" is the predicted peak memory of a step with Adam.',
         "## Errata",
         errata_table(),
     ]

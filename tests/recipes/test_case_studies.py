@@ -42,7 +42,12 @@ def test_the_script_writes_all_tables(tmp_path, monkeypatch, capsys):
     main(["--output", str(tmp_path / "tables.md")])
     text = (tmp_path / "tables.md").read_text()
     titles = [line for line in text.splitlines() if line.startswith("## ")]
-    assert titles == ["## From LeNet-5 to ResNet-152", "## Errata", "## lenet5", "## vgg16", "## alexnet"]
+    assert titles == [
+        *("## From LeNet-5 to ResNet-152", "## Small networks", "## Errata", "## lenet5", "## vgg16", "## alexnet")
+    ]
+    small = {line.split(" | ")[0].strip("| "): line.split(" | ") for line in text.splitlines() if " MiB |" in line}
+    counts = {"LeNet-5": "552,673", "GoogLeNet": "516,289", "plain 32": "465,129", "residual 32": "465,129"}
+    assert {name: small[name][1].strip() for name in counts} == counts  # as in the results of the experiment
     summary = next(line for line in text.splitlines() if line.startswith("| vgg16 "))
     assert summary.split(" | ")[2:7] == ["3x224x224", "    16", "138,357,544", " 89.4%", "     15.470 G"]
     assert "(3*3*512 + 1)*512 = 2,359,808" in text and text.endswith("\n")
