@@ -119,10 +119,14 @@ def _decimals(values: list[float]) -> int:
 
 
 def _time(cells: list[dict[str, Any]]) -> str:
-    """Return the mean time of a run and the number of CPU threads, which the report names with the processor."""
-    seconds = statistics.mean(cell["seconds"] for cell in cells)
-    time = f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+    """Return the mean time of a run and the number of CPU threads, which the report names with the processor.
+
+    CPU time on one thread if it was recorded, because other jobs and pauses do not count. Otherwise wall-clock time.
+    """
     threads = re.search(r"(\d+) threads?", cells[0]["device"])
+    alone = threads and threads[1] == "1" and all(cell.get("cpu_seconds") for cell in cells)
+    seconds = statistics.mean(cell["cpu_seconds" if alone else "seconds"] for cell in cells)
+    time = f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
     if not threads:
         return time
     return f"{time}, {threads[1]} {'core' if threads[1] == '1' else 'cores'}"

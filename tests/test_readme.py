@@ -115,6 +115,10 @@ def test_the_summary_of_a_report():
     assert found == {"result": "0.920 ± 0.020", "baseline": "chance 0.100", "runs": 3, "time": "90 s, 2 cores"}
     found = systems.summarize(make_system(baseline={"row": {"norm": "y"}, "label": "other"}), report)
     assert found["baseline"] == "other 0.500"
+    for threads, time in (("2 threads", "90 s, 2 cores"), ("1 thread", "40 s, 1 core")):  # a pause is no CPU time
+        alone = make_report(("x", 0.9), baseline={"acc": 0.1})
+        alone["cells"][0] |= {"device": f"X, {threads}", "cpu_seconds": 40}
+        assert systems.summarize(make_system(), alone)["time"] == time
     single = systems.summarize(make_system(row={"norm": "y"}), report)
     assert (single["result"], single["runs"]) == ("0.500", 1)
     with pytest.raises(ValueError, match=r"e.json has no finished run with {'norm': 'z'}"):
