@@ -4,8 +4,8 @@ r"""Train a model that describes images: a convolutional network and an LSTM tha
     scripts/run accelerate launch scripts/train_captioner.py --source data/coco --image_size 224 \
         --backbone timm/resnet18 --pretrained true --min_count 5
 
-The first command trains on generated scenes with new captions in each step. It takes about eight minutes on one CPU
-core, and less with `--mixed_precision bf16` on a processor that has instructions for it. All scores are free-running.
+The first command trains on generated scenes with new captions in each step. From the time of a step, we expect about
+eight minutes on one CPU core, and less with `--mixed_precision bf16` on a processor that has instructions for it. All scores are free-running.
 For generated scenes, the captions are also parsed, and their objects, attributes and relations are compared with the
 scene. scripts/experiments/captions.toml trains for longer. The second command trains on photographs.
 """
@@ -22,7 +22,7 @@ from hf_dl.training.run import TrainingRun
 
 @dataclass
 class Args(captioner.ModelFlags, captioner.CaptionFlags, TrainingArgs):
-    """Flags of this script. The defaults train for eight minutes on one CPU core."""
+    """Flags of this script. The defaults should train for about eight minutes on one CPU core."""
 
     captions_per_image: int = field(
         default=1, metadata={"help": "Captions per image and step. The backbone runs once for all of them."}
