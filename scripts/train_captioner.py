@@ -5,9 +5,10 @@ r"""Train a model that describes images: a convolutional network and an LSTM tha
         --backbone timm/resnet18 --pretrained true --min_count 5
 
 The first command trains on generated scenes with new captions in each step. From the time of a step, we expect about
-eight minutes on one CPU core, and less with `--mixed_precision bf16` on a processor that has instructions for it. All scores are free-running.
-For generated scenes, the captions are also parsed, and their objects, attributes and relations are compared with the
-scene. scripts/experiments/captions.toml trains for longer. The second command trains on photographs.
+eight minutes on one CPU core, and less with `--mixed_precision bf16` on a processor that has instructions for it. All
+scores are free-running. For generated scenes, the captions are also parsed, and their objects, attributes and
+relations are compared with the scene. scripts/experiments/captions.toml trains for longer. The second command trains
+on photographs.
 """
 
 from dataclasses import dataclass, field
