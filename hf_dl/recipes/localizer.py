@@ -25,6 +25,7 @@ from hf_dl.reporting.card import run_card
 from hf_dl.reporting.plots import plot_run
 
 from .box_images import BoxImages, normalize
+from .detection import StageTimer
 from .evaluation import checked_config, hide_progress_bars, split_size
 
 SUMMARY = (
@@ -122,20 +123,23 @@ def evaluate(
         batch_size: Images per forward pass.
 
     Returns:
-        `class_accuracy`, and for boxes `mean_iou`, `box_accuracy` (IoU of at least 0.5), `localization_accuracy`
-        (class and box are right) and ImageNet's `localization_error` with 5 guesses. For points `point_error`, the
-        mean distance in pixels, and `point_accuracy`, the share within 5 % of the diagonal of the image. Shares of
-        objects. Images with fewer objects than outputs count with the objects that they have.
+        `class_accuracy`, `localization_accuracy` (class and place are right), and `ms`, milliseconds per image of the
+        network. For boxes `mean_iou`, `box_accuracy` (IoU of at least 0.5) and ImageNet's `localization_error` with 5
+        guesses. For points `point_error`, the mean distance in pixels, and `point_accuracy`, the share within 5 % of
+        the diagonal of the image. Shares of objects. Images with fewer objects than outputs count with the objects
+        that they have.
     """
     training = model.training
     model.eval()
-    kept, device = model.config.num_objects, model.device
+    kept, device, timer = model.config.num_objects, model.device, StageTimer(model, {})
     guesses, truths = [], []
     named, place_right, both, distance = [], [], [], []
     sides = torch.tensor(data.pixels.shape[:1:-1], dtype=torch.float32)  # width, height
     for start in range(0, len(data), batch_size):
         batch = data.__getitems__(range(start, min(start + batch_size, len(data))))
-        output = model(normalize(batch["image"], processor, device))
+        pixels = normalize(batch["image"], processor, device)
+        with timer.measure("network"):
+            output = model(pixels)
         classes, boxes = assign_outputs(batch["labels"][..., 0].long(), batch["labels"][..., 1:], kept)
         logits = output.logits.float().cpu().unflatten(1, (kept, -1))
         found = logits.amax(2).argmax(-1)  # (images, K); with `per_class`, the place of the best class
@@ -149,25 +153,23 @@ def evaluate(
             error = ((places - boxes[..., :2]) * sides).norm(dim=-1)[valid]
             distance.append(error)
             place_right.append(error <= NEAR * sides.norm())
+            both.append(right & place_right[-1])
             continue
         pairs = zip(to_corners(places[valid]), to_corners(boxes[valid]), strict=True)
         iou = torch.tensor([float(pairwise_iou(a[None], b[None])) for a, b in pairs])
         distance.append(iou)
         place_right.append(iou >= 0.5)
-        both.append(right & (iou >= 0.5))
+        both.append(right & place_right[-1])
         for row, kinds, truth in zip(output_rows(processor, output), classes, to_corners(boxes), strict=True):
             guesses.append(row)
             objects = kinds != NO_CLASS
             truths.append({"boxes": truth[objects].numpy(), "labels": kinds[objects].numpy()})
     model.train(training)
-    scores = {"class_accuracy": _share(named)}
+    scores = {"class_accuracy": _share(named), "localization_accuracy": _share(both)}
+    scores["ms"] = 1000 * timer.seconds["network"] / len(data)
     if model.numbers == 2:
         return scores | {"point_error": _share(distance), "point_accuracy": _share(place_right)}
-    scores |= {
-        "mean_iou": _share(distance),
-        "box_accuracy": _share(place_right),
-        "localization_accuracy": _share(both),
-    }
+    scores |= {"mean_iou": _share(distance), "box_accuracy": _share(place_right)}
     if guesses:
         scores["localization_error"] = localization_error(guesses, truths)["localization_error"]
     return scores

@@ -163,7 +163,7 @@ def test_odd_annotations_train_and_missing_ones_are_refused(tmp_path):
         train_detector.recipe.load_rows(args, "train", size=32)
 
 
-@pytest.mark.parametrize("name", ["ladder", "bccd"])
+@pytest.mark.parametrize("name", ["ladder", "localization", "bccd"])
 def test_the_flags_of_the_experiments(name, capsys):
     path = Path(run_experiment.__file__).parent / "experiments" / f"detection_{name}.toml"
     assert run_experiment.main([str(path), "--dry_run"]) == 0, capsys.readouterr().err
