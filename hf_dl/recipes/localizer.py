@@ -87,6 +87,8 @@ def load_images(flags: LocalizerFlags, split: str) -> tuple[BoxImages, list[str]
     hide_progress_bars()
     synthetic = flags.source == "synthetic"
     count = split_size(flags, split, NUM_IMAGES[split] if synthetic else None)
+    if synthetic and split == "train" and count is None:
+        count = NUM_IMAGES[split]
     scenes = {"classes": flags.classes, "style": flags.style, "num_objects": (flags.num_objects,) * 2}
     options = scenes | {"size": flags.image_size} if synthetic else {}
     data = detection.load(split, flags.source, num_images=count or None, **options)

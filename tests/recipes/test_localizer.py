@@ -25,6 +25,16 @@ def test_images_have_one_size_and_normalized_boxes(data):
         assert labels[:, 0].tolist() == row["objects"]["category"]
 
 
+def test_the_default_number_of_generated_scenes(monkeypatch):
+    counts = {}
+    monkeypatch.setattr(detection, "load", lambda split, *_, num_images, **__: counts.update({split: num_images}))
+    monkeypatch.setattr(localizer, "BoxImages", lambda *_: None)
+    monkeypatch.setattr(detection, "class_names", lambda *_: [])
+    for split in ("train", "test"):
+        localizer.load_images(localizer.LocalizerFlags(), split)
+    assert counts == {"train": 5000, "test": 500}
+
+
 def test_boxes_move_with_their_image():
     images = torch.arange(4.0).expand(20, 1, 1, 4).clone()
     labels = torch.tensor([[1, 0.125, 0.5, 0.25, 1.0]]).expand(20, 1, 5).clone()  # the first pixel
