@@ -199,9 +199,12 @@ def build_demo(explorer: Explorer | None = None) -> gr.Blocks:
             [find.click, text.submit, threshold.input, view.input],
             event(explorer.look), [picture, text, *settings], views, **LATEST,
         )  # fmt: skip
-        gap_tab.select(lambda: gr.Column(visible=False), None, content, **PRIVATE)
+        # The browser also selects the first tab when the page opens. That event may end after `ready` changed to True,
+        # so it must not hide the inputs.
+        in_turn = {**PRIVATE, "concurrency_id": "tabs", "concurrency_limit": 1}
+        gap_tab.select(lambda: gr.Column(visible=False), None, content, **in_turn)
         for tab in (masks_tab, match_tab):
-            tab.select(lambda ready: gr.Column(visible=ready), ready, content, **PRIVATE)
+            tab.select(lambda ready: gr.Column(visible=True) if ready else gr.skip(), ready, content, **in_turn)
         add_endpoints(explorer)
     return demo
 

@@ -121,6 +121,14 @@ class TestPage:
         texts = [getattr(block, "value", None) for block in page.blocks.values()]
         assert app.NO_MODEL in texts and app.NO_POINTS in texts
 
+    def test_a_tab_that_opens_before_the_model_does_not_hide_the_inputs(self, explorer):
+        page = build_demo(app, explorer)
+        tabs = {key: block.elem_id for key, block in page.blocks.items() if isinstance(block, gr.Tab)}
+        select = {tabs[key]: each.fn for each in page.fns.values() for key, name in each.targets if key in tabs}
+        assert list(select) == ["gap_tab", "masks_tab", "match_tab"] and select["gap_tab"]().visible is False
+        for tab in ("masks_tab", "match_tab"):
+            assert select[tab](False) == gr.skip() and select[tab](True).visible is True
+
     def test_the_committed_points_are_small_and_complete(self):
         path = ROOT / "spaces" / "phrase_segmentation" / "gap.json"
         if not path.exists():
