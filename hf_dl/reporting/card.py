@@ -506,7 +506,9 @@ def experiment_card(report: Report, *, figures: Sequence[str | Path] = ()) -> Mo
             words = [f"--{flag} {_flag_value(own)}" for flag, own in variant.get("flags", {}).items()]
             other = "<the run of " + " ".join(f"{k}={v}" for k, v in variant.get("after", {}).items()) + ">"
             words = [word.replace("{after}", other) for word in words]
-            flags.append([f"`{key}` = `{value}`", f"`{' '.join([script, *words])}`"])
+            left_out = ", ".join(f"`{flag}`" for flag in variant.get("without", []))
+            text = f"`{' '.join([script, *words])}`" + (f" without {left_out}" if left_out else "")
+            flags.append([f"`{key}` = `{value}`", text])
     scripts = dict.fromkeys(cell["script"] for cell in finished) or [experiment.script]
     return _card(
         card_data,

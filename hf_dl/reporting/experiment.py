@@ -29,6 +29,7 @@ script = "train_slot_diffusion.py"           # optional: the script to run for t
 flags = { autoencoder = "runs/{style}" }     # optional: more flags; {flag} is replaced by the value of a flag
 metrics = { ari = "test_attention_ari" }     # optional: the script's metric for each metric of the table
 after = { decoder = "broadcast" }            # optional: run after the cell with this value; {after} is its folder
+without = ["max_steps"]                      # optional: fixed flags that are not for this value
 ```
 
 A cell is one point of the grid with one seed. Its folder is named by a hash of the script and its flags. A cell with
@@ -53,7 +54,7 @@ RESERVED_FLAGS = ("seed", "output_dir")
 OPTIONAL_KEYS = (
     "fixed", "grid", "curves", "labels", "notes", "reading", "figures", "confusion", "claims", "variants"
 )  # fmt: skip
-VARIANT_KEYS = ("script", "flags", "metrics", "after")
+VARIANT_KEYS = ("script", "flags", "metrics", "after", "without")
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ class Cell:
         folder: The folder of the run.
         script: The script to run.
         given: The flags to pass to the script: `flags`, with the name of a variant replaced by the flags of the
-            variant.
+            variant. Flags that the variant leaves out are missing.
         metrics: The script's metric by metric of the table, where the names differ.
         after: The cell that must finish before this one, because this one starts from its folder.
     """
@@ -181,6 +182,7 @@ class Experiment:
         script, metrics, after = self.script, {}, None
         for variant in (variants[flags[name]] for name, variants in self.variants.items()):
             script = variant.get("script", script)
+            given = {name: value for name, value in given.items() if name not in variant.get("without", ())}
             given |= variant.get("flags", {})
             metrics |= variant.get("metrics", {})
             if "after" in variant:
@@ -313,6 +315,9 @@ def _read_variants(given: Any, fixed: Mapping[str, Any], grid: Mapping[str, Any]
                 raise ValueError(
                     f"{place}: metrics={metrics!r} is invalid. Expected a table of names and metrics of the script."
                 )
+            unused = variant.get("without", [])
+            if not isinstance(unused, list) or not all(flag in fixed for flag in unused):
+                raise ValueError(f"{place}: without={unused!r} is invalid. Expected a list of flags of fixed.")
             after = variant.get("after", {})
             if not isinstance(after, dict) or not all(v in grid.get(flag, []) for flag, v in after.items()):
                 raise ValueError(

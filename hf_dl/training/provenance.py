@@ -63,6 +63,7 @@ def write_results(
     model: nn.Module | None = None,
     *,
     seconds: float,
+    cpu_seconds: float | None = None,
 ) -> None:
     """Write results.json for a script that only evaluates, so that it can be a cell of an experiment.
 
@@ -73,6 +74,7 @@ def write_results(
         metrics: The scores.
         model: The model that was evaluated, or None if the script compares several methods.
         seconds: The time that the script took.
+        cpu_seconds: The CPU time of the part that replaces training, if there is one.
     """
     results = {
         "script": Path(script).name,
@@ -81,6 +83,7 @@ def write_results(
         "metrics": dict(metrics),
         "seed": args["seed"],
         "seconds": round(seconds, 2),
+        **({} if cpu_seconds is None else {"cpu_seconds": round(cpu_seconds, 2)}),
         **provenance(script, "cpu" if model is None else next(model.parameters()).device),
     }
     if model is not None:

@@ -45,6 +45,7 @@ flags = { folder = "data/{source}/{width}/{seed}/{other}" }
 script = "train_other.py"
 flags = { groups = 2 }
 metrics = { val_accuracy = "val_top_1" }
+without = ["max_steps"]
 """
 
 
@@ -54,7 +55,7 @@ def test_a_value_of_the_grid_may_stand_for_a_script_and_flags(toml, tmp_path):
     assert batch.script == "train_fake.py" and group.script == "train_other.py"
     folder = "data/synthetic/4/0/{other}"
     assert batch.given == {"source": "synthetic", "max_steps": 100, "width": 4, "seed": 0, "folder": folder}
-    assert group.given == {"source": "synthetic", "max_steps": 100, "width": 8, "seed": 2, "groups": 2}
+    assert group.given == {"source": "synthetic", "width": 8, "seed": 2, "groups": 2}
     assert group.flags == {"source": "synthetic", "max_steps": 100, "width": 8, "norm": "group", "seed": 2}
     write_run(group.folder, group.given, {"val_top_1": 0.75, "val_loss": 0.5})
     cell = collect(experiment, tmp_path).cells[-1]
@@ -120,6 +121,8 @@ def test_a_start_that_cannot_be_is_refused_with_a_sentence(toml, old, new, messa
         ("groups = 2", "seed = 2", "flags={'seed': 2} is invalid"),
         ('"val_top_1"', "1", "metrics={'val_accuracy': 1} is invalid"),
         ('"train_other.py"', "1", "script=1 is not a text"),
+        ('["max_steps"]', '["width"]', r"without=\['width'\] is invalid. Expected a list of flags of fixed"),
+        ('["max_steps"]', '"max_steps"', "without='max_steps' is invalid"),
     ],
 )
 def test_wrong_variants_are_refused_with_a_sentence(toml, old, new, message):

@@ -175,14 +175,14 @@ def test_variants_run_their_own_scripts(project, capsys, monkeypatch):
     monkeypatch.setattr("scripts.run_experiment.LAUNCH", (sys.executable,))
     monkeypatch.setenv("PYTHONPATH", str(project / "stub"))
     script = SCRIPT.replace("train_fake", "train_other").replace("0.5 +", "0.25 +")
-    script = script.replace("val_accuracy", "val_top_1")
+    script = script.replace("val_accuracy", "val_top_1").replace("explode", "unused")
     (project / "scripts" / "train_other.py").write_text(script)
     change(project, "width = [4, 8]", 'model = ["one", "other"]')
     change(project, 'rows = "width"', 'rows = "model"')
     with open(project / EXPERIMENT, "a") as toml:
         toml.write(
             '[variants.model.one]\nflags = { width = 8 }\n[variants.model.other]\nscript = "train_other.py"\n'
-            'metrics = { val_accuracy = "val_top_1" }\n'
+            'metrics = { val_accuracy = "val_top_1" }\nwithout = ["explode"]\n'
         )
     assert main([EXPERIMENT]) == 0
     table = capsys.readouterr().out
@@ -190,6 +190,7 @@ def test_variants_run_their_own_scripts(project, capsys, monkeypatch):
     text = (project / "model_cards" / "fake.md").read_text()
     assert "- Runs: 4 of `scripts/train_fake.py` and `scripts/train_other.py`, 4 of them finished\n" in text
     assert "| `model` = `one` | `train_fake.py --width 8` |" in text
+    assert "| `model` = `other` | `train_other.py` without `explode` |" in text
     change(project, "width = 8 }", "widht = 8 }")
     assert main([EXPERIMENT]) == 1
     assert "'widht' is not a flag of train_fake.py. Did you mean 'width'?" in capsys.readouterr().err
