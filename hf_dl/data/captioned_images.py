@@ -22,6 +22,7 @@ from .splits import (
     find_split,
     given_splits,
     hold_out,
+    load_from_hub,
     name_source,
     read_tables,
     streamed_split,
@@ -65,7 +66,8 @@ def load_captioned(
     given, name = given_splits(source), name_source(source)
     options = {"split": split, "source": name, "size": size, "corrupt": corrupt, "check": _check}
     columns = {"image_column": image_column, "caption_column": caption_column}
-    root = None if given is not None else find_local(name, f"a folder with {_EXPECTED}")
+    expected = f"a folder with {_EXPECTED}; a Hub id, or 'synthetic'"
+    root = None if given is not None else find_local(name, expected)
     if root is not None and root.is_file() and root.suffix != ".parquet" and annotations is None:
         annotations, root = root, root.parent
     if annotations is not None:
@@ -76,7 +78,7 @@ def load_captioned(
         found = {part: read_caption_file(path, folder, **columns) for part, (path, folder) in files.items()}
     else:
         if given is None:
-            given = datasets.load_dataset(name, streaming=streaming) if root is None else _read_tables(root)
+            given = load_from_hub(name, expected, streaming=streaming) if root is None else _read_tables(root)
         if any(isinstance(rows, datasets.IterableDataset) for rows in given.values()):
             stream = streamed_split(given, split, source)
             stream = stream if num_images is None else stream.take(num_images)

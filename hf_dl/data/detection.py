@@ -36,6 +36,7 @@ from .splits import (
     find_split,
     given_splits,
     hold_out,
+    load_from_hub,
     name_source,
     read_tables,
     streamed_split,
@@ -246,7 +247,8 @@ def _open_source(
 ) -> tuple[BoxSource, Rows]:
     """Return the classes of a source, and the rows of the split with an undecoded image, an id and raw objects."""
     given, name = given_splits(source), name_source(source)
-    root = None if given is not None else find_local(name, "a folder of PASCAL VOC, of COCO or of tables")
+    expected = "a folder of PASCAL VOC, of COCO or of tables, a Hub id, or 'synthetic'"
+    root = None if given is not None else find_local(name, expected)
     if annotations is not None or (root is not None and (root / "annotations").is_dir() and find_voc(root) is None):
         if root is None:
             raise ValueError(f"annotations={str(annotations)!r} needs a folder of images. Got source={name!r}.")
@@ -258,7 +260,7 @@ def _open_source(
     if given is not None:
         splits = given
     elif root is None:
-        splits = datasets.load_dataset(name, streaming=streaming)
+        splits = load_from_hub(name, expected, streaming=streaming)
     else:
         splits = read_tables(root, streaming=streaming) or datasets.load_dataset(str(root), streaming=streaming)
     if any(isinstance(rows, datasets.IterableDataset) for rows in splits.values()):

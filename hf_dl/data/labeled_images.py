@@ -24,10 +24,13 @@ from .splits import (
     find_split,
     given_splits,
     hold_out,
+    load_from_hub,
     name_source,
     read_tables,
     streamed_split,
 )
+
+_EXPECTED = "a folder of images or parquet files, a Hub id, or 'synthetic'"
 
 
 def load(
@@ -112,13 +115,13 @@ def load(
         return _stream(split, given, source, image_column, label_column, num_images, options)
     if given is not None:
         found = _labeled(given, name, image_column, label_column)
-    elif (root := find_local(name, "a folder of images or parquet files")) is not None:
+    elif (root := find_local(name, _EXPECTED)) is not None:
         found, skipped = _read_folder(root, image_column, label_column)
     elif streaming:
-        found = datasets.load_dataset(name, streaming=True)
+        found = load_from_hub(name, _EXPECTED, streaming=True)
         return _stream(split, found, source, image_column, label_column, num_images, options)
     else:
-        found = _labeled(datasets.load_dataset(name), name, image_column, label_column)
+        found = _labeled(load_from_hub(name, _EXPECTED), name, image_column, label_column)
     rows, indices = _choose(found, split, name, holdout, seed, num_images)
     label = rows.features["label"]
     features = datasets.Features(image=datasets.Image(), label=label)

@@ -18,7 +18,17 @@ import numpy as np
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from .splits import MAX_FIELD, Source, find_local, find_split, given_splits, hold_out, name_source, read_tables
+from .splits import (
+    MAX_FIELD,
+    Source,
+    find_local,
+    find_split,
+    given_splits,
+    hold_out,
+    load_from_hub,
+    name_source,
+    read_tables,
+)
 
 SPLITS = {"train": 4000, "validation": 500, "test": 500}  # default numbers of reviews
 NAMES = ("negative", "positive")
@@ -95,9 +105,10 @@ def load(
         rows = [sample_review(rng) for _ in range(num_rows or SPLITS[split])]
         return _dataset([text for text, _ in rows], [NAMES[label] for _, label in rows], NAMES, split)
     if found is None:
-        root = find_local(str(source), "a CSV file, a parquet file or folder, or a Hub id")
+        expected = "a CSV file, a parquet file or folder, a Hub id, or 'synthetic'"
+        root = find_local(str(source), expected)
         if root is None:
-            found = dict(datasets.load_dataset(str(source)))
+            found = dict(load_from_hub(str(source), expected))
         else:
             found = read_tables(root) or {"train": _read_csv(root)}
     parts = {name: _columns(rows, name_source(source)) for name, rows in found.items()}

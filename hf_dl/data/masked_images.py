@@ -19,7 +19,18 @@ from .class_folders import real_path
 from .decoded_images import CORRUPT, is_fine, settle
 from .instance_masks import check_arguments, crop_square, make_example
 from .mask_folders import read_mask_folder
-from .splits import Rows, Source, find_split, given_splits, hold_out, name_source, read_tables, streamed_split
+from .splits import (
+    Rows,
+    Source,
+    find_local,
+    find_split,
+    given_splits,
+    hold_out,
+    load_from_hub,
+    name_source,
+    read_tables,
+    streamed_split,
+)
 
 _VERSION = 4  # increase it when pixels or columns change: `datasets` caches by arguments, not by code
 
@@ -95,9 +106,9 @@ def load(
         raise ValueError(f"holdout={holdout} must be above 0 and below 0.5: the share of images to hold out.")
     given, name = given_splits(source), name_source(source)
     root = Path(name).expanduser()
-    local = root.is_absolute() or name.startswith((".", "~")) or len(root.parts) > 2
-    if given is None and local and not root.is_dir() and not (root.is_file() and root.suffix == ".parquet"):
-        raise FileNotFoundError(f"source={name!r} is not a folder. Expected a folder of CLEVRTex or of images.")
+    expected = "a folder of CLEVRTex or of images, a parquet file, or a Hub id"
+    if given is None and find_local(name, expected) is not None and root.is_file() and root.suffix != ".parquet":
+        raise FileNotFoundError(f"source={name!r} is not a folder. Expected {expected}.")
     is_clevrtex = given is None and annotations is None and clevrtex.find_variant(root) is not None
     if corrupt != "refuse" and (annotations is not None or is_clevrtex):
         kind = "CLEVRTex" if is_clevrtex else "COCO annotations"
@@ -112,7 +123,7 @@ def load(
     if given is not None:
         found = given
     elif not root.exists():
-        found = datasets.load_dataset(name, streaming=streaming)
+        found = load_from_hub(name, expected, streaming=streaming)
     else:
         found = read_tables(root.resolve(), streaming=streaming)
         if found is None:

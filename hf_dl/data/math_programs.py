@@ -35,7 +35,7 @@ from transformers import AddedToken, PreTrainedTokenizerBase, PreTrainedTokenize
 
 from .. import programs
 from . import word_problems
-from .splits import SPLIT_NAMES, Source, given_splits, name_source
+from .splits import SPLIT_NAMES, Source, find_local, given_splits, load_from_hub, name_source
 
 COLUMNS = datasets.Features(
     problem=datasets.Value("string"),
@@ -201,10 +201,12 @@ def _read(source: Source, split: str | None, subset: str) -> Iterator[tuple[str,
         parts = {path.name: _read_json(path) for path in files}
         if subset == "course":
             parts = {name: _with_options(rows, root) for name, rows in parts.items()}
-    elif given is None and (root.is_absolute() or str(source).startswith((".", "~")) or len(root.parts) > 2):
-        raise FileNotFoundError(f"source={str(source)!r} does not exist. Expected a folder or a file of MathQA.")
     else:
-        found = datasets.load_dataset(str(source)) if given is None else given
+        found = given
+        if given is None:
+            expected = "a folder or a file of MathQA, a Hub id, or 'synthetic'"
+            find_local(str(source), expected)  # raises an error for a path
+            found = load_from_hub(str(source), expected)
         names = [alias for name in wanted for alias in SPLIT_NAMES[name] if alias in found]
         if not names:
             raise ValueError(f"split={split!r} is not in {name_source(source)!r}. Its splits: {', '.join(found)}.")

@@ -22,7 +22,7 @@ from .phrasecut_rows import load_rows
 from .phrasecut_scenes import render_scenes, scene_negatives, scene_phrases
 from .phrasecut_writer import write_phrasecut
 from .scenes import check_arguments
-from .splits import Source, given_splits, name_source, read_tables
+from .splits import Source, find_local, given_splits, load_from_hub, name_source, read_tables
 
 VERSION = 2  # increase it when pixels or columns change: `datasets` caches by arguments, not by code
 
@@ -162,9 +162,9 @@ def _find(
             options = {"on_missing": on_missing, "max_images": max_images, "holdout": holdout, "seed": seed}
             return files.find_rows(folder, split, **options)
     if not root.exists():
-        if root.is_absolute() or name.startswith((".", "~")) or len(root.parts) > 2:
-            raise FileNotFoundError(f"source={name!r} does not exist. Expected a folder of PhraseCut or COCO.")
-        return datasets.load_dataset(name, streaming=streaming)
+        expected = "a folder of PhraseCut or COCO, parquet files, a Hub id, or 'synthetic'"
+        find_local(name, expected)  # raises an error for a path
+        return load_from_hub(name, expected, streaming=streaming)
     found = read_tables(root.resolve(), streaming=streaming)
     if found is None:
         raise ValueError(

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 import datasets
 import numpy as np
+from huggingface_hub.errors import HFValidationError
 
 T = TypeVar("T")
 Rows = datasets.Dataset | datasets.IterableDataset
@@ -22,6 +23,11 @@ SPLIT_NAMES = {
 }
 MAX_FIELD = 2**31 - 1  # characters in a field of a CSV file; the default of Python is 131072
 SPLIT_OF = {name: split for split, names in SPLIT_NAMES.items() for name in names}
+# Endings of files. A Hub id may end in other ones, such as ".0".
+FILE_ENDINGS = frozenset(
+    ".arrow .csv .gz .idx .jpeg .jpg .json .jsonl .npy .npz .parquet .png .raw .tar .text .tgz .tokens .tsv .txt "
+    ".zip".split()
+)
 
 
 def find_split(found: Mapping[str, T], split: str) -> T | None:
@@ -72,7 +78,8 @@ def find_local(source: str, expected: str) -> Path | None:
         expected: Description of valid sources, for the message.
 
     Raises:
-        FileNotFoundError: If the source is written as a path that does not exist.
+        FileNotFoundError: If the source does not exist and is written as a path. A Hub id has at most one slash. It
+            does not begin with "." or have the ending of a file.
 
     Example:
         >>> find_local("tanganke/stl10", "a folder") is None
@@ -81,9 +88,35 @@ def find_local(source: str, expected: str) -> Path | None:
     root = Path(source).expanduser()
     if root.exists():
         return root.resolve()
-    if root.is_absolute() or source.startswith((".", "~")) or len(root.parts) > 2:
+    is_path = root.is_absolute() or source.startswith((".", "~")) or len(root.parts) > 2
+    if is_path or root.suffix.lower() in FILE_ENDINGS:
         raise FileNotFoundError(f"source={source!r} does not exist. Expected {expected}.")
     return None
+
+
+def load_from_hub(
+    source: str, expected: str, *, config: str | None = None, streaming: bool = False
+) -> datasets.DatasetDict | datasets.IterableDatasetDict:
+    """Load the splits of a dataset on the Hub.
+
+    Args:
+        source: The id. It may also be a misspelled path, because `find_local` returns None for names such as "photos".
+        expected: Description of valid sources, for the message.
+        config: Configuration of the dataset, if it has several.
+        streaming: Fetch while iterating.
+
+    Raises:
+        FileNotFoundError: If the Hub has no such dataset, does not permit access to it, or cannot be reached.
+    """
+    names = [source] if config is None else [source, config]
+    options = {"streaming": True} if streaming else {}
+    try:
+        return datasets.load_dataset(*names, **options)
+    except (ConnectionError, HFValidationError, datasets.exceptions.DatasetNotFoundError) as error:
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise FileNotFoundError(
+            f"source={source!r} is not a folder or file, and was not found on the Hub. Expected {expected}. ({reason})"
+        ) from error
 
 
 def read_tables(root: Path, *, streaming: bool = False) -> dict[str, Rows] | None:

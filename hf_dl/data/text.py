@@ -42,7 +42,18 @@ from transformers import PreTrainedTokenizerFast
 
 from . import nested_text
 from .generation import counted, row_bar
-from .splits import SPLIT_OF, Rows, Source, find_split, given_splits, name_source, read_tables, streamed_split
+from .splits import (
+    SPLIT_OF,
+    Rows,
+    Source,
+    find_local,
+    find_split,
+    given_splits,
+    load_from_hub,
+    name_source,
+    read_tables,
+    streamed_split,
+)
 
 SPLITS = {"train": 24_000, "validation": 1500, "test": 1500}  # default numbers of synthetic documents
 LEVELS = ("word", "char")
@@ -143,16 +154,15 @@ def load(
     if str(source) == "nested":
         data = nested_text.load(split, num_rows=num_rows, seed=seed)
         return data.to_iterable_dataset() if streaming else data
-    root = Path(source).expanduser()
-    if root.exists():
-        found = _read_local(root.resolve(), text_column)
-    elif root.is_absolute() or str(source).startswith((".", "~")) or len(root.parts) > 2 or root.suffix in _SUFFIXES:
-        raise FileNotFoundError(f"source={str(source)!r} does not exist. Expected a text file or a folder.")
+    expected = "a text file or a folder of text or parquet, a Hub id, 'synthetic' or 'nested'"
+    root = find_local(str(source), expected)
+    if root is not None:
+        found = _read_local(root, text_column)
     elif streaming:
-        found = datasets.load_dataset(str(source), config, streaming=True)
+        found = load_from_hub(str(source), expected, config=config, streaming=True)
         return _stream(split, found, source, level, text_column, num_rows)
     else:
-        found = _texts(datasets.load_dataset(str(source), config), str(source), text_column)
+        found = _texts(load_from_hub(str(source), expected, config=config), str(source), text_column)
     data = _select(found, split, source, level, holdout, num_rows)
     return data.to_iterable_dataset() if streaming else data
 

@@ -236,4 +236,4 @@ def test_arguments_are_checked(tmp_path):
     )
     assert "split='val' is unknown" in failure(lambda: masked_images.load("val", tmp_path))
     assert "size=0" in failure(lambda: masked_images.load("test", tmp_path, size=0))
-    assert "is not a folder" in failure(lambda: masked_images.load("test", tmp_path / "nowhere"))
+    assert "does not exist" in failure(lambda: masked_images.load("test", tmp_path / "nowhere"))
