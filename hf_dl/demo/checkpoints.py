@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoImageProcessor, PreTrainedModel
 
+from ..pipelines.model_loading import check_not_runs
 from .training import Training
 
 
@@ -143,6 +144,7 @@ def load_vision_model(name: str, auto: Any, known: Container[type], *, kind: str
     Raises:
         ValueError: If the model is missing, damaged, or of another kind.
     """
+    check_not_runs(name)
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except Exception as error:

@@ -15,6 +15,7 @@ from PIL import Image, ImageOps
 from ..data import scenes
 from ..models.slot_autoencoder import SlotAutoencoderConfig, SlotAutoencoderModel
 from ..models.slot_frames import FRAME_DIM
+from ..pipelines.model_loading import check_not_runs
 from ..pipelines.slot_diffusion import SlotDiffusionPipeline
 from ..reporting.grids import color_segments
 from .checkpoints import one_line
@@ -43,6 +44,7 @@ def load_model(name: str) -> SlotAutoencoderModel:
     Raises:
         ValueError: If the model is missing, damaged, or has another type.
     """
+    check_not_runs(name)
     kind = _model_type(name)
     if kind is None:
         raise ValueError(
@@ -74,6 +76,7 @@ def load_pipeline(name: str) -> SlotDiffusionPipeline:
     Raises:
         ValueError: If the pipeline is missing, damaged, or has another class.
     """
+    check_not_runs(name)
     try:
         pipe = SlotDiffusionPipeline.from_pretrained(name)
     except Exception as error:  # each library reports damaged files with its own type of error

@@ -20,6 +20,7 @@ from transformers.initialization import no_init_weights
 from hf_dl.explain import Arithmetic, Row, arithmetic
 from hf_dl.models import ClassicCNNConfig, ClassicCNNForImageClassification
 from hf_dl.models.classic_architectures import ARCHITECTURES
+from hf_dl.pipelines.model_loading import check_not_runs
 from hf_dl.reporting.tables import markdown_table
 
 from .evaluation import checked_config
@@ -56,6 +57,7 @@ def read_config(model: str, image_size: int | None = None) -> Any:
     options = {} if image_size is None else {"image_size": image_size}
     if model in ARCHITECTURES:
         return checked_config(ClassicCNNConfig.published, architecture=model, **options)
+    check_not_runs(model)
     try:
         return AutoConfig.from_pretrained(model, **options)
     except StrictDataclassError as error:

@@ -42,6 +42,7 @@ from hf_dl.models.image_input import to_rgb
 from hf_dl.models.rcnn import RcnnConfig, RcnnForObjectDetection
 from hf_dl.models.sliding_window import SlidingWindowConfig, SlidingWindowForObjectDetection
 from hf_dl.models.two_stage_detector import TwoStageDetectorConfig, TwoStageDetectorForObjectDetection
+from hf_dl.pipelines.model_loading import check_not_runs
 
 from .evaluation import checked_config, hide_progress_bars, report_data, split_size
 from .proposals import add_proposals, choose_anchor_sizes, time_proposals
@@ -534,6 +535,7 @@ def load_backbone(folder: str) -> tuple[nn.Module, dict[str, Any], dict[str, Any
     Raises:
         ValueError: If the folder has no classifier of ours.
     """
+    check_not_runs(folder)
     try:
         config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError) as error:

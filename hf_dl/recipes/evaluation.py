@@ -21,6 +21,7 @@ import datasets
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
+from hf_dl.pipelines.model_loading import check_not_runs
 from hf_dl.reporting.experiment import portable, read_results
 from hf_dl.training.args import given_flags
 
@@ -64,6 +65,7 @@ def load_model(kind: type[Any], name: str | Path) -> Any:
     Raises:
         ValueError: If the model is missing, incomplete or of another family.
     """
+    check_not_runs(name)
     expected = getattr(getattr(kind, "config_class", None), "model_type", None)
     try:
         if expected:

@@ -27,6 +27,7 @@ from hf_dl.models.latent_autoencoder import (
     make_autoencoder,
     to_patches,
 )
+from hf_dl.pipelines.model_loading import check_not_runs
 from hf_dl.progress import activity
 from hf_dl.reporting.card import LOCAL_ID, run_card
 from hf_dl.reporting.grids import image_grid
@@ -190,6 +191,7 @@ def load_autoencoder(name: str) -> AutoencoderKL | VQModel:
     Raises:
         ValueError: If the model is missing, or of another class.
     """
+    check_not_runs(name)
     try:
         autoencoder = diffusers.AutoModel.from_pretrained(name, use_safetensors=True)
     except (OSError, ValueError) as error:

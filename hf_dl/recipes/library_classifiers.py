@@ -16,6 +16,8 @@ from transformers import (
     PreTrainedModel,
 )
 
+from hf_dl.pipelines.model_loading import check_not_runs
+
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -49,6 +51,7 @@ def make_library_model(name: str, *, pretrained: bool, image_size: int, names: S
     """
     labels = {"id2label": dict(enumerate(names)), "label2id": {label: i for i, label in enumerate(names)}}
     of_timm = name.startswith("timm/")
+    check_not_runs(name)
     try:
         if pretrained:
             model = AutoModelForImageClassification.from_pretrained(

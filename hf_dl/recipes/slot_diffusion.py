@@ -38,6 +38,7 @@ from hf_dl.models.slot_library import SlotLibrary
 from hf_dl.models.slot_unet import ARCHITECTURES as UNETS
 from hf_dl.models.slot_unet import SlotUNetModel
 from hf_dl.pipelines.diffusion_sampling import noise_schedule
+from hf_dl.pipelines.model_loading import check_not_runs
 from hf_dl.pipelines.slot_diffusion import SlotDiffusionPipeline
 from hf_dl.progress import activity
 from hf_dl.reporting.card import LOCAL_ID, run_card
@@ -259,6 +260,7 @@ def make_slots(args: Any) -> tuple[SlotEncoderModel | SlotAutoencoderModel, Slot
     if args.slot_encoder == "none":
         return SlotEncoderModel(make_config(args, slot_init=args.slot_init)), None
     folder = find_part(args, "slot_encoder")
+    check_not_runs(folder)
     kind = SlotEncoderModel if args.train_slots else SlotAutoencoderModel
     encoder, report = kind.from_pretrained(folder, output_loading_info=True)
     for flag in ("image_size", "num_slots", "num_iterations"):

@@ -7,9 +7,11 @@ import datasets
 import pytest
 from transformers import AutoModelForImageClassification
 
+from hf_dl.demo import checkpoints, slots
 from hf_dl.models.image_vae import ImageVaeConfig, ImageVaeModel
 from hf_dl.models.slot_autoencoder import SlotAutoencoderConfig, SlotAutoencoderModel
-from hf_dl.recipes import evaluation
+from hf_dl.pipelines.model_loading import check_not_runs, load_config
+from hf_dl.recipes import arithmetic, evaluation, latent_autoencoder, library_classifiers
 from hf_dl.training.args import parse_flags
 
 
@@ -179,3 +181,46 @@ def test_the_data_of_the_training_run_is_used(tmp_path, capsys):
     (tmp_path / "results.json").write_text("{")
     with pytest.raises(ValueError, match="is cut short or damaged"):
         use()
+
+
+class TestFoldersOfRuns:
+    @pytest.fixture
+    def runs(self, tmp_path):
+        for name in ("4f", "0a", "9c", "7b"):
+            (tmp_path / "runs" / "norms" / name).mkdir(parents=True)
+            (tmp_path / "runs" / "norms" / name / "config.json").write_text("{}")
+        (tmp_path / "runs" / "norms" / "7b" / "config.json").unlink()
+        (tmp_path / "runs" / "norms" / "7b" / "model_index.json").write_text("{}")
+        return tmp_path / "runs"
+
+    @pytest.mark.parametrize(
+        "load",
+        [
+            lambda name: load_config(name, ["image_vae"]),
+            lambda name: evaluation.load_model(ImageVaeModel, name),
+            lambda name: library_classifiers.make_library_model(name, pretrained=True, image_size=8, names=["a"]),
+            latent_autoencoder.load_autoencoder,
+            arithmetic.read_config,
+            lambda name: checkpoints.load_vision_model(name, None, (), kind="image classifier"),
+            slots.load_model,
+            slots.load_pipeline,
+        ],
+    )
+    def test_the_models_in_it_are_named(self, runs, load):
+        folder = str(runs / "norms")
+        names = ", ".join(f"{folder}/{name}" for name in ("0a", "4f", "7b"))
+        sentence = (
+            f"The folder '{folder}' contains runs and is not a model itself. Choose one of its 4 models, such as "
+        )
+        with pytest.raises(ValueError, match=f"^{sentence}{names}.$"):
+            load(folder)
+
+    def test_few_models_are_all_named(self, runs):
+        (runs / "norms" / "9c" / "config.json").unlink()
+        with pytest.raises(ValueError, match=r"Choose a model in it: \S+/0a, \S+/4f, \S+/7b\.$"):
+            check_not_runs(runs)  # two folders deeper
+
+    def test_other_folders_pass(self, runs, tmp_path):
+        (tmp_path / "empty").mkdir()
+        for name in (runs / "norms" / "0a", runs / "norms" / "7b", tmp_path / "empty", "user/model", ""):
+            check_not_runs(name)
