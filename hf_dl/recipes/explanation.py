@@ -128,6 +128,7 @@ class Explainer:
         names: Names of the classes.
         layers: Names or number of the layers. `explain` replaces the number by the names.
         target: The class to explain, or None for the predicted class.
+        reported: Files that cannot be read and were reported.
 
     Args:
         args: The flags.
@@ -138,7 +139,7 @@ class Explainer:
     """
 
     def __init__(self, args: ExplanationFlags, folder: str | Path):
-        self.args = args
+        self.args, self.reported = args, set()
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model = load_model(AutoModelForImageClassification, folder).eval().to(device)
         self.processor = load_model(AutoImageProcessor, folder)
@@ -363,6 +364,8 @@ def find_images(paths: Sequence[str]) -> list[Path]:
 def open_images(explainer: Explainer, skipped: list[dict[str, Any]]) -> Iterator[tuple[str, Image.Image]]:
     """Open the images in `args.images`, or in a flat folder `args.source`.
 
+    A file that cannot be read is reported once per explainer. If no file can be read, the error is the only report.
+
     Args:
         explainer: The classifier, with the flags.
         skipped: Gets one entry, `file` and `error`, for each file that cannot be read.
@@ -371,18 +374,26 @@ def open_images(explainer: Explainer, skipped: list[dict[str, Any]]) -> Iterator
         Name and image.
 
     Raises:
-        ValueError: If a path does not exist.
+        ValueError: If a path does not exist, or no file can be read.
     """
-    args = explainer.args
+    args, failed, opened = explainer.args, {}, False
     for path in find_images(args.images or [args.source]):
         name = class_folders.shown_path(path.name)
         try:
             image = open_image(path)
+            opened = True
         except (OSError, ValueError) as error:
-            skipped.append({"file": name, "error": str(error)})
-            print(f"{name:30s} skipped: {error}", file=sys.stderr)
-            continue
-        yield name, image
+            failed[path] = {"file": name, "error": str(error)}
+            skipped.append(failed[path])
+        if opened:
+            for new in [each for each in failed if each not in explainer.reported]:
+                explainer.reported.add(new)
+                print(f"{failed[new]['file']:30s} skipped: {failed[new]['error']}", file=sys.stderr)
+        if path not in failed:
+            yield name, image
+    if not opened:
+        first = next(iter(failed.values()))
+        raise ValueError(f"None of {len(failed)} files can be read. {first['file']!r}: {first['error']}")
 
 
 def explain_files(explainer: Explainer, folder: Path) -> tuple[dict[str, float], list[dict[str, Any]]]:
@@ -427,9 +438,6 @@ def explain_files(explainer: Explainer, folder: Path) -> tuple[dict[str, float],
         kept.append(pixel_values)
         print(f"{name:30s} {top[0][0]:24s} {top[0][1]:.3f}")
     skipped = [entry for entry in entries if "error" in entry]
-    if not kept:
-        first = skipped[0]
-        raise ValueError(f"None of {len(skipped)} files can be read. {first['file']!r}: {first['error']}")
     metrics = {"images": float(len(kept))} | ({"skipped": float(len(skipped))} if skipped else {})
     if args.mask_counts:
         same = [values for values in kept if values.shape == kept[0].shape]

@@ -40,10 +40,14 @@ class Page:
     explainer: Explainer
     skipped: list[dict[str, Any]]
 
+    @property
+    def of_files(self) -> bool:
+        """Whether the images are files, without labels."""
+        return bool(self.explainer.args.images) or is_flat(self.explainer.args.source)
+
     def batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
         """Yield pixel values (batch, channels, height, width), and labels (batch,) if the images have labels."""
-        args = self.explainer.args
-        if args.images or is_flat(args.source):
+        if self.of_files:
             shape = None
             self.skipped.clear()
             for _, image in open_images(self.explainer, self.skipped):
@@ -65,9 +69,6 @@ class Page:
             labels.append(label)
             if sum(map(len, images)) >= count:
                 break
-        if not images:
-            first = self.skipped[0]
-            raise ValueError(f"None of {len(self.skipped)} files can be read. {first['file']!r}: {first['error']}")
         known = None if labels[0] is None else torch.cat(labels)[:count]
         return torch.cat(images)[:count], known
 
@@ -275,6 +276,8 @@ def draw_pages(explainer: Explainer, folder: Path) -> tuple[dict[str, float], li
         ValueError: If no image can be read, or no method fits the model.
     """
     page, metrics, entries = Page(explainer, []), {}, []
+    if page.of_files:
+        _ = page.shown  # raises an error now, and not once per method, if no image can be read
     for method in explainer.args.methods:
         path = folder / f"{method}.png"
         try:
@@ -283,7 +286,8 @@ def draw_pages(explainer: Explainer, folder: Path) -> tuple[dict[str, float], li
                 metrics |= draw_maps(page, method, path) if draw is None else draw(page, path)
         except ValueError as error:
             entries.append({"method": method, "error": str(error)})
-            print(f"{method:22s} skipped: {error}")
+            if len(explainer.args.methods) > 1:  # otherwise the error below is the same sentence
+                print(f"{method:22s} skipped: {error}")
             continue
         entries.append({"method": method, "figure": path.name, "summary": explain.METHODS[method].summary})
         print(f"{method:22s} {path.name}")

@@ -184,6 +184,23 @@ def test_the_package_as_engine(resnet, pictures, tmp_path):
     assert len(found["layers"]) == 2
 
 
+@pytest.mark.parametrize("methods", [[], ["pgd"], ["filters", "pgd", "occlusion"]], ids=len)
+def test_unreadable_files_end_the_program_with_one_sentence(resnet, pictures, tmp_path, methods, capfd):
+    files = [str(pictures / name) for name in ("notes.txt", "more.txt")]
+    Path(files[1]).write_text("")
+    with pytest.raises(ValueError, match="None of 2 files can be read. 'notes.txt': The file is not an image"):
+        run(resnet[0], tmp_path, "--images", *files, *(["--methods", *methods] if methods else []))
+    printed = capfd.readouterr()
+    assert "notes.txt" not in printed.out + printed.err and "skipped" not in printed.out + printed.err
+
+
+def test_an_unreadable_file_is_reported_once(resnet, pictures, tmp_path, capfd):
+    files = [str(pictures / name) for name in ("notes.txt", "one.png")]
+    metrics, found = run(resnet[0], tmp_path, "--images", *files, "--methods", "guided_backprop", "patches")
+    assert capfd.readouterr().err.count("skipped: The file is not an image") == 1
+    assert found["images"][-1]["file"] == "notes.txt"
+
+
 def test_what_cannot_be_is_said(vit, resnet, pictures, tmp_path):
     with pytest.raises(ValueError, match="does not exist; expected an image or a folder of images"):
         run(vit[0], tmp_path, "--images", str(tmp_path / "nothing.png"))

@@ -204,9 +204,7 @@ def test_values_that_do_not_fit_are_refused_before_the_first_step(flags, sentenc
 
 
 def test_a_source_that_is_not_there_is_a_sentence(tmp_path):
-    with pytest.raises(
-        FileNotFoundError, match="nothing' does not exist. Expected a folder of CLEVRTex or of images"
-    ):
+    with pytest.raises(FileNotFoundError, match="nothing' does not exist. Expected a folder of CLEVRTex or of images"):
         train(tmp_path / "run", f"--source={tmp_path / 'nothing'}")
 
 
