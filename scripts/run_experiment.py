@@ -11,7 +11,6 @@ checkpoint. A failed cell does not stop the others; it is listed at the end, and
 import argparse
 import contextlib
 import dataclasses
-import difflib
 import importlib.util
 import io
 import json
@@ -59,7 +58,7 @@ def to_argv(flags: dict[str, Any]) -> list[str]:
 
 def check_flags(experiment: Experiment, scripts: dict[str, Path]) -> None:
     """Parse the flags of all cells with the parsers of their scripts, to find mistakes before anything runs."""
-    from hf_dl.training import TrainingArgs, flag_names, parse_args, parse_flags
+    from hf_dl.training import TrainingArgs, flag_names, parse_args, parse_flags, suggest_flag
 
     args_of = {name: _find_args(path) for name, path in scripts.items()}
     seen = set()
@@ -68,8 +67,8 @@ def check_flags(experiment: Experiment, scripts: dict[str, Path]) -> None:
         known, parse = flag_names(found), parse_args if issubclass(found, TrainingArgs) else parse_flags
         for name in flags:
             if name not in known:
-                close = difflib.get_close_matches(name, known, n=1)
-                hint = f" Did you mean {close[0]!r}?" if close else f" `{cell.script} --help` lists them."
+                close = suggest_flag(name, known)
+                hint = f" Did you mean {close!r}?" if close else f" `{cell.script} --help` lists them."
                 raise ValueError(f"{experiment.name}.toml: {name!r} is not a flag of {cell.script}.{hint}")
         if (key := json.dumps([cell.script, flags])) in seen:
             continue

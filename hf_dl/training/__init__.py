@@ -3,9 +3,9 @@
 import importlib
 from typing import Any
 
-from .args import TrainingArgs, flag_names, parse_args, parse_flags
+from .args import TrainingArgs, flag_names, parse_args, parse_flags, suggest_flag
 
-__all__ = ["TrainingArgs", "TrainingRun", "flag_names", "parse_args", "parse_flags"]
+__all__ = ["TrainingArgs", "TrainingRun", "flag_names", "parse_args", "parse_flags", "suggest_flag"]
 
 
 def __getattr__(name: str) -> Any:

@@ -21,6 +21,7 @@ import json
 import os
 import sys
 import types
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -40,6 +41,27 @@ _GROUPS = {
 
 Schedule = Literal[tuple(SCHEDULES)]
 OPTIMIZERS = ("adam", "adamw", "sgd")
+# Other words for flags: abbreviations, and the names in other libraries.
+SYNONYMS = {
+    "output_dir": "out output output_folder out_dir save_dir",
+    "max_steps": "steps num_steps max_iters iterations max_train_steps",
+    "epochs": "epoch num_epochs max_epochs num_train_epochs",
+    "batch_size": "bs batch train_batch_size per_device_train_batch_size",
+    "accumulation": "grad_accum gradient_accumulation_steps accumulate_grad_batches",
+    "num_workers": "workers dataloader_num_workers",
+    "optimizer": "opt optim",
+    "learning_rate": "lr",
+    "weight_decay": "wd",
+    "schedule": "scheduler lr_scheduler lr_scheduler_type",
+    "warmup_steps": "warmup num_warmup_steps lr_warmup_steps",
+    "max_grad_norm": "clip grad_clip gradient_clip_val",
+    "ema_decay": "ema",
+    "mixed_precision": "amp fp16 bf16 precision",
+    "source": "data dataset dataset_name data_dir train_data_dir",
+    "model": "checkpoint ckpt weights model_name_or_path",
+    "image_size": "size img_size resolution",
+    "cpu_threads": "threads",
+}
 
 
 @dataclass
@@ -247,6 +269,25 @@ def flag_names(cls: type) -> list[str]:
         True
     """
     return [f.name for f in dataclasses.fields(cls) if f.init]
+
+
+def suggest_flag(name: str, known: Sequence[str]) -> str | None:
+    """Return the flag that an unknown name probably means: a synonym, or else the closest spelling.
+
+    Args:
+        name: The unknown name, without dashes.
+        known: The flags of the script.
+
+    Returns:
+        A flag, or None if none is similar.
+
+    Example:
+        >>> suggest_flag("lr", ["color", "learning_rate"]), suggest_flag("colour", ["color", "learning_rate"])
+        ('learning_rate', 'color')
+    """
+    synonyms = [flag for flag in known if name in SYNONYMS.get(flag, "").split()]
+    close = synonyms or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return close[0] if close else None
 
 
 def script_path(cls: type) -> Path:
@@ -474,8 +515,8 @@ def _unknown_flag(flag: str, known: list[str]) -> str:
     name = flag.split("=")[0].lstrip("-").replace("-", "_")
     if not flag.startswith("--"):
         return f"{flag!r} is not a flag. Write flags as --name value; --help lists them."
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    hint = f" Did you mean --{close[0]}?" if close else ""
+    close = suggest_flag(name, known)
+    hint = f" Did you mean --{close}?" if close else ""
     return f"--{name} is an unknown flag.{hint} --help lists all."
 
 

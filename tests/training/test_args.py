@@ -92,6 +92,12 @@ def test_the_length_is_also_clear_without_a_command_line():
     [
         (["--learning_rat", "1"], "--learning_rat is an unknown flag. Did you mean --learning_rate?"),
         (["--num-slot=3"], "--num_slot is an unknown flag. Did you mean --num_slots?"),
+        (["--lr", "3"], "--lr is an unknown flag. Did you mean --learning_rate?"),
+        (["--bs=3"], "Did you mean --batch_size?"),
+        (["--wd", "3"], "Did you mean --weight_decay?"),
+        (["--out", "runs"], "Did you mean --output_dir?"),
+        (["--num-epochs", "3"], "Did you mean --epochs?"),
+        (["--steps", "3"], "Did you mean --max_steps?"),
         (["--qqqq"], "--qqqq is an unknown flag. --help lists all."),
         (["stray"], "'stray' is not a flag"),
         (["--schedule", "cos"], "invalid choice: 'cos'"),
