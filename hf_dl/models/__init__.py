@@ -24,10 +24,6 @@ from transformers import (
     AutoVideoProcessor,
     ViTImageProcessor,
 )
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_IMAGE_SEGMENTATION_MAPPING_NAMES,
-    MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES,
-)
 
 from .caption_processor import ImageCaptionerProcessor
 from .classic_cnn import ClassicCNNConfig, ClassicCNNForImageClassification, ClassicCNNModel
@@ -147,16 +143,6 @@ for _config, _models, _processor in REGISTERED:
 
 AutoProcessor.register(ImageCaptionerConfig, ImageCaptionerProcessor)
 ImageCaptionerProcessor.register_for_auto_class("AutoProcessor")
-
-# The image-segmentation pipeline does not read the registrations, and logs an error for other classes than these.
-MODEL_FOR_IMAGE_SEGMENTATION_MAPPING_NAMES[SlotAutoencoderConfig.model_type] = (
-    SlotAutoencoderForImageSegmentation.__name__
-)
-
-# So does the object-detection pipeline.
-for _config, _models, _ in REGISTERED:
-    if AutoModelForObjectDetection in _models:
-        MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES[_config.model_type] = _models[AutoModelForObjectDetection].__name__
 
 _WITH_DIFFUSERS = {
     "SlotUNetModel": "slot_unet",

@@ -14,12 +14,16 @@ import torch
 from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES
 from transformers.utils import can_return_tuple
 
 from .detection_anchor_free import AnchorFreeHead
 from .detection_backbone import DetectionBackbone, DetectionConfig, init_detection_weights
 from .detection_output import DetectionOutput, Labels, pad_labels
 from .detection_yolo_v1 import YoloV1Head
+
+# The pipeline accepts a model only if its name is in this table.
+MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES["dense_detector"] = "DenseDetectorForObjectDetection"
 
 DENSE_HEADS = {"anchor_free": AnchorFreeHead, "yolo_v1": YoloV1Head}
 

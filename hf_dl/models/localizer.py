@@ -28,11 +28,15 @@ from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
+from transformers.models.auto.modeling_auto import MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .detection_backbone import ConvNorm, DetectionBackbone, DetectionConfig, init_detection_weights
 from .detection_boxes import to_centers, to_corners
 from .detection_output import NO_CLASS, PADDING_LOGIT, DetectionOutput, Labels, pad_labels
+
+# The pipeline accepts a model only if its name is in this table.
+MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES["localizer"] = "LocalizerForObjectDetection"
 
 PLACE_LOSSES = {  # differences of codes to the loss of each number
     "l2": lambda difference: difference.square() / 2,

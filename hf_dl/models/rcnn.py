@@ -22,6 +22,7 @@ from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
+from transformers.models.auto.modeling_auto import MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES
 from transformers.utils import can_return_tuple
 
 from .detection_backbone import STRIDE, DetectionBackbone, DetectionConfig, init_detection_weights
@@ -30,6 +31,9 @@ from .detection_output import NO_CLASS, PADDING_LOGIT, DetectionOutput, Labels, 
 from .localizer import log_odds
 from .sliding_window import choose_windows, cut_windows
 from .two_stage_detector import read_proposals
+
+# The pipeline accepts a model only if its name is in this table.
+MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES["rcnn"] = "RcnnForObjectDetection"
 
 
 @strict

@@ -23,11 +23,15 @@ from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
+from transformers.models.auto.modeling_auto import MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES
 from transformers.utils import can_return_tuple
 
 from .detection_boxes import decode_boxes, encode_boxes, to_centers, to_corners
 from .detection_output import NO_CLASS, DetectionOutput, Labels, pad_labels
 from .localizer import log_odds
+
+# The pipeline accepts a model only if its name is in this table.
+MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES["sliding_window"] = "SlidingWindowForObjectDetection"
 
 WINDOW, STRIDE, CELLS = 31, 8, 2  # pixels per window, pixels between windows, cells of a window along each axis
 CODE_WEIGHTS = (10, 10, 5, 5)  # one over the standard deviations of the codes, as in Fast R-CNN

@@ -39,6 +39,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.image_utils import ImageInput, PILImageResampling, get_image_size
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_SEGMENTATION_MAPPING_NAMES
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .image_input import RgbImageProcessor, to_rgb
@@ -50,6 +51,9 @@ from .slot_encoders import SlotEncoder
 from .slot_frames import CANDIDATES, FrameReadout, draw_seeds
 from .slot_inits import SLOT_INITS, FixedNoise
 from .slot_segmentation import draw_cost, find_needed_slots, keep_slots, mixture_posterior
+
+# The pipeline accepts a model only if its name is in this table.
+MODEL_FOR_IMAGE_SEGMENTATION_MAPPING_NAMES["slot_autoencoder"] = "SlotAutoencoderForImageSegmentation"
 
 
 @dataclass

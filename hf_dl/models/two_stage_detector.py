@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES
 from transformers.utils import can_return_tuple
 
 from .detection_backbone import DetectionBackbone, DetectionConfig, init_detection_weights, start_with
@@ -33,6 +34,9 @@ from .detection_proposals import (
     match_labels,
     proposal_losses,
 )
+
+# The pipeline accepts a model only if its name is in this table.
+MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES["two_stage_detector"] = "TwoStageDetectorForObjectDetection"
 
 REGION_FEATURES = {"align": roi_align, "pool": roi_pool}
 CODE_WEIGHTS = (10.0, 10.0, 5.0, 5.0)  # one over the standard deviations of the codes of regions

@@ -20,6 +20,10 @@ from hf_dl.models.layers_problem_type import PROBLEM_TYPES
 from tests.memory import aligned
 
 HALVES = (torch.bfloat16, torch.float16)
+TASKS = {
+    "AutoModelForImageClassification": "image-classification",
+    "AutoModelForObjectDetection": "object-detection",
+}
 _SAME = "another class tests the same code"
 SAME_CODE = dict.fromkeys(
     (
@@ -167,11 +171,15 @@ for name in {list(self.auto_classes)!r}:
     torch.manual_seed(0)
     save_file({{"output": model(**inputs)["{self.output_key}"].contiguous()}}, name + ".safetensors")
 if {self.processor_class is not None}:
-    print(type(transformers.AutoImageProcessor.from_pretrained(".", trust_remote_code=True)).__name__)
+    processor = transformers.AutoImageProcessor.from_pretrained(".", trust_remote_code=True)
+    print(type(processor).__name__)
+    for task in {[TASKS[name] for name in self.auto_classes if name in TASKS]}:
+        transformers.pipeline(task, model, image_processor=processor)
 """
         printed = run_fresh(program, cwd=tmp_path)
         if self.processor_class is not None:
             assert printed.strip() == self.processor_class.__name__
+            assert "is not supported" not in (tmp_path / "fresh_stderr.txt").read_text()  # by the pipeline of the task
         for name in self.auto_classes:
             found = load_file(tmp_path / f"{name}.safetensors")["output"]
             torch.testing.assert_close(found, self.answer(model, inputs), rtol=1e-5, atol=1e-6)

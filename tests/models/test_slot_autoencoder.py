@@ -508,6 +508,7 @@ pipe = pipeline("image-segmentation", ".", trust_remote_code=True)
 print(json.dumps([[entry["label"], entry["score"]] for entry in pipe("image.png", threshold=0)]))
 """
     found = json.loads(run_fresh(f"import sys\n{program}", cwd=folder).splitlines()[-1])
+    assert "is not supported" not in (folder / "fresh_stderr.txt").read_text()
     here = pipeline("image-segmentation", str(folder))(image, threshold=0)
     assert [label for label, _ in found] == [entry["label"] for entry in here] != []
     assert [score for _, score in found] == pytest.approx([entry["score"] for entry in here], abs=1e-4)
