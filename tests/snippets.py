@@ -14,7 +14,7 @@ def run_snippet(folder):
     The working directory holds the image that the code opens: one of another size than the model's, with a palette.
     """
     (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
-    code = with_repository(code, folder)
+    code = with_repository(code, folder, names=[folder.name])
     assert str(folder) in code and f'"{LOCAL_ID}"' not in code
     work = folder.parent / "snippet"
     work.mkdir(exist_ok=True)

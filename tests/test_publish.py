@@ -21,6 +21,7 @@ from hf_dl.models import (
 from hf_dl.pipelines.diffusion_sampling import noise_schedule
 from hf_dl.pipelines.slot_diffusion import SlotDiffusionPipeline
 from hf_dl.publishing.command import main, make_parser, prepare
+from hf_dl.publishing.models import check_model
 from hf_dl.reporting.card import LOCAL_ID, run_card
 from tests.loopback_hub import TOKEN, LoopbackHub
 from tests.reporting.fake_runs import write_run
@@ -291,6 +292,17 @@ def test_stock_model_with_a_head(vit_run, capsys):
     error = problems_of(capsys, vit_run, "me/vit")
     assert "README.md says test_accuracy = 0.9, but results.json says 0.8" in error
     assert "The table of README.md says test_accuracy = 0.9000, but results.json says 0.8000" in error
+
+
+def test_the_code_of_a_published_card_names_the_repository(vit_run, monkeypatch):
+    monkeypatch.chdir(vit_run.parent.parent)
+    local = f'pipeline("image-classification", "{vit_run.parent.name}/vit")'
+    run_card(vit_run).save(vit_run / "README.md")
+    assert local in (vit_run / "README.md").read_text()
+    renamed, published = vit_run.rename(vit_run.with_name("renamed")), {}
+    assert list(check_model(renamed, "me/birds", published)) == []
+    text = published["README.md"].decode()
+    assert 'pipeline("image-classification", "me/birds")' in text and local not in text
 
 
 def damage_truncate(folder):

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from ..reporting.card import format_metric, read_card, results_key, run_card, with_repository
 from ..reporting.experiment import portable, read_results
@@ -38,7 +39,7 @@ def check_model(folder: Path, repo_id: str, files: Files) -> Iterator[str]:
     kind, problems = check_loading(folder)
     yield from problems
     if results is not None:
-        yield from check_card(folder, repo_id, files, results["metrics"], kind)
+        yield from check_card(folder, repo_id, files, results, kind)
 
 
 def check_loading(folder: Path) -> tuple[type | None, list[str]]:
@@ -97,9 +98,7 @@ def check_processor(folder: Path) -> Iterator[str]:
             yield f"{name} cannot be loaded: {one_line(error)}"
 
 
-def check_card(
-    folder: Path, repo_id: str, files: Files, metrics: dict[str, float], kind: type | None
-) -> Iterator[str]:
+def check_card(folder: Path, repo_id: str, files: Files, results: dict[str, Any], kind: type | None) -> Iterator[str]:
     """Yield a sentence for each number of the card that differs from results.json.
 
     A folder without README.md gets a new card in `files`.
@@ -114,8 +113,10 @@ def check_card(
     except ValueError as error:
         yield str(error)
         return
-    # The usage example of a local card loads the model from the card's own folder.
-    files["README.md"] = with_repository(str(card), repo_id).encode()
+    # The usage example of a local card loads the model from its folder, which may have another name meanwhile.
+    names = {folder.resolve().name, Path(results["args"].get("output_dir") or folder).name}
+    files["README.md"] = with_repository(str(card), repo_id, names=names).encode()
+    metrics = results["metrics"]
     advice = "Delete README.md, and the next call writes a new card."
     for result in card.data.eval_results or []:
         name = results_key(result)

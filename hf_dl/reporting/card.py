@@ -9,8 +9,8 @@ import math
 import re
 import shlex
 import statistics
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import yaml
@@ -24,7 +24,7 @@ from .tables import SPLITS, claims_table, results_table, split_of
 
 TEMPLATE = Path(__file__).with_name("card.md")
 LICENSE = "apache-2.0"  # of weights and results, as the Hub names it
-LOCAL_ID = "."  # the usage snippet of a local card loads from the folder of the card
+LOCAL_ID = "."  # usage snippets load from here; a card has the path of the folder, or the id of a repository
 TRUST = "# After `import hf_dl`, trust_remote_code is not needed."
 COUNTS = ("images", "examples", "problems", "sentences", "tokens")
 PICTURES = (".png", ".svg", ".jpg", ".jpeg", ".webp", ".gif")
@@ -197,19 +197,32 @@ def _local_json(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is cut short or damaged ({error}). Save the model again.") from error
 
 
-def with_repository(text: str, repo_id: str | Path) -> str:
+def with_repository(text: str, repo_id: str | Path, *, names: Collection[str] = ()) -> str:
     """Let the Python code of a card load the model from a repository or folder instead of `LOCAL_ID`.
 
     Args:
         text: The card, or its code.
         repo_id: The repository or folder.
+        names: Names of the run's folder. Paths that end in one of them are also replaced.
 
     Example:
         >>> with_repository('AutoModel.from_pretrained(".")', "me/slots")
         'AutoModel.from_pretrained("me/slots")'
+        >>> with_repository('AutoModel.from_pretrained("runs/train_slots")', "me/slots", names=["train_slots"])
+        'AutoModel.from_pretrained("me/slots")'
     """
-    loading = rf'(from_pretrained\(|pipeline\("[a-z-]+", )"{re.escape(LOCAL_ID)}"'
-    return re.sub(loading, lambda match: f'{match[1]}"{repo_id}"', text)
+
+    def replace(match: re.Match) -> str:
+        is_local = match[2] == LOCAL_ID or PurePosixPath(match[2]).name in names
+        return f'{match[1]}"{repo_id}"' if is_local else match[0]
+
+    return re.sub(r'(from_pretrained\(|pipeline\("[a-z-]+", )"([^"]+)"', replace, text)
+
+
+def _shown_path(folder: Path) -> str:
+    """Return the path of a folder from the current one; `LOCAL_ID` if it is elsewhere, on this machine only."""
+    path, here = folder.resolve(), Path.cwd()
+    return path.relative_to(here).as_posix() if path.is_relative_to(here) else LOCAL_ID
 
 
 def usage_snippet(folder: str | Path, model_class: str, *, calls: str | None = None, task: str | None = None) -> str:
@@ -224,7 +237,7 @@ def usage_snippet(folder: str | Path, model_class: str, *, calls: str | None = N
             calls this pipeline first.
 
     Returns:
-        Python source that loads from `LOCAL_ID`; publishing replaces this by the id of the repository.
+        Python source that loads from `LOCAL_ID`. `run_card` and publishing replace this, see `with_repository`.
     """
     folder = Path(folder)
     auto_map = _local_json(folder / "config.json").get("auto_map", {})
@@ -352,7 +365,8 @@ def run_card(
         folder: The folder of the run with results.json and, if they exist, config.json, the processor and pictures.
         name: The name of the model; defaults to the name of the folder.
         summary: A few sentences about the model; defaults to one sentence from results.json.
-        usage: Python code that loads the model from `LOCAL_ID` and uses it; defaults to `usage_snippet`.
+        usage: Python code that loads the model from `LOCAL_ID` and uses it; defaults to `usage_snippet`. The card
+            loads it from the path of the folder, if that is below the current folder.
         library: The Hub's name of the library that loads the model.
         tags: More tags; "hf_dl" is always there.
         limits: Limits of the model, one sentence each. Limits that follow from results.json are added.
@@ -419,7 +433,7 @@ def run_card(
         results=_metrics_table(metrics) if metrics else None,
         notes=notes,
         **_pictures(sorted(path for path in folder.iterdir() if path.suffix.lower() in PICTURES)),
-        usage=usage or usage_snippet(folder, model_class),
+        usage=with_repository(usage or usage_snippet(folder, model_class), _shown_path(folder)),
         training="\n".join(f"- {fact}" for fact in _training_facts(results)),
         settings=_details("All flags", _rows(["flag", "value"], [[f"`{k}`", f"`{v}`"] for k, v in flags])),
         data=_data_sentence(args),

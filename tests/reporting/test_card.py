@@ -195,6 +195,17 @@ def test_usage_is_what_the_folder_needs(folder, auto_map, file, expected):
         assert "Processor" not in own and "Tokenizer" not in own
 
 
+def test_the_code_of_a_local_card_runs_where_the_script_ran(folder, tmp_path, monkeypatch):
+    (folder / "config.json").write_text("{}")
+    assert 'FakeModel.from_pretrained(".")' in str(run_card(folder, usage=usage_snippet(folder, "FakeModel")))
+    monkeypatch.chdir(tmp_path)
+    usage = f'{usage_snippet(folder, "FakeModel")}\npipe = pipeline("image-segmentation", ".")'
+    text = str(run_card(folder, usage=usage))
+    assert 'FakeModel.from_pretrained("run")' in text and 'pipeline("image-segmentation", "run")' in text
+    monkeypatch.chdir(tmp_path.parent)
+    assert f'FakeModel.from_pretrained("{tmp_path.name}/run")' in str(run_card(folder, usage=usage))
+
+
 @pytest.mark.parametrize("auto_map", [{}, {"AutoModelForCausalLM": "m.FakeForCausalLM"}])
 def test_a_task_of_transformers_is_used_through_its_pipeline(folder, auto_map):
     (folder / "config.json").write_text(json.dumps({"auto_map": auto_map}))
