@@ -9,12 +9,12 @@ import datasets
 import numpy as np
 from PIL import Image
 
-from ..models.image_input import to_rgb
+from ..models.image_input import is_multiple, to_rgb
 from .generation import row_bar
 
 SPLITS = ("train", "validation", "test")
 
-_VERSION = 2  # increase it when pixels or columns change: `datasets` caches by arguments, not by code
+_VERSION = 3  # increase it when pixels or columns change: `datasets` caches by arguments, not by code
 _SHARD = 1000  # images per shard; DataLoader workers share the shards
 
 
@@ -54,11 +54,16 @@ def build_dataset(
 
 
 def crop_square(image: Image.Image, crop: int | None, size: int, resample: Image.Resampling) -> Image.Image:
-    """Crop the centered square with a side of `crop` pixels, or the largest one, and resize it to `size` pixels."""
+    """Crop the centered square with a side of `crop` pixels, or the largest one, and resize it to `size` pixels.
+
+    If `size` is a multiple of the side, each pixel is repeated, and `resample` is not used.
+    """
     side = min(image.size) if crop is None else crop
     if side > min(image.size):
         raise ValueError(f"crop={crop} is larger than an image of {image.width}x{image.height}. Use a smaller crop.")
     left, top = (image.width - side) // 2, (image.height - side) // 2
+    if is_multiple((size, size), of=(side, side)):
+        resample = Image.Resampling.NEAREST
     return image.crop((left, top, left + side, top + side)).resize((size, size), resample)
 
 

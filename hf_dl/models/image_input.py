@@ -83,6 +83,19 @@ def _is_empty(file: str | bytes | os.PathLike | BinaryIO) -> bool:
     return file.seek(0, os.SEEK_END) == 0
 
 
+def is_multiple(size: tuple[int, int], of: tuple[int, int]) -> bool:
+    """Return whether both sides of a new size are whole multiples of the old sides.
+
+    Such an image can be enlarged by repeating its pixels. Its edges stay sharp, where interpolation would blur an
+    object of a few pixels.
+
+    Example:
+        >>> is_multiple((64, 64), of=(32, 16)), is_multiple((64, 64), of=(48, 64))
+        (True, False)
+    """
+    return all(new % old == 0 for new, old in zip(size, of, strict=True))
+
+
 class RgbImageProcessor(TorchvisionBackend):
     """Base class of our image processors. With `do_convert_rgb`, it converts images with `to_rgb`."""
 

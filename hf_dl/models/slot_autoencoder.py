@@ -38,11 +38,11 @@ from PIL import Image
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.image_utils import ImageInput, PILImageResampling, get_image_size
+from transformers.image_utils import ImageInput, PILImageResampling, SizeDict, get_image_size
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_SEGMENTATION_MAPPING_NAMES
 from transformers.utils import ModelOutput, can_return_tuple
 
-from .image_input import RgbImageProcessor, to_rgb
+from .image_input import RgbImageProcessor, is_multiple, to_rgb
 from .layers_attention import SlotAttention
 from .layers_frame_attention import FrameSlotAttention, PlaceWeights
 from .slot_config import SlotAutoencoderConfig
@@ -81,7 +81,10 @@ class SlotAutoencoderOutput(ModelOutput):
 
 
 class SlotImageProcessor(RgbImageProcessor):
-    """Resize images to a square and map them to [-1, 1]."""
+    """Resize images to a square and map them to [-1, 1].
+
+    If the new size is a multiple of the old one, each pixel is repeated. Otherwise the image is interpolated.
+    """
 
     resample = PILImageResampling.BILINEAR
     image_mean = [0.5, 0.5, 0.5]
@@ -91,6 +94,14 @@ class SlotImageProcessor(RgbImageProcessor):
     do_resize = True
     do_rescale = True
     do_normalize = True
+
+    def resize(
+        self, image: torch.Tensor, size: SizeDict, resample: PILImageResampling | None = None, **kwargs: Any
+    ) -> torch.Tensor:
+        """Resize an image or a batch of images (..., channels, height, width)."""
+        if size.height and size.width and is_multiple((size.height, size.width), of=tuple(image.shape[-2:])):
+            resample = PILImageResampling.NEAREST
+        return super().resize(image, size, resample, **kwargs)
 
     def post_process_panoptic_segmentation(
         self,
@@ -353,7 +364,9 @@ class SlotAutoencoderModel(SlotAutoencoderPreTrainedModel):
         reconstruction, contents, masks, slots, *attentions = best
         keep = torch.ones(slots.shape[:2], dtype=torch.bool, device=slots.device)
         if not self.training if prune is None else prune:
-            keep = find_needed_slots(pixel_values, contents, masks, max_error=self.config.prune_error)
+            # Objects of a few pixels need all pixels, which takes too long for training.
+            size = 32 if self.training else None
+            keep = find_needed_slots(pixel_values, contents, masks, max_error=self.config.prune_error, size=size)
             reconstruction, masks = keep_slots(contents, masks, keep)
         return SlotAutoencoderOutput(
             loss=F.mse_loss(reconstruction.float(), pixel_values.float()) if return_loss else None,

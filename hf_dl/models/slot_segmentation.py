@@ -64,7 +64,12 @@ def draw_cost(
 
 @torch.no_grad()
 def find_needed_slots(
-    pixel_values: torch.Tensor, contents: torch.Tensor, masks: torch.Tensor, *, max_error: float, size: int = 32
+    pixel_values: torch.Tensor,
+    contents: torch.Tensor,
+    masks: torch.Tensor,
+    *,
+    max_error: float,
+    size: int | None = None,
 ) -> torch.Tensor:
     """Find the slots that an image needs; a spare slot shares the background or an object with another slot.
 
@@ -82,12 +87,13 @@ def find_needed_slots(
         contents: The image that each slot paints, (batch, slots, channels, height, width).
         masks: Alphas, (batch, slots, height, width), which sum to 1 over the slots.
         max_error: Largest increase of the mean squared error per removed small slot, as a fraction of the variance.
-        size: Height and width of the grid on which images are compared; smaller images are compared pixel by pixel.
+        size: Height and width of the grid on which images are compared. Objects of a few pixels need the default,
+            which compares all pixels.
 
     Returns:
         bool (batch, slots), with at least one slot per image.
     """
-    size = min(size, pixel_values.shape[-1])
+    size = min(size or pixel_values.shape[-1], pixel_values.shape[-1])
 
     def reduce(values: torch.Tensor) -> torch.Tensor:  # (..., height, width) to (..., size, size)
         return F.adaptive_avg_pool2d(values.flatten(0, -3), size).unflatten(0, values.shape[:-2])

@@ -237,3 +237,19 @@ def test_arguments_are_checked(tmp_path):
     assert "split='val' is unknown" in failure(lambda: masked_images.load("val", tmp_path))
     assert "size=0" in failure(lambda: masked_images.load("test", tmp_path, size=0))
     assert "does not exist" in failure(lambda: masked_images.load("test", tmp_path / "nowhere"))
+
+
+def test_small_images_are_enlarged_by_repeating_pixels(tmp_path):
+    rng, root = np.random.default_rng(0), tmp_path / "folder"
+    for folder in ("images", "masks"):
+        (root / folder).mkdir(parents=True)
+    images, masks = rng.integers(0, 256, (20, 8, 8, 3), np.uint8), rng.integers(0, 3, (20, 8, 8), np.uint8)
+    for number, (image, mask) in enumerate(zip(images, masks, strict=True)):
+        Image.fromarray(image).save(root / "images" / f"{number:02d}.png")
+        Image.fromarray(mask).save(root / "masks" / f"{number:02d}.png")
+    for split in ("train", "test"):
+        for row in masked_images.load(split, root, size=24):
+            small = np.asarray(row["image"])[::3, ::3]
+            number = next(index for index, image in enumerate(images) if np.array_equal(image, small))
+            assert np.array_equal(row["image"], small.repeat(3, 0).repeat(3, 1))
+            assert np.array_equal(row["mask"], masks[number].repeat(3, 0).repeat(3, 1))

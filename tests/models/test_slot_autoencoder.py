@@ -1,3 +1,4 @@
+import functools
 import json
 import math
 
@@ -309,6 +310,31 @@ def test_the_ground_stays_even_if_all_other_slots_can_paint_it():
     contents[3] = 0  # the third dot is not painted, so its slot is spare
     keep = find_needed_slots(image[None], contents[None], logits.softmax(0)[None], max_error=0.0125)
     assert keep.tolist() == [[True, True, True, False]]
+
+
+def test_a_faint_dot_is_needed_when_all_pixels_are_compared():
+    """On the coarse grid of training, a dot of 2x2 pixels between four cells is too faint."""
+    image, contents, logits = torch.zeros(3, 64, 64), torch.zeros(4, 3, 64, 64), torch.zeros(4, 64, 64)
+    logits[0] = 4.0
+    for slot, (x, contrast) in enumerate(((7, 1.0), (30, 0.6), (51, 0.15)), start=1):
+        for canvas in (image, contents[slot]):
+            canvas[:, x : x + 2, x : x + 2] = contrast
+        logits[slot, x : x + 2, x : x + 2] = 8.0
+    found = functools.partial(
+        find_needed_slots, image[None], contents[None], logits.softmax(0)[None], max_error=0.0125
+    )
+    assert found().tolist() == [[True, True, True, True]]
+    assert found(size=32).tolist() == [[True, True, True, False]]
+
+
+def test_small_images_are_enlarged_by_repeating_pixels():
+    image = torch.randint(0, 256, (3, 8, 8), dtype=torch.uint8)
+    enlarge = SlotImageProcessor(size={"height": 16, "width": 24})
+    pixel_values = enlarge(images=[image], return_tensors="pt")["pixel_values"][0]
+    expected = (image / 127.5 - 1).repeat_interleave(2, 1).repeat_interleave(3, 2)
+    torch.testing.assert_close(pixel_values, expected)
+    pixel_values = SlotImageProcessor(size={"height": 12, "width": 16})(images=[image])["pixel_values"][0]
+    assert len(pixel_values.unique()) > len(image.unique())  # 12 is no multiple of 8
 
 
 def test_needed_slots_drops_the_least_missed_first():
