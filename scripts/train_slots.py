@@ -53,7 +53,7 @@ class Args(slots.SlotFlags, SceneFlags, TrainingArgs):
     stop_after_binding: bool = field(
         default=False, metadata={"help": "End the run at binding_step, to count how many runs find the objects."}
     )
-    max_steps: int = 3000
+    max_steps: int = 2800
     batch_size: int = 16
     optimizer: str = "adam"
     learning_rate: float = 2e-3
@@ -93,7 +93,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         mixture_term = mixture_error(pixel_values, output.contents, output.masks, pixel_std=args.config.pixel_std)
 
         # The next terms have no unit. The variance of the pixels gives them the unit of the errors.
-        variance = pixel_values.var(dim=(2, 3)).mean()
+        variance = pixel_values.flatten(2).var(dim=2).mean()
 
         # Area penalty: sum of sqrt(mean_xy mask_k) over all masks except the largest. It gives shadows to the ground,
         # and each object to one slot. Its weight rises between 20 % and 40 % of the run.

@@ -262,6 +262,8 @@ def blend_slots(
             )
         alphas = alphas.masked_fill(~keep[:, :, None, None, None].to(alphas.device), float("-inf"))
     masks = alphas.softmax(dim=1)
+    if patch == 1:  # nothing to rearrange, and pixel_shuffle would copy everything
+        return (contents * masks).sum(dim=1), contents, masks.squeeze(2)
     # Blend while each cell still holds its patch of pixels: only the sum has to be rearranged for the loss.
     by_channel = contents.unflatten(2, (config.num_channels, patch**2))
     reconstruction = (by_channel * masks.unsqueeze(2)).sum(dim=1).flatten(1, 2)
