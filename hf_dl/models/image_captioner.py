@@ -17,14 +17,12 @@ of its options.
 """
 
 from dataclasses import dataclass
-from inspect import signature
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from huggingface_hub.dataclasses import strict
 from torch import nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput, can_return_tuple
 
@@ -39,11 +37,8 @@ from .detection_backbone import (
     init_detection_weights,
 )
 from .layers_recurrent import LSTMCell
+from .recurrent_seq2seq import RecurrentGenerationMixin, draw_forced, sequence_loss
 
-# The argument of `generate` for the state that it reorders: "past_key_values" up to transformers 5.23, then "cache".
-CACHE = (
-    "cache" if "cache" in signature(GenerationMixin.prepare_inputs_for_generation).parameters else "past_key_values"
-)
 SMALL = "small_captioner"
 
 
@@ -235,7 +230,7 @@ class CaptionEncoder(nn.Module):
         return CaptionEncoderOutput(last_hidden_state=cells + self.positions)
 
 
-class ImageCaptionerForConditionalGeneration(PreTrainedModel, GenerationMixin):
+class ImageCaptionerForConditionalGeneration(PreTrainedModel, RecurrentGenerationMixin):
     """Describe images.
 
     Example:
@@ -353,19 +348,7 @@ class ImageCaptionerForConditionalGeneration(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: If required arguments are missing, or an argument is out of range.
         """
-        if decoder_input_ids is None:
-            if labels is None:
-                raise ValueError("labels and decoder_input_ids are missing; pass one of them, or call generate.")
-            decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
-        if labels is not None and labels.shape != decoder_input_ids.shape:
-            raise ValueError(
-                f"labels has shape {tuple(labels.shape)}, expected the shape of decoder_input_ids, "
-                f"{tuple(decoder_input_ids.shape)}."
-            )
-        if teacher_forcing_ratio is None:
-            teacher_forcing_ratio = self.config.teacher_forcing_ratio if self.training else 1.0
-        if not 0 <= teacher_forcing_ratio <= 1:
-            raise ValueError(f"teacher_forcing_ratio={teacher_forcing_ratio} must be from 0 to 1.")
+        decoder_input_ids, ratio = self._choose_inputs(decoder_input_ids, labels, teacher_forcing_ratio)
         use_cache = (self.config.use_cache and labels is None) if use_cache is None else use_cache
         output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
         if output_hidden_states is None:
@@ -376,11 +359,7 @@ class ImageCaptionerForConditionalGeneration(PreTrainedModel, GenerationMixin):
         else:
             encoder_outputs = self._encode(pixel_values, encoder_outputs)
             state, context = self.decoder.start(_repeat(encoder_outputs.last_hidden_state, decoder_input_ids.shape[0]))
-        forced = None
-        if teacher_forcing_ratio < 1:
-            # Steps come first, so that the draws of a step do not depend on the number of later steps.
-            draws = torch.rand(decoder_input_ids.shape[::-1], generator=generator)
-            forced = (draws < teacher_forcing_ratio).T.to(decoder_input_ids.device)
+        forced = draw_forced(decoder_input_ids, ratio, generator)
         features, attentions, hidden = [], [], []
         for position in range(decoder_input_ids.shape[1]):
             tokens = decoder_input_ids[:, position, None]
@@ -395,14 +374,7 @@ class ImageCaptionerForConditionalGeneration(PreTrainedModel, GenerationMixin):
         features = torch.cat(features, dim=1)
         logits = self.decoder.classify(features)
 
-        loss = None
-        if labels is not None:
-            scores, truth = logits.float().flatten(0, 1), labels.to(logits.device).flatten()
-            if num_items_in_batch is None:
-                loss = F.cross_entropy(scores, truth, ignore_index=-100)
-            else:
-                loss = F.cross_entropy(scores, truth, ignore_index=-100, reduction="sum")
-                loss = loss / torch.as_tensor(num_items_in_batch).to(loss.device)
+        loss = None if labels is None else sequence_loss(logits, labels, num_items_in_batch)
         if use_cache:
             length = decoder_input_ids.shape[1] + (decoder_state.length if decoder_state is not None else 0)
             decoder_state = CaptionState(*state, context, length)
@@ -419,18 +391,6 @@ class ImageCaptionerForConditionalGeneration(PreTrainedModel, GenerationMixin):
             cross_attentions=cross_attentions,
             encoder_last_hidden_state=None if encoder_outputs is None else encoder_outputs.last_hidden_state,
         )
-
-    def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
-        """Shift labels to the right, as the input of the decoder; `DataCollatorForSeq2Seq` calls this.
-
-        Args:
-            labels: Words to predict, (batch, words), with -100 for ignored positions.
-
-        Returns:
-            The start token and all words but the last, with padding in place of -100, (batch, words).
-        """
-        before = labels[:, :-1].masked_fill(labels[:, :-1] == -100, self.config.pad_token_id)
-        return F.pad(before, (1, 0), value=self.config.decoder_start_token_id)
 
     def _encode(self, pixel_values, encoder_outputs):
         if encoder_outputs is not None:
@@ -484,40 +444,6 @@ class ImageCaptionerForConditionalGeneration(PreTrainedModel, GenerationMixin):
             early_stopping=early_stopping,
             num_return_sequences=num_return_sequences,
         )
-
-    # Methods that `generate` of transformers calls.
-
-    @classmethod
-    def _supports_default_dynamic_cache(cls) -> bool:
-        return False  # the state does not consist of keys and values
-
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: torch.Tensor,
-        encoder_outputs: CaptionEncoderOutput | None = None,
-        use_cache: bool | None = None,
-        cache: CaptionState | None = None,
-        decoder_state: CaptionState | None = None,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        """Return the arguments of `forward` for the next word; `kwargs` are further arguments of `forward`."""
-        state = next((each for each in (cache, kwargs.pop(CACHE, None), decoder_state) if each is not None), None)
-        for name in ("labels", "next_sequence_length", "is_first_iteration", "attention_mask"):
-            kwargs.pop(name, None)
-        return {
-            "teacher_forcing_ratio": 1.0,  # also in training mode, read what was generated
-            **kwargs,
-            "decoder_input_ids": input_ids if state is None else input_ids[:, -1:],
-            "decoder_state": state,
-            "encoder_outputs": encoder_outputs,
-            "use_cache": use_cache,
-        }
-
-    def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **kwargs):
-        model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
-        if outputs.decoder_state is not None:
-            model_kwargs[CACHE] = outputs.decoder_state
-        return model_kwargs
 
 
 def coverage_penalty(attention: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

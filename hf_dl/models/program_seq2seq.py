@@ -25,13 +25,11 @@ arities of the operations, so a checkpoint can decode with the grammar on its ow
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from inspect import signature
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import nn
-from transformers import BertModel, GenerationConfig, GenerationMixin, LogitsProcessorList, PreTrainedModel
+from transformers import BertModel, GenerationConfig, LogitsProcessorList, PreTrainedModel
 from transformers import initialization as init
 from transformers.generation import EosTokenCriteria, GenerateBeamEncoderDecoderOutput, MaxLengthCriteria
 from transformers.utils import ModelOutput, can_return_tuple
@@ -42,11 +40,7 @@ from .program_config import ProgramSeq2SeqConfig
 from .program_decoder import DecoderState, ProgramDecoder
 from .program_encoders import ENCODERS, ProgramEncoder, ProgramEncoderOutput
 from .program_grammar import GrammarLogitsProcessor
-
-# The argument of `generate` for the state that it reorders: "past_key_values" up to transformers 5.23, then "cache".
-CACHE = (
-    "cache" if "cache" in signature(GenerationMixin.prepare_inputs_for_generation).parameters else "past_key_values"
-)
+from .recurrent_seq2seq import RecurrentGenerationMixin, draw_forced, sequence_loss
 
 
 @dataclass
@@ -78,7 +72,7 @@ class ProgramSeq2SeqOutput(ModelOutput):
     encoder_attentions: tuple[torch.Tensor, ...] | None = None
 
 
-class ProgramSeq2SeqForConditionalGeneration(PreTrainedModel, GenerationMixin):
+class ProgramSeq2SeqForConditionalGeneration(PreTrainedModel, RecurrentGenerationMixin):
     """Read a word problem and write its program.
 
     There are three ways to search, with the same results. `beam_search` keeps the encoder's outputs once per problem
@@ -284,22 +278,7 @@ class ProgramSeq2SeqForConditionalGeneration(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: If both `labels` and `decoder_input_ids` are missing, or an argument is out of range.
         """
-        if decoder_input_ids is None:
-            if labels is None:
-                raise ValueError(
-                    "labels and decoder_input_ids are missing; pass one of them, or call generate. With label "
-                    "smoothing, Seq2SeqTrainer needs DataCollatorForSeq2Seq(tokenizer, model=model)."
-                )
-            decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
-        if labels is not None and labels.shape != decoder_input_ids.shape:
-            raise ValueError(
-                f"labels has shape {tuple(labels.shape)}, expected the shape of decoder_input_ids, "
-                f"{tuple(decoder_input_ids.shape)}."
-            )
-        if teacher_forcing_ratio is None:
-            teacher_forcing_ratio = self.config.teacher_forcing_ratio if self.training else 1.0
-        if not 0 <= teacher_forcing_ratio <= 1:
-            raise ValueError(f"teacher_forcing_ratio={teacher_forcing_ratio} must be from 0 to 1.")
+        decoder_input_ids, ratio = self._choose_inputs(decoder_input_ids, labels, teacher_forcing_ratio)
         use_cache = (self.config.use_cache and labels is None) if use_cache is None else use_cache
         output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
         if output_hidden_states is None:
@@ -311,11 +290,7 @@ class ProgramSeq2SeqForConditionalGeneration(PreTrainedModel, GenerationMixin):
             requested = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
             encoder_outputs = self._encode(input_ids, attention_mask, token_type_ids, encoder_outputs, **requested)
             state, context = self.decoder.start(encoder_outputs, attention_mask)
-        forced = None
-        if teacher_forcing_ratio < 1:
-            # Steps come first, so that the draws of a step do not depend on the number of later steps.
-            draws = torch.rand(decoder_input_ids.shape[::-1], generator=generator)
-            forced = (draws < teacher_forcing_ratio).T.to(decoder_input_ids.device)
+        forced = draw_forced(decoder_input_ids, ratio, generator)
         features, attentions, read, hidden = [], [], [], []
         for position in range(decoder_input_ids.shape[1]):
             tokens = decoder_input_ids[:, position, None]
@@ -331,14 +306,7 @@ class ProgramSeq2SeqForConditionalGeneration(PreTrainedModel, GenerationMixin):
         features = torch.cat(features, dim=1)
         logits = self.decoder.classify(features, context)
 
-        loss = None
-        if labels is not None:
-            scores, truth = logits.float().flatten(0, 1), labels.to(logits.device).flatten()
-            if num_items_in_batch is None:
-                loss = F.cross_entropy(scores, truth, ignore_index=-100)
-            else:
-                loss = F.cross_entropy(scores, truth, ignore_index=-100, reduction="sum")
-                loss = loss / torch.as_tensor(num_items_in_batch).to(loss.device)
+        loss = None if labels is None else sequence_loss(logits, labels, num_items_in_batch)
         if use_cache:
             length = decoder_input_ids.shape[1] + (decoder_state.length if decoder_state is not None else 0)
             decoder_state = DecoderState(*state, context, length)
@@ -360,18 +328,6 @@ class ProgramSeq2SeqForConditionalGeneration(PreTrainedModel, GenerationMixin):
             encoder_hidden_states=encoded.hidden_states if output_hidden_states else None,
             encoder_attentions=encoded.attentions if output_attentions else None,
         )
-
-    def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
-        """Shift labels to the right, as the input of the decoder; `DataCollatorForSeq2Seq` calls this.
-
-        Args:
-            labels: Symbols to predict, (batch, symbols), with -100 for ignored positions.
-
-        Returns:
-            The start token and all symbols but the last, with padding in place of -100, (batch, symbols).
-        """
-        before = labels[:, :-1].masked_fill(labels[:, :-1] == -100, self.config.pad_token_id)
-        return F.pad(before, (1, 0), value=self.config.decoder_start_token_id)
 
     def _encode(self, input_ids, attention_mask, token_type_ids, encoder_outputs, **requested):
         if encoder_outputs is not None:
@@ -445,36 +401,6 @@ class ProgramSeq2SeqForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
         return beam_search(step, state, **options)
 
-    # Methods that `generate` of transformers calls.
-
-    @classmethod
-    def _supports_default_dynamic_cache(cls) -> bool:
-        return False  # the state does not consist of keys and values
-
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        encoder_outputs: ProgramEncoderOutput | None = None,
-        use_cache: bool | None = None,
-        cache: DecoderState | None = None,
-        decoder_state: DecoderState | None = None,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        """Return the arguments of `forward` for the next symbol; `kwargs` are further arguments of `forward`."""
-        state = next((each for each in (cache, kwargs.pop(CACHE, None), decoder_state) if each is not None), None)
-        for name in ("labels", "next_sequence_length", "is_first_iteration"):
-            kwargs.pop(name, None)
-        return {
-            "teacher_forcing_ratio": 1.0,  # also in training mode, read what was generated
-            **kwargs,
-            "decoder_input_ids": input_ids if state is None else input_ids[:, -1:],
-            "decoder_state": state,
-            "attention_mask": attention_mask,
-            "encoder_outputs": encoder_outputs,
-            "use_cache": use_cache,
-        }
-
     def _get_logits_processor(
         self, generation_config: GenerationConfig, *args: Any, **kwargs: Any
     ) -> LogitsProcessorList:
@@ -490,12 +416,6 @@ class ProgramSeq2SeqForConditionalGeneration(PreTrainedModel, GenerationMixin):
                     "needs its problem. Remove it."
                 )
         return super()._get_logits_processor(generation_config, *args, **kwargs)
-
-    def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **kwargs):
-        model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
-        if outputs.decoder_state is not None:
-            model_kwargs[CACHE] = outputs.decoder_state
-        return model_kwargs
 
 
 class _SearchSteps:

@@ -300,7 +300,7 @@ class RecurrentClassifierModel(RecurrentClassifierPreTrainedModel):
 
 
 class _Classifier(RecurrentClassifierPreTrainedModel):
-    """Shared parts of the two classifiers."""
+    """Shared parts of the two classifiers, which define `output_class` and `_classify`: the logits and the loss."""
 
     def __init__(self, config: RecurrentClassifierConfig, size: int):
         super().__init__(config)
@@ -312,6 +312,47 @@ class _Classifier(RecurrentClassifierPreTrainedModel):
         self.recurrent = RecurrentClassifierModel(config)
         self.classifier = nn.Linear(size, config.num_labels)
         self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs: Any,
+    ) -> SequenceClassifierOutput | TokenClassifierOutput:
+        """Classify sequences, or each token or frame.
+
+        Args:
+            input_ids: Tokens, int (batch, length). See `RecurrentClassifierModel.forward` for other inputs.
+            attention_mask: 1 or True for steps to read, (batch, length). Defaults to all steps.
+            pixel_values: Frames, (batch, length, channels, height, width).
+            inputs_embeds: Vectors instead of tokens or frames, (batch, length, embedding_size).
+            labels: Labels of sequences as in `classification_loss`. Labels of tokens or frames are in [0, num_labels),
+                int (batch, length), with -100 for steps to ignore; the loss is the mean cross-entropy.
+            output_hidden_states: Whether to return the vectors and outputs. Defaults to the config.
+            **kwargs: `return_dict=False` returns a tuple.
+
+        Returns:
+            `loss`, if labels are given; `logits`, (batch, num_labels) or (batch, length, num_labels); and
+            `hidden_states`, if requested.
+
+        Raises:
+            ValueError: If `labels` has the wrong shape.
+        """
+        outputs = self.recurrent(
+            input_ids,
+            attention_mask=attention_mask,
+            pixel_values=pixel_values,
+            inputs_embeds=inputs_embeds,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+        )
+        logits, loss = self._classify(outputs, labels)
+        return self.output_class(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
 
 
 class RecurrentForSequenceClassification(_Classifier):
@@ -327,45 +368,16 @@ class RecurrentForSequenceClassification(_Classifier):
         ```
     """
 
+    output_class = SequenceClassifierOutput
+
     def __init__(self, config: RecurrentClassifierConfig):
         super().__init__(config, config.output_size * POOLINGS[config.pooling][1])
 
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        pixel_values: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        output_hidden_states: bool | None = None,
-        **kwargs: Any,
-    ) -> SequenceClassifierOutput:
-        """Classify sequences.
-
-        Args:
-            input_ids: Tokens, int (batch, length). See `RecurrentClassifierModel.forward` for other inputs.
-            attention_mask: 1 or True for steps to read, (batch, length). Defaults to all steps.
-            pixel_values: Frames, (batch, length, channels, height, width).
-            inputs_embeds: Vectors instead of tokens or frames, (batch, length, embedding_size).
-            labels: Labels as in `classification_loss`.
-            output_hidden_states: Whether to return the vectors and outputs. Defaults to the config.
-            **kwargs: `return_dict=False` returns a tuple.
-
-        Returns:
-            `loss`, if labels are given; `logits` (batch, num_labels); and `hidden_states`, if requested.
-        """
-        outputs = self.recurrent(
-            input_ids,
-            attention_mask=attention_mask,
-            pixel_values=pixel_values,
-            inputs_embeds=inputs_embeds,
-            output_hidden_states=output_hidden_states,
-            return_dict=True,
-        )
+    def _classify(
+        self, outputs: RecurrentClassifierModelOutput, labels: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         logits = self.classifier(outputs.pooler_output)
-        loss = None if labels is None else classification_loss(logits, labels, self.config)
-        return SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+        return logits, None if labels is None else classification_loss(logits, labels, self.config)
 
 
 class RecurrentForTokenClassification(_Classifier):
@@ -381,51 +393,19 @@ class RecurrentForTokenClassification(_Classifier):
         ```
     """
 
+    output_class = TokenClassifierOutput
+
     def __init__(self, config: RecurrentClassifierConfig):
         super().__init__(config, config.output_size)
 
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        pixel_values: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        output_hidden_states: bool | None = None,
-        **kwargs: Any,
-    ) -> TokenClassifierOutput:
-        """Classify each token or frame.
-
-        Args:
-            input_ids: Tokens, int (batch, length). See `RecurrentClassifierModel.forward` for other inputs.
-            attention_mask: 1 or True for steps to read, (batch, length). Defaults to all steps.
-            pixel_values: Frames, (batch, length, channels, height, width).
-            inputs_embeds: Vectors instead of tokens or frames, (batch, length, embedding_size).
-            labels: Labels in [0, num_labels), int (batch, length), with -100 for steps to ignore.
-            output_hidden_states: Whether to return the vectors and outputs. Defaults to the config.
-            **kwargs: `return_dict=False` returns a tuple.
-
-        Returns:
-            `loss`, the mean cross-entropy, if labels are given; `logits` (batch, length, num_labels); and
-            `hidden_states`, if requested.
-
-        Raises:
-            ValueError: If `labels` has the wrong shape.
-        """
-        outputs = self.recurrent(
-            input_ids,
-            attention_mask=attention_mask,
-            pixel_values=pixel_values,
-            inputs_embeds=inputs_embeds,
-            output_hidden_states=output_hidden_states,
-            return_dict=True,
-        )
-        logits, loss = self.classifier(outputs.last_hidden_state), None
-        if labels is not None:
-            if labels.shape != logits.shape[:2]:
-                raise ValueError(
-                    f"labels has shape {tuple(labels.shape)}, expected {tuple(logits.shape[:2])}: one label per step."
-                )
-            loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten().to(logits.device))
-        return TokenClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+    def _classify(
+        self, outputs: RecurrentClassifierModelOutput, labels: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        logits = self.classifier(outputs.last_hidden_state)
+        if labels is None:
+            return logits, None
+        if labels.shape != logits.shape[:2]:
+            raise ValueError(
+                f"labels has shape {tuple(labels.shape)}, expected {tuple(logits.shape[:2])}: one label per step."
+            )
+        return logits, F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten().to(logits.device))

@@ -9,7 +9,7 @@ from transformers import LogitsProcessorList, MinLengthLogitsProcessor
 
 from hf_dl.models import ProgramSeq2SeqConfig, ProgramSeq2SeqForConditionalGeneration, beam_generate
 from hf_dl.models.program_config import program_vocabulary
-from hf_dl.models.program_seq2seq import CACHE
+from hf_dl.models.recurrent_seq2seq import CACHE
 from tests.models.test_program_grammar import is_program
 from tests.models.test_program_seq2seq import VARIANTS, make, problems
 
