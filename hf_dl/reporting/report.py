@@ -154,6 +154,7 @@ def collect(experiment: Experiment, root: str | Path = "runs", *, previous: Repo
         if cell.finished:
             results = read_results(cell.folder)
             entry |= {"status": "finished"} | {key: results[key] for key in REPORTED_KEYS if key in results}
+            entry["script"] = cell.script  # with its folder, for scripts in a folder
             entry["args"] = {key: value for key, value in results["args"].items() if key != "output_dir"}
             missing = [name for name in cell.metrics.values() if name not in results["metrics"]]
             if missing:

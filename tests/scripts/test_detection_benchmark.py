@@ -1,4 +1,4 @@
-"""The benchmark of the detectors: torchvision under a budget, and the time of average precision."""
+"""The benchmarks of detectors: torchvision under a budget, and the time of average precision."""
 
 import json
 
@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from hf_dl.models.detection_processor import make_label
-from scripts.benchmarks import detection as benchmark
+from hf_dl.reporting.experiment import read_results
+from scripts.benchmarks import detection as metric_benchmark
+from scripts.benchmarks import torchvision_detectors as benchmark
 from tests.data.test_detection import write_voc
 
 
@@ -27,25 +29,58 @@ class Peer(torch.nn.Module):
         return [found for _ in images]
 
 
-def test_the_benchmark_trains_scores_and_writes(tmp_path, monkeypatch):
+def test_a_network_is_trained_and_scored_as_a_cell_of_an_experiment(tmp_path, monkeypatch):
     images = {"a": [("dog", 0, 1, 1, 20, 10)], "b": [("cat", 0, 1, 1, 9, 9)], "c": []}
     write_voc(tmp_path, images, {"train": ["a", "b"], "val": ["c"], "test": ["a"]})
-    monkeypatch.setattr(benchmark, "PEERS", {"peer": (Peer, {})})
-    monkeypatch.setattr(benchmark, "BATCH", 2)
-    compare = benchmark.compare_metric
-    monkeypatch.setattr(benchmark, "compare_metric", lambda **flags: compare(num_images=20, **flags))
+    monkeypatch.setitem(benchmark.NETWORKS, "peer", (Peer, {}))
+    threads, folder = torch.get_num_threads(), tmp_path / "run"
+    flags = "--network=peer --cpu_seconds=0.2 --batch_size=2 --image_size 16 32 --with_validation --seed=3"
+    try:
+        metrics = benchmark.main([f"--source={tmp_path}", f"--output_dir={folder}", *flags.split()])
+    finally:
+        torch.set_num_threads(threads)
+    # the box covers the dog, the second class of the two
+    assert metrics["test_map"] == pytest.approx(1) and metrics["steps"] >= 1
+    assert metrics["epochs"] == pytest.approx(metrics["steps"] * 2 / 3)
+    results = read_results(folder)
+    assert results["metrics"] == metrics and (results["num_parameters"], results["seed"]) == (1, 3)
+    assert results["cpu_seconds"] >= 0.2 and results["model_class"] == "Peer"
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        (
+            {"network": "ssd"},
+            "network='ssd' is unknown. Choose one of: fasterrcnn_mobilenet_v3_large_320_fpn, ssdlite",
+        ),
+        ({"image_size": [240]}, r"image_size=\[240\] is invalid. Expected height and width"),
+        ({"cpu_seconds": 0.0}, "cpu_seconds=0.0 must be above 0"),
+    ],
+)
+def test_wrong_flags_are_refused(flag, message):
+    with pytest.raises(ValueError, match=message):
+        benchmark.Args(**flag)
+
+
+@pytest.mark.parametrize("name", benchmark.NETWORKS)
+def test_the_networks_of_torchvision_are_made(name):
+    make, fields = benchmark.NETWORKS[name]
+    assert (
+        sum(p.numel() for p in make(weights=None, weights_backbone=None, num_classes=4, **fields).parameters()) > 1e6
+    )
+
+
+def test_average_precision_equals_pycocotools(tmp_path, monkeypatch):
+    compare = metric_benchmark.compare_metric
+    monkeypatch.setattr(metric_benchmark, "compare_metric", lambda **flags: compare(num_images=20, **flags))
     threads, path = torch.get_num_threads(), tmp_path / "benchmark.json"
     try:
-        results = benchmark.main(
-            [f"--source={tmp_path}", "--cpu_seconds=0.2", "--image_size", "16", "32", f"--output={path}"]
-        )
+        results = metric_benchmark.main([f"--output={path}", "--repetitions=1"])
     finally:
         torch.set_num_threads(threads)
     assert json.loads(path.read_text()) == results
     assert results["average precision"]["largest_difference"] < 1e-12 and results["average precision"]["ratio"] > 0
-    # the box covers the dog, the second class of the two
-    assert results["peers"]["peer"]["map"] == 1 and results["peers"]["peer"]["steps"] >= 1
-    assert results["peers"]["peer"]["num_parameters"] == 1
 
 
 def test_labels_are_in_pixels_and_count_from_1():
@@ -67,5 +102,5 @@ def test_a_loss_that_is_not_finite_stops_the_training():
         def __getitems__(self, indices):
             return {"pixel_values": torch.zeros(len(indices), 3, 16, 32), "labels": []}
 
-    with pytest.raises(ValueError, match="The loss is not finite at step 0. Use a --learning_rate below 0.1"):
-        benchmark.train_peer(Broken(None, None, 3), Data(), size=(16, 32), cpu_seconds=5, learning_rate=0.1)
+    with pytest.raises(ValueError, match="The loss is not finite at step 0. Use learning_rate < 0.1"):
+        benchmark.train(Broken(None, None, 3), Data(), benchmark.Args(image_size=[16, 32], learning_rate=0.1))
