@@ -18,13 +18,14 @@ from transformers import CLIPProcessor
 
 from hf_dl.metrics.phrase_segmentation import PhraseCounts
 from hf_dl.pipelines.phrase_segmentation import PhraseSegmentationPipeline
+from hf_dl.recipes import phrase_images
 from hf_dl.recipes import phrase_segmentation as recipe
 from hf_dl.recipes.evaluation import make_output_folder, use_training_data, write_evaluation
 from hf_dl.training.args import parse_flags
 
 
 @dataclass
-class Args(recipe.PhraseFlags):
+class Args(phrase_images.PhraseFlags):
     """Flags of this script."""
 
     model: str = field(
@@ -55,7 +56,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         The scores of all phrases and of each subset.
     """
     args = parse_flags(Args, argv)
-    use_training_data(args, args.model, recipe.PhraseFlags, argv)
+    use_training_data(args, args.model, phrase_images.PhraseFlags, argv)
     pipeline = PhraseSegmentationPipeline.from_pretrained(args.model)
     model = pipeline.model
     processor = CLIPProcessor(image_processor=pipeline.image_processor, tokenizer=pipeline.tokenizer)
@@ -63,15 +64,17 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
     def count(split: str) -> PhraseCounts:
         if args.original_size:
-            return recipe.count_original_pixels(pipeline, recipe.load_rows(args, split, size=None), args.image_size)
-        return recipe.count_pixels(model, processor, recipe.load_phrases(args, split))
+            return recipe.count_original_pixels(
+                pipeline, phrase_images.load_rows(args, split, size=None), args.image_size
+            )
+        return recipe.count_pixels(model, processor, phrase_images.load_phrases(args, split))
 
     if args.choose_threshold:
         model.config.threshold = recipe.scores(count("validation"))["threshold"]
 
     metrics = recipe.scores(count(args.split), threshold=model.config.threshold, all_subsets=True)
     recipe.write_subsets(metrics, folder)
-    recipe.draw_examples(model, processor, recipe.load_phrases(args, args.split), folder / "examples.png")
+    recipe.draw_examples(model, processor, phrase_images.load_phrases(args, args.split), folder / "examples.png")
 
     write_evaluation(folder, args, metrics)
     print(f"evaluation.json, subsets.csv and examples.png are in {folder}.")

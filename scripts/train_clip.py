@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from hf_dl.data.collate import as_is
 from hf_dl.publishing.runs import push_run
-from hf_dl.recipes import clip
+from hf_dl.recipes import clip, clip_data
 from hf_dl.recipes.classifier import to_pixel_values
 from hf_dl.training.args import Schedule, TrainingArgs, parse_args
 from hf_dl.training.batches import seed_everything
@@ -27,7 +27,7 @@ from hf_dl.training.run import TrainingRun
 
 
 @dataclass
-class Args(clip.ModelFlags, clip.PairFlags, clip.ContrastiveFlags, TrainingArgs):
+class Args(clip.ModelFlags, clip_data.PairFlags, clip.ContrastiveFlags, TrainingArgs):
     """Flags of this script. The defaults train for a few minutes on two CPU cores."""
 
     max_steps: int = 3000
@@ -50,14 +50,14 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         The scores on the validation and the test split.
     """
     args = parse_args(Args, argv)
-    pairs = {split: clip.load_pairs(args, split) for split in ("train", "validation", "test")}
-    labeled = {split: clip.load_labeled(args, split) for split in ("validation", "test")}
+    pairs = {split: clip_data.load_pairs(args, split) for split in ("train", "validation", "test")}
+    labeled = {split: clip_data.load_labeled(args, split) for split in ("validation", "test")}
     train = pairs["train"]
     tokenizer = clip.make_tokenizer(
         (text for texts in train.captions for text in texts), vocab_size=args.vocab_size, max_length=args.max_length
     )
     processor = clip.make_processor(train, tokenizer)
-    tokens = clip.CaptionTokens(train.captions, tokenizer)
+    tokens = clip_data.CaptionTokens(train.captions, tokenizer)
     seed_everything(args.seed)  # rendering the data draws random numbers, and reading it from the cache does not
     model = clip.make_model(args, tokenizer)
     # Captions of similar length in a batch: an image with one object is compared with others of one object.
@@ -71,10 +71,10 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         run.log(**evaluate("validation", "val"))  # the modality gap before training
     for batch in run:
         # Random numbers of each example: seven for its image, two for its hue and its caption, the rest for its words.
-        draws = clip.draw_for_batch(run, 9 + args.max_length)
+        draws = clip_data.draw_for_batch(run, 9 + args.max_length)
         recolored = draws[:, 7] < args.recolor  # images with other hues, whose captions lose the color words
         options = {"shift": args.shift, "zoom": args.zoom, "jitter": args.jitter, "recolored": recolored}
-        images = clip.vary_images(batch["image"], draws[:, :7], **options)
+        images = clip_data.vary_images(batch["image"], draws[:, :7], **options)
         texts = tokens.pick(batch["index"].cpu(), draws[:, 8])
         texts = tokens.drop_words(texts, args.word_dropout, draws[:, 9:], recolored=recolored)
 

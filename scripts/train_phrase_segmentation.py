@@ -23,14 +23,15 @@ import torch.nn.functional as F
 from hf_dl.data.collate import as_is
 from hf_dl.models.clip_segmenter import dice_loss
 from hf_dl.publishing.runs import push_run
+from hf_dl.recipes import phrase_images
 from hf_dl.recipes import phrase_segmentation as recipe
-from hf_dl.recipes.clip import draw_for_batch
+from hf_dl.recipes.clip_data import draw_for_batch
 from hf_dl.training.args import Schedule, TrainingArgs, parse_args
 from hf_dl.training.run import TrainingRun
 
 
 @dataclass
-class Args(recipe.ModelFlags, recipe.PhraseFlags, recipe.SegmentationFlags, TrainingArgs):
+class Args(recipe.ModelFlags, phrase_images.PhraseFlags, recipe.SegmentationFlags, TrainingArgs):
     """Flags of this script. A batch has `batch_size` images, and `phrases_per_image` phrases of each."""
 
     max_steps: int = 1500
@@ -54,11 +55,11 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     """
     args = parse_args(Args, argv)
     model, processor = recipe.make_model(args)
-    data = {split: recipe.load_phrases(args, split) for split in ("train", "validation", "test")}
+    data = {split: phrase_images.load_phrases(args, split) for split in ("train", "validation", "test")}
     train = data["train"]
     run = TrainingRun(args, model, train, collate=as_is, processor=processor)
     prompt_embeds = recipe.embed_phrases(model, processor.tokenizer, train.phrases)
-    support = recipe.SupportImages(model, processor, train) if args.support else None
+    support = phrase_images.SupportImages(model, processor, train) if args.support else None
     for each in data.values():  # CLIP is frozen, so its tokens never change
         each.cache(model, processor, max_gb=args.cache_gb)
 

@@ -9,7 +9,7 @@ from transformers import (
 )
 
 from hf_dl.data.surfaces import COLORS
-from hf_dl.recipes import clip
+from hf_dl.recipes import clip, clip_data
 
 WORDS = ["a photo of red blue green cube sphere there is in this picture"]
 
@@ -117,7 +117,7 @@ def clip_flags(**changes):
 class TestBatches:
     def test_each_image_gets_one_of_its_own_captions(self, tokenizer):
         texts = [["a red cube"], ["a blue sphere", "sphere", "a photo of a blue sphere"]]
-        tokens = clip.CaptionTokens(texts, tokenizer)
+        tokens = clip_data.CaptionTokens(texts, tokenizer)
         for index, choice, text in ((0, 0.99, "a red cube"), (1, 0.0, "a blue sphere"), (1, 0.5, "sphere")):
             found = tokens.pick(torch.tensor([index]), torch.tensor([choice]))
             assert {name: value.tolist() for name, value in found.items()} == dict(tokenizer([text]))
@@ -126,7 +126,7 @@ class TestBatches:
         assert {name: value.tolist() for name, value in both.items()} == dict(expected)
 
     def test_words_are_dropped_and_special_tokens_are_not(self, tokenizer):
-        tokens = clip.CaptionTokens([["a red cube"], ["sphere"]], tokenizer)
+        tokens = clip_data.CaptionTokens([["a red cube"], ["sphere"]], tokenizer)
         batch = tokens.pick(torch.tensor([0, 1]), torch.zeros(2))
         draws, kept = torch.tensor([[0.9, 0.1, 0.6, 0.1, 0.1, 0.3], [0.0] * 6]), torch.tensor([False, False])
         dropped = tokens.drop_words(batch, 0.5, draws, recolored=kept)
@@ -138,18 +138,18 @@ class TestBatches:
         assert torch.equal(dropped["attention_mask"], batch["attention_mask"])
 
     def test_a_recolored_image_loses_the_color_words(self, tokenizer):
-        tokens = clip.CaptionTokens([["a red cube"], ["a blue sphere"]], tokenizer)
+        tokens = clip_data.CaptionTokens([["a red cube"], ["a blue sphere"]], tokenizer)
         batch = tokens.pick(torch.tensor([0, 1]), torch.zeros(2))
         dropped = tokens.drop_words(batch, 0.0, torch.rand(2, 8), recolored=torch.tensor([True, False]))
         names = [tokenizer.convert_ids_to_tokens(row) for row in dropped["input_ids"].tolist()]
         assert names == [["<start>", "a", "<unk>", "cube", "<end>"], ["<start>", "a", "blue", "sphere", "<end>"]]
-        assert set(COLORS) <= set(clip.COLOR_WORDS)
+        assert set(COLORS) <= set(clip_data.COLOR_WORDS)
 
     def test_hues_rotate_and_grays_stay(self):
         pixels = torch.tensor([[200.0, 40, 30], [120, 120, 120]]).T[None, :, :, None].repeat(3, 1, 1, 1)
         draws = torch.full((3, 7), 0.5)
         draws[:, 6] = torch.tensor([0.5, 5 / 6, 0.5])  # by 0, by 120 degrees, and not asked for
-        found = clip.vary_images(pixels, draws, recolored=torch.tensor([True, True, False]))
+        found = clip_data.vary_images(pixels, draws, recolored=torch.tensor([True, True, False]))
         assert torch.allclose(found[:, :, 1], pixels[:, :, 1], atol=1e-3)
         assert torch.allclose(found[0], pixels[0], atol=1e-3) and torch.equal(found[2], pixels[2])
         assert torch.allclose(found[1, :, 0, 0], torch.tensor([30.0, 200, 40]), atol=1e-3)  # red became green
@@ -158,7 +158,7 @@ class TestBatches:
         image = torch.arange(9.0).view(1, 1, 3, 3).repeat(3, 3, 1, 1)
         draws = torch.full((3, 7), 0.5)
         draws[1, :2], draws[2, :2] = torch.tensor([0.0, 0.5]), torch.tensor([1.0, 1.0])
-        same, down, corner = clip.vary_images(image, draws, shift=1)
+        same, down, corner = clip_data.vary_images(image, draws, shift=1)
         assert torch.allclose(same, image[0], atol=1e-5)
         expected = torch.tensor([[0.0, 1, 2], [0, 1, 2], [3, 4, 5]])
         assert torch.allclose(down, expected.expand(3, 3, 3), atol=1e-5)
@@ -169,22 +169,22 @@ class TestBatches:
         image[:, :, 4:12, 4:12] = 1
         draws = torch.full((2, 7), 0.5)
         draws[:, 2] = torch.tensor([0.0, 1.0])  # the zoom is 1 - 0.5 and 1 + 0.5
-        large, small = clip.vary_images(image, draws, zoom=0.5).mean((1, 2, 3)).tolist()
+        large, small = clip_data.vary_images(image, draws, zoom=0.5).mean((1, 2, 3)).tolist()
         assert large == pytest.approx(1.0, abs=0.1) and small == pytest.approx(1 / 9, abs=0.02)
 
     def test_colors_keep_their_hue(self):
         color = torch.tensor([173.0, 35, 35]).view(1, 3, 1, 1)
         image = torch.cat([color.expand(1, 3, 2, 4), torch.full((1, 3, 2, 4), 180.0)], dim=2).repeat(64, 1, 1, 1)
         draws = torch.rand(64, 7, generator=torch.Generator().manual_seed(0))
-        red, green, blue = clip.vary_images(image, draws, jitter=0.5)[:, :, 0, 0].T
+        red, green, blue = clip_data.vary_images(image, draws, jitter=0.5)[:, :, 0, 0].T
         assert torch.allclose(green, blue, atol=1e-3) and (red > green).all()
-        assert red.std() > 20 and torch.equal(clip.vary_images(image, draws), image)
+        assert red.std() > 20 and torch.equal(clip_data.vary_images(image, draws), image)
 
     def test_the_draws_are_the_same_for_any_number_of_processes(self):
         def draws(processes, index):
             place = SimpleNamespace(num_processes=processes, process_index=index)
             args = SimpleNamespace(seed=1, batch_size=8)
-            return clip.draw_for_batch(SimpleNamespace(args=args, accelerator=place, steps=3, restarts=0), 4)
+            return clip_data.draw_for_batch(SimpleNamespace(args=args, accelerator=place, steps=3, restarts=0), 4)
 
         assert torch.equal(torch.cat([draws(2, 0), draws(2, 1)]), draws(1, 0))
         assert draws(1, 0).unique().numel() == 32

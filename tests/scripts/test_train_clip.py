@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from hf_dl.data import captions, zero_shot
-from hf_dl.recipes import clip, zero_shot_classifier
+from hf_dl.recipes import clip, clip_data, zero_shot_classifier
 from hf_dl.reporting.card import read_card
 from hf_dl.reporting.experiment import read_experiment
 from scripts import evaluate_zero_shot, run_experiment, train_clip
@@ -139,8 +139,8 @@ def test_the_initial_weights_do_not_depend_on_loading(tmp_path, monkeypatch):
     """Rendering draws random numbers, and reading the cache does not: a second run would have other weights."""
     flags = "--max_steps=1 --save_every=0 --eval_every=0 --log_every=1".split()
     train(tmp_path / "one", *flags)
-    load = clip.load_pairs
-    monkeypatch.setattr(clip, "load_pairs", lambda args, split: (torch.rand(7), load(args, split))[1])
+    load = clip_data.load_pairs
+    monkeypatch.setattr(clip_data, "load_pairs", lambda args, split: (torch.rand(7), load(args, split))[1])
     train(tmp_path / "two", *flags)
     assert read_log(tmp_path / "one")[0]["loss"] == read_log(tmp_path / "two")[0]["loss"]
 

@@ -13,6 +13,7 @@ from hf_dl.metrics.phrase_segmentation import phrase_segmentation_scores
 from hf_dl.models.clip_segmenter import dice_loss
 from hf_dl.pipelines.phrase_segmentation import PhraseSegmentationPipeline, highlight
 from hf_dl.recipes import clip as clip_recipe
+from hf_dl.recipes import clip_data, phrase_images
 from hf_dl.recipes import phrase_segmentation as recipe
 from hf_dl.reporting.card import read_card
 from scripts import evaluate_phrase_segmentation, train_phrase_segmentation
@@ -32,7 +33,7 @@ def clip_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("clip")
     pairs = captions.load("train", num_pairs=16, size=32)
     tokenizer = clip_recipe.make_tokenizer(text for texts in pairs["captions"] for text in texts)
-    image_processor = clip_recipe.make_processor(clip_recipe.ImageCaptions(pairs), tokenizer).image_processor
+    image_processor = clip_recipe.make_processor(clip_data.ImageCaptions(pairs), tokenizer).image_processor
     text = {**TOWER, "vocab_size": len(tokenizer), "max_position_embeddings": 16, "eos_token_id": 3}
     vision = {**TOWER, "image_size": 32, "patch_size": 8}
     torch.manual_seed(7)
@@ -59,7 +60,7 @@ def finished(tmp_path_factory, clip_folder):
 
 @pytest.fixture(scope="module")
 def images():
-    return recipe.PhraseImages(phrasecut.load("test", max_images=8, size=32, negatives=0.2))
+    return phrase_images.PhraseImages(phrasecut.load("test", max_images=8, size=32, negatives=0.2))
 
 
 def read_log(folder):
@@ -171,7 +172,7 @@ def test_all_decoders_an_untrained_clip_and_dice(clip_folder, tmp_path):
 @pytest.mark.parametrize("max_gb", [8.0, 0.0])
 def test_masks_and_phrases_of_images(max_gb):
     data = phrasecut.load("test", max_images=4, size=32, negatives=0.2)
-    images = recipe.PhraseImages(data, max_gb=max_gb)
+    images = phrase_images.PhraseImages(data, max_gb=max_gb)
     batch = images.__getitems__([2, 0])
     rows = [*range(images.first[2], images.first[3]), *range(images.first[1])]
     assert images.rows(batch["index"]).tolist() == rows and len(images) == 4
@@ -191,7 +192,7 @@ def test_masks_and_phrases_of_images(max_gb):
 def test_support_images_are_objects_of_the_same_phrase(clip_folder, images, tmp_path):
     args = train_phrase_segmentation.Args(clip=str(clip_folder), image_size=32, layers=[0, 1])
     model, processor = recipe.make_model(args)
-    support = recipe.SupportImages(model, processor, images)
+    support = phrase_images.SupportImages(model, processor, images)
     pipe = PhraseSegmentationPipeline(model, processor.tokenizer, processor.image_processor)
     item = images[1]
     place = int(item["masks"].amax(dim=(1, 2)).nonzero()[0])
@@ -224,9 +225,9 @@ def test_data_with_several_sizes_is_refused():
     features = datasets.Features({**features, "image": datasets.Image(), "mask": datasets.Image()})
     rows = datasets.Dataset.from_list([{name: row[name] for name in features} for row in rows], features=features)
     with pytest.raises(ValueError, match=r"A mask has shape \(16, 16\). Expected the size of the images, \(32, 32\)"):
-        recipe.PhraseImages(rows)
+        phrase_images.PhraseImages(rows)
     with pytest.raises(ValueError, match="The data has no phrase"):
-        recipe.PhraseImages(rows.select([]))
+        phrase_images.PhraseImages(rows.select([]))
 
 
 def test_the_loss_of_the_script_is_the_loss_of_the_model(clip_folder, images):
