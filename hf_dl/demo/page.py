@@ -75,6 +75,8 @@ LAUNCH = {
 PRIVATE = {"api_visibility": "private", "show_progress": "hidden"}
 TURN = {"concurrency_id": "model", "concurrency_limit": 1, "show_progress": "hidden"}  # one model call at a time
 LATEST = {**PRIVATE, **TURN, "trigger_mode": "always_last"}
+# For functions with `gr.SelectData`: "always_last" would repeat the first choice instead of running the last one.
+EACH = {**PRIVATE, **TURN, "trigger_mode": "multiple"}
 
 
 def serve(build: Callable[[], gr.Blocks], record: Callable[[Path], None], *, css: str = "") -> None:

@@ -23,6 +23,7 @@ from hf_dl.demo.checkpoints import PageModels, one_line, shown_name
 from hf_dl.demo.detectors import CANDIDATES, FOUND, KINDS, DetectionPicture, Detector
 from hf_dl.demo.endpoints import ImageFile, add_endpoint, receive_image, send_image
 from hf_dl.demo.page import (
+    EACH,
     LATEST,
     PRIVATE,
     TURN,
@@ -238,7 +239,7 @@ def build_demo(explorer: Explorer | None = None) -> gr.Blocks:
         name.submit(event(explorer.load), [name, picture, left, left_view, *dials], loaded, **PRIVATE | TURN)
         opened = file.upload(event(explorer.open), [file, *settings], [picture, *shown], **PRIVATE | TURN)
         make_room(opened, file)
-        examples.select(event(pick), [seed, *settings], [picture, *shown], **LATEST)
+        examples.select(event(pick), [seed, *settings], [picture, *shown], **EACH)
         refresh = {"fn": event(explorer.look), "inputs": [picture, *settings], "outputs": shown, **LATEST}
         gr.on([each.input for each in (left_view, right_view, *dials)], **refresh)
         for detector, view, _ in sides:

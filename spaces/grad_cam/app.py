@@ -20,6 +20,7 @@ from hf_dl.demo.checkpoints import PageModels
 from hf_dl.demo.classifiers import Classifier, describe, load_classifier
 from hf_dl.demo.endpoints import ImageFile, add_endpoint, list_scores, receive_image, send_image
 from hf_dl.demo.page import (
+    EACH,
     LATEST,
     PRIVATE,
     TURN,
@@ -325,7 +326,7 @@ def build_demo(explorer: Explorer | None = None) -> gr.Blocks:
         name.submit(event(explorer.load, show_loaded), [name, picture], loaded, **PRIVATE | TURN)
         opened = file.upload(event(explorer.open, show_opened), [file, *settings], [picture, *views], **PRIVATE | TURN)
         make_room(opened, file)
-        examples.select(event(pick, show_opened), [seed, *settings], [picture, *views], **LATEST)
+        examples.select(event(pick, show_opened), [seed, *settings], [picture, *views], **EACH)
         gr.on([label.input, layers.input], event(show_again), [picture, *settings], views, **LATEST)
         add_endpoint(explain_for_api, "explain")
     return demo

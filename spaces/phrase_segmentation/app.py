@@ -21,6 +21,7 @@ from hf_dl.demo import phrases as parts
 from hf_dl.demo.checkpoints import PageModels
 from hf_dl.demo.endpoints import ImageFile, add_endpoint, receive_image, send_image
 from hf_dl.demo.page import (
+    EACH,
     LATEST,
     PRIVATE,
     TURN,
@@ -194,7 +195,7 @@ def build_demo(explorer: Explorer | None = None) -> gr.Blocks:
         name.submit(event(explorer.load), [name, picture, text, view], loaded, **PRIVATE | TURN)
         opened = file.upload(event(explorer.open), [file, text, *settings], [picture, shown, *views], **PRIVATE | TURN)
         make_room(opened, file)
-        examples.select(event(pick), [seed, *settings], [text, picture, shown, *views], **LATEST)
+        examples.select(event(pick), [seed, *settings], [text, picture, shown, *views], **EACH)
         gr.on(
             [find.click, text.submit, threshold.input, view.input],
             event(explorer.look), [picture, text, *settings], views, **LATEST,

@@ -24,6 +24,7 @@ from hf_dl.demo.captioner import Beam, Scene, draw_scenes
 from hf_dl.demo.characters import BUILT_IN, PROPERTY_NAMES, CharacterModels
 from hf_dl.demo.checkpoints import PageModels
 from hf_dl.demo.page import (
+    EACH,
     LATEST,
     PRIVATE,
     TURN,
@@ -253,7 +254,7 @@ def add_captions(demo: gr.Blocks, explorer: Explorer) -> None:
     name.submit(event(explorer.load, show), [name, scene, beams], [model, line, *shown], **PRIVATE | TURN)
     opened = file.upload(event(explorer.open, show), [file, *settings], [scene, image, *shown], **PRIVATE | TURN)
     make_room(opened, file)
-    examples.select(event(pick, show), [seed, *settings], [scene, image, *shown], **LATEST)
+    examples.select(event(pick, show), [seed, *settings], [scene, image, *shown], **EACH)
     beams.input(event(explorer.describe, show), [scene, *settings], shown, **LATEST)
     found.input(event(explorer.choose_beam), [scene, *settings, found], [sentence, words, truth], **LATEST)
 

@@ -22,6 +22,7 @@ from hf_dl.demo.classifiers import Classifier, describe, load_classifier
 from hf_dl.demo.inside import DEPTHS, MAX_STEPS, PREDICTED, STEPS, WINDOWS
 from hf_dl.demo.inside_api import add_endpoints
 from hf_dl.demo.page import (
+    EACH,
     LATEST,
     PRIVATE,
     TURN,
@@ -314,7 +315,7 @@ def build_demo(explorer: Explorer | None = None) -> gr.Blocks:
         opened = file.upload(event(explorer.open), [file, model], predicted, **PRIVATE | TURN)
         make_room(opened, file)
         opened.success(**refresh)
-        examples.select(event(pick), [seed, model], predicted, **LATEST).success(**refresh)
+        examples.select(event(pick), [seed, model], predicted, **EACH).success(**refresh)
         layer.input(event(explorer.channels), [model, layer, channel], channel, **LATEST).success(**refresh)
         gr.on([each.input for each in (label, channel, window, method, epsilon, formulas)], **refresh)
         for key, each in tabs.items():

@@ -31,6 +31,7 @@ from hf_dl.demo.masking import (
     sizes,
 )
 from hf_dl.demo.page import (
+    EACH,
     LATEST,
     PRIVATE,
     TURN,
@@ -322,7 +323,7 @@ def build_demo(explorer: Explorer | None = None) -> gr.Blocks:
         name.submit(event(explorer.load, show_loaded), [name, picture], loaded, **PRIVATE | TURN)
         opened = file.upload(event(explorer.open, show_opened), [file, *settings], [picture, *views], **PRIVATE | TURN)
         make_room(opened, file)
-        examples.select(event(pick, show_opened), [example_seed, *settings], [picture, *views], **LATEST)
+        examples.select(event(pick, show_opened), [example_seed, *settings], [picture, *views], **EACH)
         image.select(event(click), [picture, *settings], [place, *views], **PRIVATE | TURN)
         gr.on(
             [place.input, count.input, seed.input, way.input, layer.input, head.input],

@@ -44,6 +44,12 @@ TOOLS = ["segment", "match", "modality_gap"]
 SCRIPTS = ["train_clip.py", "train_phrase_segmentation.py"]
 HTML = "<img src=x onerror=alert(1)>"
 USUAL = (None, 0.5, "masks")  # model, threshold and view
+CLICK_TWO = """
+const all = document.querySelectorAll('#examples .thumbnail-item'), ask = window.fetch;
+window.fetch = async (...request) => { await new Promise(done => setTimeout(done, 500)); return ask(...request); };
+all[1].click();
+setTimeout(() => all[2].click(), 250);
+"""
 HOSTILE_PHRASES = [
     ("", "The phrases are missing. Write at least one, such as 'red cube'."),
     (" \n\n", "The phrases are missing."),
@@ -405,6 +411,14 @@ class TestBrowser:
         wait_for(lambda: len(browser.find_elements(By.CSS_SELECTOR, "#examples .thumbnail-item")) == 8)
         browser.find_elements(By.CSS_SELECTOR, "#examples .thumbnail-item")[1].click()
         wait_for(lambda: draw_scenes(0)[1].phrases[0] in text_of(browser, "masks"))
+
+    def test_the_last_of_two_examples_is_shown(self, browser, address):
+        from selenium.webdriver.common.by import By
+
+        self.open(browser, address)
+        wait_for(lambda: len(browser.find_elements(By.CSS_SELECTOR, "#examples .thumbnail-item")) == 8)
+        browser.execute_script(CLICK_TWO)  # the second before the answer for the first
+        wait_for(lambda: draw_scenes(0)[2].phrases[0] in text_of(browser, "masks"), seconds=20)
 
     @pytest.mark.parametrize("kind", HOSTILE)
     def test_hostile_files_get_a_sentence(self, browser, address, kind, tmp_path):
