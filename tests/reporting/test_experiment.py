@@ -61,6 +61,7 @@ def test_a_value_of_the_grid_may_stand_for_a_script_and_flags(toml, tmp_path):
     cell = collect(experiment, tmp_path).cells[-1]
     assert cell["metrics"] == {"val_top_1": 0.75, "val_accuracy": 0.75, "val_loss": 0.5}
     assert cell["flags"]["norm"] == "group"
+    assert cell["script"] == "train_other.py"  # of the experiment: results.json has no folder of the script
     write_run(group.folder, group.given, {"val_loss": 0.5})
     with pytest.raises(ValueError, match="has no metric 'val_top_1'. Correct the key variants of the experiment"):
         collect(experiment, tmp_path)
