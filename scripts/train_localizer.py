@@ -5,8 +5,8 @@ r"""Train a network that finds a fixed number of objects by regression.
     scripts/run accelerate launch scripts/train_localizer.py --per_class true --head_input pool --place_loss l2
 
 The first command finds the class and the box of a single object. The second one finds the centers of three objects,
-and the third one has a box per class, as in OverFeat. A run takes about five minutes on one CPU core. Scores to expect:
-model_cards/detection_localization.md.
+and the third one has a box per class, as in OverFeat. A run takes about five minutes on one CPU core. The scores to
+expect are in model_cards/detection_localization.md.
 """
 
 from dataclasses import dataclass, field
