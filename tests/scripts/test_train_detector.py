@@ -170,6 +170,18 @@ def test_the_flags_of_the_experiments(name, capsys):
     assert " to run now." in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_the_default_detector_reaches_the_scores_of_the_prototype(tmp_path):
+    """The prototype of the ladder had these scores after five minutes of CPU time, which this run takes as well."""
+    threads = torch.get_num_threads()
+    flags = "--epochs=12 --eval_epochs=0 --save_every=0 --cpu_threads=1 --mixed_precision=bf16"
+    metrics = train_detector.main([f"--output_dir={tmp_path}", *flags.split()])
+    reset()
+    torch.set_num_threads(threads)
+    assert metrics["test_images"] == 500
+    assert metrics["test_map_50"] >= 0.992 and metrics["test_map"] >= 0.902
+
+
 @pytest.mark.parametrize("method", ["fast_rcnn", "faster_rcnn"])
 def test_detectors_with_proposals_train(method, tmp_path):
     """The proposals of Fast R-CNN are computed with the images, and their time counts."""
