@@ -16,8 +16,7 @@ from ..data.scene_captions import parse_caption
 from ..metrics.caption_objects import ATTRIBUTES, match_objects, relation_holds
 from ..models.caption_decoder import ATTENTIONS
 from ..models.caption_processor import ImageCaptionerProcessor
-from ..models.image_captioner import ImageCaptionerConfig, ImageCaptionerForConditionalGeneration
-from ..models.layers_attention import attention_masks
+from ..models.image_captioner import ImageCaptionerConfig, ImageCaptionerForConditionalGeneration, word_maps
 from ..pipelines.model_loading import load_config, one_line
 from .checkpoints import describe_model
 from .page import plain, show_scale
@@ -191,7 +190,7 @@ def search(captioner: Captioner, image: Image.Image, num_beams: int = BEAMS) -> 
         if attends:
             size = (config.image_size,) * 2
             cells = output.cross_attentions[0][row, :, :said].cpu()
-            maps = attention_masks(cells, size, image_size=config.image_size)[0]
+            maps = word_maps(cells, size)[0]
             maps = (maps / maps.amax(dim=(1, 2), keepdim=True).clamp(min=1e-12)).numpy()
         beams.append(
             Beam(

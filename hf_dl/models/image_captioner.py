@@ -16,10 +16,13 @@ give the same captions: `beam_search` keeps the feature map once per image, and 
 of its options.
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers import PreTrainedModel
@@ -444,6 +447,32 @@ class ImageCaptionerForConditionalGeneration(PreTrainedModel, RecurrentGeneratio
             early_stopping=early_stopping,
             num_return_sequences=num_return_sequences,
         )
+
+
+def word_maps(attention: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    """Interpolate the attention of words bilinearly to the size of an image.
+
+    Each cell of the feature map is placed in the middle of its 8x8 pixels. The strided convolutions center cell i on
+    pixel 8 i, but such cells would not cover the image evenly: a trained model attends to the cell whose pixels have
+    the object.
+
+    Args:
+        attention: (batch, words, cells); the cells are a square grid in row-major order.
+        size: Height and width of the result.
+
+    Returns:
+        (batch, words, *size), float32.
+
+    Example:
+        ```python
+        >>> word_maps(torch.tensor([[[1.0, 0.0, 1.0, 0.0]]]), (1, 4))
+        tensor([[[[1.0000, 0.7500, 0.2500, 0.0000]]]])
+
+        ```
+    """
+    side = math.isqrt(attention.shape[-1])
+    grids = attention.float().unflatten(-1, (side, side))
+    return F.interpolate(grids, size=tuple(size), mode="bilinear", align_corners=False)
 
 
 def coverage_penalty(attention: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -27,8 +27,7 @@ from hf_dl.metrics.captions import caption_scores
 from hf_dl.models.caption_decoder import ATTENTIONS, CONDITIONINGS
 from hf_dl.models.caption_processor import ImageCaptionerProcessor
 from hf_dl.models.detection_backbone import load_published_weights
-from hf_dl.models.image_captioner import ImageCaptionerConfig, ImageCaptionerForConditionalGeneration
-from hf_dl.models.layers_attention import attention_masks
+from hf_dl.models.image_captioner import ImageCaptionerConfig, ImageCaptionerForConditionalGeneration, word_maps
 from hf_dl.progress import activity
 from hf_dl.reporting.card import LOCAL_ID, run_card
 from hf_dl.reporting.grids import color_heat, image_grid
@@ -326,7 +325,7 @@ def read_attention(
     start = F.pad(sequences[:, :-1], (1, 0), value=model.config.decoder_start_token_id)
     pixel_values = to_pixel_values(images, processor, model.device)
     attention = model(pixel_values, start, output_attentions=True).cross_attentions[0][:, 0]
-    return attention_masks(attention.cpu(), images.shape[-2:], image_size=images.shape[-1])
+    return word_maps(attention.cpu(), images.shape[-2:])
 
 
 def evaluate(

@@ -10,7 +10,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, ViTImagePro
 from hf_dl.data.caption_tokenizer import build_caption_tokenizer
 from hf_dl.models import ImageCaptionerConfig, ImageCaptionerForConditionalGeneration, ImageCaptionerProcessor
 from hf_dl.models.caption_decoder import ATTENTIONS, CONDITIONINGS
-from hf_dl.models.image_captioner import CaptionEncoder, coverage_penalty
+from hf_dl.models.image_captioner import CaptionEncoder, coverage_penalty, word_maps
 from tests.models.contract import SAME_CODE, ModelContract
 
 SIZES = {
@@ -262,3 +262,17 @@ def test_wrong_inputs():
         model(torch.zeros(2, 3, 16, 16))
     with pytest.raises(ValueError, match="pixel_values and encoder_outputs are missing"):
         model(decoder_input_ids=torch.ones(2, 1, dtype=torch.long))
+
+
+def test_cells_are_in_the_middle_of_their_pixels():
+    attention = torch.rand(2, 3, 64, dtype=torch.float64)
+    maps = word_maps(attention, (64, 64))
+    assert maps.shape == (2, 3, 64, 64) and maps.dtype == torch.float32
+    # Along an axis, the mean of the middle pixels of a cell has 1/32 of each neighboring cell.
+    middle = maps.unflatten(-1, (8, 8)).unflatten(-3, (8, 8))[..., 3:5, :, 3:5].mean((-3, -1))
+    grid = attention.float().unflatten(-1, (8, 8))
+    expected = F.pad(grid, (1, 1, 1, 1), mode="replicate")
+    for axis in (-2, -1):
+        first, second, third = (expected.narrow(axis, k, 8) for k in range(3))
+        expected = first / 32 + second * 15 / 16 + third / 32
+    torch.testing.assert_close(middle, expected)
