@@ -4,7 +4,7 @@
     scripts/run accelerate launch scripts/train_slots.py --source photos --num_slots 7
 
 The second command trains on a folder of images. Masks in it are only used for scores, see hf_dl.data.mask_folders. The
-default run takes 7 minutes of CPU time and reaches a foreground ARI of about 0.92 on test scenes:
+default run takes 6 minutes of CPU time and reaches a foreground ARI of about 0.92 on test scenes:
 model_cards/slots_default.md. Slot attention is from Locatello et al. 2020, "Object-Centric Learning with Slot
 Attention", and slot-centric frames are from Biza et al. 2023, "Invariant Slot Attention". The color term, the area
 penalty and the restarts of runs without objects are ours.

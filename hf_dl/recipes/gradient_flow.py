@@ -8,9 +8,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from accelerate.utils import set_seed
 from torch import nn
 
 from hf_dl.data.memory_tasks import TASKS, MemoryTask
@@ -19,6 +21,7 @@ from hf_dl.models.recurrent_classifier import RecurrentClassifierConfig, Recurre
 from hf_dl.progress import activity
 from hf_dl.reporting.card import run_card
 from hf_dl.reporting.plots import plot_run
+from hf_dl.reporting.report import read_report
 
 from .evaluation import checked_config
 
@@ -257,16 +260,73 @@ def plot_flow(flows: dict[str, Sequence[float]], path: Path) -> None:
         flows: Norms from `gradient_norms` by the name of the line.
         path: File of the picture.
     """
+    plot_flows({"": flows}, path, lowest=0.0)
+
+
+def plot_flows(panels: dict[str, dict[str, Sequence[float]]], path: Path, *, lowest: float) -> None:
+    """Draw the norms of gradients in one panel per title, with the same axes and one legend.
+
+    Args:
+        panels: Norms from `gradient_norms` by title of the panel and name of the line.
+        path: File of the picture.
+        lowest: Smallest norm on the axis; 0 shows all.
+    """
     from matplotlib.figure import Figure  # here, because this import takes most of a second
 
-    figure = Figure(figsize=(6, 3.2), layout="constrained")
-    axes = figure.subplots()
-    for name, norms in flows.items():
-        axes.plot(range(len(norms)), norms, label=name)
-    axes.set(xlabel="lag in steps", ylabel="norm of the gradient, relative", yscale="log")
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
-    figure.savefig(path, dpi=150)
+    figure = Figure(figsize=(6 if len(panels) == 1 else 11, 3.2 if len(panels) == 1 else 4), layout="constrained")
+    grid = figure.subplots(1, len(panels), squeeze=False, sharey=True)
+    for axes, (title, flows) in zip(grid[0], panels.items(), strict=True):
+        for number, (name, norms) in enumerate(flows.items()):
+            style = {"linestyle": ("-", "--", ":")[number // 4 % 3]} if len(flows) > 4 else {}
+            axes.plot(range(len(norms)), norms, label=name, **style)
+        axes.set(xlabel="lag in steps", yscale="log", title=title)
+        axes.grid(alpha=0.3)
+        if lowest:
+            axes.set_ylim(lowest, None)
+    grid[0, 0].set_ylabel("norm of the gradient, relative")
+    if len(panels) == 1:
+        axes.legend(frameon=False)
+    else:
+        figure.legend(*axes.get_legend_handles_labels(), frameon=False, loc="outside right center")
+    figure.savefig(path, dpi=120)
+
+
+@activity("Drawing the gradients")
+def draw_experiment(
+    report: str | Path, path: str | Path, *, length: int, seed: int, runs: str | Path = "runs"
+) -> None:
+    """Draw the norms of gradients of all networks of an experiment, before and after training.
+
+    Args:
+        report: Report of the experiment, a JSON file.
+        path: File of the picture.
+        length: Length of the sequences.
+        seed: Seed of the runs.
+        runs: Folder of the runs.
+
+    Raises:
+        ValueError: If no run fits, or the flow before training differs from the one that the run measured.
+    """
+    found = read_report(report)
+    panels: dict[str, dict[str, Sequence[float]]] = {"before training": {}, "after training": {}}
+    for cell in found.cells:
+        args = SimpleNamespace(**cell.get("args", {}))
+        if cell["status"] != "finished" or (args.length, args.seed) != (length, seed):
+            continue
+        name, data = cell["flags"]["network"], load_task(args, "test")
+        set_seed(args.seed)
+        new = norms_of(RecurrentForSequenceClassification(make_config(args)), data)
+        measured, again = cell["metrics"]["initial_flow_10"], flow_metrics(new, "initial")["initial_flow_10"]
+        if abs(measured - again) > 0.01:
+            raise ValueError(
+                f"{name}: the flow at lag 10 before training is {again:.3f}, but the run measured {measured:.3f}. "
+                "The runs are from other code; run the experiment again."
+            )
+        trained = RecurrentForSequenceClassification.from_pretrained(Path(runs) / found.experiment.name / cell["id"])
+        panels["before training"][name], panels["after training"][name] = new, norms_of(trained, data)
+    if not panels["after training"]:
+        raise ValueError(f"{report} has no finished run with length={length} and seed={seed}; run the experiment.")
+    plot_flows(panels, Path(path), lowest=1e-12)
 
 
 @activity("Writing the report")

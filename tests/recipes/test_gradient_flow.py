@@ -12,8 +12,16 @@ from transformers import AutoModelForSequenceClassification
 from hf_dl.data.memory_tasks import MemoryTask
 from hf_dl.models.layers_recurrent import init_recurrent
 from hf_dl.models.recurrent_classifier import RecurrentForSequenceClassification
-from hf_dl.recipes.gradient_flow import evaluate, gradient_norms, make_config, memory_slope, norms_of
+from hf_dl.recipes.gradient_flow import (
+    draw_experiment,
+    evaluate,
+    gradient_norms,
+    make_config,
+    memory_slope,
+    norms_of,
+)
 from hf_dl.reporting.experiment import read_experiment
+from hf_dl.reporting.report import Report, read_report, write_report
 from scripts import run_experiment, train_memory
 from tests.scripts.runs import reset
 
@@ -126,6 +134,25 @@ def test_a_run_learns_and_reports_the_flow(tmp_path, capsys):
     with pytest.raises(SystemExit):
         train_memory.main(["--task=xor"])
     assert "task='xor' is unknown. Choose one of: copy, adding." in capsys.readouterr().err
+
+
+def test_the_figure_of_an_experiment_is_drawn_from_its_runs(tmp_path):
+    report = read_report(EXPERIMENTS.parents[1] / "model_cards" / "gradient_flow.json")
+    folder, picture = tmp_path / "runs" / "gradient_flow" / "abc", tmp_path / "figure.png"
+    flags = ["--num_train=32", "--num_test=32", "--length=12", "--max_steps=1", "--seed=3", "--cpu_threads=1"]
+    metrics = train_memory.main([f"--output_dir={folder}", *flags])
+    reset()
+    args = json.loads((folder / "results.json").read_text())["args"]
+    cell = {"id": "abc", "status": "finished", "flags": {"network": "LSTM"}, "args": args, "metrics": metrics}
+    path = tmp_path / "report.json"
+    write_report(Report(report.experiment, [cell]), path)
+    draw_experiment(path, picture, length=12, seed=3, runs=tmp_path / "runs")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="no finished run with length=12 and seed=4"):
+        draw_experiment(path, picture, length=12, seed=4, runs=tmp_path / "runs")
+    write_report(Report(report.experiment, [cell | {"metrics": {"initial_flow_10": 7.0}}]), path)
+    with pytest.raises(ValueError, match="but the run measured 7.000"):
+        draw_experiment(path, picture, length=12, seed=3, runs=tmp_path / "runs")
 
 
 @pytest.mark.parametrize(
