@@ -593,7 +593,8 @@ def test_the_code_is_one_file_for_each_part(pipe, tmp_path):
         assert not re.search(r"^\s*(from|import)\s+\.", source, re.MULTILINE)  # as diffusers looks for them
         body = ast.parse(source).body
         defined = [node.name for node in body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
-        assigned = [t.id for node in body if isinstance(node, ast.Assign) for t in node.targets]
+        targets = [target for node in body if isinstance(node, ast.Assign) for target in node.targets]
+        assigned = [target.id for target in targets if isinstance(target, ast.Name)]
         assert len(set(defined)) == len(defined) > 1
         twice = {each for each in assigned if assigned.count(each) > 1}
         assert not twice, f"{name} would have two of {twice}"

@@ -148,8 +148,11 @@ def test_a_model_that_cannot_be_loaded_is_reported_in_one_sentence(tmp_path):
         evaluation.load_model(SlotAutoencoderModel, folder)
     with pytest.raises(ValueError, match="cannot be loaded.*AutoModelForImageClassification"):
         evaluation.load_model(AutoModelForImageClassification, folder)
-    with pytest.raises(ValueError, match="It has no config.json"):
+    with pytest.raises(ValueError, match="contains runs and is not a model itself. Choose a model in it: .*small_vae"):
         evaluation.load_model(ImageVaeModel, tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="It has no config.json"):
+        evaluation.load_model(ImageVaeModel, tmp_path / "empty")
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-10])
     with pytest.raises(ValueError, match=r"small_vae' cannot be loaded\. .*not fully covered"):
