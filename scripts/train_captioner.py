@@ -4,11 +4,10 @@ r"""Train a model that describes images: a convolutional network and an LSTM tha
     scripts/run accelerate launch scripts/train_captioner.py --source data/coco --image_size 224 \
         --backbone timm/resnet18 --pretrained true --min_count 5
 
-The first command trains on generated scenes with new captions in each step. From the time of a step, we expect about
-eight minutes on one CPU core, and less with `--mixed_precision bf16` on a processor that has instructions for it. All
-scores are free-running. For generated scenes, the captions are also parsed, and their objects, attributes and
-relations are compared with the scene. scripts/experiments/captions.toml trains for longer. The second command trains
-on photographs.
+The first command trains on generated scenes with new captions in each step. It takes eight minutes of CPU time, and
+less with `--mixed_precision bf16` on a processor that has instructions for it. All scores are free-running. For
+generated scenes, the captions are also parsed, and their objects, attributes and relations are compared with the scene.
+scripts/experiments/captions.toml trains for longer. The second command trains on photographs.
 """
 
 from dataclasses import dataclass, field
@@ -23,7 +22,7 @@ from hf_dl.training.run import TrainingRun
 
 @dataclass
 class Args(captioner.ModelFlags, captioner.CaptionFlags, TrainingArgs):
-    """Flags of this script. The defaults should train for about eight minutes on one CPU core."""
+    """Flags of this script. The defaults train for about eight minutes on one CPU core."""
 
     captions_per_image: int = field(
         default=1, metadata={"help": "Captions per image and step. The backbone runs once for all of them."}
@@ -38,14 +37,14 @@ class Args(captioner.ModelFlags, captioner.CaptionFlags, TrainingArgs):
         default=0.0, metadata={"help": "Weight of the doubly stochastic penalty of Xu et al. (1 there)."}
     )
     num_beams: int = field(default=1, metadata={"help": "Beam size of the test scores; 1 is greedy search."})
-    max_steps: int = 1200
-    batch_size: int = 64
+    max_steps: int = 2400
+    batch_size: int = 32
     learning_rate: float = 2e-3
     weight_decay: float = 0.01
     schedule: Schedule = "cosine"
     warmup_steps: int = 100
     max_grad_norm: float = 5.0
-    eval_every: int = 400
+    eval_every: int = 800
     log_every: int = 50
 
     def __post_init__(self):
