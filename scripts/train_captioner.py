@@ -6,8 +6,8 @@ r"""Train a model that describes images: a convolutional network and an LSTM tha
 
 The first command trains on generated scenes with new captions in each step. It takes eight minutes of CPU time, and
 less with `--mixed_precision bf16` on a processor that has instructions for it. All scores are free-running. For
-generated scenes, the captions are also parsed, and their objects, attributes and relations are compared with the scene.
-scripts/experiments/captions.toml trains for longer. The second command trains on photographs.
+generated scenes, the captions are also parsed, and their objects, attributes and relations are compared with the
+scene. scripts/experiments/captions.toml trains for longer. The second command trains on photographs.
 """
 
 from dataclasses import dataclass, field
