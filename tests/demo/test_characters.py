@@ -53,8 +53,8 @@ def test_a_trained_model_is_kept(root, monkeypatch):
 
 def test_a_training_lowers_the_loss(tmp_path):
     losses = []
-    characters.train("lstm", tmp_path / "lstm", steps=12, report=lambda step, loss, sample: losses.append(loss))
-    assert losses[-1] < losses[0] - 0.1 and len(losses) == 12
+    characters.train("lstm", tmp_path / "lstm", steps=30, report=lambda step, loss, sample: losses.append(loss))
+    assert losses[-1] < losses[0] - 0.5 and len(losses) == 30
     assert characters.load_character_model(str(tmp_path / "lstm")).model.config.forget_bias == 1.0
 
 
