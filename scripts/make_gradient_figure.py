@@ -3,7 +3,7 @@
     scripts/run python scripts/make_gradient_figure.py --output model_cards/gradient_flow_norms.png
 
 It reads the runs of scripts/experiments/gradient_flow.toml with one length and one seed. The weights before training
-are drawn again from the seed of the run, and the flow at a lag of 10 must equal the one that the run measured.
+are drawn again from the seed of the run. The script checks that their flow at a lag of 10 equals the report.
 """
 
 from dataclasses import dataclass, field

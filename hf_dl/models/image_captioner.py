@@ -453,7 +453,7 @@ def word_maps(attention: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
     """Interpolate the attention of words bilinearly to the size of an image.
 
     Each cell of the feature map is placed in the middle of its 8x8 pixels. The strided convolutions center cell i on
-    pixel 8 i, but such cells would not cover the image evenly: a trained model attends to the cell whose pixels have
+    pixel 8 i, but such cells would not cover the image evenly. A trained model attends to the cell whose pixels have
     the object.
 
     Args:

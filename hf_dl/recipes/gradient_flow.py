@@ -305,7 +305,8 @@ def draw_experiment(
         runs: Folder of the runs.
 
     Raises:
-        ValueError: If no run fits, or the flow before training differs from the one that the run measured.
+        FileNotFoundError: If the folder of a run is missing.
+        ValueError: If no run fits, or the flow before training differs from the measurement of the run.
     """
     found = read_report(report)
     panels: dict[str, dict[str, Sequence[float]]] = {"before training": {}, "after training": {}}
@@ -314,6 +315,9 @@ def draw_experiment(
         if cell["status"] != "finished" or (args.length, args.seed) != (length, seed):
             continue
         name, data = cell["flags"]["network"], load_task(args, "test")
+        folder = Path(runs) / found.experiment.name / cell["id"]
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder} does not exist. Run the experiment first, see {report}.")
         set_seed(args.seed)
         new = norms_of(RecurrentForSequenceClassification(make_config(args)), data)
         measured, again = cell["metrics"]["initial_flow_10"], flow_metrics(new, "initial")["initial_flow_10"]
@@ -322,7 +326,7 @@ def draw_experiment(
                 f"{name}: the flow at lag 10 before training is {again:.3f}, but the run measured {measured:.3f}. "
                 "The runs are from other code; run the experiment again."
             )
-        trained = RecurrentForSequenceClassification.from_pretrained(Path(runs) / found.experiment.name / cell["id"])
+        trained = RecurrentForSequenceClassification.from_pretrained(folder)
         panels["before training"][name], panels["after training"][name] = new, norms_of(trained, data)
     if not panels["after training"]:
         raise ValueError(f"{report} has no finished run with length={length} and seed={seed}; run the experiment.")

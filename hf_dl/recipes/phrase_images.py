@@ -141,8 +141,9 @@ class PhraseImages(torch.utils.data.Dataset):
             count: Phrases per image. An image with fewer phrases repeats them.
 
         Returns:
-            Three tensors, on the device of the batch: the index in `phrases` and the position of the image in the
-            batch, int (images * count,) each, and the masks, float32 (images * count, height, width).
+            Three tensors on the device of the batch. The first two are the index in `phrases` and the position of the
+            image in the batch, int (images * count,). The third has the masks, float32 (images * count, height,
+            width).
         """
         index, device = batch["index"].cpu(), batch["masks"].device
         number = self.first[index + 1] - self.first[index]

@@ -148,6 +148,8 @@ def test_the_figure_of_an_experiment_is_drawn_from_its_runs(tmp_path):
     write_report(Report(report.experiment, [cell]), path)
     draw_experiment(path, picture, length=12, seed=3, runs=tmp_path / "runs")
     assert picture.read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(FileNotFoundError, match="Run the experiment first"):
+        draw_experiment(path, picture, length=12, seed=3, runs=tmp_path / "nowhere")
     with pytest.raises(ValueError, match="no finished run with length=12 and seed=4"):
         draw_experiment(path, picture, length=12, seed=4, runs=tmp_path / "runs")
     write_report(Report(report.experiment, [cell | {"metrics": {"initial_flow_10": 7.0}}]), path)
