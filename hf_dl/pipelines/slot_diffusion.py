@@ -252,7 +252,8 @@ class SlotDiffusionPipeline(PortablePipeline):
         """Decode latents to images.
 
         Args:
-            latents: Latents of images, (batch, channels, height, width). In a callback, these are "denoised".
+            latents: Latents of images, (batch, channels, height, width). In a callback, these are "denoised". If the
+                U-Net draws the difference from a painted image, a call also adds detail that no latents have.
             output_type: "pil"; "np" for an array (batch, height, width, channels) in [0, 1]; "pt" for a tensor (batch,
                 channels, height, width) in [0, 1]; or "latent", which returns the latents.
 
@@ -261,16 +262,22 @@ class SlotDiffusionPipeline(PortablePipeline):
         """
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type={output_type!r} is unknown; choose one of {', '.join(OUTPUT_TYPES)}.")
-        return self._decode(latents, output_type, None)
+        return self._decode(latents, output_type)
 
     def _decode(
-        self, latents: torch.Tensor, output_type: str, known: Background | None
+        self,
+        latents: torch.Tensor,
+        output_type: str,
+        known: Background | None = None,
+        lost: torch.Tensor | None = None,
     ) -> list[Image.Image] | np.ndarray | torch.Tensor:
-        """Decode latents, and replace the pixels outside the region of a background."""
+        """Decode latents, add lost detail, and replace the pixels outside the region of a background."""
         if output_type == "latent":
             return latents
         with self._evaluating():
             images = decode_latents(self.autoencoder, latents.to(self.autoencoder.dtype))
+        if lost is not None:
+            images = images + lost.to(images)
         if known is not None:
             images = images.where(known.region, known.pixel_values.to(images))
         return self.image_processor.postprocess(images, output_type=output_type)
@@ -442,7 +449,8 @@ class SlotDiffusionPipeline(PortablePipeline):
                             slots = replaced["slots"]
                             painting = self.paint(slots, keep)
                     bar.update()
-            images = self._decode(self._from_residual(latents, painting), output_type, known)
+            lost = self._lost_detail(slots, keep, painting) if output_type != "latent" else None
+            images = self._decode(self._from_residual(latents, painting), output_type, known, lost)
         self.maybe_free_model_hooks()
         return SlotDiffusionOutput(images=images, slots=slots, keep=keep) if return_dict else (images, slots, keep)
 
@@ -467,6 +475,21 @@ class SlotDiffusionPipeline(PortablePipeline):
             if config.get("layout_channels"):
                 painting["masks"] = painted.masks.to(self._execution_device, self.unet.dtype)
         return painting
+
+    def _lost_detail(
+        self, slots: torch.Tensor, keep: torch.Tensor, painting: Mapping[str, torch.Tensor]
+    ) -> torch.Tensor | None:
+        """Return the detail of the painted images that their latents lose, or None if the U-Net draws whole images.
+
+        A U-Net with `residual_scale` draws the difference from the painted image in latents. The painted image itself
+        need not pass through the autoencoder, so the image is decode(sketch + difference) + (painted - decode(sketch)).
+        Without any difference, this is the painted image.
+        """
+        if not self.unet.config.get("residual_scale"):
+            return None
+        painted = self._paint(slots, keep).reconstruction.clamp(-1, 1)
+        decoded = decode_latents(self.autoencoder, painting["sketch"].to(self.autoencoder.dtype))
+        return painted.to(decoded) - decoded
 
     def _paint(self, slots: torch.Tensor, keep: torch.Tensor | None) -> Any:
         """Call `slot_encoder.paint`. The hooks of accelerate, which load offloaded weights, know only `forward`."""

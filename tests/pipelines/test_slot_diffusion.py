@@ -365,6 +365,17 @@ def test_a_residual_is_added_to_the_sketch():
     torch.testing.assert_close(seen[-1], residual)
 
 
+def test_without_a_difference_the_painted_image_is_drawn_exactly():
+    """The autoencoder is not trained, so decoding the sketch alone would give another image."""
+    pipe, slots = make_painting_pipe(residual_scale=1e-9), torch.randn(2, 3, 12, generator=seeded())
+    keep = torch.tensor([[True, True, True], [True, False, True]])
+    drawn = pipe(slots=slots, keep=keep, generator=seeded(), num_inference_steps=3, output_type="pt").images
+    painted = pipe.slot_encoder.paint(slots, keep).reconstruction.clamp(-1, 1) / 2 + 0.5
+    torch.testing.assert_close(drawn, painted)
+    decoded = pipe.decode(pipe.paint(slots, keep)["sketch"], "pt")
+    assert (decoded - painted).abs().max() > 0.1
+
+
 def test_an_image_is_drawn_from_the_slots_that_it_needs():
     pipe, image = make_painting_pipe(), make_image()
     found = pipe.encode(image)
