@@ -9,7 +9,10 @@
 
 For tokens that are separated by spaces, the scores are equal to pycocoevalcap 1.2, which COCO uses. COCO first runs
 the Java tokenizer of Stanford. `tokenize_caption` follows its rules with one difference: brackets are dropped, where
-COCO keeps "(" as "-lrb-" by mistake. METEOR and SPICE need Java and are not here.
+COCO keeps "(" as "-lrb-" by mistake.
+
+METEOR and SPICE are not here, because their programs need Java. nltk has METEOR in Python, but the version of 2007.
+The same captions of scenes score .844 there and .447 in the program that COCO uses.
 
 `hf_dl.metrics.spaces` publishes a copy of this file, so this file must not import hf_dl.
 """
