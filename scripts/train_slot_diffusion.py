@@ -24,7 +24,7 @@ from hf_dl.models.layers_attention import attention_masks
 from hf_dl.publishing.runs import push_run
 from hf_dl.recipes import slot_diffusion
 from hf_dl.recipes.scene_images import SceneFlags, load_images, to_pixel_values
-from hf_dl.recipes.slot_denoiser import SceneLatents, compute_columns, read_conditions
+from hf_dl.recipes.slot_denoiser import TRAINING_DRAWS, SceneLatents, compute_columns, read_conditions
 from hf_dl.recipes.slot_diffusion_parts import prepare_parts
 from hf_dl.training.args import Schedule, TrainingArgs, parse_args, script_path
 from hf_dl.training.run import TrainingRun
@@ -107,7 +107,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     prepare_parts(args, script_path(Args).parent)
     model = slot_diffusion.make_model(args)
     train, validation, test = (load_images(args, split) for split in ("train", "validation", "test"))
-    data = SceneLatents(train, num_draws=1) if args.cache_latents else train
+    data = SceneLatents(train, num_draws=TRAINING_DRAWS) if args.cache_latents else train
     pretrained = [name for name in ("slot_encoder", "decoder") if getattr(model, name, None) is not None]
     rates = {f"{name}.": args.encoder_learning_rate for name in pretrained}  # the U-Net has args.learning_rate
     run = TrainingRun(args, model, data, collate=as_is, learning_rates=rates)
@@ -121,8 +121,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
     for batch in run:
         pixel_values = to_pixel_values(batch["image"], run.device)  # (batch, 3, height, width), in [-1, 1]
-        known = batch if args.cache_latents else compute_columns(model, pixel_values, num_draws=1)
-        # z, (batch, channels, rows, columns): the latents, or with --residual (latents - sketch) / their spread.
+        known = batch if args.cache_latents else compute_columns(model, pixel_values, num_draws=TRAINING_DRAWS)
+        # z, (batch, channels, rows, columns): the latents, or with --residual (latents - sketch) / their scale.
         latents = known["latents"].to(run.device)
 
         # Noisy latents: z_t = sqrt(a_t) z + sqrt(1 - a_t) noise, with a_t = (1 - beta_1) ... (1 - beta_t).

@@ -57,6 +57,10 @@ ARCHITECTURES = {
 """Arguments of `SlotUNetModel` by name: `SlotUNetModel(**ARCHITECTURES["clevrtex"])`."""
 
 
+GROUND_SHARE = 1e-3
+"""Added to the share of objects in a patch, so that the scale of the ground is above 0."""
+
+
 @dataclass
 class SlotUNetOutput(BaseOutput):
     """Output of `SlotUNetModel`.
@@ -114,6 +118,8 @@ class SlotUNetModel(ModelMixin, ConfigMixin):
         residual_scale: If above 0, the U-Net works with (latents - sketch) / `residual_scale`. It then only draws the
             difference from the sketch, and its errors shrink with this difference (Whang et al. 2022, "Deblurring via
             Stochastic Refinement"). See `to_residual` and `from_residual`.
+        residual_power: If above 0, the scale depends on the place: the sketch of the ground needs smaller changes than
+            the sketch of objects. See `residual_scales`. Needs `residual_scale` and `layout_channels`.
 
     Raises:
         ValueError: If the sizes do not fit together.
@@ -150,6 +156,7 @@ class SlotUNetModel(ModelMixin, ConfigMixin):
         sketch_channels: int = 0,
         layout_channels: int = 0,
         residual_scale: float = 0.0,
+        residual_power: float = 0.0,
     ):
         super().__init__()
         self._check_config()
@@ -220,13 +227,17 @@ class SlotUNetModel(ModelMixin, ConfigMixin):
         ):
             if config[name] < 1:
                 raise ValueError(f"{name}={config[name]} must be at least 1.")
-        for name in ("sketch_channels", "layout_channels", "residual_scale"):
+        for name in ("sketch_channels", "layout_channels", "residual_scale", "residual_power"):
             if not config[name] >= 0:
                 raise ValueError(f"{name}={config[name]} must be 0 or above.")
         if config.residual_scale and config.sketch_channels != config.in_channels:
             raise ValueError(
                 f"residual_scale={config.residual_scale} needs a sketch with the channels of the latents: "
                 f"sketch_channels={config.sketch_channels} must be in_channels={config.in_channels}."
+            )
+        if config.residual_power and not config.layout_channels:
+            raise ValueError(
+                f"residual_power={config.residual_power} needs masks of the slots: layout_channels=0 must be above 0."
             )
         if config.position_frequencies is not None and config.position_frequencies < 0:
             raise ValueError(f"position_frequencies={config.position_frequencies} must be None or at least 0.")
@@ -324,15 +335,57 @@ class SlotUNetModel(ModelMixin, ConfigMixin):
             return self._gradient_checkpointing_func(layer, *args)
         return layer(*args)
 
-    def to_residual(self, latents: torch.Tensor, sketch: torch.Tensor | None) -> torch.Tensor:
-        """Return the latents that the U-Net works with, from the latents of images; see `residual_scale`."""
-        scale = self.config.residual_scale
-        return (latents - sketch.to(latents)) / scale if scale else latents
+    def to_residual(
+        self, latents: torch.Tensor, sketch: torch.Tensor | None, masks: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return the latents that the U-Net works with, from the latents of images; see `residual_scale`.
 
-    def from_residual(self, latents: torch.Tensor, sketch: torch.Tensor | None) -> torch.Tensor:
+        Args:
+            latents: (batch, channels, rows, columns).
+            sketch: Latents of the painted images, of the same shape.
+            masks: The mask of each slot, for `residual_scales`.
+
+        Returns:
+            The shape of `latents`.
+        """
+        return (latents - sketch) / self.residual_scales(masks) if self.config.residual_scale else latents
+
+    def from_residual(
+        self, latents: torch.Tensor, sketch: torch.Tensor | None, masks: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Return the latents of images, the inverse of `to_residual`."""
-        scale = self.config.residual_scale
-        return sketch.to(latents) + scale * latents if scale else latents
+        if not self.config.residual_scale:
+            return latents
+        return sketch.to(latents) + self.residual_scales(masks) * latents
+
+    def residual_scales(self, masks: torch.Tensor | None) -> torch.Tensor | float:
+        """Compute the scale of the difference from the sketch at each place.
+
+        Let g(x) be the share of the ground in a patch of latents: the mean of the largest mask. The scale is
+
+            residual_scale * (1 - g(x) + 0.001)^residual_power.
+
+        With one scale for all places, small errors of the U-Net would be visible as grain on the ground. Lee et al.
+        2022, "PriorGrad", adapt the noise of diffusion to the data as well.
+
+        Args:
+            masks: The mask of each slot, (batch, slots, height, width).
+
+        Returns:
+            (batch, 1, sample_size, sample_size), or `residual_scale` if `residual_power` is 0.
+        """
+        config = self.config
+        if not config.residual_power:
+            return config.residual_scale
+        return config.residual_scale * self.object_share(masks).pow(config.residual_power)
+
+    def object_share(self, masks: torch.Tensor) -> torch.Tensor:
+        """Return 1 - g(x) + 0.001 of `residual_scales`, (batch, 1, sample_size, sample_size)."""
+        config = self.config
+        areas = F.adaptive_avg_pool2d(masks.float(), config.sample_size // config.patch_size)
+        largest = areas.mean((2, 3)).argmax(dim=1)
+        ground = areas[torch.arange(len(areas), device=areas.device), largest, None]
+        return F.interpolate(1 - ground + GROUND_SHARE, scale_factor=config.patch_size, mode="nearest")
 
     def _gather_inputs(
         self, sample: torch.Tensor, slots: torch.Tensor, sketch: torch.Tensor | None, masks: torch.Tensor | None

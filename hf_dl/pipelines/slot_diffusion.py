@@ -500,10 +500,10 @@ class SlotDiffusionPipeline(PortablePipeline):
         return hook.post_forward(encoder, encoder.paint(slots, keep))
 
     def _to_residual(self, latents: torch.Tensor, painting: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        return self.unet.to_residual(latents, painting["sketch"]) if "sketch" in painting else latents
+        return self.unet.to_residual(latents, **painting) if "sketch" in painting else latents
 
     def _from_residual(self, latents: torch.Tensor, painting: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        return self.unet.from_residual(latents, painting["sketch"]) if "sketch" in painting else latents
+        return self.unet.from_residual(latents, **painting) if "sketch" in painting else latents
 
     def _is_ancestral(self) -> bool:
         config = self.scheduler.config

@@ -23,7 +23,9 @@ from hf_dl.pipelines.slot_diffusion import SlotDiffusionPipeline
 
 from .scene_images import to_pixel_values
 
+TRAINING_DRAWS = 2  # draws of the initial slots per training image; with one, the sketch misses more objects
 RESIDUAL_IMAGES = 512  # number of training images that the scale of the residual is measured on
+RESIDUAL_POWERS = tuple(step / 20 for step in range(13))  # candidates of `residual_power`
 COLUMNS = {"masks": "slot_masks"}  # names of the conditions that differ from their names in a batch
 
 
@@ -161,25 +163,37 @@ class SlotDenoiser(nn.Module):
             painting["masks"] = F.adaptive_avg_pool2d(painting["masks"], size)
         return Conditions(output.slots, output.keep, output.attentions[-1], **painting)
 
-    def measure_residual(self, scenes: ImageTensors) -> float:
-        """Measure the root mean square of latents - sketch on images, and write it into the config of the U-Net.
+    def measure_residual(self, scenes: ImageTensors) -> tuple[float, float]:
+        """Measure the scale of latents - sketch on images, and write it into the config of the U-Net.
+
+        With masks, the scale depends on the share of objects by a power, see `SlotUNetModel.residual_scales`. The
+        power maximizes the likelihood of the differences as independent normal variables of this scale.
 
         Args:
             scenes: Training images. The first `RESIDUAL_IMAGES` are used.
 
         Returns:
-            The `residual_scale` of the U-Net.
+            `residual_scale`, with which the mean square of the differences is 1, and `residual_power`.
         """
-        squares = []
+        squares, shares = [], []
         for first in range(0, min(RESIDUAL_IMAGES, len(scenes)), 64):
             rows = range(first, min(first + 64, RESIDUAL_IMAGES, len(scenes)))
             pixel_values = to_pixel_values(scenes.__getitems__(rows)["image"], self.autoencoder.device)
             with torch.no_grad():
                 latents = encode_latents(self.autoencoder, pixel_values).float()
-            squares.append((latents - self.condition(pixel_values, num_draws=1).sketch).square().mean((1, 2, 3)))
-        scale = max(torch.cat(squares).mean().sqrt().item(), 1e-6)
-        self.unet.register_to_config(residual_scale=scale)
-        return scale
+            known = self.condition(pixel_values, num_draws=TRAINING_DRAWS)
+            squares.append((latents - known.sketch).square().mean(1, keepdim=True))
+            if known.masks is not None:
+                shares.append(self.unet.object_share(known.masks))
+        squares = torch.cat(squares)
+        powers = RESIDUAL_POWERS if shares else (0.0,)
+        share = torch.cat(shares) if shares else torch.ones_like(squares)
+        scales = [(squares / share.pow(2 * power)).mean().sqrt().clamp_min(1e-6) for power in powers]
+        # -log likelihood per latent, up to a constant: log scale + power * mean log share
+        costs = [scale.log() + power * share.log().mean() for power, scale in zip(powers, scales, strict=True)]
+        best = int(torch.stack(costs).argmin())
+        self.unet.register_to_config(residual_scale=scales[best].item(), residual_power=powers[best])
+        return scales[best].item(), powers[best]
 
     @property
     def autoencoder(self) -> AutoencoderKL | VQModel:
@@ -260,7 +274,7 @@ def compute_columns(
     if not model.train_slots:
         conditions = model.condition(pixel_values, num_draws=num_draws)._asdict()
         if conditions["sketch"] is not None:
-            columns["latents"] = model.unet.to_residual(columns["latents"], conditions["sketch"])
+            columns["latents"] = model.unet.to_residual(columns["latents"], conditions["sketch"], conditions["masks"])
         columns |= {COLUMNS.get(name, name): value for name, value in conditions.items() if value is not None}
     return columns
 

@@ -247,6 +247,25 @@ def test_the_residual_is_the_scaled_difference_from_the_sketch():
     assert plain.to_residual(latents, None) is latents and plain.from_residual(latents, None) is latents
 
 
+def test_the_ground_has_a_smaller_scale():
+    unet = make_unet(sketch_channels=3, layout_channels=2, patch_size=2, residual_scale=0.5, residual_power=0.5)
+    masks = torch.zeros(2, 3, 16, 16)
+    masks[0, 1], masks[1, 2] = 1, 1  # the ground is slot 1 in the first image, and slot 2 in the second
+    masks[:, 0, :4, :4] = 1  # an object
+    masks[:, 1:, :4, :4] = 0
+    masks[0, :2, 12:, 12:] = 0.5  # half an object
+    scales = unet.residual_scales(masks)
+    assert scales.shape == (2, 1, 8, 8)
+    expected = torch.full((2, 1, 8, 8), 0.5 * 0.001**0.5)
+    expected[:, :, :2, :2] = 0.5 * 1.001**0.5
+    expected[0, :, 6:, 6:] = 0.5 * 0.501**0.5
+    torch.testing.assert_close(scales, expected)
+    latents, sketch = torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 8)
+    residual = unet.to_residual(latents, sketch, masks)
+    torch.testing.assert_close(residual, (latents - sketch) / expected)
+    torch.testing.assert_close(unet.from_residual(residual, sketch, masks), latents)
+
+
 def test_slots_are_painted_where_their_masks_are():
     unet = make_unet(layout_channels=5)
     inputs = []
@@ -322,6 +341,10 @@ def test_named_networks_are_what_they_say():
         ({"layout_channels": -1}, "layout_channels=-1 must be 0 or above"),
         ({"residual_scale": -0.5}, "residual_scale=-0.5 must be 0 or above"),
         ({"residual_scale": 0.5, "sketch_channels": 2}, "sketch_channels=2 must be in_channels=3"),
+        (
+            {"residual_power": 0.5},
+            "residual_power=0.5 needs the masks of the slots: layout_channels=0 must be above 0",
+        ),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(fields, message):

@@ -18,7 +18,7 @@ from hf_dl.models.slot_library import SlotLibrary
 from hf_dl.pipelines.slot_diffusion import SlotDiffusionPipeline
 from hf_dl.recipes import slot_diffusion, slot_diffusion_parts
 from hf_dl.recipes.scene_images import SceneFlags, load_images, to_pixel_values
-from hf_dl.recipes.slot_denoiser import SceneLatents, SlotDenoiser, read_conditions
+from hf_dl.recipes.slot_denoiser import RESIDUAL_POWERS, TRAINING_DRAWS, SceneLatents, SlotDenoiser, read_conditions
 from hf_dl.reporting.card import read_card
 from hf_dl.reporting.experiment import read_experiment
 from scripts import evaluate_slot_diffusion, run_experiment, train_slot_diffusion
@@ -364,13 +364,38 @@ def test_the_residual_of_training_images_has_unit_spread(autoencoder):
     scenes = load_images(SceneFlags(image_size=32, num_train=70), "train")
     parts = {"autoencoder": autoencoder, "slot_encoder": str(Path(autoencoder).with_name("slots")), "num_slots": 3}
     model = slot_diffusion.make_model(train_slot_diffusion.Args(image_size=32, **parts))
-    before = SceneLatents(scenes, model, num_draws=1)
-    scale = model.measure_residual(scenes)
-    assert scale == pytest.approx((before.columns["latents"] - before.columns["sketch"]).square().mean().sqrt().item())
-    after = SceneLatents(scenes, model, num_draws=1)
+    before = SceneLatents(scenes, model, num_draws=TRAINING_DRAWS)
+    scale, power = model.measure_residual(scenes)
+    config = model.unet.config
+    assert (config.residual_scale, config.residual_power) == (scale, power) and power in RESIDUAL_POWERS
+    difference = before.columns["latents"] - before.columns["sketch"]
+    share = model.unet.object_share(before.columns["slot_masks"])
+    assert scale == pytest.approx((difference / share**power).square().mean().sqrt().item())
+    after = SceneLatents(scenes, model, num_draws=TRAINING_DRAWS)
     assert after.columns["latents"].square().mean().item() == pytest.approx(1, rel=1e-3)
-    again = model.unet.from_residual(after.columns["latents"], after.columns["sketch"])
-    torch.testing.assert_close(again, before.columns["latents"], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(after.columns["latents"], difference / (scale * share**power), rtol=1e-4, atol=1e-4)
+    columns = [after.columns[name] for name in ("latents", "sketch", "slot_masks")]
+    torch.testing.assert_close(model.unet.from_residual(*columns), before.columns["latents"], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("power", [0.0, 0.25, 0.5])
+def test_the_power_of_the_residual_is_that_of_the_differences(autoencoder, monkeypatch, power):
+    """The differences are drawn with a known scale: the fit finds its power and its factor."""
+    scenes = load_images(SceneFlags(image_size=32, num_train=70), "train")
+    parts = {"autoencoder": autoencoder, "slot_encoder": str(Path(autoencoder).with_name("slots")), "num_slots": 3}
+    model = slot_diffusion.make_model(train_slot_diffusion.Args(image_size=32, **parts))
+    generator, condition = torch.Generator().manual_seed(0), model.condition
+
+    def draw(pixel_values, num_draws):
+        known = condition(pixel_values, num_draws=num_draws)
+        masks = (6 * torch.randn(known.masks.shape, generator=generator)).softmax(dim=1)
+        clean = encode_latents(model.autoencoder, pixel_values)
+        noise = torch.randn(clean.shape, generator=generator)
+        return known._replace(masks=masks, sketch=clean - 0.3 * model.unet.object_share(masks) ** power * noise)
+
+    monkeypatch.setattr(model, "condition", draw)
+    scale, found = model.measure_residual(scenes)
+    assert found == pytest.approx(power, abs=0.051) and scale == pytest.approx(0.3, rel=0.05)
 
 
 @pytest.mark.parametrize("train_slots", [False, True])
