@@ -343,7 +343,7 @@ def test_named_networks_are_what_they_say():
         ({"residual_scale": 0.5, "sketch_channels": 2}, "sketch_channels=2 must be in_channels=3"),
         (
             {"residual_power": 0.5},
-            "residual_power=0.5 needs the masks of the slots: layout_channels=0 must be above 0",
+            "residual_power=0.5 needs masks of the slots: layout_channels=0 must be above 0",
         ),
     ],
 )
