@@ -120,6 +120,7 @@ class SlotUNetModel(ModelMixin, ConfigMixin):
             Stochastic Refinement"). See `to_residual` and `from_residual`.
         residual_power: If above 0, the scale depends on the place: the sketch of the ground needs smaller changes than
             the sketch of objects. See `residual_scales`. Needs `residual_scale` and `layout_channels`.
+        temperature: The factor of the noise that `SlotDiffusionPipeline` samples with by default.
 
     Raises:
         ValueError: If the sizes do not fit together.
@@ -157,6 +158,7 @@ class SlotUNetModel(ModelMixin, ConfigMixin):
         layout_channels: int = 0,
         residual_scale: float = 0.0,
         residual_power: float = 0.0,
+        temperature: float = 1.0,
     ):
         super().__init__()
         self._check_config()
@@ -227,7 +229,7 @@ class SlotUNetModel(ModelMixin, ConfigMixin):
         ):
             if config[name] < 1:
                 raise ValueError(f"{name}={config[name]} must be at least 1.")
-        for name in ("sketch_channels", "layout_channels", "residual_scale", "residual_power"):
+        for name in ("sketch_channels", "layout_channels", "residual_scale", "residual_power", "temperature"):
             if not config[name] >= 0:
                 raise ValueError(f"{name}={config[name]} must be 0 or above.")
         if config.residual_scale and config.sketch_channels != config.in_channels:

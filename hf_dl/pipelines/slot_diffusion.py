@@ -310,6 +310,7 @@ class SlotDiffusionPipeline(PortablePipeline):
         num_inference_steps: int | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
+        temperature: float | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[..., dict[str, torch.Tensor] | None]
@@ -338,6 +339,9 @@ class SlotDiffusionPipeline(PortablePipeline):
             generator: Source of the noise, or a list of one generator per image.
             latents: Initial standard normal noise, (batch, channels, height, width). Drawn from `generator` by
                 default.
+            temperature: Factor of the initial noise, and of the noise of ancestral steps. Below 1, images have less
+                detail and are closer to their mean (Kingma & Dhariwal 2018, "Glow", section 6). Defaults to the
+                `temperature` in the config of the U-Net, or 1.
             output_type: Format of the images; see `decode`.
             return_dict: Whether to return a `SlotDiffusionOutput` instead of the tuple (images, slots, keep).
             callback_on_step_end: Called as `f(pipe, step, timestep, tensors)` after each step. It may return a dict
@@ -357,6 +361,9 @@ class SlotDiffusionPipeline(PortablePipeline):
             raise ValueError("Pass either image or slots.")
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type={output_type!r} is unknown; choose one of {', '.join(OUTPUT_TYPES)}.")
+        temperature = self.unet.config.get("temperature", 1.0) if temperature is None else temperature
+        if not temperature >= 0:
+            raise ValueError(f"temperature={temperature} must be 0 or above.")
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
@@ -399,7 +406,7 @@ class SlotDiffusionPipeline(PortablePipeline):
                     "of training."
                 )
             scheduler.set_timesteps(steps, device=device)
-            start = self._begin(len(slots), generator, latents)
+            start = self._begin(len(slots), generator, latents) * temperature
             latents = start * scheduler.init_noise_sigma
             times = scheduler.timesteps.tolist()
             self._num_timesteps, self._interrupt = len(times), False
@@ -426,7 +433,7 @@ class SlotDiffusionPipeline(PortablePipeline):
                         earlier = alphas[times[step + 1]] if step + 1 < len(times) else torch.ones_like(alpha)
                         noise = None
                         if times[step] > 0:
-                            noise = randn_tensor(latents.shape, generator, device, latents.dtype)
+                            noise = randn_tensor(latents.shape, generator, device, latents.dtype) * temperature
                         latents = ancestral_step(latents, epsilon, alpha, earlier, noise)
                     else:
                         latents = scheduler.step(predicted, timestep, latents, **extra).prev_sample
@@ -578,7 +585,7 @@ class SlotDiffusionPipeline(PortablePipeline):
             blend: Whether to keep the pixels of the image where the edited slots are not, see `edited_region`. Needs a
                 `SlotAutoencoderModel`.
             return_dict: Whether to return a `SlotDiffusionOutput` instead of a tuple.
-            **kwargs: Further arguments of a call: num_inference_steps, latents, output_type, callbacks.
+            **kwargs: Further arguments of a call: num_inference_steps, latents, temperature, output_type, callbacks.
 
         Returns:
             See `SlotDiffusionOutput`, with `originals`; or the tuple (images, slots, keep, originals).
@@ -654,7 +661,7 @@ class SlotDiffusionPipeline(PortablePipeline):
             mode: See `SlotLibrary.sample`.
             num_objects: See `SlotLibrary.sample`.
             max_iou: See `SlotLibrary.sample`.
-            **kwargs: Further arguments of a call: num_inference_steps, latents, output_type, callbacks.
+            **kwargs: Further arguments of a call: num_inference_steps, latents, temperature, output_type, callbacks.
 
         Returns:
             See `SlotDiffusionOutput`.

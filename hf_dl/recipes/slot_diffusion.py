@@ -121,6 +121,10 @@ class DiffusionFlags(SlotFlags, DrawFlags):
     residual: bool = field(
         default=True, metadata={"help": "With a sketch: draw the difference from the sketch, not the whole image."}
     )
+    temperature: float = field(
+        default=0.3,
+        metadata={"help": "With residual: factor of the noise in sampling. It is saved with the model. Else it is 1."},
+    )
     layout_channels: int = field(
         default=32, metadata={"help": "Channels of the slots that the U-Net gets where their masks are; 0: none."}
     )
@@ -190,6 +194,7 @@ def check_flags(flags: Any) -> None:
         "area_penalty",
         "matching_weight",
         "matching_power",
+        "temperature",
         "layout_channels",
         "min_snr",
     ):
@@ -311,6 +316,8 @@ def make_model(args: Any, autoencoder: AutoencoderKL | VQModel | None = None) ->
     }
     if args.sketch:
         fields["sketch_channels"] = fields["in_channels"]
+        if args.residual:
+            fields["temperature"] = args.temperature
     fields["layout_channels"] = args.layout_channels
     halvings = sizes_of["sample_size"] / fields["sample_size"]
     sizes = sizes_of["attention_resolutions"]

@@ -340,6 +340,7 @@ def test_named_networks_are_what_they_say():
         ({"sketch_channels": -1}, "sketch_channels=-1 must be 0 or above"),
         ({"layout_channels": -1}, "layout_channels=-1 must be 0 or above"),
         ({"residual_scale": -0.5}, "residual_scale=-0.5 must be 0 or above"),
+        ({"temperature": -0.5}, "temperature=-0.5 must be 0 or above"),
         ({"residual_scale": 0.5, "sketch_channels": 2}, "sketch_channels=2 must be in_channels=3"),
         (
             {"residual_power": 0.5},

@@ -365,6 +365,30 @@ def test_a_residual_is_added_to_the_sketch():
     torch.testing.assert_close(seen[-1], residual)
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning")
+@pytest.mark.parametrize("scheduler", [DDPMScheduler, DPMSolverMultistepScheduler])
+def test_the_temperature_scales_the_noise(scheduler):
+    """Noise of half the size, or the temperature .5; the config of the U-Net has the default."""
+    pipe, slots = make_painting_pipe(), torch.randn(1, 3, 12, generator=seeded())
+    pipe.scheduler = scheduler.from_config(noise_schedule().config)
+    noise = torch.randn(1, 3, 4, 4, generator=seeded())
+    options = {"slots": slots, "num_inference_steps": 4, "output_type": "latent"}
+    half = pipe(**options, latents=noise, temperature=0.5, generator=seeded()).images
+    same = pipe(**options, latents=noise * 0.5, temperature=1.0, generator=seeded()).images
+    full = pipe(**options, latents=noise, generator=seeded()).images
+    if scheduler is DPMSolverMultistepScheduler:
+        torch.testing.assert_close(half, same)
+    else:
+        assert (half - same).abs().max() > 1e-3  # the steps add noise as well
+    assert (half - full).abs().max() > 1e-3
+    pipe.unet.register_to_config(temperature=0.5)
+    torch.testing.assert_close(pipe(**options, latents=noise, generator=seeded()).images, half)
+    still = [pipe(**options, temperature=0, generator=seeded(seed)).images for seed in (0, 1)]
+    torch.testing.assert_close(*still)
+    with pytest.raises(ValueError, match="temperature=-1 must be 0 or above"):
+        pipe(**options, temperature=-1)
+
+
 def test_without_a_difference_the_painted_image_is_drawn_exactly():
     """The autoencoder is not trained, so decoding the sketch alone would give another image."""
     pipe, slots = make_painting_pipe(residual_scale=1e-9), torch.randn(2, 3, 12, generator=seeded())
