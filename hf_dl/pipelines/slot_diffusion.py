@@ -489,8 +489,8 @@ class SlotDiffusionPipeline(PortablePipeline):
         """Return the detail of the painted images that their latents lose, or None if the U-Net draws whole images.
 
         A U-Net with `residual_scale` draws the difference from the painted image in latents. The painted image itself
-        need not pass through the autoencoder. So the image is decode(sketch + difference) + painted - decode(sketch),
-        which is the painted image if there is no difference.
+        need not pass through the autoencoder. So the image is decode(sketch + difference) + painted - decode(sketch).
+        Without a difference, this is the painted image.
         """
         if not self.unet.config.get("residual_scale"):
             return None
