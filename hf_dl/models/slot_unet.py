@@ -350,7 +350,9 @@ class SlotUNetModel(ModelMixin, ConfigMixin):
         Returns:
             The shape of `latents`.
         """
-        return (latents - sketch) / self.residual_scales(masks) if self.config.residual_scale else latents
+        if not self.config.residual_scale:
+            return latents
+        return (latents - sketch.to(latents)) / self.residual_scales(masks)
 
     def from_residual(
         self, latents: torch.Tensor, sketch: torch.Tensor | None, masks: torch.Tensor | None = None
@@ -375,10 +377,15 @@ class SlotUNetModel(ModelMixin, ConfigMixin):
 
         Returns:
             (batch, 1, sample_size, sample_size), or `residual_scale` if `residual_power` is 0.
+
+        Raises:
+            ValueError: If the masks are missing.
         """
         config = self.config
         if not config.residual_power:
             return config.residual_scale
+        if masks is None:
+            raise ValueError(f"masks is missing, but residual_power={config.residual_power} needs it; pass the masks.")
         return config.residual_scale * self.object_share(masks).pow(config.residual_power)
 
     def object_share(self, masks: torch.Tensor) -> torch.Tensor:

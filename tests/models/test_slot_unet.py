@@ -264,6 +264,10 @@ def test_the_ground_has_a_smaller_scale():
     residual = unet.to_residual(latents, sketch, masks)
     torch.testing.assert_close(residual, (latents - sketch) / expected)
     torch.testing.assert_close(unet.from_residual(residual, sketch, masks), latents)
+    half = unet.to_residual(latents, sketch.bfloat16(), masks)
+    assert half.dtype == torch.float32
+    with pytest.raises(ValueError, match="masks is missing, but residual_power=0.5 needs it; pass the masks"):
+        unet.to_residual(latents, sketch)
 
 
 def test_slots_are_painted_where_their_masks_are():
