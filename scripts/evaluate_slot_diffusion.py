@@ -27,6 +27,9 @@ class Args(slot_diffusion.DrawFlags, SceneFlags):
     model: str = field(default="runs/train_slot_diffusion", metadata={"help": "Folder or Hub id of the pipeline."})
     output_dir: str = field(default="", metadata={"help": "Folder for the results; default: the pipeline's folder."})
 
+    def __post_init__(self):
+        slot_diffusion.check_draw_flags(self)
+
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Score the attention masks, draw images, and write the results."""

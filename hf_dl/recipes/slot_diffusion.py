@@ -75,6 +75,7 @@ CURVES = {
     "loss of the denoiser": {"training": "denoising", "validation": "val_loss"},
     "attention masks": {"foreground ARI": "val_attention_fg_ari", "ARI": "val_attention_ari"},
 }
+PLAIN_TEMPERATURE = 0.3  # with all of the noise, a small U-Net makes plain objects mottled
 LIBRARY_IMAGES = 2000  # number of training images whose slots fill the slot library
 
 
@@ -86,6 +87,13 @@ class DrawFlags:
         default=200, metadata={"help": "Number of test images that are redrawn, and of images that are composed."}
     )
     num_inference_steps: int = field(default=20, metadata={"help": "Steps of DPM-Solver++ per image."})
+    temperature: float | None = field(
+        default=None,
+        metadata={
+            "help": "Factor of the noise in sampling. Training saves it with the model; default: 0.3 for plain "
+            "synthetic scenes with residual, else 1. In evaluation, the default is the value of the model."
+        },
+    )
     perceptual: str = field(default="random", metadata={"help": PERCEPTUAL_HELP})
 
 
@@ -120,10 +128,6 @@ class DiffusionFlags(SlotFlags, DrawFlags):
     )
     residual: bool = field(
         default=True, metadata={"help": "With a sketch: draw the difference from the sketch, not the whole image."}
-    )
-    temperature: float = field(
-        default=0.3,
-        metadata={"help": "With residual: factor of the noise in sampling. It is saved with the model. Else it is 1."},
     )
     layout_channels: int = field(
         default=32, metadata={"help": "Channels of the slots that the U-Net gets where their masks are; 0: none."}
@@ -194,17 +198,32 @@ def check_flags(flags: Any) -> None:
         "area_penalty",
         "matching_weight",
         "matching_power",
-        "temperature",
         "layout_channels",
         "min_snr",
     ):
         if not getattr(flags, name) >= 0:
             raise ValueError(f"{name}={getattr(flags, name)} must be 0 or above.")
-    for name in ("encoder_learning_rate", "num_timesteps", "num_drawn", "num_inference_steps"):
+    check_draw_flags(flags)
+    for name in ("encoder_learning_rate", "num_timesteps"):
         if not getattr(flags, name) > 0:
             raise ValueError(f"{name}={getattr(flags, name)} must be above 0.")
+
+
+def check_draw_flags(flags: Any) -> None:
+    """Validate the flags of the final images.
+
+    Args:
+        flags: `DrawFlags`.
+
+    Raises:
+        ValueError: If a flag is out of range.
+    """
     if flags.num_drawn < 2:
         raise ValueError(f"num_drawn={flags.num_drawn} must be at least 2: FID compares sets of images.")
+    if flags.num_inference_steps < 1:
+        raise ValueError(f"num_inference_steps={flags.num_inference_steps} must be at least 1.")
+    if flags.temperature is not None and not 0 <= flags.temperature < math.inf:
+        raise ValueError(f"temperature={flags.temperature} must be 0 or above.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -316,8 +335,10 @@ def make_model(args: Any, autoencoder: AutoencoderKL | VQModel | None = None) ->
     }
     if args.sketch:
         fields["sketch_channels"] = fields["in_channels"]
-        if args.residual:
-            fields["temperature"] = args.temperature
+        if args.residual and args.temperature is None and args.source == "synthetic" and args.style == "plain":
+            fields["temperature"] = PLAIN_TEMPERATURE
+    if args.temperature is not None:
+        fields["temperature"] = args.temperature
     fields["layout_channels"] = args.layout_channels
     halvings = sizes_of["sample_size"] / fields["sample_size"]
     sizes = sizes_of["attention_resolutions"]
@@ -423,7 +444,7 @@ def draw_and_measure(
     measure = perceptual.load(args.perceptual)
     original = pipe.scheduler
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(original.config, solver_order=2)
-    options = {"num_inference_steps": args.num_inference_steps, "output_type": "pt"}
+    options = {"num_inference_steps": args.num_inference_steps, "temperature": args.temperature, "output_type": "pt"}
     images = test.__getitems__(range(min(args.num_drawn, len(test))))["image"]
     generator = torch.Generator().manual_seed(0)
     made = {"reconstruction": []}
@@ -442,7 +463,7 @@ def draw_and_measure(
     ]
     columns = [list(column) for column in zip(*rows, strict=True)]
     image_grid(columns, folder / "reconstructions.png", labels=["test images", "segments", "redrawn"])
-    _draw_edits(pipe, images, folder / "edits.png", args.num_inference_steps)
+    _draw_edits(pipe, images, folder / "edits.png", options)
 
     slots, masks = [], []
     for first in range(0, min(LIBRARY_IMAGES, len(train)), 64):
@@ -473,10 +494,9 @@ def draw_and_measure(
     return {**metrics, "drawn_images": float(len(images))}
 
 
-def _draw_edits(pipe: SlotDiffusionPipeline, images: torch.Tensor, path: Path, num_inference_steps: int) -> None:
+def _draw_edits(pipe: SlotDiffusionPipeline, images: torch.Tensor, path: Path, options: dict[str, Any]) -> None:
     """Draw the first images complete and without each of their slots, from the same noise."""
     rows, size = [], pipe.unet.config.sample_size
-    options = {"num_inference_steps": num_inference_steps, "output_type": "pt"}
     for number in range(min(4, len(images))):
         pixel_values = to_pixel_values(images[number : number + 1], pipe.device)
         found = pipe.encode(pixel_values)

@@ -196,6 +196,9 @@ def test_the_saved_pipeline_reproduces_the_test_scores(finished, tmp_path, capsy
         assert found[name] == pytest.approx(metrics[name], rel=2e-2, abs=1e-6), name
     assert json.loads((tmp_path / "evaluation.json").read_text())["metrics"] == found
     assert "reconstruction_mse" in capsys.readouterr().out
+    noisy = evaluate_slot_diffusion.main([*flags, "--num_inference_steps=2", "--temperature=3"])
+    assert noisy["test_loss"] == found["test_loss"]
+    assert noisy["reconstruction_mse"] != pytest.approx(found["reconstruction_mse"], rel=1e-3)
 
 
 def test_diffusers_own_unet_takes_its_place(autoencoder, tmp_path):
@@ -376,6 +379,23 @@ def test_the_residual_of_training_images_has_unit_spread(autoencoder):
     torch.testing.assert_close(after.columns["latents"], difference / (scale * share**power), rtol=1e-4, atol=1e-4)
     columns = [after.columns[name] for name in ("latents", "sketch", "slot_masks")]
     torch.testing.assert_close(model.unet.from_residual(*columns), before.columns["latents"], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "flags, temperature",
+    [
+        ({}, 0.3),
+        ({"residual": False}, 1.0),
+        ({"style": "textured"}, 1.0),
+        ({"source": "photos"}, 1.0),
+        ({"style": "textured", "temperature": 0.5}, 0.5),
+        ({"residual": False, "temperature": 0.0}, 0.0),
+    ],
+)
+def test_the_temperature_depends_on_the_scenes(autoencoder, flags, temperature):
+    parts = {"autoencoder": autoencoder, "slot_encoder": str(Path(autoencoder).with_name("slots")), "num_slots": 3}
+    model = slot_diffusion.make_model(train_slot_diffusion.Args(image_size=32, **parts, **flags))
+    assert model.unet.config.temperature == temperature
 
 
 @pytest.mark.parametrize("power", [0.0, 0.25, 0.5])
@@ -600,6 +620,8 @@ class TestParts:
         (["--matching_weight=-1"], "matching_weight=-1.0 must be 0 or above"),
         (["--matching_power=-1"], "matching_power=-1.0 must be 0 or above"),
         (["--num_drawn=1"], "num_drawn=1 must be at least 2"),
+        (["--num_inference_steps=0"], "num_inference_steps=0 must be at least 1"),
+        (["--temperature=-1"], "temperature=-1.0 must be 0 or above"),
         (["--num_slots=0"], "num_slots=0"),
         (["--denoiser=unet3d"], "invalid choice: 'unet3d'"),
         (["--architecture=without_frames", "--image_size=33"], "image_size=33"),
