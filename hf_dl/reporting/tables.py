@@ -278,14 +278,17 @@ def claims_table(report: Report) -> str:
 
 
 def _caption(report: Report, groups: Sequence[Group]) -> str:
-    metrics, seeds = report.table.value, len(report.experiment.seeds)
+    metrics, planned = report.table.value, len(report.experiment.seeds)
+    seeds = max((len(group.finished) for group in groups), default=0)
     finished, total = sum(len(group.finished) for group in groups), sum(len(group.cells) for group in groups)
     restarts, failed = sum(group.restarts for group in groups), sum(group.failed for group in groups)
-    subject = f"{report.label(metrics[0])}: mean" if len(metrics) == 1 else "Mean"
-    spread = " ± standard deviation" if seeds > 1 else ""
+    kind = "Results" if seeds < 2 else "Mean ± standard deviation"
+    count = f"{seeds} of {planned} planned seeds" if seeds < planned else f"{seeds} seed{'' if seeds == 1 else 's'}"
+    over = "of" if seeds < 2 else "over"
+    subject = f"{report.label(metrics[0])}: {kind.lower()}" if len(metrics) == 1 else kind
     restarted = f"{restarts} restart{'' if restarts == 1 else 's'} after a collapse" if restarts else "no restarts"
     text = (
-        f"{subject}{spread} over {seeds} {'seeds' if seeds > 1 else 'seed'}; {finished} of {total} runs finished, "
+        f"{subject} {over} {count}; {finished} of {total} runs finished, "
         f"{restarted}, {f'{failed} failed' if failed else 'none failed'}."
     )
     return text + _note_on_micro_f1(report)

@@ -56,6 +56,18 @@ def test_missing_failed_and_partial_rows_are_shown(report, tmp_path):
     assert "1 failed" in text
 
 
+@pytest.mark.parametrize(
+    "seeds, sentence",
+    [
+        (1, "Results of 1 of 3 planned seeds; 4 of 12 runs"),
+        (2, "Mean ± standard deviation over 2 of 3 planned seeds; 8 of 12 runs"),
+        (3, "Mean ± standard deviation over 3 seeds; 12 of 12 runs"),
+    ],
+)
+def test_the_caption_counts_the_finished_seeds(report, seeds, sentence):
+    assert f"{sentence} finished, no restarts" in results_table(report(skip=lambda flags: flags["seed"] >= seeds))
+
+
 def test_labels_are_for_values_too(report):
     made = report(TOML.replace("labels = {", 'labels = { group = "group norm",'))
     assert [row[1] for row in rows(results_table(made))[2:4]] == ["batch", "group norm"]
