@@ -20,8 +20,8 @@ import torch
 
 from hf_dl.recipes import modality, zero_shot_classifier
 from hf_dl.recipes.evaluation import use_training_data, write_evaluation
-from hf_dl.reporting.experiment import find_run, portable
-from hf_dl.training.args import parse_flags
+from hf_dl.reporting.experiment import find_run, portable, read_results
+from hf_dl.training.args import given_flags, parse_flags
 from hf_dl.training.provenance import write_results
 
 
@@ -58,6 +58,10 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     started = time.monotonic()
     folder = find_run(args.model, args.run, args.seed) if args.run else args.model
     use_training_data(args, folder, modality.LabeledFlags, argv)
+    if args.source != "synthetic" and "source" not in given_flags(argv):  # the pairs of the training run
+        args.source = read_results(folder)["args"].get("zero_shot") or ""
+        if not args.source:
+            raise ValueError(f"model={folder!r} was not trained on scenes. Name labeled images with --source.")
     metrics, panels = modality.evaluate(*zero_shot_classifier.load_clip(folder), args)
 
     folder = Path(args.output_dir or "runs/evaluate_alignment")

@@ -18,7 +18,6 @@ from hf_dl.models.detection_processor import DetectionImageProcessor
 from hf_dl.models.rcnn import RcnnForObjectDetection
 from hf_dl.recipes import detection, detection_report, rcnn
 from hf_dl.recipes.evaluation import load_model, make_output_folder, use_training_data, write_evaluation
-from hf_dl.reporting.experiment import portable
 from hf_dl.training.args import parse_flags
 from hf_dl.training.provenance import write_results
 
@@ -63,7 +62,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     metrics = {f"test_{name}": value for name, value in scores.items()}
     write_evaluation(folder, args, metrics)
     seconds, cpu_seconds = time.monotonic() - begin, time.process_time() - computed
-    write_results(folder, __file__, portable(asdict(args)), metrics, model, seconds=seconds, cpu_seconds=cpu_seconds)
+    write_results(folder, __file__, asdict(args), metrics, model, seconds=seconds, cpu_seconds=cpu_seconds)
     return scores
 
 

@@ -65,10 +65,14 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         run.step(loss, classification=classification_loss, place=place_loss)
 
         if run.evaluation_due:
-            scores = localizer.evaluate(run.unwrapped, processor, validation)
+            with run.averaged():
+                scores = localizer.evaluate(run.unwrapped, processor, validation)
             run.log(**{f"val_{name}": value for name, value in scores.items()})
 
-    scores = localizer.evaluate(run.unwrapped, processor, test)
+    if args.monitor:
+        run.load_best()
+    with run.averaged():
+        scores = localizer.evaluate(run.unwrapped, processor, test)
     metrics = run.finish({f"test_{name}": value for name, value in scores.items()})
     if run.is_main:
         localizer.write_report(run.folder)

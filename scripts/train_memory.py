@@ -50,14 +50,18 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         run.step(output.loss)  # cross-entropy of the first symbol, or the squared error of the sum
 
         if run.evaluation_due:
-            run.log(
-                **{f"val_{name}": value for name, value in gradient_flow.evaluate(run.unwrapped, validation).items()}
-            )
+            with run.averaged():
+                scores = gradient_flow.evaluate(run.unwrapped, validation)
+            run.log(**{f"val_{name}": value for name, value in scores.items()})
 
-    metrics["trained_slope"] = gradient_flow.memory_slope(run.unwrapped, test)
-    for split, data in (("val", validation), ("test", test)):
-        metrics |= {f"{split}_{name}": value for name, value in gradient_flow.evaluate(run.unwrapped, data).items()}
-    norms["after training"] = gradient_flow.norms_of(run.unwrapped, test)
+    if args.monitor:
+        run.load_best()
+    with run.averaged():
+        metrics["trained_slope"] = gradient_flow.memory_slope(run.unwrapped, test)
+        for split, data in (("val", validation), ("test", test)):
+            scores = gradient_flow.evaluate(run.unwrapped, data)
+            metrics |= {f"{split}_{name}": value for name, value in scores.items()}
+        norms["after training"] = gradient_flow.norms_of(run.unwrapped, test)
     metrics |= gradient_flow.flow_metrics(norms["before training"], "initial")
     metrics |= gradient_flow.flow_metrics(norms["after training"], "trained")
     metrics = run.finish(metrics)

@@ -47,9 +47,14 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         run.step(loss)
 
         if run.evaluation_due:
-            run.log(**object_probe.evaluate(object_probe.ObjectProbe(run.unwrapped, processor), validation, "val"))
+            with run.averaged():
+                probe = object_probe.ObjectProbe(run.unwrapped, processor)
+                run.log(**object_probe.evaluate(probe, validation, "val"))
 
-    metrics = object_probe.evaluate(object_probe.ObjectProbe(run.unwrapped, processor), test, "test")
+    if args.monitor:
+        run.load_best()
+    with run.averaged():
+        metrics = object_probe.evaluate(object_probe.ObjectProbe(run.unwrapped, processor), test, "test")
     metrics = run.finish(metrics)
     if run.is_main:
         object_probe.write_report(run.folder)

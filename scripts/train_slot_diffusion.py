@@ -5,7 +5,8 @@
 The run starts from the slot autoencoder in runs/train_slots and the latents' autoencoder in runs/train_autoencoder.
 --prepare trains them first if they are missing. Both are frozen, so slots and latents are computed once per image. The
 U-Net also gets the image that the slot autoencoder paints, as in Pandey et al. 2022, "DiffuseVAE". Scores to expect:
-model_cards/slot_diffusion.md.
+model_cards/slot_diffusion.md. Textured scenes need slots that are trained for longer, and `--unet wide`: see
+scripts/experiments/slot_diffusion_texture.toml.
 
 Diffusion on slots is from Wu et al. 2023, "SlotDiffusion", and Jiang et al. 2023, "Object-Centric Slot Diffusion".
 They train the slots together with the U-Net, which --train_slots true does. The loss terms of the broadcast decoder in

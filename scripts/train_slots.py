@@ -125,6 +125,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
                 elif reason:
                     run.say(f"The slots do not follow the objects: {reason} {ADVICE}")
 
+    if args.monitor and not bound:
+        run.load_best()
     with run.averaged():
         scores, _ = slots.evaluate(run.model, test_batches, gather=run.gather)
         metrics = {f"test_{name}": value for name, value in scores.items()} | bound

@@ -87,6 +87,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
                 scores = vae.evaluate(run.model, validation_batches, gather=run.gather)
             run.log(**{f"val_{name}": value for name, value in scores.items() if name != "images"})
 
+    if args.monitor:
+        run.load_best()
     metrics = {}
     with run.averaged():
         for split, batches in (("train", train_batches), ("test", test_batches)):

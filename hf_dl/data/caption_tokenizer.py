@@ -3,11 +3,12 @@
 from collections import Counter
 from collections.abc import Iterable
 
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 # <pad> is not 0: in beam search, `generate` reads pad_token_id=0 as no padding token
 SPECIAL = ("<start>", "<pad>", "<end>", "<unk>")
+WORD = r"\w+(?:-\w+)*|[^\w\s]+"  # "t-shirt" is one word, as in the metrics of captions
 
 
 def build_caption_tokenizer(captions: Iterable[str], *, min_count: int = 1) -> PreTrainedTokenizerFast:
@@ -30,7 +31,7 @@ def build_caption_tokenizer(captions: Iterable[str], *, min_count: int = 1) -> P
         (['a', 'red', 'cone', '.'], 'a red cone.')
     """
     normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
-    splitter = pre_tokenizers.Whitespace()
+    splitter = pre_tokenizers.Split(Regex(WORD), "removed", invert=True)
     counts: Counter[str] = Counter()
     for text in captions:
         counts.update(word for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text)))

@@ -147,6 +147,17 @@ def find_coco(root: Path, annotations: str | os.PathLike | None, split: str) -> 
     )
 
 
+def is_coco_without_test(source: str | os.PathLike) -> bool:
+    """Tell whether a source is a folder of COCO without annotations of test images, which COCO does not publish.
+
+    Args:
+        source: A folder, or any other source, for which the result is False.
+    """
+    files = sorted(Path(source).expanduser().glob("annotations/instances_*.json"))
+    names = [path.stem.removeprefix("instances_").rstrip("0123456789") for path in files]
+    return bool(names) and not any(name in SPLIT_NAMES["test"] for name in names)
+
+
 def read_coco_boxes(
     root: Path, annotations: Path, categories: Sequence[str] | None
 ) -> tuple[BoxSource, datasets.Dataset]:

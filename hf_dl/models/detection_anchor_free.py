@@ -128,7 +128,7 @@ def assign_points(points: Tensor, classes: Tensor, boxes: Tensor) -> tuple[Tenso
     claimed = inside & (offset <= CENTER_RADIUS * STRIDE).all(-1)
     nearest = offset.square().sum(-1).argmin(0)  # (rows,)
     nearest = torch.arange(points.shape[0], device=points.device)[:, None] == nearest
-    area = (boxes[:, 2:] - boxes[:, :2]).prod(-1)
+    area = (boxes[:, 2:] - boxes[:, :2]).prod(-1).double()  # in single precision, area - 1e9 is exact to 64 pixels
     cost = torch.where(claimed, area, math.inf)
     cost = torch.where(nearest, area - 1e9, cost).masked_fill(~real, math.inf)  # no image has 1e9 pixels
     best, owner = cost.min(1)

@@ -54,7 +54,8 @@ class ImageCaptionerConfig(DetectionConfig):
             "classic_cnn", "small_vit" or "timm/NAME".
         backbone_options: Fields of the config of a classifier of ours, such as {"n": 2}.
         feature_size: Channels of the feature map.
-        freeze_encoder: Whether to train only the decoder and the positions.
+        freeze_encoder: Whether the network of the encoder stays as it is. The layers that merge its feature maps,
+            the positions and the decoder are trained.
         image_size: Height and width of the images in pixels, a multiple of 8.
         vocab_size: Number of words, including the special tokens.
         conditioning: How the decoder reads the image, one of `caption_decoder.CONDITIONINGS`.
@@ -284,10 +285,11 @@ class ImageCaptionerForConditionalGeneration(PreTrainedModel, RecurrentGeneratio
             init_detection_weights(module)
 
     def train(self, mode: bool = True) -> "ImageCaptionerForConditionalGeneration":
-        """Set the mode; a frozen backbone stays in evaluation mode and is not trained."""
+        """Set the mode; a frozen network stays in evaluation mode and is not trained."""
         super().train(mode)
-        if self.config.freeze_encoder:
-            self.encoder.backbone.requires_grad_(False).eval()
+        if self.config.freeze_encoder:  # the layers that merge the feature maps of a network are new, so they train
+            backbone = self.encoder.backbone
+            getattr(backbone, "trunk", backbone).requires_grad_(False).eval()
         return self
 
     def get_encoder(self, modality: str | None = None) -> nn.Module:

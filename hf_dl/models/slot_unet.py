@@ -44,7 +44,7 @@ ARCHITECTURES = {
         "cross_attention_dim": 64,
         "norm_num_groups": 16,
     },
-    # The same with more channels, for textured images.
+    # The same with more channels on the fine levels, for textured images.
     "wide": {
         "sample_size": 32,
         "in_channels": 4,

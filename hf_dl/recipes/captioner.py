@@ -16,12 +16,12 @@ import datasets
 import numpy as np
 import torch
 import torch.nn.functional as F
-from transformers import ViTImageProcessor
+from transformers import CLIPImageProcessor
 
 from hf_dl.data import captions, scenes
 from hf_dl.data.caption_tokenizer import build_caption_tokenizer
 from hf_dl.data.image_arrays import ImageTensors
-from hf_dl.data.scene_captions import caption_words, parse_caption, scene_captions
+from hf_dl.data.scene_captions import parse_caption, scene_captions
 from hf_dl.metrics.caption_objects import ATTRIBUTES, caption_object_scores, match_objects
 from hf_dl.metrics.captions import caption_scores
 from hf_dl.models.caption_decoder import ATTENTIONS, CONDITIONINGS
@@ -114,7 +114,7 @@ class ModelFlags:
         },
     )
     pretrained: bool = field(default=False, metadata={"help": "backbone=timm/NAME: start from its published weights."})
-    freeze_encoder: bool = field(default=False, metadata={"help": "Do not train the backbone."})
+    freeze_encoder: bool = field(default=False, metadata={"help": "Do not train the network of the backbone."})
     conditioning: str = field(
         default="attention",
         metadata={"help": f"How the LSTM reads the image. Choose one of: {', '.join(CONDITIONINGS)}."},
@@ -184,12 +184,13 @@ class CaptionedImages(torch.utils.data.Dataset):
         return drawn
 
 
-def load_data(args: CaptionFlags, split: str) -> CaptionedImages:
+def load_data(args: CaptionFlags, split: str, *, num_references: int | None = None) -> CaptionedImages:
     """Load one split of the images and captions that the flags select.
 
     Args:
         args: The flags.
         split: "train", "validation" or "test".
+        num_references: Captions per scene; defaults to `args.num_references`.
     """
     hide_progress_bars()
     generated = args.source == "synthetic"
@@ -206,8 +207,7 @@ def load_data(args: CaptionFlags, split: str) -> CaptionedImages:
             size=args.image_size,
             num_pairs=count,
         )
-    # training scenes get new captions in each step, so one reference is enough for their vocabulary
-    return CaptionedImages(data, num_references=1 if split == "train" else args.num_references)
+    return CaptionedImages(data, num_references=num_references or args.num_references)
 
 
 def make_processor(args: Any, train: CaptionedImages) -> ImageCaptionerProcessor:
@@ -217,10 +217,20 @@ def make_processor(args: Any, train: CaptionedImages) -> ImageCaptionerProcessor
         args: Flags with the fields of `CaptionFlags` and `ModelFlags`.
         train: The training images. Generated scenes have new captions in each step, so more of them are written here.
     """
-    side = {"height": args.image_size, "width": args.image_size}
-    imagenet = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
-    images = ViTImageProcessor(
-        size=side, do_convert_rgb=True, **(imagenet if args.backbone.startswith("timm/") else {})
+    mean, std = [0.5] * 3, [0.5] * 3
+    if args.backbone.startswith("timm/"):
+        from timm.models import get_pretrained_cfg  # here, because other backbones do not need timm
+
+        mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # of ImageNet
+        published = get_pretrained_cfg(args.backbone.removeprefix("timm/")) if args.pretrained else None
+        mean, std = (published.mean, published.std) if published else (mean, std)
+    # Photos are cropped to a centered square, as in training.
+    images = CLIPImageProcessor(
+        size={"shortest_edge": args.image_size},
+        crop_size={"height": args.image_size, "width": args.image_size},
+        resample=2,  # bilinear
+        image_mean=[*mean],
+        image_std=[*std],
     )
     texts = [text for row in train.references for text in row]
     if train.scenes:
@@ -297,11 +307,15 @@ def write_captions(
         num_beams: Number of hypotheses; 1 is greedy search.
 
     Returns:
-        The captions, and their word ids with the end token and padding, int64 (batch, words).
+        The captions, with `<unk>` for unknown words, and their word ids with the end token and padding, int64 (batch,
+        words).
     """
     pixel_values = to_pixel_values(images, processor, model.device)
     sequences = model.beam_search(pixel_values, num_beams=num_beams).sequences[:, 0]
-    return processor.batch_decode(sequences, skip_special_tokens=True), sequences
+    tokenizer = processor.tokenizer
+    outside = {tokenizer.bos_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id}
+    words = [[word for word in row if word not in outside] for row in sequences.tolist()]
+    return tokenizer.batch_decode(words), sequences
 
 
 @torch.no_grad()
@@ -551,10 +565,11 @@ def draw_captions(
     if model.config.conditioning in ATTENTIONS:
         maps = read_attention(model, processor, images, sequences)
         labels = [[""] for _ in texts]
-        for number, text in enumerate(texts):
-            words = [(i, word) for i, word in enumerate(caption_words(text)) if word not in ("a", ",", ".", "and")]
-            for i, word in words[:most_words]:
-                heat = maps[number, min(i, maps.shape[1] - 1)]
+        left_out = {"a", ",", ".", "and", *processor.tokenizer.all_special_tokens} - {processor.tokenizer.unk_token}
+        for number, sequence in enumerate(sequences.tolist()):
+            tokens = processor.tokenizer.convert_ids_to_tokens(sequence)
+            for i, word in [(i, token) for i, token in enumerate(tokens) if token not in left_out][:most_words]:
+                heat = maps[number, i]
                 light = color_heat((heat / heat.max()).numpy())
                 rows[number].append((0.45 * pictures[number] + 0.55 * light).astype(np.uint8))
                 labels[number].append(word)

@@ -27,6 +27,7 @@ from transformers import (
 
 from hf_dl.data import detection
 from hf_dl.data.detection_augmentation import BoxAugmentation
+from hf_dl.data.detection_files import is_coco_without_test
 from hf_dl.metrics.detection import coco_scores, voc_scores
 from hf_dl.metrics.detection_errors import ERRORS, detection_errors
 from hf_dl.models.dense_detector import DenseDetectorConfig, DenseDetectorForObjectDetection
@@ -444,10 +445,8 @@ def load_rows(args: DetectionFlags, split: str, *, size: int) -> datasets.Datase
     count = split_size(args, split, NUM_SCENES[split] if synthetic else None)
     if synthetic and split == "train" and count is None:
         count = NUM_SCENES[split]
-    folder = Path(args.source, "annotations")
-    without_test = folder.is_dir() and not any(folder.glob("instances_test*.json"))
     rows = detection.load(
-        "validation" if split == "test" and without_test else split,
+        "validation" if split == "test" and is_coco_without_test(args.source) else split,
         args.source,
         boxes=args.border,
         corrupt=args.corrupt,

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 
 from hf_dl.data import detection
+from hf_dl.data.detection_files import is_coco_without_test
 from hf_dl.metrics.detection import localization_error
 from hf_dl.models.detection_boxes import pairwise_iou, to_corners
 from hf_dl.models.detection_output import NO_CLASS
@@ -75,7 +76,7 @@ class LocalizerFlags:
 
 
 def load_images(flags: LocalizerFlags, split: str) -> tuple[BoxImages, list[str]]:
-    """Load one split.
+    """Load one split. The test images of a folder of COCO without test annotations are its validation images.
 
     Args:
         flags: Selects the source, the size and the number of images.
@@ -91,7 +92,8 @@ def load_images(flags: LocalizerFlags, split: str) -> tuple[BoxImages, list[str]
         count = NUM_IMAGES[split]
     scenes = {"classes": flags.classes, "style": flags.style, "num_objects": (flags.num_objects,) * 2}
     options = scenes | {"size": flags.image_size} if synthetic else {}
-    data = detection.load(split, flags.source, num_images=count or None, **options)
+    loaded = "validation" if split == "test" and is_coco_without_test(flags.source) else split
+    data = detection.load(loaded, flags.source, num_images=count or None, **options)
     return BoxImages(data, (flags.image_size, flags.image_size)), detection.class_names(data)
 
 

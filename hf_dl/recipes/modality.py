@@ -29,6 +29,7 @@ from .evaluation import hide_progress_bars
 from .phrase_mismatch import UNRELATED, mismatch_scores
 
 SOURCES = ("captions", "classes", "test")
+NEW_SCENES = 1  # seed of captioned scenes that no model was trained on
 GAP_PAIRS = 1000  # captioned test images for the modality gap
 POINTS = 300  # pairs in the picture
 
@@ -159,7 +160,9 @@ def embed_captioned(model: Any, processor: Any, tokenizer: Any, args: Any, split
         raise ValueError(f"source={args.source!r} has no captions. Use fit_on=classes, or source=synthetic.")
     hide_progress_bars()
     options = {"detail": args.detail, "style": args.style, "size": args.image_size}
-    data = captions.load(split, num_objects=(1, 1), num_pairs=num_images, **options)
+    # With the seed of train_clip.py, about half of these would be training scenes of CLIP: those with one object.
+    seed = NEW_SCENES if split == "train" else 0
+    data = captions.load(split, num_objects=(1, 1), num_pairs=num_images, seed=seed, **options)
     pairs = [(each[0]["color"], each[0]["shape"]) for each in data["objects"]]
     images = zero_shot_classifier.encode_images(model, data["image"], processor)
     texts = encode_texts(model, [each[0] for each in data["captions"]], tokenizer)

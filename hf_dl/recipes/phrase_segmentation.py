@@ -112,6 +112,11 @@ class SegmentationFlags:
         super().__post_init__()
         if self.phrases_per_image < 1:
             raise ValueError(f"phrases_per_image={self.phrases_per_image} must be at least 1.")
+        if self.accumulation > 1:
+            raise ValueError(
+                f"accumulation={self.accumulation} is not supported: the phrases of a step are drawn for the whole "
+                "batch. Use a smaller batch_size, or more processes."
+            )
         if not 0 <= self.negatives < 1:
             raise ValueError(f"negatives={self.negatives} must be at least 0 and below 1.")
         if not 0 <= self.support <= 1:

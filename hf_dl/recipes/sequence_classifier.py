@@ -182,7 +182,7 @@ def _load_rewriting(args: Any) -> dict[str, Examples]:
         prefix: rewriting.load(args.task, split, num_rows=_count(args, prefix)) for prefix, split in SPLITS.items()
     }
     letters = sorted({letter for row in rows["train"] for letter in row["text"]})
-    names = sorted({letter for row in rows["train"] for letter in row["answer"]})
+    names = sorted({letter for data in rows.values() for row in data for letter in row["answer"]})
     tokens = ["<pad>", "<unk>", BLANK, *letters]
     backend = Tokenizer(models.WordLevel({token: number for number, token in enumerate(tokens)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
@@ -198,7 +198,7 @@ def _load_rewriting(args: Any) -> dict[str, Examples]:
         inputs, labels = [], []
         for row in data:
             inputs.append(torch.tensor(tokenizer(row["text"] + BLANK * len(row["answer"]))["input_ids"]))
-            answer = [names.index(letter) if letter in names else IGNORED for letter in row["answer"]]
+            answer = [names.index(letter) for letter in row["answer"]]
             labels.append(torch.tensor([IGNORED] * len(row["text"]) + answer))
         found[prefix] = Examples(inputs, labels, names, tokenizer)
     return found

@@ -98,6 +98,10 @@ def test_every_object_has_a_point_and_the_smaller_box_wins():
     owners = owners.unflatten(0, (4, 4))
     assert owners[0, 0] == 0  # no point is in this box
     assert owners[1, 1] == 2  # the nearest point of both; the smaller box
+    boxes_of_10_and_12 = torch.tensor([[0.0, 0, 12, 12], [1, 1, 11, 11]])  # their areas differ by less than 64
+    for order in ([0, 1], [1, 0]):
+        near, _ = assign_points(torch.tensor([[4.0, 4.0]]), torch.tensor([0, 0]), boxes_of_10_and_12[order])
+        assert order[near.item()] == 1
     assert owners[1, 2] == owners[2, 1] == owners[2, 2] == 1  # near the center of the large box
     assert ignored.nonzero().tolist() == []  # all points of the region have an object
     owners, ignored = assign_points(

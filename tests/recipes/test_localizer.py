@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from hf_dl.data import detection
+from hf_dl.data.detection_files import is_coco_without_test
 from hf_dl.models.detection_output import DetectionOutput
 from hf_dl.models.localizer import KeypointOutput
 from hf_dl.recipes import localizer
@@ -80,6 +81,41 @@ def test_a_run_trains_saves_and_reports(tmp_path):
     }
     loaded = localizer.LocalizerForKeypointDetection.from_pretrained(tmp_path)
     assert loaded(torch.zeros(1, 3, 32, 32)).keypoints.shape == (1, 2, 2)
+
+
+def test_the_scores_are_those_of_the_saved_weights(tmp_path, monkeypatch):
+    """The averaged weights are saved, so they are scored as well."""
+    threads, scored, evaluate = torch.get_num_threads(), [], localizer.evaluate
+
+    def record(model, processor, data):
+        scored.append({name: value.clone() for name, value in model.named_parameters()})
+        return evaluate(model, processor, data)
+
+    monkeypatch.setattr(localizer, "evaluate", record)
+    flags = "--num_train=16 --num_test=4 --image_size=32 --max_steps=4 --batch_size=8 --eval_every=0 --cpu_threads=1"
+    train_localizer.main([f"--output_dir={tmp_path}", *flags.split(), "--ema_decay=0.9"])
+    reset()
+    torch.set_num_threads(threads)
+    saved = dict(localizer.LocalizerForObjectDetection.from_pretrained(tmp_path).named_parameters())
+    assert all(saved[name].equal(value) for name, value in scored[-1].items())
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        (["annotations/instances_train2017.json", "annotations/instances_val2017.json"], True),
+        (["annotations/instances_val.json", "annotations/instances_eval.json"], False),
+        (["annotations/instances_test2017.json"], False),
+        (["annotations/other.json"], False),
+        (["Annotations/0001.xml"], False),
+    ],
+)
+def test_coco_without_test_annotations(files, expected, tmp_path):
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    assert is_coco_without_test(tmp_path) == expected
+    assert not is_coco_without_test("some/dataset") and not is_coco_without_test("synthetic")
 
 
 def test_a_negative_weight_is_refused(tmp_path):

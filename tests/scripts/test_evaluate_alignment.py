@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 from transformers import CLIPImageProcessor
 
+from hf_dl.data import captions
 from hf_dl.metrics.alignment import METHODS
 from hf_dl.recipes import clip, modality, zero_shot_classifier
 from hf_dl.reporting.experiment import read_results
@@ -67,6 +68,10 @@ def test_captions_are_pairs_to_fit_on(runs, tmp_path, monkeypatch):
     test, classes, names = modality.embed_labeled(*model, modality_flags(), "test", 32)
     pairs = modality.embed_captioned(*model, modality_flags(), "train", 12)
     assert names[5] == "red cube" and pairs.seen.all() and len(set(pairs.ids)) == 12 and not test.seen.all()
+    # no pair is one that CLIP was trained on
+    trained = captions.load("train", num_pairs=12, size=32)
+    drawn = captions.load("train", num_pairs=12, size=32, num_objects=(1, 1), seed=modality.NEW_SCENES)
+    assert not {image.tobytes() for image in trained["image"]} & {image.tobytes() for image in drawn["image"]}
     for fit in METHODS.values():
         scores, _ = modality.score_alignment(fit, pairs, test, classes, test, labeled=False)
         assert scores["new_images"] == 32

@@ -3,12 +3,14 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
 from transformers import AutoProcessor, pipeline
 
+from hf_dl.data.caption_tokenizer import build_caption_tokenizer
 from hf_dl.data.scene_captions import caption_words
 from hf_dl.models import ImageCaptionerForConditionalGeneration
 from hf_dl.models.caption_decoder import CONDITIONINGS
@@ -93,6 +95,38 @@ def test_captions_to_train_on_are_new_in_each_step():
     words = {word for text in first for word in caption_words(text)}
     tokenizer = captioner.make_processor(args, data).tokenizer
     assert not {tokenizer.unk_token_id} & set(tokenizer.convert_tokens_to_ids(sorted(words)))
+
+
+def test_unknown_and_hyphenated_words_keep_their_place():
+    tokenizer = build_caption_tokenizer(["a red t-shirt, new", "a red cube"], min_count=1)
+    assert tokenizer.tokenize("A red T-shirt, rare") == ["a", "red", "t-shirt", ",", "<unk>"]
+    ids = [*tokenizer("a red")["input_ids"], tokenizer.unk_token_id, *tokenizer("t-shirt")["input_ids"]]
+    sequence = torch.tensor([[*ids, tokenizer.eos_token_id, tokenizer.pad_token_id]])
+
+    class Model:
+        device, config = torch.device("cpu"), None
+
+        def beam_search(self, pixel_values, num_beams):
+            return SimpleNamespace(sequences=sequence[:, None])
+
+    images = SimpleNamespace(image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    processor = SimpleNamespace(tokenizer=tokenizer, image_processor=images)
+    texts, found = captioner.write_captions(Model(), processor, torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
+    assert texts == ["a red <unk> t-shirt"] and found.equal(sequence)
+
+
+def test_photos_are_cropped_as_in_training():
+    data = captioner.load_data(train_captioner.Args(num_train=4, num_test=4, image_size=32), "train", num_references=1)
+    for backbone, pretrained, mean in (("small", False, 0.5), ("timm/resnet18", False, 0.485)):
+        args = SimpleNamespace(image_size=32, backbone=backbone, pretrained=pretrained, min_count=1)
+        processor = captioner.make_processor(args, data)
+        photo = Image.new("RGB", (96, 32))
+        photo.paste((255, 255, 255), (32, 0, 64, 32))
+        values = processor(images=photo, return_tensors="pt")["pixel_values"]
+        assert values.shape == (1, 3, 32, 32) and values.min() > 0  # the white middle only
+        assert processor.image_processor.image_mean[0] == mean
+    args = SimpleNamespace(image_size=32, backbone="timm/tf_efficientnet_es", pretrained=True, min_count=1)
+    assert [*captioner.make_processor(args, data).image_processor.image_mean] == [0.5] * 3
 
 
 def test_pointing_game_needs_the_object_of_the_word():

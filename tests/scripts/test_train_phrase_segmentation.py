@@ -263,6 +263,7 @@ def test_invalid_flags_of_the_model(flags, sentence, clip_folder, tmp_path, monk
     ("flags", "sentence"),
     [
         ({"phrases_per_image": 0}, "phrases_per_image=0 must be at least 1."),
+        ({"accumulation": 2}, "accumulation=2 is not supported"),
         ({"negatives": 1.0}, "negatives=1.0 must be at least 0 and below 1."),
         ({"support": 1.5}, "support=1.5 must be from 0 to 1."),
         ({"cache_gb": -1.0}, "cache_gb=-1.0 must be at least 0."),
