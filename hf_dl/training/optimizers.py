@@ -59,8 +59,9 @@ def make_optimizer(
     if args.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=args.learning_rate, momentum=args.momentum)
     kind = torch.optim.AdamW if args.optimizer == "adamw" else torch.optim.Adam
-    # fused: one pass over the weights, a quarter of the time of the default on a CPU
-    return kind(groups, lr=args.learning_rate, betas=(args.momentum, args.beta2), fused=True)
+    # Not fused=True: on a CPU, torch 2.15 then mixes up the elements of a weight, without an error, if its gradient or
+    # its state has another memory format, such as the state of a channels-last model after resuming.
+    return kind(groups, lr=args.learning_rate, betas=(args.momentum, args.beta2))
 
 
 def _timm_optimizer(args: TrainingArgs, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:

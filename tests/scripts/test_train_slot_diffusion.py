@@ -640,6 +640,7 @@ def test_a_missing_autoencoder_is_a_sentence(tmp_path):
         train(tmp_path / "run", tmp_path / "nothing")
 
 
+@pytest.mark.slow  # 20 seconds; tests/training/test_run.py tests the loop with two processes
 def test_two_processes_give_the_metrics_of_one(finished, autoencoder, tmp_path):
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
