@@ -11,8 +11,8 @@ For tokens that are separated by spaces, the scores are equal to pycocoevalcap 1
 the Java tokenizer of Stanford. `tokenize_caption` follows its rules with one difference: brackets are dropped, where
 COCO keeps "(" as "-lrb-" by mistake.
 
-METEOR and SPICE are not here, because their programs need Java. nltk has METEOR in Python, but the version of 2007,
-whose scores cannot be compared with those of the program that COCO uses.
+METEOR and SPICE are not here, because their programs need Java. nltk has the METEOR of 2007 in Python.
+Its scores cannot be compared with the scores of COCO's program.
 
 `hf_dl.metrics.spaces` publishes a copy of this file, so this file must not import hf_dl.
 """

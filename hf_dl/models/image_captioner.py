@@ -54,7 +54,7 @@ class ImageCaptionerConfig(DetectionConfig):
             "classic_cnn", "small_vit" or "timm/NAME".
         backbone_options: Fields of the config of a classifier of ours, such as {"n": 2}.
         feature_size: Channels of the feature map.
-        freeze_encoder: Whether the network of the encoder stays as it is. The layers that merge its feature maps,
+        freeze_encoder: Whether the network of the encoder is not trained. The layers that merge its feature maps,
             the positions and the decoder are trained.
         image_size: Height and width of the images in pixels, a multiple of 8.
         vocab_size: Number of words, including the special tokens.

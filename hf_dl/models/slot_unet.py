@@ -44,17 +44,6 @@ ARCHITECTURES = {
         "cross_attention_dim": 64,
         "norm_num_groups": 16,
     },
-    # The same with more channels on the fine levels, for textured images.
-    "wide": {
-        "sample_size": 32,
-        "in_channels": 4,
-        "patch_size": 2,
-        "block_out_channels": (64, 96, 128),
-        "layers_per_block": 1,
-        "attention_resolutions": (8, 4),
-        "cross_attention_dim": 64,
-        "norm_num_groups": 16,
-    },
     # SlotDiffusion on CLEVRTex, for 3x32x32 latents of 128x128 images and slots of 192 channels.
     "clevrtex": {
         "sample_size": 32,
@@ -66,6 +55,9 @@ ARCHITECTURES = {
     },
 }
 """Arguments of `SlotUNetModel` by name: `SlotUNetModel(**ARCHITECTURES["clevrtex"])`."""
+
+# "small" with more channels on the fine levels, for textured images.
+ARCHITECTURES["wide"] = ARCHITECTURES["small"] | {"block_out_channels": (64, 96, 128)}
 
 
 GROUND_SHARE = 1e-3

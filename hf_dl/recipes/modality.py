@@ -160,7 +160,7 @@ def embed_captioned(model: Any, processor: Any, tokenizer: Any, args: Any, split
         raise ValueError(f"source={args.source!r} has no captions. Use fit_on=classes, or source=synthetic.")
     hide_progress_bars()
     options = {"detail": args.detail, "style": args.style, "size": args.image_size}
-    # With the seed of train_clip.py, about half of these would be training scenes of CLIP: those with one object.
+    # With the seed of train_clip.py, about half of these scenes would be training scenes of CLIP.
     seed = NEW_SCENES if split == "train" else 0
     data = captions.load(split, num_objects=(1, 1), num_pairs=num_images, seed=seed, **options)
     pairs = [(each[0]["color"], each[0]["shape"]) for each in data["objects"]]

@@ -59,8 +59,8 @@ def make_optimizer(
     if args.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=args.learning_rate, momentum=args.momentum)
     kind = torch.optim.AdamW if args.optimizer == "adamw" else torch.optim.Adam
-    # Not fused=True: on a CPU, torch 2.15 then mixes up the elements of a weight, without an error, if its gradient or
-    # its state has another memory format, such as the state of a channels-last model after resuming.
+    # Not fused=True: on a CPU, torch 2.15 then needs the same memory format for a weight, its gradient and its state.
+    # Otherwise it mixes up their elements without an error, as for a channels-last model after resuming.
     return kind(groups, lr=args.learning_rate, betas=(args.momentum, args.beta2))
 
 
