@@ -42,7 +42,7 @@ def true_objects(phrase, objects):
 
 def test_phrases_of_scenes_are_true_of_exactly_their_objects():
     data = scenes.load("test", num_scenes=30, size=32, num_objects=(1, 5))
-    kinds = set()
+    kinds, negatives = set(), 0
     for number, row in enumerate(data):
         for phrase in scene_phrases(row["objects"], str(number)):
             assert set(phrase.objects) == true_objects(phrase.text, row["objects"]), phrase.text
@@ -50,6 +50,8 @@ def test_phrases_of_scenes_are_true_of_exactly_their_objects():
         for phrase in scene_negatives(row["objects"], 6, random.Random(number), held_out=HELD_OUT):
             assert true_objects(phrase.text, row["objects"]) == set() and phrase.objects == ()
             assert tuple(phrase.text.split()) not in HELD_OUT
+            negatives += 1
+    assert negatives > len(data)
     assert kinds == {"name", "attribute", "relation", "verbose"}
 
 
