@@ -32,18 +32,20 @@ from torch import nn
 
 from .layers_unet import ResidualBlock, SlotTransformer, TimeEmbedding
 
+# For 4x32x32 latents of 64x64 images and slots of 64 channels, on a CPU.
+_SMALL = {
+    "sample_size": 32,
+    "in_channels": 4,
+    "patch_size": 2,
+    "block_out_channels": (32, 64, 128),
+    "layers_per_block": 1,
+    "attention_resolutions": (8, 4),
+    "cross_attention_dim": 64,
+    "norm_num_groups": 16,
+}
+
 ARCHITECTURES = {
-    # For 4x32x32 latents of 64x64 images and slots of 64 channels, on a CPU.
-    "small": {
-        "sample_size": 32,
-        "in_channels": 4,
-        "patch_size": 2,
-        "block_out_channels": (32, 64, 128),
-        "layers_per_block": 1,
-        "attention_resolutions": (8, 4),
-        "cross_attention_dim": 64,
-        "norm_num_groups": 16,
-    },
+    "small": _SMALL,
     # SlotDiffusion on CLEVRTex, for 3x32x32 latents of 128x128 images and slots of 192 channels.
     "clevrtex": {
         "sample_size": 32,
@@ -53,11 +55,10 @@ ARCHITECTURES = {
         "cross_attention_dim": 192,
         "dropout": 0.1,
     },
+    # "small" with more channels on the fine levels, for textured images.
+    "wide": _SMALL | {"block_out_channels": (64, 96, 128)},
 }
 """Arguments of `SlotUNetModel` by name: `SlotUNetModel(**ARCHITECTURES["clevrtex"])`."""
-
-# "small" with more channels on the fine levels, for textured images.
-ARCHITECTURES["wide"] = ARCHITECTURES["small"] | {"block_out_channels": (64, 96, 128)}
 
 
 GROUND_SHARE = 1e-3
