@@ -70,6 +70,28 @@ def paired_iou(boxes: Tensor, others: Tensor) -> Tensor:
     return torch.where(intersection > 0, intersection / torch.where(union > 0, union, 1), 0)
 
 
+def covered_shares(boxes: Tensor, regions: Tensor) -> Tensor:
+    """Compute the share of each box that each region covers, to leave out boxes in ignored regions.
+
+    A small box inside of a large crowd has a small IoU, but a share of 1.
+
+    Args:
+        boxes: (..., n, 4).
+        regions: (..., m, 4).
+
+    Returns:
+        Area of the intersection / area of the box, (..., n, m). It is 0 for a box without area.
+
+    Example:
+        >>> covered_shares(torch.tensor([[0.0, 0.0, 2.0, 2.0]]), torch.tensor([[1.0, -9.0, 9.0, 9.0]]))
+        tensor([[0.5000]])
+    """
+    low = torch.maximum(boxes[..., :, None, :2], regions[..., None, :, :2])
+    high = torch.minimum(boxes[..., :, None, 2:], regions[..., None, :, 2:])
+    area = (boxes[..., 2:] - boxes[..., :2]).prod(-1)[..., None]
+    return (high - low).clamp(min=0).prod(-1) / area.clamp(min=1e-6)
+
+
 def encode_boxes(boxes: Tensor, anchors: Tensor, *, weights: Sequence[float] = (1, 1, 1, 1)) -> Tensor:
     """Compute the codes that move anchors to boxes: the targets of box regression.
 

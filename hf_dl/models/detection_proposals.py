@@ -21,6 +21,7 @@ from .detection_boxes import (
     IGNORED,
     NEGATIVE,
     clip_boxes,
+    covered_shares,
     decode_boxes,
     encode_boxes,
     make_anchors,
@@ -125,10 +126,8 @@ def match_labels(boxes: Tensor, classes: Tensor, places: Tensor, match: Callable
     """
     objects = classes >= 0
     matches = match(pairwise_iou(places, boxes) * objects[:, None])
-    low, high = torch.maximum(places[:, None, :2], boxes[:, :2]), torch.minimum(places[:, None, 2:], boxes[:, 2:])
-    area = (boxes[:, 2:] - boxes[:, :2]).prod(-1)
-    inside = ((high - low).clamp(min=0).prod(-1) > COVERED * area) & ~objects[:, None]
-    return torch.where((matches == NEGATIVE) & inside.any(0), IGNORED, matches)
+    inside = (covered_shares(boxes, places) > COVERED) & ~objects
+    return torch.where((matches == NEGATIVE) & inside.any(1), IGNORED, matches)
 
 
 def proposal_losses(

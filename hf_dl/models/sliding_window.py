@@ -26,7 +26,7 @@ from transformers import initialization as init
 from transformers.models.auto.modeling_auto import MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES
 from transformers.utils import can_return_tuple
 
-from .detection_boxes import decode_boxes, encode_boxes, to_centers, to_corners
+from .detection_boxes import covered_shares, decode_boxes, encode_boxes, to_centers, to_corners
 from .detection_output import NO_CLASS, DetectionOutput, Labels, pad_labels
 from .localizer import log_odds
 
@@ -36,6 +36,7 @@ MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES["sliding_window"] = "SlidingWindowForOb
 WINDOW, STRIDE, CELLS = 31, 8, 2  # pixels per window, pixels between windows, cells of a window along each axis
 CODE_WEIGHTS = (10, 10, 5, 5)  # one over the standard deviations of the codes, as in Fast R-CNN
 POSITIVE, NEGATIVE = 0.5, 0.35  # IoU from which a window has the class of an object, and below which it has none
+COVERED = 0.5  # share of a window that an ignored region covers, from which the window is not used
 MAX_PAIRS = 2**24  # of windows and boxes that are compared at once
 NEAR = 0.05  # IoU from which a negative window counts as near an object
 
@@ -281,9 +282,9 @@ def choose_windows(
         best.append(highest)
         owner.append(row)
         # of the window, by a region that is ignored
-        covered.append(((overlap / area.clamp(min=1e-6)) * ~real).amax(-1))
+        covered.append((covered_shares(part, boxes) * ~real).amax(-1))
     best, owner, covered = (torch.cat(each, dim=1) for each in (best, owner, covered))
-    usable = (covered < 0.5) & ((windows[..., 2:] - windows[..., :2]).prod(-1) > 0)
+    usable = (covered < COVERED) & ((windows[..., 2:] - windows[..., :2]).prod(-1) > 0)
     groups = {
         "object": (best >= POSITIVE) & usable,
         "near": (best < threshold) & (best >= NEAR) & usable,

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from hf_dl.models.detection_boxes import encode_boxes, pairwise_iou, to_corners
+from hf_dl.models.detection_boxes import covered_shares, encode_boxes, pairwise_iou, to_corners
 from hf_dl.models.rcnn import RcnnForObjectDetection
+from hf_dl.models.sliding_window import COVERED
 
 from .detection import DetectionImages
 
@@ -34,7 +35,7 @@ class FeatureCache:
         truth: Class of the object whose box this is, or -1 for a proposal, (n,).
         overlap: Largest IoU with an object of each class, (n, classes).
         codes: Codes of the object with the largest IoU, (n, 4).
-        usable: False for proposals in a crowd or on a difficult object, (n,).
+        usable: False for boxes of which a crowd or a difficult object covers half or more, as in fine-tuning, (n,).
     """
 
     vectors: np.ndarray
@@ -73,7 +74,7 @@ def cache_features(model: RcnnForObjectDetection, data: DetectionImages) -> Feat
             truth = torch.full((len(boxes),), -1)
             truth[: len(objects)] = classes
             ignored = to_corners(label["ignored_boxes"]) * sides
-            usable = pairwise_iou(boxes, ignored).amax(1) < NEGATIVE if len(ignored) else truth > -2
+            usable = covered_shares(boxes, ignored).amax(1) < COVERED if len(ignored) else truth > -2
             parts.append((vectors, truth, overlap, codes, usable))
     if not parts:
         raise ValueError("No training image has an object or a proposal. R-CNN needs both.")

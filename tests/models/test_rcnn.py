@@ -126,6 +126,31 @@ def test_fit_writes_all_classes_into_the_model():
         rcnn.fit(model, rcnn.FeatureCache(vectors, truth * 0 - 1, overlap, codes, np.ones(240, bool)))
 
 
+def cache_one_image(*, objects=(), ignored=(), proposals=()):
+    """The cache of an image of 64x64 pixels. Boxes are in pixels, objects are pairs of a class and a box."""
+
+    class Data:
+        def __len__(self):
+            return 1
+
+        def __getitems__(self, indices):
+            boxes = torch.tensor([box for _, box in objects], dtype=torch.float).reshape(-1, 4)
+            others = (torch.tensor(each, dtype=torch.float).reshape(-1, 4) for each in (ignored, proposals))
+            boxes, regions, found = (to_centers(each) / 64 for each in (boxes, *others))
+            label = {"class_labels": torch.tensor([kind for kind, _ in objects], dtype=torch.long), "boxes": boxes}
+            label["ignored_boxes"] = regions
+            return {"pixel_values": torch.zeros(1, 3, 64, 64), "labels": [label], "proposals": found[None]}
+
+    return rcnn.cache_features(make(), Data())
+
+
+def test_proposals_inside_of_a_crowd_are_not_used():
+    """A small proposal inside of a large crowd has a small IoU with it."""
+    inside, half, beside = [4, 4, 12, 12], [16, 0, 24, 8], [22, 22, 38, 38]
+    cache = cache_one_image(ignored=[[0, 0, 20, 20]], proposals=[inside, half, beside])
+    assert cache.usable.tolist() == [False, False, True]
+
+
 @pytest.mark.parametrize(
     "fields, message",
     [
