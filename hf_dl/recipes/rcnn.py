@@ -4,7 +4,8 @@ Girshick et al. 2014, https://arxiv.org/abs/1311.2524, with the constants of the
 
 * Positives of an SVM are the boxes of the objects. Negatives are proposals with an IoU below 0.3. Only hard negatives
   are kept, with a score above -1. Negatives below -1.2 are dropped again.
-* The box of a class is a ridge regression on proposals with an IoU above 0.6. Its targets are whitened.
+* The box of a class is a ridge regression on proposals with an IoU above 0.6, whose nearest object has the class. Its
+  targets are whitened.
 * Feature vectors are scaled to a mean norm of 20.
 """
 
@@ -34,7 +35,7 @@ class FeatureCache:
         vectors: (n, features).
         truth: Class of the object whose box this is, or -1 for a proposal, (n,).
         overlap: Largest IoU with an object of each class, (n, classes).
-        codes: Codes of the object with the largest IoU, (n, 4).
+        codes: Codes of the object of each class with the largest IoU, (n, classes, 4).
         usable: False for boxes of which a crowd or a difficult object covers half or more, as in fine-tuning, (n,).
     """
 
@@ -66,11 +67,12 @@ def cache_features(model: RcnnForObjectDetection, data: DetectionImages) -> Feat
             if not len(boxes):
                 continue
             vectors = model.describe(image[None], boxes[None].to(model.device))[0].float().cpu()
-            iou = pairwise_iou(boxes, objects) if len(objects) else torch.zeros(len(boxes), 1)
             overlap = torch.zeros(len(boxes), model.num_labels)
+            codes = torch.zeros(len(boxes), model.num_labels, 4)
             for kind in classes.unique():
-                overlap[:, kind] = iou[:, classes == kind].amax(1)
-            codes = encode_boxes(objects[iou.argmax(1)], boxes) if len(objects) else torch.zeros(len(boxes), 4)
+                own = objects[classes == kind]
+                overlap[:, kind], nearest = pairwise_iou(boxes, own).max(1)
+                codes[:, kind] = encode_boxes(own[nearest], boxes)
             truth = torch.full((len(boxes),), -1)
             truth[: len(objects)] = classes
             ignored = to_corners(label["ignored_boxes"]) * sides
@@ -104,14 +106,15 @@ def fit(model: RcnnForObjectDetection, cache: FeatureCache, *, seed: int = 0) ->
         positive = vectors[cache.truth == label]
         negative = vectors[(cache.overlap[:, label] < NEGATIVE) & cache.usable & (cache.truth < 0)]
         if not len(positive) or not len(negative):  # the class does not occur: it is never found
-            model.svm_weight[label] = 0
+            model.svm_weight[label] = model.box_weight[label] = model.box_bias[label] = 0
             model.svm_bias[label] = -1e4
             continue
         weight, bias, kept = fit_svm(positive, negative, seed=seed)
         model.svm_weight[label] = torch.from_numpy(weight * scale)
         model.svm_bias[label] = bias
-        near = (cache.overlap[:, label] > REGRESSED) & (cache.overlap.argmax(1) == label)
-        weights, biases = fit_boxes(vectors[near], cache.codes[near])
+        own = cache.overlap[:, label]  # objects of several classes may have the same IoU
+        near = (own > REGRESSED) & (own == cache.overlap.max(1)) & cache.usable
+        weights, biases = fit_boxes(vectors[near], cache.codes[near, label])
         model.box_weight[label] = torch.from_numpy(weights * scale)
         model.box_bias[label] = torch.from_numpy(biases)
         counts["positives"] += len(positive)
@@ -164,8 +167,10 @@ def fit_boxes(vectors: np.ndarray, codes: np.ndarray, *, strength: float = 1000.
         strength: Weight of the squared norm of the weights.
 
     Returns:
-        The weights (4, features) and biases (4,) of the codes.
+        The weights (4, features) and biases (4,) of the codes. Without proposals, they are 0, so boxes do not move.
     """
+    if not len(codes):
+        return np.zeros((4, vectors.shape[1]), np.float32), np.zeros(4, np.float32)
     mean = codes.mean(0)
     values, axes = np.linalg.eigh((codes - mean).T @ (codes - mean) / len(codes))
     values = values.clip(0) + 1e-3

@@ -116,6 +116,7 @@ def test_fit_writes_all_classes_into_the_model():
     overlap = np.zeros((240, 3), np.float32)
     overlap[np.arange(40), truth[:40]] = 1
     codes = encode_boxes(torch.rand(240, 4) + torch.tensor([0, 0, 3, 3]), torch.tensor([0.0, 0, 3, 3])).numpy()
+    codes = codes[:, None].repeat(3, axis=1)
     cache = rcnn.FeatureCache(vectors, truth, overlap, codes, np.ones(240, bool))
     counts = rcnn.fit(model, cache)
     assert counts["positives"] == 40 and counts["boxes"] == 40 and model.config.fitted
@@ -149,6 +150,31 @@ def test_proposals_inside_of_a_crowd_are_not_used():
     inside, half, beside = [4, 4, 12, 12], [16, 0, 24, 8], [22, 22, 38, 38]
     cache = cache_one_image(ignored=[[0, 0, 20, 20]], proposals=[inside, half, beside])
     assert cache.usable.tolist() == [False, False, True]
+
+
+def test_the_codes_of_a_class_lead_to_its_nearest_object():
+    """Both objects have the same IoU with the proposal."""
+    left, right, proposal = [8, 8, 24, 24], [12, 8, 28, 24], [10, 8, 26, 24]
+    cache = cache_one_image(objects=[(2, left), (0, right)], proposals=[proposal])
+    assert cache.overlap[2, 0] == cache.overlap[2, 2] > rcnn.REGRESSED and cache.overlap[2, 1] == 0
+    assert cache.codes[2, :, 0] == pytest.approx([2 / 16, 0, -2 / 16])
+
+
+def test_the_boxes_of_a_class_need_usable_proposals_and_no_lead_over_other_classes():
+    """Each object of class 1 has the box of an object of class 0. All proposals of class 2 are in a crowd."""
+    model, random = make(), np.random.default_rng(0)
+    with torch.no_grad():
+        model.box_weight.fill_(9)  # of an earlier fit
+    truth = np.repeat([0, 1, 2, -1], 20)
+    vectors = random.normal(size=(80, 12)).astype(np.float32)
+    overlap, codes = np.zeros((80, 3), np.float32), np.full((80, 3, 4), 0.1, np.float32)
+    overlap[:40, :2] = overlap[40:60, 2] = 1
+    codes[:, 1] = 0.3
+    cache = rcnn.FeatureCache(vectors, truth, overlap, codes, truth != 2)
+    assert rcnn.fit(model, cache)["boxes"] == 80
+    assert model.box_bias[0].tolist() == pytest.approx([0.1] * 4) and model.box_weight[:2].abs().max() < 1e-4
+    assert model.box_bias[1].tolist() == pytest.approx([0.3] * 4)
+    assert not model.box_weight[2].any() and not model.box_bias[2].any()
 
 
 @pytest.mark.parametrize(
