@@ -8,7 +8,8 @@ layers read the classes from its mean, and the places from the whole map or from
     places       = linear(relu(linear(features)))    K x 4, or K x C x 4 with `per_class`
 
 The objects of an image get the outputs from left to right. If there are more than K, the K largest ones are used. The
-remaining outputs have the class "no object" and no box loss.
+remaining outputs have the class "no object" and no box loss. In an image with ignored regions, such as crowds, they
+have no loss at all, because the region may contain an object.
 
 The place losses are computed on codes: differences to a box in the center of the image, in units of a tenth of it.
 
@@ -44,6 +45,7 @@ PLACE_LOSSES = {  # differences of codes to the loss of each number
 }
 ORIGIN = (0.5, 0.5, 0.25, 0.25)  # center x, center y, width and height of the box with the code 0
 UNIT = 0.1  # size of the code 1, as a share of the image
+UNUSED = -100  # target class of an output without a loss
 STRIDE = 32  # pixels per cell of the last feature map
 
 
@@ -179,19 +181,23 @@ class LocalizerPreTrainedModel(PreTrainedModel):
         Returns:
             `classification`: the cross-entropy, a mean over all outputs. `box` or `point`: the place loss of the true
             class, summed over the numbers, a mean over all outputs. Outputs without an object have a place loss of 0.
+            In images with ignored regions, such as crowds, they have no classification loss either.
         """
         classes, boxes = pad_labels(labels, self.num_labels, device=logits.device)
         if classes.shape[0] != logits.shape[0]:
             raise ValueError(f"Got {logits.shape[0]} images and labels of {classes.shape[0]}. Expected one per image.")
+        ignored = ((classes == NO_CLASS) & (boxes[..., 2:] > 0).all(-1)).any(1, keepdim=True)  # padding has no area
         classes, boxes = assign_outputs(classes, boxes, self.config.num_objects)
         found = classes != NO_CLASS
-        named = torch.where(found, classes, self.num_labels)
+        # near an ignored region, "no object" may be wrong
+        named = torch.where(found, classes, torch.where(ignored, UNUSED, self.num_labels))
         chosen = classes.clamp(min=0) if self.config.per_class else torch.zeros_like(classes)
         chosen = codes.take_along_dim(chosen[..., None, None], dim=2)[:, :, 0]
         target = ((boxes - boxes.new_tensor(ORIGIN)) / UNIT)[..., : self.numbers]
         place = PLACE_LOSSES[self.config.place_loss](chosen.float() - target).sum(-1)
+        entropy = F.cross_entropy(logits.flatten(0, 1).float(), named.flatten(), ignore_index=UNUSED, reduction="sum")
         return {
-            "classification": F.cross_entropy(logits.flatten(0, 1).float(), named.flatten()),
+            "classification": entropy / named.numel(),
             "box" if self.numbers == 4 else "point": (place * found).mean(),
         }
 

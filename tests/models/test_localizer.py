@@ -136,6 +136,22 @@ def test_images_without_objects_train():
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
+def test_outputs_without_an_object_are_not_trained_beside_ignored_regions():
+    """An image with only a crowd has no loss, and the loss of the others does not change."""
+    model = make(num_objects=2)
+    images = torch.randn(2, 3, 32, 32)
+    crowd = label() | {"ignored_boxes": torch.tensor([[0.5, 0.5, 0.6, 0.6]])}
+    one = label((1, 0.3, 0.4, 0.2, 0.2))
+    alone = model(images[1:], labels=[one]).loss
+    for kinds in ([crowd, one], torch.tensor([[[-1, 0.5, 0.5, 0.6, 0.6]], [[1, 0.3, 0.4, 0.2, 0.2]]])):
+        torch.testing.assert_close(model(images, labels=kinds).loss, alone / 2)
+    both = model(images[1:], labels=[one | {"ignored_boxes": crowd["ignored_boxes"]}]).loss_dict
+    logits, _ = model.predict(images[1:])
+    torch.testing.assert_close(both["classification"], -logits[0, 0].log_softmax(0)[1] / 2)
+    model(images, labels=[crowd, crowd]).loss.backward()
+    assert not any(parameter.grad.any() for parameter in model.parameters())
+
+
 def test_head_inputs_differ_in_their_weights():
     wide = make(image_size=[32, 64])
     assert wide.hidden.in_features == 2 * 16 and make(head_input="pool", image_size=[32, 64]).hidden.in_features == 16
