@@ -150,7 +150,19 @@ METHODS: dict[str, Method] = {
 
 
 @dataclass
-class DetectionFlags:
+class AnnotationFlags:
+    """Flags for boxes and images that do not fit, of all scripts that read boxes."""
+
+    border: Literal["clip", "drop", "refuse"] = field(
+        default="clip", metadata={"help": "Boxes across the border: cut them, drop them, or stop with an error."}
+    )
+    corrupt: Literal["refuse", "skip"] = field(
+        default="refuse", metadata={"help": "Damaged image files: refuse stops with an error, skip leaves them out."}
+    )
+
+
+@dataclass
+class DetectionFlags(AnnotationFlags):
     """Flags that select the images, for training and for evaluation."""
 
     source: str = field(
@@ -181,12 +193,6 @@ class DetectionFlags:
     )
     holdout: float = field(
         default=0.1, metadata={"help": "Fraction of the training images that replaces a missing split."}
-    )
-    border: Literal["clip", "drop", "refuse"] = field(
-        default="clip", metadata={"help": "Boxes across the border: cut them, drop them, or stop with an error."}
-    )
-    corrupt: Literal["refuse", "skip"] = field(
-        default="refuse", metadata={"help": "Damaged image files: refuse stops with an error, skip leaves them out."}
     )
 
 
@@ -436,7 +442,7 @@ def load_rows(args: DetectionFlags, split: str, *, size: int) -> datasets.Datase
         The dataset, see `hf_dl.data.detection`.
 
     Raises:
-        ValueError: If no training image has an object, or no validation image although `args.monitor` names a score.
+        ValueError: If an object is missing, see `check_objects`, or a flag is invalid.
     """
     hide_progress_bars()
     if len(args.num_objects) != 2:
@@ -458,15 +464,34 @@ def load_rows(args: DetectionFlags, split: str, *, size: int) -> datasets.Datase
         num_objects=(args.num_objects[0], args.num_objects[1]),
     )
     report_data(rows, split)
-    monitor = getattr(args, "monitor", "")
-    if split == "train" or (split == "validation" and monitor.startswith("val_")):
-        if not any(objects["bbox"] for objects in rows["objects"]):
-            needs = "" if split == "train" else f", but monitor={monitor!r} needs one"
-            raise ValueError(
-                f"No {split} image of source={args.source!r} has an object{needs}. Expected boxes for at least one of "
-                f"its {len(rows)} images; check its annotations."
-            )
+    check_objects(rows, split, source=args.source, monitor=getattr(args, "monitor", ""))
     return rows
+
+
+def check_objects(rows: datasets.Dataset, split: str, *, source: str, monitor: str = "") -> None:
+    """Check that the images have objects where training needs them: for the loss, and for the score to monitor.
+
+    Args:
+        rows: The dataset of the split, see `hf_dl.data.detection`.
+        split: "train", "validation" or "test". Test images need no objects.
+        source: Name of the data.
+        monitor: Name of the score that selects the best checkpoint. Defaults to none.
+
+    Raises:
+        ValueError: If no training image has an object, or no validation image although `monitor` is a score of them.
+            Crowds and difficult objects do not count.
+    """
+    if split != "train" and not (split == "validation" and monitor.startswith("val_")):
+        return
+    for objects in rows["objects"]:
+        flags = zip(objects["iscrowd"], objects["difficult"], strict=True)
+        if any(not crowd and not difficult for crowd, difficult in flags):
+            return
+    needs = "" if split == "train" else f", but monitor={monitor!r} needs one"
+    raise ValueError(
+        f"No {split} image of source={source!r} has an object{needs}. Expected boxes for at least one of its "
+        f"{len(rows)} images, and crowds and difficult objects do not count; check its annotations."
+    )
 
 
 def make_augmentation(args: TrainingDataFlags) -> BoxAugmentation:

@@ -3,6 +3,7 @@
 The training loop is in scripts/train_localizer.py.
 """
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -26,8 +27,8 @@ from hf_dl.reporting.card import run_card
 from hf_dl.reporting.plots import plot_run
 
 from .box_images import BoxImages, normalize
-from .detection import StageTimer
-from .evaluation import checked_config, hide_progress_bars, split_size
+from .detection import AnnotationFlags, StageTimer, check_objects
+from .evaluation import checked_config, hide_progress_bars, report_data, split_size
 
 SUMMARY = (
     "A localizer outputs the classes and places of a fixed number of objects by regression. It finds no more objects "
@@ -40,7 +41,7 @@ NEAR = 0.05  # a point is right if it is closer to the truth than this share of 
 
 
 @dataclass
-class LocalizerFlags:
+class LocalizerFlags(AnnotationFlags):
     """Flags of the data and the network."""
 
     source: str = field(
@@ -84,6 +85,9 @@ def load_images(flags: LocalizerFlags, split: str) -> tuple[BoxImages, list[str]
 
     Returns:
         The images with boxes, and the names of the classes.
+
+    Raises:
+        ValueError: If an object is missing, see `check_objects`, or the data is invalid.
     """
     hide_progress_bars()
     synthetic = flags.source == "synthetic"
@@ -93,7 +97,12 @@ def load_images(flags: LocalizerFlags, split: str) -> tuple[BoxImages, list[str]
     scenes = {"classes": flags.classes, "style": flags.style, "num_objects": (flags.num_objects,) * 2}
     options = scenes | {"size": flags.image_size} if synthetic else {}
     loaded = "validation" if split == "test" and is_coco_without_test(flags.source) else split
-    data = detection.load(loaded, flags.source, num_images=count or None, **options)
+    data = detection.load(
+        loaded, flags.source, num_images=count or None, boxes=flags.border, corrupt=flags.corrupt, **options
+    )
+    if not synthetic:  # generated scenes have objects
+        report_data(data, split)
+        check_objects(data, split, source=flags.source, monitor=getattr(flags, "monitor", ""))
     return BoxImages(data, (flags.image_size, flags.image_size)), detection.class_names(data)
 
 
@@ -131,7 +140,7 @@ def evaluate(
         network. For boxes `mean_iou`, `box_accuracy` (IoU of at least 0.5) and ImageNet's `localization_error` with 5
         guesses. For points `point_error`, the mean distance in pixels, and `point_accuracy`, the share within 5 % of
         the diagonal of the image. Shares of objects. Images with fewer objects than outputs count with the objects
-        that they have.
+        that they have. Scores that no object defines are left out.
     """
     training = model.training
     model.eval()
@@ -172,11 +181,11 @@ def evaluate(
     scores = {"class_accuracy": _share(named), "localization_accuracy": _share(both)}
     scores["ms"] = 1000 * timer.seconds["network"] / len(data)
     if model.numbers == 2:
-        return scores | {"point_error": _share(distance), "point_accuracy": _share(place_right)}
-    scores |= {"mean_iou": _share(distance), "box_accuracy": _share(place_right)}
-    if guesses:
+        scores |= {"point_error": _share(distance), "point_accuracy": _share(place_right)}
+    else:
+        scores |= {"mean_iou": _share(distance), "box_accuracy": _share(place_right)}
         scores["localization_error"] = localization_error(guesses, truths)["localization_error"]
-    return scores
+    return {name: value for name, value in scores.items() if math.isfinite(value)}
 
 
 def output_rows(processor: DetectionImageProcessor, output: Any) -> list[dict[str, Any]]:
@@ -186,8 +195,7 @@ def output_rows(processor: DetectionImageProcessor, output: Any) -> list[dict[st
 
 
 def _share(parts: list[torch.Tensor]) -> float:
-    values = torch.cat(parts).float()
-    return float(values.mean()) if len(values) else 0.0
+    return float(torch.cat(parts).float().mean())  # without objects, it is not a number
 
 
 def write_report(folder: Path) -> None:

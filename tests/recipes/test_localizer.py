@@ -1,3 +1,5 @@
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from hf_dl.models.localizer import KeypointOutput
 from hf_dl.recipes import localizer
 from hf_dl.recipes.box_images import BoxImages, flip_randomly
 from scripts import train_localizer
+from tests.data.test_detection import write_coco
 from tests.scripts.runs import reset
 
 
@@ -116,6 +119,34 @@ def test_coco_without_test_annotations(files, expected, tmp_path):
         (tmp_path / name).write_text("{}")
     assert is_coco_without_test(tmp_path) == expected
     assert not is_coco_without_test("some/dataset") and not is_coco_without_test("synthetic")
+
+
+@pytest.mark.parametrize("target", ["box", "point"])
+def test_scores_without_an_object_are_left_out(data, target):
+    model, processor = localizer.make_model(localizer.LocalizerFlags(target=target, image_size=32), ["a", "b"])
+    model.config.image_size = [32, 32]
+    empty = copy.copy(data)
+    empty.pixels, empty.labels = data.pixels[..., :32], torch.full_like(data.labels, -1)
+    assert localizer.evaluate(model, processor, empty).keys() == {"ms"}
+
+
+def test_training_images_need_objects_and_boxes_across_the_border_follow_the_flag(tmp_path):
+    boxes = [(10, 3, [1, 2, 5, 6], {"iscrowd": 1})]
+    for name, more in (("train2017", []), ("val2017", [(11, 3, [10, 5, 30, 30], {})])):
+        write_coco(tmp_path, boxes + more, name=name)
+    flags = localizer.LocalizerFlags(source=str(tmp_path), image_size=32)
+    with pytest.raises(ValueError, match="No train image of .* has an object. .* crowds and difficult objects do not"):
+        localizer.load_images(flags, "train")
+    with pytest.warns(UserWarning, match="Cut or dropped boxes in 1 images"):
+        images, _ = localizer.load_images(flags, "validation")
+    assert images.labels[1, 0].tolist() == [0, 0.75, 0.75, 0.5, 0.5]
+    flags.border = "refuse"
+    with pytest.raises(ValueError, match=r"Boxes of image 11 \(1 outside\) do not fit"):
+        localizer.load_images(flags, "validation")
+    (tmp_path / "val2017" / "0.png").write_bytes(b"damaged")
+    flags.border, flags.corrupt, flags.monitor = "drop", "skip", "val_class_accuracy"
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="No validation image .* monitor='val_class_accur"):
+        localizer.load_images(flags, "validation")
 
 
 def test_a_negative_weight_is_refused(tmp_path):
