@@ -16,7 +16,7 @@ from __future__ import annotations
 import io
 import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from typing import Any
 
 import datasets
@@ -25,7 +25,7 @@ from PIL import Image
 
 from . import scenes
 from .decoded_images import CORRUPT, decode_image, image_columns, is_fine, settle
-from .detection_files import BoxSource, find_coco, find_voc, read_coco_boxes, read_voc
+from .detection_files import BoxSource, clean_objects, find_coco, find_voc, read_coco_boxes, read_voc
 from .generation import counted, row_bar
 from .scene_description import SHAPES
 from .splits import (
@@ -396,25 +396,21 @@ def convert_objects(
         The lists, and a text about changed boxes or None.
 
     Raises:
-        ValueError: If a category is unknown, a box is not four numbers, or a box is outside and `boxes` is "refuse".
+        ValueError: If a category is unknown, `clean_objects` finds a wrong value, or a box is outside and `boxes` is
+            "refuse".
     """
     if isinstance(objects, list):
         objects = {key: [item.get(key) for item in objects] for key in {key for item in objects for key in item}}
-    objects = objects or {}
-    raw, categories = (objects.get(key) or [] for key in ("bbox", "category"))
-    if len(raw) != len(categories):
-        raise ValueError(f"Image {name} has {len(raw)} boxes and {len(categories)} categories. Expected one per box.")
-    for value in categories:
-        if value not in lookup:
+    objects = clean_objects(objects or {}, name, box_format)
+    for value in objects["category"]:
+        if not isinstance(value, Hashable) or value not in lookup:
             known = ", ".join(map(str, list(lookup)[:20]))
             raise ValueError(
                 f"Image {name} has the category {value!r}, which is missing in the list: {known}. Add it."
             )
-    if not raw:
+    if not len(objects["bbox"]):
         return {field: [] for field in sorted(_OURS)}, None
-    if any(box is None or len(box) != 4 for box in raw) or not np.isfinite(np.array(raw, dtype=float)).all():
-        raise ValueError(f"Image {name} has a box that is not four finite numbers. Expected {box_format} in pixels.")
-    box = _to_corners(np.array(raw, dtype=np.float64), box_format)
+    box = _to_corners(objects["bbox"], box_format)
     limit = np.array([*size, *size])
     clipped = np.clip(box, 0, limit)
     outside = (np.abs(clipped - box) > 0.01).any(1)  # files round to hundredths
@@ -426,12 +422,11 @@ def convert_objects(
         raise ValueError(f"Boxes of image {report} do not fit its {size[0]}x{size[1]} pixels. Use boxes='clip'.")
     kept = ~empty if boxes == "clip" else ~(empty | outside)
     own = (clipped[:, 2:] - clipped[:, :2]).prod(1)
-    areas = objects.get("area") or [None] * len(raw)
-    areas = np.array([side if area is None else area for area, side in zip(areas, own, strict=True)])
-    flags = {
-        key: np.array([bool(flag) for flag in objects.get(key) or [0] * len(raw)]) for key in ("iscrowd", "difficult")
+    values = objects | {
+        "bbox": clipped,
+        "category": np.array([lookup[value] for value in objects["category"]]),
+        "area": np.where(np.isnan(objects["area"]), own, objects["area"]),
     }
-    values = {"bbox": clipped, "category": np.array([lookup[value] for value in categories]), "area": areas, **flags}
     return {key: value[kept].tolist() for key, value in values.items()}, report
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 
 from .class_folders import file_stamp, shown_path
 from .coco import read_coco
@@ -52,6 +53,52 @@ class BoxSource:
             double = next(name for name in names if names.count(name) > 1)
             raise ValueError(f"The category {double!r} of {source!r} occurs twice. Expected different names.")
         return cls(names, {key: names.index(name) for key, name in found.items() if name in names}, box_format)
+
+
+def clean_objects(objects: Mapping[str, Any], name: str, box_format: str) -> dict[str, Any]:
+    """Check the raw objects of an image, and convert their numbers to arrays.
+
+    Args:
+        objects: Lists of `bbox` and `category`, and optionally of `area`, `iscrowd` and `difficult`.
+        name: Name of the image in messages.
+        box_format: Format of the boxes, for messages.
+
+    Returns:
+        `bbox`, float64 (objects, 4); `category`, a list; `area`, float64 (objects,), NaN where it is missing; and
+        `iscrowd` and `difficult`, bool (objects,).
+
+    Raises:
+        ValueError: If the lists differ in length, or a value is invalid. Boxes need four finite numbers, and areas
+            must not be negative.
+    """
+    lists = {key: objects.get(key) for key in ("bbox", "category", "area", "iscrowd", "difficult")}
+    for key, values in lists.items():
+        if values is not None and not isinstance(values, list | tuple | np.ndarray):
+            raise ValueError(f"Image {name} has {key}={values!r}. Expected a list with one entry per box.")
+    count = 0 if lists["bbox"] is None else len(lists["bbox"])
+    for key, values in lists.items():
+        if values is None:
+            lists[key] = values = [] if key in ("bbox", "category") else [None] * count
+        if len(values) != count:
+            raise ValueError(
+                f"Image {name} has {count} boxes, but {len(values)} entries in {key!r}. Expected one per box."
+            )
+    try:
+        boxes = np.array(lists["bbox"]) if count else np.zeros((0, 4))
+    except ValueError:  # lists of different lengths
+        boxes = np.zeros(0)
+    if boxes.shape != (count, 4) or boxes.dtype.kind not in "iuf" or not np.isfinite(boxes).all():
+        raise ValueError(f"Image {name} has a box that is not four finite numbers. Expected {box_format} in pixels.")
+    for area in lists["area"]:
+        if area is not None and (not isinstance(area, int | float | np.number) or area < 0 or area == np.inf):
+            raise ValueError(f"Image {name} has area={area!r}. Expected a number of pixels, at least 0.")
+    for key in ("iscrowd", "difficult"):
+        for flag in lists[key]:
+            if flag not in (None, False, True):
+                raise ValueError(f"Image {name} has {key}={flag!r}. Expected true or false, or 1 or 0.")
+        lists[key] = np.array(lists[key], dtype=bool)
+    # None becomes NaN
+    return lists | {"bbox": boxes.astype(np.float64), "area": np.array(lists["area"], dtype=np.float64)}
 
 
 def find_voc(root: Path) -> Path | None:
@@ -188,9 +235,14 @@ def read_coco_boxes(
             "bbox": [record["bbox"] for record in records],
             "category": [record["category_id"] for record in records],
             "area": [record.get("area") for record in records],
-            "iscrowd": [bool(record.get("iscrowd")) for record in records],
-            "difficult": [False] * len(records),
+            "iscrowd": [record.get("iscrowd") for record in records],
         }
+        # as numbers, because `datasets` cannot say which image has a wrong one
+        objects = clean_objects(objects, str(picture["id"]), source.box_format)
+        for kind in objects["category"]:
+            if not isinstance(kind, int | float) or kind % 1:
+                raise ValueError(f"Image {picture['id']} has category_id={kind!r}. Expected an integer, as in COCO.")
+        objects = {key: value if key == "category" else value.tolist() for key, value in objects.items()}
         picture = {"image_id": str(picture["id"]), "image": shown_path(path), "stamp": file_stamp(path)}
         rows.append(picture | {"objects": objects})
     if not rows:

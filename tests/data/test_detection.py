@@ -177,6 +177,51 @@ def test_boxes_that_do_not_fit():
         )
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"area": [1]}, "Image a.jpg has 2 boxes, but 1 entries in 'area'. Expected one per box"),
+        ({"iscrowd": [True] * 3}, "Image a.jpg has 2 boxes, but 3 entries in 'iscrowd'"),
+        ({"difficult": []}, "Image a.jpg has 2 boxes, but 0 entries in 'difficult'"),
+        ({"bbox": None}, "Image a.jpg has 0 boxes, but 2 entries in 'category'"),
+        ({"area": 5}, "Image a.jpg has area=5. Expected a list with one entry per box"),
+        ({"bbox": [[1, 1, 5, 5], ["1", 2, 3, 4]]}, "Image a.jpg has a box that is not four finite numbers"),
+        ({"bbox": [[1, 1, 5, 5], "abcd"]}, "Image a.jpg has a box that is not four finite numbers"),
+        ({"bbox": [5, 5]}, "Image a.jpg has a box that is not four finite numbers"),
+        ({"bbox": [[1, 1, 5, 5], [[1], 2, 3, 4]]}, "Image a.jpg has a box that is not four finite numbers"),
+        ({"area": [1, -2]}, "Image a.jpg has area=-2. Expected a number of pixels, at least 0"),
+        ({"area": ["big", 1]}, "Image a.jpg has area='big'. Expected a number of pixels"),
+        ({"iscrowd": ["no", True]}, "Image a.jpg has iscrowd='no'. Expected true or false, or 1 or 0"),
+        ({"category": [0, [0]]}, r"Image a.jpg has the category \[0\], which is missing in the list: 0"),
+    ],
+)
+def test_damaged_lists_of_objects(change, message):
+    objects = {"bbox": [[1, 1, 5, 5], [2, 2, 6, 6]], "category": [0, 0]}
+    options = {"lookup": {0: 0}, "box_format": "xyxy", "boxes": "clip"}
+    kept, _ = detection.convert_objects(objects | {"area": [None, float("nan")]}, (20, 10), "a.jpg", **options)
+    assert kept["area"] == [16, 16]  # of the box, where it is missing
+    with pytest.raises(ValueError, match=message):
+        detection.convert_objects(objects | change, (20, 10), "a.jpg", **options)
+
+
+def test_wrong_numbers_in_coco_files_name_the_image(tmp_path):
+    """`datasets` would raise an error of its table format."""
+    for number, (record, message) in enumerate(
+        [
+            (
+                (10, 3, ["a", 2, 5, 6], {}),
+                "Image 10 has a box that is not four finite numbers. Expected xywh in pixels",
+            ),
+            ((11, 3, [1, 2, 5, 6], {"area": "big"}), "Image 11 has area='big'"),
+            ((11, 3, [1, 2, 5, 6], {"iscrowd": "no"}), "Image 11 has iscrowd='no'"),
+            ((10, "cat", [1, 2, 5, 6], {}), "Image 10 has category_id='cat'. Expected an integer, as in COCO"),
+        ]
+    ):
+        (tmp_path / str(number)).mkdir()
+        with pytest.raises(ValueError, match=message):
+            detection.load("train", write_coco(tmp_path / str(number), [record]))
+
+
 def test_damaged_sources(tmp_path):
     root = write_voc(tmp_path / "voc", {"a": [("dog", 0, 1, 1, 5, 5)]}, {"train": ["a", "b"]})
     with pytest.raises(FileNotFoundError, match="b.xml does not exist"):
