@@ -1,6 +1,9 @@
 """Images with boxes: the same columns from scenes, VOC, COCO and tables, and boxes that do not fit."""
 
 import json
+import re
+from collections import Counter
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -10,6 +13,9 @@ from PIL import Image
 
 from hf_dl.data import detection, scenes
 from hf_dl.data.detection_augmentation import BoxAugmentation
+from hf_dl.data.detection_files import read_coco_boxes, read_voc
+
+PHOTOS = Path(__file__).resolve().parents[3] / "shared" / "data"
 
 pytestmark = pytest.mark.usefixtures("private_cache")
 
@@ -220,6 +226,53 @@ def test_wrong_numbers_in_coco_files_name_the_image(tmp_path):
         (tmp_path / str(number)).mkdir()
         with pytest.raises(ValueError, match=message):
             detection.load("train", write_coco(tmp_path / str(number), [record]))
+
+
+def read_photos(found, rows):
+    """Return the objects and the reports of all images, of which only the size is read."""
+    objects, reports = [], []
+    for row in rows:
+        with Image.open(row["image"]["path"]) as image:
+            options = {"lookup": found.lookup, "box_format": found.box_format, "boxes": "clip"}
+            kept, report = detection.convert_objects(row["objects"], image.size, row["image_id"], **options)
+        objects.append(kept)
+        reports += [report] if report else []
+    return objects, reports
+
+
+@pytest.mark.skipif(not (PHOTOS / "bccd").is_dir(), reason="needs the photographs of bccd")
+def test_photographs_of_voc():
+    """All objects of the files, but two boxes without area."""
+    found, splits = read_voc(PHOTOS / "bccd", None)
+    assert {name: len(rows) for name, rows in splits.items()} == {"train": 205, "val": 87, "test": 72}
+    texts = [path.read_text() for path in (PHOTOS / "bccd" / "Annotations").glob("*.xml")]
+    raw = Counter(name for text in texts for name in re.findall(r"<object>\s*<name>(\w+)</name>", text))
+    objects, reports = read_photos(found, [row for rows in splits.values() for row in rows])
+    kept = Counter(found.names[label] for each in objects for label in each["category"])
+    assert len(objects) == len(texts) == 364
+    assert raw.total() == 4888 and kept.total() == 4886 and (raw - kept).total() == 2 and kept <= raw
+    assert sorted(reports) == ["BloodImage_00338 (1 without area)", "BloodImage_00343 (1 without area)"]
+    assert found.names == sorted(raw)
+
+
+@pytest.mark.skipif(not (PHOTOS / "coco_mini").is_dir(), reason="needs the photographs of coco_mini")
+@pytest.mark.parametrize(("split", "images", "boxes", "crowds"), [("train2017", 80, 739, 8), ("val2017", 79, 624, 5)])
+def test_photographs_of_coco(split, images, boxes, crowds):
+    """The ids from 1 to 90 become 0 to 79, and the names are the ones of the file."""
+    path = PHOTOS / "coco_mini" / "annotations" / f"instances_{split}.json"
+    content = json.loads(path.read_text())
+    found, rows = read_coco_boxes(PHOTOS / "coco_mini" / split, path, None)
+    objects, reports = read_photos(found, rows)
+    assert (len(objects), len(content["annotations"]), reports) == (images, boxes, [])
+    assert sum(len(each["bbox"]) for each in objects) == boxes
+    assert sum(sum(each["iscrowd"]) for each in objects) == crowds
+    assert (min(found.lookup), max(found.lookup), sorted(found.lookup.values())) == (1, 90, list(range(80)))
+    names = {category["id"]: category["name"] for category in content["categories"]}
+    raw = Counter((str(item["image_id"]), names[item["category_id"]]) for item in content["annotations"])
+    ids = [row["image_id"] for row in rows]
+    assert raw == Counter(
+        (name, found.names[label]) for name, each in zip(ids, objects, strict=True) for label in each["category"]
+    )
 
 
 def test_damaged_sources(tmp_path):
