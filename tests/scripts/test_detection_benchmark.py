@@ -1,10 +1,14 @@
 """The benchmarks of detectors: torchvision under a budget, and the time of average precision."""
 
 import json
+import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 
 import pytest
 import torch
 
+from hf_dl.metrics.detection import coco_scores
 from hf_dl.models.detection_processor import make_label
 from hf_dl.reporting.experiment import read_results
 from scripts.benchmarks import detection as metric_benchmark
@@ -81,6 +85,27 @@ def test_average_precision_equals_pycocotools(tmp_path, monkeypatch):
         torch.set_num_threads(threads)
     assert json.loads(path.read_text()) == results
     assert results["average precision"]["largest_difference"] < 1e-12 and results["average precision"]["ratio"] > 0
+
+
+def test_torchmetrics_is_compared_where_it_is_installed(monkeypatch):
+    class Scores:
+        def update(self, found, truth):
+            assert all(isinstance(value, torch.Tensor) for row in [*found, *truth] for value in row.values())
+            self.rows = found, truth
+
+        def compute(self):
+            scores = coco_scores(*self.rows) | {"classes": torch.tensor([0, 1, 2])}
+            return {name: torch.as_tensor(scores[name]) for name in sorted(scores)}
+
+    package, detection = ModuleType("torchmetrics"), ModuleType("torchmetrics.detection")
+    package.__spec__, detection.MeanAveragePrecision = ModuleSpec("torchmetrics", None), Scores
+    monkeypatch.setitem(sys.modules, "torchmetrics", package)
+    monkeypatch.setitem(sys.modules, "torchmetrics.detection", detection)
+    result = metric_benchmark.compare_metric(num_images=20, repetitions=1)
+    assert result["torchmetrics_largest_difference"] < 1e-6  # of single precision
+    assert result["torchmetrics_cpu_seconds"] > 0 and result["torchmetrics_ratio"] > 0
+    monkeypatch.setitem(sys.modules, "torchmetrics", None)
+    assert "torchmetrics_ratio" not in metric_benchmark.compare_metric(num_images=5, repetitions=1)
 
 
 def test_labels_are_in_pixels_and_count_from_1():
