@@ -6,9 +6,10 @@ r"""Train an object detector.
         --backbone timm/resnet18 --pretrained --epochs 30
 
 The first command trains a detector without anchors on generated scenes. It takes about 15 minutes on one CPU core.
-The second command trains Faster R-CNN on the same images. `--method` also accepts yolo_v1 and fast_rcnn.
-model_cards/detection_ladder.md lists times and scores of all methods. The third command trains on photos with
-annotations in the layout of PASCAL VOC; folders of COCO work too.
+The second command trains Faster R-CNN on the same images. `--method` also accepts yolo_v1, fast_rcnn, sliding_window
+and rcnn, which scripts/fit_rcnn.py completes. The default is anchor_free. model_cards/detection_ladder.md lists times
+and scores of all methods. The third command trains on photos with annotations in the layout of PASCAL VOC; folders of
+COCO work too.
 
 Use the model with `pipeline("object-detection", "runs/train_detector")` of transformers.
 """

@@ -10,6 +10,8 @@ objects of several sizes. `DetectionImageProcessor` merges the boxes of all scal
 
 While training, only some windows of each image are computed: objects, windows that touch an object, and others.
 
+Unlike the other detectors, the model has its own small network instead of `DetectionBackbone`, whose layers pad.
+
 Sermanet et al. 2013, OverFeat, https://arxiv.org/abs/1312.6229. Difference: boxes are merged by non-maximum
 suppression instead of averages.
 """
