@@ -26,6 +26,37 @@ from hf_dl.recipes import detection_report
 from hf_dl.training.args import Schedule, TrainingArgs, parse_args
 from hf_dl.training.run import TrainingRun
 
+# The terms of the loss and their weights. Each term is a mean over the images. hf_dl/models has the definitions.
+LOSS_TERMS = {
+    "anchor_free": {
+        "classification": 1,  # sum of |y - p|^2 * BCE(p, y) over all cells / 9, with y = IoU or 0
+        "box": 2,  # sum of 1 - CIoU over the cells of objects / 9
+    },
+    "yolo_v1": {
+        "coordinates": 5,  # squared error of x, y, sqrt(w), sqrt(h) of the responsible box of each object
+        "object": 1,  # (confidence - IoU)^2 of these boxes
+        "no_object": 0.5,  # confidence^2 of all other boxes
+        "class": 1,  # squared error of the classes of cells with an object
+    },
+    "fast_rcnn": {
+        "classification": 1,  # cross-entropy of 64 regions, with classes and background
+        "box": 1,  # smooth L1 of the codes of regions with an object / 64
+    },
+    "faster_rcnn": {
+        "rpn_objectness": 1,  # binary cross-entropy of 256 anchors: object or not
+        "rpn_box": 1,  # smooth L1 of the codes of anchors with an object / 256
+        "classification": 1,  # as in fast_rcnn
+        "box": 1,
+    },
+    "rcnn": {
+        "classification": 1,  # cross-entropy of up to 32 crops, with the class "no object"; fit_rcnn.py does the rest
+    },
+    "sliding_window": {
+        "classification": 1,  # cross-entropy of up to 24 windows, with the class "no object"
+        "box": 1,  # smooth L1 of the codes of windows on objects / number of windows
+    },
+}
+
 
 @dataclass
 class Args(recipe.ModelFlags, recipe.DetectionFlags, recipe.TrainingDataFlags, TrainingArgs):
@@ -67,20 +98,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
     for batch in run:  # pixel_values, and the classes and boxes of each image as labels
         terms = run.model(**batch).loss_dict
-
-        # Terms of the loss, as means over the images. hf_dl/models has their definitions.
-        #   anchor_free: classification = sum |y - p|^2 * BCE(p, y) / 9   over all cells, y = IoU or 0
-        #                box            = 2 * sum (1 - CIoU) / 9          over the cells of objects
-        #   yolo_v1:     coordinates    = 5 * squared error of x, y, sqrt(w), sqrt(h)
-        #                object         = (confidence - IoU)^2, no_object = 0.5 * confidence^2
-        #                class          = squared error of the classes of cells with an object
-        #   faster_rcnn: rpn_objectness = BCE of 256 anchors, rpn_box = smooth L1 of anchors with an object / 256
-        #   both R-CNNs: classification = cross-entropy of 64 regions with classes and background
-        #                box            = smooth L1 of regions with an object / 64
-        #   rcnn:        classification = cross-entropy of some regions; scripts/fit_rcnn.py does the rest
-        #   sliding_window: classification = cross-entropy of some windows, with the class "no object"
-        #                box            = smooth L1 of the codes of windows on objects
-        loss = sum(terms.values())
+        loss = sum(terms[name] for name in LOSS_TERMS[args.method])  # the terms include their weights
         run.step(loss, **terms)
 
         if run.evaluation_due:

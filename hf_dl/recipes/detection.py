@@ -1,8 +1,8 @@
 """Object detection: the flags, data, models and evaluation that the scripts and the Space share.
 
 scripts/train_detector.py trains one of `METHODS`, and scripts/evaluate_detector.py scores a saved model. To add a
-detector, write its config and model in hf_dl/models and add one entry to `METHODS`. hf_dl/recipes/detection_report.py
-has the pictures and the model card.
+detector, write its config and model in hf_dl/models, add one entry to `METHODS`, and list its loss terms in
+scripts/train_detector.py. hf_dl/recipes/detection_report.py has the pictures and the model card.
 """
 
 import math

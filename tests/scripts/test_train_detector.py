@@ -8,6 +8,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForObjectDetection, YolosConfig, YolosForObjectDetection, YolosImageProcessor
 
+from hf_dl.models import detection_anchor_free, detection_yolo_v1
 from hf_dl.models.detection_processor import DetectionImageProcessor
 from hf_dl.recipes import detection as recipe
 from hf_dl.reporting.card import read_card
@@ -71,6 +72,37 @@ def test_losses_and_scores_are_logged(finished):
     times = {name: metrics[f"test_ms_{name}"] for name in recipe.STAGES}
     assert times.pop("proposals") == 0 < min(times.values())  # it has no proposals
     assert metrics["test_ms"] >= sum(times.values())
+
+
+@pytest.mark.parametrize("method", recipe.METHODS)
+def test_the_terms_and_weights_in_the_script_are_the_ones_of_the_model(method, monkeypatch):
+    constants = {
+        ("anchor_free", "box"): (detection_anchor_free, "BOX_WEIGHT"),
+        ("yolo_v1", "coordinates"): (detection_yolo_v1, "COORDINATE_WEIGHT"),
+        ("yolo_v1", "no_object"): (detection_yolo_v1, "NO_OBJECT_WEIGHT"),
+    }
+    args = train_detector.Args(method=method, image_size=[32])
+    recipe.complete_flags(args)
+    torch.manual_seed(0)
+    model = recipe.make_model(args, ["cat", "dog"])[0].eval()
+    inputs = {"pixel_values": torch.randn(2, 3, 32, 32), "labels": torch.tensor([[[1, 0.5, 0.5, 0.5, 0.6]]] * 2)}
+    if recipe.METHODS[method].num_proposals:
+        inputs["proposals"] = torch.tensor([[[0.5, 0.5, 0.6, 0.6], [0.2, 0.2, 0.3, 0.3]]] * 2)
+    with torch.no_grad():
+        before = model(**inputs).loss_dict
+        for place in constants.values():
+            monkeypatch.setattr(*place, 1)
+        after = model(**inputs).loss_dict
+    table = train_detector.LOSS_TERMS[method]
+    assert list(before) == list(table)  # in the same order, so that the sum is the same to the bit
+    for name, weight in table.items():
+        assert before[name].item() == pytest.approx(weight * after[name].item(), rel=1e-6) and before[name] > 0
+        assert weight == 1 or (method, name) in constants
+
+
+def test_the_script_lists_all_methods():
+    assert train_detector.LOSS_TERMS.keys() == recipe.METHODS.keys()
+    assert all(name in train_detector.__doc__ for name in recipe.METHODS)
 
 
 def test_evaluating_the_folder_gives_the_same_scores(finished, tmp_path):
