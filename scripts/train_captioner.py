@@ -11,6 +11,7 @@ scene. scripts/experiments/captions.toml trains for longer. The second command t
 """
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from hf_dl.data.collate import as_is
 from hf_dl.models.image_captioner import coverage_penalty
@@ -35,6 +36,10 @@ class Args(captioner.ModelFlags, captioner.CaptionFlags, TrainingArgs):
     )
     coverage_weight: float = field(
         default=0.0, metadata={"help": "Weight of the doubly stochastic penalty of Xu et al. (1 there)."}
+    )
+    coverage_target: Literal["mean", "one"] = field(
+        default="mean",
+        metadata={"help": "Target of this penalty for each cell: words / cells, or one as in Xu et al."},
     )
     num_beams: int = field(default=1, metadata={"help": "Beam size of the test scores; 1 is greedy search."})
     max_steps: int = 2400
@@ -98,7 +103,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         loss = output.loss  # the mean of -log P(word) over the words of the captions
         logged = {"cross_entropy": output.loss.detach()}
         if args.coverage_weight:
-            coverage = coverage_penalty(output.cross_attentions[0], labels)
+            coverage = coverage_penalty(output.cross_attentions[0], labels, target=args.coverage_target)
             loss, logged = loss + args.coverage_weight * coverage, {**logged, "coverage": coverage.detach()}
         run.step(loss, **logged)
 

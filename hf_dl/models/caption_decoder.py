@@ -1,18 +1,22 @@
-"""The decoder of captions: an LSTM that reads the image in one of four ways.
+"""The decoder of captions: a recurrent cell that reads the image in one of four ways.
 
-In each step, the LSTM reads the last word y and a vector z of the image:
+In each step, the cell reads the last word y and a vector z of the image:
 
     h, c = LSTM([e(y); z], (h, c))
+
+`cell` of the config selects another cell of `CELLS`. With the vanilla RNN, the same step is
+
+    h = tanh(W_x e(y) + W_h h + W_i z)
 
 `CONDITIONINGS` lists where z comes from:
 
 * "first_step": z is the image in the first step, and 0 afterwards (Vinyals et al. 2015, "Show and Tell"; Karpathy &
-  Fei-Fei 2015). The memory of the LSTM must keep everything that it will say.
+  Fei-Fei 2015). The state of the cell must keep everything that it will say.
 * "every_step": z is the image in each step.
 * "previous_attention": z attends to the feature map with the last h, before y is read (Xu et al. 2015, "Show, Attend
   and Tell", https://arxiv.org/abs/1502.03044). The query does not know yet which word was written.
 * "attention": z attends with the new h, after y was read. The next word is predicted from h and z, and the next step
-  of the LSTM reads z (Luong et al. 2015, input feeding). After "red", the attention can move to a red object.
+  of the cell reads z (Luong et al. 2015, input feeding). After "red", the attention can move to a red object.
 
 The attention is additive: z = sum_i a_i m_i with a = softmax(v^T tanh(W h + U m_i)) over the cells m_i of the map.
 
@@ -28,7 +32,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from .layers_attention import AdditiveAttention
-from .layers_recurrent import LSTMCell
+from .layers_recurrent import CELLS, RecurrentCell
 
 CONDITIONINGS = ("first_step", "every_step", "previous_attention", "attention")
 ATTENTIONS = ("previous_attention", "attention")
@@ -54,7 +58,7 @@ class CaptionState:
 
     Args:
         hidden: h, (rows, 1, decoder_hidden_size).
-        cell: c, (rows, 1, decoder_hidden_size).
+        cell: c of an LSTM, (rows, 1, decoder_hidden_size). For other cells it is empty, (rows, 1, 0).
         read: z that the next step reads, (rows, 1, channels).
         context: The context of the rows. Rows are only exchanged within an image, so it needs no reordering.
         length: Number of words read so far.
@@ -87,7 +91,7 @@ torch.export.register_dataclass(CaptionState)  # so that an exported model can r
 
 
 class CaptionDecoder(nn.Module):
-    """Write captions word by word with an LSTM.
+    """Write captions word by word with a recurrent cell.
 
     Tokens, states and results have the shape (batch, hypotheses, ...). The context exists once per image.
 
@@ -101,10 +105,11 @@ class CaptionDecoder(nn.Module):
         super().__init__()
         hidden, embedded = config.decoder_hidden_size, config.embedding_size
         self.conditioning = config.conditioning
-        self.hidden_size = hidden
+        self.states = CELLS[config.cell].states
+        self.state_sizes = (hidden, (self.states - 1) * hidden)  # channels of h and c
         self.embedding = nn.Embedding(config.vocab_size, embedded)
         if self.conditioning in ATTENTIONS:
-            self.bridge = nn.Linear(channels, 2 * hidden)
+            self.bridge = nn.Linear(channels, sum(self.state_sizes))
             self.attention = AdditiveAttention(hidden, channels, attention_dim=config.attention_size)
             self.read_size = channels
             self.readout = nn.Linear(hidden + channels, hidden)
@@ -113,7 +118,7 @@ class CaptionDecoder(nn.Module):
             self.image_norm = nn.LayerNorm(embedded)
             self.read_size = embedded
             self.readout = nn.Linear(hidden, hidden)
-        self.cell = LSTMCell(embedded + self.read_size, hidden, fused=config.fused_lstm)
+        self.cell = RecurrentCell(embedded + self.read_size, hidden, cell=config.cell, fused=config.fused_lstm)
         self.output = nn.Linear(hidden, config.vocab_size)
         self.dropout = nn.Dropout(config.dropout)
 
@@ -124,15 +129,15 @@ class CaptionDecoder(nn.Module):
             memory: Cells of the feature map, (batch, cells, channels).
 
         Returns:
-            h, c and z, (batch, 1, channels) each, and the context.
+            h, c and z, (batch, 1, channels) each, and the context. Without an LSTM, c has 0 channels.
         """
         if self.conditioning in ATTENTIONS:
             mean = memory.mean(dim=1, keepdim=True)
-            hidden, cell = self.bridge(mean).tanh().chunk(2, dim=-1)
+            hidden, cell = self.bridge(mean).tanh().split(self.state_sizes, dim=-1)
             return (hidden, cell, mean), CaptionContext(memory, self.attention.project(memory))
         image = self.image_norm(self.image(memory.flatten(1)))[:, None]
-        zeros = image.new_zeros(memory.shape[0], 1, self.hidden_size)
-        return (zeros, zeros, image), CaptionContext(None, None)
+        hidden, cell = (image.new_zeros(memory.shape[0], 1, size) for size in self.state_sizes)
+        return (hidden, cell, image), CaptionContext(None, None)
 
     def step(
         self, tokens: torch.Tensor, state: State, context: CaptionContext
@@ -153,8 +158,10 @@ class CaptionDecoder(nn.Module):
         if self.conditioning == "previous_attention":
             read, weights = self._attend(hidden, context)
         x = torch.cat([self.dropout(self.embedding(tokens)), read], dim=-1).flatten(0, 1)
-        hidden, cell = self.cell(x, (hidden.flatten(0, 1), cell.flatten(0, 1)))
-        hidden, cell = hidden.unflatten(0, tokens.shape), cell.unflatten(0, tokens.shape)
+        hidden, *memory = self.cell(x, (hidden.flatten(0, 1), cell.flatten(0, 1))[: self.states])
+        hidden = hidden.unflatten(0, tokens.shape)
+        if memory:
+            cell = memory[0].unflatten(0, tokens.shape)
         if self.conditioning == "attention":
             read, weights = self._attend(hidden, context)
         elif self.conditioning == "first_step":

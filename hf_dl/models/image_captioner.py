@@ -1,8 +1,8 @@
 """Image to caption: a convolutional network makes a feature map, and an LSTM describes it word by word.
 
 The model of Vinyals et al. 2015 ("Show and Tell") and Xu et al. 2015 ("Show, Attend and Tell"). `conditioning` selects
-how the LSTM reads the image, see `caption_decoder`. With attention, each word comes with a map of the cells that the
-model looked at.
+how the LSTM reads the image, see `caption_decoder`. `cell` replaces the LSTM by a vanilla RNN or a GRU. If the decoder
+attends to the image, each word comes with a map of the cells that the model looked at.
 
 `backbone="small_captioner"` is a residual network for images of about 64 pixels. The detectors share all other
 backbones, see `detection_backbone`: "small", our classifiers, and "timm/NAME". The feature map has one cell per 8x8
@@ -39,7 +39,7 @@ from .detection_backbone import (
     ResidualBlock,
     init_detection_weights,
 )
-from .layers_recurrent import LSTMCell
+from .layers_recurrent import RecurrentCell, check_cell
 from .recurrent_seq2seq import RecurrentGenerationMixin, draw_forced, sequence_loss
 
 SMALL = "small_captioner"
@@ -60,11 +60,13 @@ class ImageCaptionerConfig(DetectionConfig):
         vocab_size: Number of words, including the special tokens.
         conditioning: How the decoder reads the image, one of `caption_decoder.CONDITIONINGS`.
         embedding_size: Channels of the word embeddings.
-        decoder_hidden_size: Channels of the LSTM.
+        cell: Recurrent cell of the decoder, a key of `CELLS` in layers_recurrent.py: "rnn", "rnn_relu", "gru" or
+            "lstm".
+        decoder_hidden_size: Channels of the cell.
         attention_size: Channels of the additive attention.
         dropout: Dropout probability of embeddings and features.
-        forget_bias: Initial bias of the forget gate. Above 0, the LSTM remembers from the start.
-        fused_lstm: Whether to use the kernel of torch instead of the written-out formula.
+        forget_bias: Initial bias of the forget gate of an LSTM. Above 0, the LSTM remembers from the start.
+        fused_lstm: Whether to use the kernel of torch for the cell instead of the written-out formula.
         teacher_forcing_ratio: Probability of reading the true word in training.
         max_caption_length: Maximum number of words of a generated caption, including the end.
 
@@ -86,6 +88,7 @@ class ImageCaptionerConfig(DetectionConfig):
     vocab_size: int = 64
     conditioning: str = "attention"
     embedding_size: int = 64
+    cell: str = "lstm"
     decoder_hidden_size: int = 256
     attention_size: int = 64
     dropout: float = 0.0
@@ -114,6 +117,7 @@ class ImageCaptionerConfig(DetectionConfig):
             raise ValueError(
                 f"conditioning={self.conditioning!r} is unknown. Choose one of: {', '.join(CONDITIONINGS)}."
             )
+        check_cell(self.cell)
         for name in (
             "feature_size",
             "vocab_size",
@@ -162,7 +166,7 @@ class ImageCaptionerOutput(ModelOutput):
         loss: Mean cross-entropy over the words.
         logits: (batch, words, vocab_size).
         decoder_state: State of the decoder after the last word, if `use_cache`.
-        decoder_hidden_states: If requested, the states h of the LSTM and the features that the output layer reads,
+        decoder_hidden_states: If requested, the states h of the cell and the features that the output layer reads,
             (batch, words, channels) each.
         decoder_attentions: Empty if attention is requested, because the decoder has no self-attention.
         cross_attentions: If requested, one tensor (batch, 1, words, cells), with rows that sum to 1. It is the
@@ -272,13 +276,14 @@ class ImageCaptionerForConditionalGeneration(PreTrainedModel, RecurrentGeneratio
             init.xavier_uniform_(module.weight)
         elif isinstance(module, nn.Embedding):
             init.normal_(module.weight, std=0.1)
-        elif isinstance(module, LSTMCell):
+        elif isinstance(module, RecurrentCell):
             bound = module.hidden_size**-0.5
             for parameter in module.parameters():
                 init.uniform_(parameter, -bound, bound)
-            forget = slice(module.hidden_size, 2 * module.hidden_size)
-            init.constant_(module.bias_ih[forget], self.config.forget_bias)
-            init.zeros_(module.bias_hh[forget])  # both biases are added
+            if module.cell == "lstm":
+                forget = slice(module.hidden_size, 2 * module.hidden_size)
+                init.constant_(module.bias_ih[forget], self.config.forget_bias)
+                init.zeros_(module.bias_hh[forget])  # both biases are added
         elif isinstance(module, CaptionEncoder):
             init.normal_(module.positions, std=0.1)
         elif isinstance(module, nn.Conv2d):
@@ -477,27 +482,36 @@ def word_maps(attention: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
     return F.interpolate(grids, size=tuple(size), mode="bilinear", align_corners=False)
 
 
-def coverage_penalty(attention: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def coverage_penalty(
+    attention: torch.Tensor, labels: torch.Tensor, *, target: Literal["mean", "one"] = "mean"
+) -> torch.Tensor:
     """Compute the doubly stochastic penalty of Xu et al. 2015, which asks the words to attend to all cells equally.
 
     Each step of the attention sums to 1, so the sums over the words are T / cells on average for a caption of T words.
-    The target is this mean, not 1 as in the paper: 1 is only possible for as many words as cells.
+    The target "mean" is this value. The target "one" is 1, as in the paper. It can only be met by as many words as
+    cells.
 
     Args:
         attention: `cross_attentions[0]` of the output, (batch, 1, words, cells).
         labels: The words, (batch, words), with -100 for padding.
+        target: "mean" or "one".
 
     Returns:
-        The mean squared difference from the target, a scalar.
+        The mean squared difference from the target, a scalar. The paper sums over the cells instead.
+
+    Raises:
+        ValueError: If `target` is unknown.
 
     Example:
         >>> coverage_penalty(torch.full((1, 1, 3, 2), 0.5), torch.tensor([[4, 2, -100]]))
         tensor(0.)
     """
+    if target not in ("mean", "one"):
+        raise ValueError(f"target={target!r} is unknown. Choose one of: mean, one.")
     keep = (labels != -100).to(attention)
     total = (attention[:, 0] * keep[..., None]).sum(dim=1)
-    target = keep.sum(dim=1, keepdim=True) / attention.shape[-1]
-    return (total - target).square().mean()
+    wanted = keep.sum(dim=1, keepdim=True) / attention.shape[-1] if target == "mean" else 1.0
+    return (total - wanted).square().mean()
 
 
 def _repeat(memory: torch.Tensor, rows: int) -> torch.Tensor:

@@ -18,6 +18,7 @@ a mask on a CPU always run step by step.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -121,53 +122,6 @@ def lstm_update(gates: torch.Tensor, cell: torch.Tensor) -> tuple[torch.Tensor, 
     return hidden, cell
 
 
-class LSTMCell(nn.Module):
-    """One step of an LSTM with its weights, which have the same names as in `torch.nn.LSTMCell`.
-
-    Args:
-        input_size: Channels of the inputs.
-        hidden_size: Channels of h and c.
-        fused: Whether to use the kernel of torch instead of `lstm_step`.
-
-    Example:
-        ```python
-        >>> cell = LSTMCell(8, 16)
-        >>> h, c = cell(torch.randn(2, 8), (torch.zeros(2, 16), torch.zeros(2, 16)))
-        >>> h.shape, c.shape
-        (torch.Size([2, 16]), torch.Size([2, 16]))
-
-        ```
-    """
-
-    def __init__(self, input_size: int, hidden_size: int, *, fused: bool = True):
-        super().__init__()
-        self.input_size, self.hidden_size, self.fused = input_size, hidden_size, fused
-        self.weight_ih = nn.Parameter(torch.empty(4 * hidden_size, input_size))
-        self.weight_hh = nn.Parameter(torch.empty(4 * hidden_size, hidden_size))
-        self.bias_ih = nn.Parameter(torch.empty(4 * hidden_size))
-        self.bias_hh = nn.Parameter(torch.empty(4 * hidden_size))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draw all weights uniformly within 1 / sqrt(hidden_size), as torch does."""
-        bound = self.hidden_size**-0.5
-        for parameter in self.parameters():
-            nn.init.uniform_(parameter, -bound, bound)
-
-    def forward(self, x: torch.Tensor, state: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Compute one step.
-
-        Args:
-            x: Inputs, (batch, input_size).
-            state: h and c, (batch, hidden_size) each.
-
-        Returns:
-            The next h and c.
-        """
-        step = torch.lstm_cell if self.fused else lstm_step
-        return step(x, state, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
-
-
 @dataclass(frozen=True)
 class CellType:
     """A row of `CELLS`.
@@ -178,6 +132,8 @@ class CellType:
         states: Number of tensors of the state.
         layers: Module of torch with the same weights.
         kernel: Function of torch that runs such layers.
+        step: Definition of one step. It returns h, and c of an LSTM.
+        fused_step: Function of torch that computes the same step.
         attribute: Name of the module inside `RecurrentLayers`, a part of the names in checkpoints.
         sum_biases: Whether only the sum of the two biases matters.
         options: Further arguments of `layers`.
@@ -188,6 +144,8 @@ class CellType:
     states: int
     layers: type[nn.RNNBase]
     kernel: Callable[..., Any]
+    step: Callable[..., Any]
+    fused_step: Callable[..., Any]
     attribute: str
     sum_biases: bool = True
     options: dict[str, str] = field(default_factory=dict)
@@ -210,10 +168,20 @@ def _update_lstm(from_x, from_h, state):
 
 
 CELLS: dict[str, CellType] = {
-    "rnn": CellType(_update_rnn, 1, 1, nn.RNN, torch.rnn_tanh, "rnn"),
-    "rnn_relu": CellType(_update_rnn_relu, 1, 1, nn.RNN, torch.rnn_relu, "rnn", options={"nonlinearity": "relu"}),
-    "gru": CellType(_update_gru, 3, 1, nn.GRU, torch.gru, "gru", sum_biases=False),
-    "lstm": CellType(_update_lstm, 4, 2, nn.LSTM, torch.lstm, "lstm"),
+    "rnn": CellType(_update_rnn, 1, 1, nn.RNN, torch.rnn_tanh, rnn_step, torch.rnn_tanh_cell, "rnn"),
+    "rnn_relu": CellType(
+        _update_rnn_relu,
+        1,
+        1,
+        nn.RNN,
+        torch.rnn_relu,
+        partial(rnn_step, activation=torch.relu),
+        torch.rnn_relu_cell,
+        "rnn",
+        options={"nonlinearity": "relu"},
+    ),
+    "gru": CellType(_update_gru, 3, 1, nn.GRU, torch.gru, gru_step, torch.gru_cell, "gru", sum_biases=False),
+    "lstm": CellType(_update_lstm, 4, 2, nn.LSTM, torch.lstm, lstm_step, torch.lstm_cell, "lstm"),
 }
 """The cells by the name that configs and flags use."""
 
@@ -229,6 +197,79 @@ def check_cell(cell: str) -> None:
     """
     if cell not in CELLS:
         raise ValueError(f"cell={cell!r} is unknown. Choose one of: {', '.join(CELLS)}.")
+
+
+class RecurrentCell(nn.Module):
+    """One step of a recurrent cell with its weights, which have the same names as in `torch.nn.LSTMCell`.
+
+    Args:
+        input_size: Channels of the inputs.
+        hidden_size: Channels of the state.
+        cell: A key of `CELLS`: "rnn", "rnn_relu", "gru" or "lstm".
+        fused: Whether to use the kernel of torch instead of the definition.
+
+    Raises:
+        ValueError: If `cell` is unknown.
+
+    Example:
+        ```python
+        >>> cell = RecurrentCell(8, 16, cell="gru")
+        >>> (h,) = cell(torch.randn(2, 8), (torch.zeros(2, 16),))
+        >>> h.shape
+        torch.Size([2, 16])
+
+        ```
+    """
+
+    def __init__(self, input_size: int, hidden_size: int, *, cell: str = "lstm", fused: bool = True):
+        super().__init__()
+        check_cell(cell)
+        self.input_size, self.hidden_size, self.cell, self.fused = input_size, hidden_size, cell, fused
+        rows = CELLS[cell].gates * hidden_size
+        self.weight_ih = nn.Parameter(torch.empty(rows, input_size))
+        self.weight_hh = nn.Parameter(torch.empty(rows, hidden_size))
+        self.bias_ih = nn.Parameter(torch.empty(rows))
+        self.bias_hh = nn.Parameter(torch.empty(rows))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw all weights uniformly within 1 / sqrt(hidden_size), as torch does."""
+        bound = self.hidden_size**-0.5
+        for parameter in self.parameters():
+            nn.init.uniform_(parameter, -bound, bound)
+
+    def forward(self, x: torch.Tensor, state: State) -> State:
+        """Compute one step.
+
+        Args:
+            x: Inputs, (batch, input_size).
+            state: h, and for an LSTM also c, (batch, hidden_size) each.
+
+        Returns:
+            The next state.
+        """
+        kind = CELLS[self.cell]
+        step = kind.fused_step if self.fused else kind.step
+        given = state if kind.states > 1 else state[0]
+        new = step(x, given, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
+        return new if kind.states > 1 else (new,)
+
+
+class LSTMCell(RecurrentCell):
+    """One step of an LSTM with its weights. See `RecurrentCell` for the arguments.
+
+    Example:
+        ```python
+        >>> cell = LSTMCell(8, 16)
+        >>> h, c = cell(torch.randn(2, 8), (torch.zeros(2, 16), torch.zeros(2, 16)))
+        >>> h.shape, c.shape
+        (torch.Size([2, 16]), torch.Size([2, 16]))
+
+        ```
+    """
+
+    def __init__(self, input_size: int, hidden_size: int, *, fused: bool = True):
+        super().__init__(input_size, hidden_size, fused=fused)
 
 
 @torch.no_grad()

@@ -28,6 +28,7 @@ from hf_dl.models.caption_decoder import ATTENTIONS, CONDITIONINGS
 from hf_dl.models.caption_processor import ImageCaptionerProcessor
 from hf_dl.models.detection_backbone import load_published_weights
 from hf_dl.models.image_captioner import ImageCaptionerConfig, ImageCaptionerForConditionalGeneration, word_maps
+from hf_dl.models.layers_recurrent import CELLS
 from hf_dl.progress import activity
 from hf_dl.reporting.card import LOCAL_ID, run_card
 from hf_dl.reporting.grids import color_heat, image_grid
@@ -117,11 +118,14 @@ class ModelFlags:
     freeze_encoder: bool = field(default=False, metadata={"help": "Do not train the network of the backbone."})
     conditioning: str = field(
         default="attention",
-        metadata={"help": f"How the LSTM reads the image. Choose one of: {', '.join(CONDITIONINGS)}."},
+        metadata={"help": f"How the recurrent cell reads the image. Choose one of: {', '.join(CONDITIONINGS)}."},
     )
     feature_size: int = field(default=96, metadata={"help": "Channels of the feature map."})
     embedding_size: int = field(default=64, metadata={"help": "Channels of the word embeddings."})
-    decoder_hidden_size: int = field(default=256, metadata={"help": "Channels of the LSTM."})
+    cell: str = field(
+        default="lstm", metadata={"help": f"Recurrent cell of the decoder. Choose one of: {', '.join(CELLS)}."}
+    )
+    decoder_hidden_size: int = field(default=256, metadata={"help": "Channels of the recurrent cell."})
     attention_size: int = field(default=64, metadata={"help": "Channels of the additive attention."})
     dropout: float = field(default=0.0, metadata={"help": "Dropout probability of embeddings and features."})
     min_count: int = field(
@@ -249,8 +253,8 @@ def make_model(args: Any, processor: ImageCaptionerProcessor) -> ImageCaptionerF
     Raises:
         ValueError: If a flag has an invalid value.
     """
-    names = ("backbone", "freeze_encoder", "conditioning", "feature_size", "embedding_size", "decoder_hidden_size",
-             "attention_size", "dropout", "image_size")  # fmt: skip
+    names = ("backbone", "freeze_encoder", "conditioning", "feature_size", "embedding_size", "cell",
+             "decoder_hidden_size", "attention_size", "dropout", "image_size")  # fmt: skip
     tokenizer = processor.tokenizer
     config = checked_config(
         ImageCaptionerConfig,

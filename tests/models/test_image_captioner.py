@@ -11,6 +11,7 @@ from hf_dl.data.caption_tokenizer import build_caption_tokenizer
 from hf_dl.models import ImageCaptionerConfig, ImageCaptionerForConditionalGeneration, ImageCaptionerProcessor
 from hf_dl.models.caption_decoder import ATTENTIONS, CONDITIONINGS
 from hf_dl.models.image_captioner import CaptionEncoder, coverage_penalty, word_maps
+from hf_dl.models.layers_recurrent import CELLS
 from tests.models.contract import SAME_CODE, ModelContract
 
 SIZES = {
@@ -110,6 +111,51 @@ def test_beam_search_equals_generate(conditioning):
                 torch.testing.assert_close(own.scores.flatten(), found.sequences_scores)
 
 
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("conditioning", ["first_step", "attention"])
+def test_each_cell_continues_captions_and_searches_as_generate(cell, conditioning, tmp_path):
+    model, inputs = make(scale=5.0, cell=cell, conditioning=conditioning), draw(2)
+    assert (model.decoder.cell.weight_hh.shape[0], model.config.cell) == (CELLS[cell].gates * 12, cell)
+    ids = inputs["labels"].clamp(min=1)
+    whole = model(inputs["pixel_values"], ids).logits
+    first = model(inputs["pixel_values"], ids[:, :2])
+    second = model(decoder_input_ids=ids[:, 2:], decoder_state=first.decoder_state)
+    torch.testing.assert_close(torch.cat([first.logits, second.logits], dim=1), whole)
+    own = model.beam_search(inputs["pixel_values"], num_beams=3).sequences[:, 0]
+    found = model.generate(inputs["pixel_values"], num_beams=3)[:, 1:]
+    assert torch.equal(own, found)
+    model(**inputs).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.decoder.parameters())
+    model.save_pretrained(tmp_path)
+    loaded = ImageCaptionerForConditionalGeneration.from_pretrained(tmp_path)
+    assert torch.equal(loaded(inputs["pixel_values"], ids).logits, whole)
+
+
+def test_the_vanilla_rnn_reads_the_image_at_the_first_step_as_in_the_formula():
+    """h = tanh(W_x e(y) + W_h h + W_i v), with the image v in the first step only."""
+    model, images = make(cell="rnn", conditioning="first_step"), draw(2)["pixel_values"]
+    decoder, words = model.decoder, torch.tensor([[0, 5, 9], [0, 7, 4]])
+    (_, _, image), _ = decoder.start(model.encoder(images).last_hidden_state)
+    weight_x, weight_i = decoder.cell.weight_ih.split([6, 6], dim=1)
+    bias, h = decoder.cell.bias_ih + decoder.cell.bias_hh, torch.zeros(2, 12)
+    found = model(images, words, output_hidden_states=True).decoder_hidden_states[0]
+    for step in range(3):
+        h = decoder.embedding(words[:, step]) @ weight_x.T + h @ decoder.cell.weight_hh.T + bias
+        h = (h + image[:, 0] @ weight_i.T if step == 0 else h).tanh()
+        torch.testing.assert_close(found[:, step], h)
+
+
+def test_the_default_cell_has_the_weights_of_earlier_checkpoints():
+    state = make().decoder.state_dict()
+    assert {name: tuple(state[f"cell.{name}"].shape) for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")} == {
+        "weight_ih": (48, 14), "weight_hh": (48, 12), "bias_ih": (48,), "bias_hh": (48,)
+    }  # fmt: skip
+    assert state["bridge.weight"].shape == (24, 8)
+    fields = tiny().to_dict()
+    del fields["cell"]  # a config that was saved before the field existed
+    assert ImageCaptionerConfig(**fields).cell == "lstm"
+
+
 def test_the_encoder_runs_once(monkeypatch):
     calls, forward = [], CaptionEncoder.forward
     monkeypatch.setattr(CaptionEncoder, "forward", lambda *args, **kw: calls.append(1) or forward(*args, **kw))
@@ -186,6 +232,9 @@ def test_coverage_penalty_is_zero_for_equal_attention_and_skips_padding():
     assert coverage_penalty(attention, labels) == 0
     labels[0, 2:] = -100
     assert coverage_penalty(attention, labels) == 0.25  # 1, 1, 0 and 0, where 0.5 is expected
+    assert coverage_penalty(attention, labels, target="one") == 0.5  # where 1 is expected
+    with pytest.raises(ValueError, match="target='two' is unknown. Choose one of: mean, one"):
+        coverage_penalty(attention, labels, target="two")
 
 
 def test_frozen_backbone_stays_as_it_is():
@@ -246,6 +295,7 @@ def test_processor():
         ({"eos_token_id": 99}, "eos_token_id=99 must be at least 0 and below vocab_size=14"),
         ({"backbone": "huge"}, "backbone='huge' is unknown"),
         ({"dropout": 1.0}, "dropout=1.0 must be"),
+        ({"cell": "lstn"}, "cell='lstn' is unknown. Choose one of: rnn, rnn_relu, gru, lstm"),
     ],
 )
 def test_wrong_fields(fields, message):

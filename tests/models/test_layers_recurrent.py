@@ -9,6 +9,7 @@ from hf_dl.models.layers_recurrent import (
     LSTM,
     BidirectionalLSTM,
     LSTMCell,
+    RecurrentCell,
     RecurrentLayers,
     gru_step,
     init_recurrent,
@@ -46,6 +47,26 @@ def test_the_cell_equals_torch(dtype, fused):
         strict=True,
     ):
         check_close(one, other, dtype)
+
+
+@DTYPES
+@WAYS
+@pytest.mark.parametrize("cell", CELLS)
+def test_each_cell_equals_one_step_of_the_layers_of_torch(cell, dtype, fused):
+    torch.manual_seed(0)
+    kind = CELLS[cell]
+    ours = RecurrentCell(5, 7, cell=cell, fused=fused).to(dtype)
+    theirs = kind.layers(5, 7, batch_first=True, **kind.options).to(dtype)
+    theirs.load_state_dict({f"{name}_l0": values for name, values in ours.state_dict().items()})
+    x, *state = (torch.randn(3, size, dtype=dtype) for size in (5, *[7] * kind.states))
+    found = ours(x, tuple(state))
+    given = tuple(values[None] for values in state)
+    _, expected = theirs(x[:, None], given if kind.states > 1 else given[0])
+    assert isinstance(found, tuple) and len(found) == kind.states
+    for one, other in zip(found, expected if kind.states > 1 else (expected,), strict=True):
+        check_close(one, other[0], dtype)
+    with pytest.raises(ValueError, match="cell='lstn' is unknown. Choose one of: rnn, rnn_relu, gru, lstm"):
+        RecurrentCell(5, 7, cell="lstn")
 
 
 def test_a_step_by_hand():
