@@ -3,11 +3,14 @@ r"""Train a model that describes images: a convolutional network and an LSTM tha
     scripts/run accelerate launch scripts/train_captioner.py
     scripts/run accelerate launch scripts/train_captioner.py --source data/coco --image_size 224 \
         --backbone timm/resnet18 --pretrained true --min_count 5
+    scripts/run accelerate launch scripts/train_captioner.py --source data/coco --model runs/train_captioner \
+        --learning_rate 5e-4 --output_dir runs/fine_tuned
 
 The first command trains on generated scenes with new captions in each step. It takes eight minutes of CPU time, and
 less with `--mixed_precision bf16` on a processor that has instructions for it. All scores are free-running. For
 generated scenes, the captions are also parsed, and their objects, attributes and relations are compared with the
-scene. scripts/experiments/captions.toml trains for longer. The second command trains on photographs.
+scene. scripts/experiments/captions.toml trains for longer. The second command trains on photographs. The third command
+trains the model of the first one further. The words of the photographs are added to its vocabulary.
 """
 
 from dataclasses import dataclass, field
@@ -62,6 +65,14 @@ class Args(captioner.ModelFlags, captioner.CaptionFlags, TrainingArgs):
                 f"teacher_forcing_ratio={self.teacher_forcing_ratio} and teacher_forcing_end="
                 f"{self.teacher_forcing_end} must be from 0 to 1, or below 0 for the end."
             )
+        self.check_coverage()
+
+    def check_coverage(self) -> None:
+        """Check that the coverage penalty has an attention.
+
+        Raises:
+            ValueError: If the model has no attention.
+        """
         if self.coverage_weight and self.conditioning not in captioner.ATTENTIONS:
             raise ValueError(
                 f"coverage_weight={self.coverage_weight} needs attention, but conditioning={self.conditioning!r}."
@@ -78,11 +89,13 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         The scores on the validation and test images, and of true captions for comparison.
     """
     args = parse_args(Args, argv)
+    saved = captioner.load_saved(args)
+    args.check_coverage()  # of the saved captioner, whose conditioning is known now
     # Training scenes get new captions in each step, so one reference is enough for their vocabulary.
     data = {"train": captioner.load_data(args, "train", num_references=1)}
     data |= {prefix: captioner.load_data(args, captioner.SPLITS[prefix]) for prefix in ("val", "test")}
-    processor = captioner.make_processor(args, data["train"])
-    model = captioner.make_model(args, processor)
+    processor = captioner.make_processor(args, data["train"], saved)
+    model = captioner.make_model(args, processor, saved)
     run = TrainingRun(args, model, data["train"], collate=as_is, processor=processor)
 
     # Teacher forcing: the decoder reads the true word with this probability, and its own prediction otherwise. The

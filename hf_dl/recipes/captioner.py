@@ -4,6 +4,7 @@ scripts/train_captioner.py trains an `ImageCaptionerForConditionalGeneration`, a
 a saved model. All scores are free-running: the model reads its own words, never the true ones.
 """
 
+import copy
 import itertools
 import math
 import random
@@ -16,17 +17,17 @@ import datasets
 import numpy as np
 import torch
 import torch.nn.functional as F
-from transformers import CLIPImageProcessor
+from transformers import AutoProcessor, CLIPImageProcessor
 
 from hf_dl.data import captions, scenes
-from hf_dl.data.caption_tokenizer import build_caption_tokenizer
+from hf_dl.data.caption_tokenizer import build_caption_tokenizer, extend_caption_tokenizer
 from hf_dl.data.image_arrays import ImageTensors
 from hf_dl.data.scene_captions import parse_caption, scene_captions
 from hf_dl.metrics.caption_objects import ATTRIBUTES, caption_object_scores, match_objects
 from hf_dl.metrics.captions import caption_scores
 from hf_dl.models.caption_decoder import ATTENTIONS, CONDITIONINGS
 from hf_dl.models.caption_processor import ImageCaptionerProcessor
-from hf_dl.models.detection_backbone import load_published_weights
+from hf_dl.models.detection_backbone import load_classifier_weights, load_published_weights
 from hf_dl.models.image_captioner import ImageCaptionerConfig, ImageCaptionerForConditionalGeneration, word_maps
 from hf_dl.models.layers_recurrent import CELLS
 from hf_dl.progress import activity
@@ -34,10 +35,16 @@ from hf_dl.reporting.card import LOCAL_ID, run_card
 from hf_dl.reporting.grids import color_heat, image_grid
 from hf_dl.reporting.plots import plot_run
 
-from .evaluation import checked_config, hide_progress_bars, split_size
+from .evaluation import checked_config, hide_progress_bars, load_model, split_size
+from .trained_backbone import load_backbone
 
 SPLITS = {"train": "train", "val": "validation", "test": "test"}  # from the prefix of the metrics to the split
 SCENES = {"train": 10_000, "validation": 500, "test": 500}  # default numbers of generated scenes
+CONFIG_FIELDS = (  # flags that are fields of the model's config
+    "backbone", "freeze_encoder", "conditioning", "feature_size", "embedding_size", "cell", "decoder_hidden_size",
+    "attention_size", "dropout", "image_size",
+)  # fmt: skip
+CHANGEABLE = ("freeze_encoder", "dropout")  # fields that may differ from the saved captioner
 BATCH_SIZE = 100  # images per batch during evaluation
 TOLERANCE = 4  # pixels between the point of an attention map and the object; half a cell of the feature map
 SUMMARY = (
@@ -107,15 +114,25 @@ class CaptionFlags:
 class ModelFlags:
     """Flags that select the model."""
 
+    model: str = field(
+        default="",
+        metadata={
+            "help": "Captioner to train further, a folder or Hub id. Its vocabulary gets the new words. Flags of the "
+            "network must fit it; freeze_encoder and dropout may change."
+        },
+    )
     backbone: str = field(
         default="small_captioner",
         metadata={
             "help": "Network of the images: small_captioner, small, norm_resnet, conv_classifier, classic_cnn, "
-            "small_vit, or timm/NAME."
+            "small_vit, the folder of a trained classifier of ours, or timm/NAME."
         },
     )
     pretrained: bool = field(default=False, metadata={"help": "backbone=timm/NAME: start from its published weights."})
-    freeze_encoder: bool = field(default=False, metadata={"help": "Do not train the network of the backbone."})
+    freeze_encoder: bool = field(
+        default=False,
+        metadata={"help": "Do not train the network of the backbone. It needs weights from a model or a classifier."},
+    )
     conditioning: str = field(
         default="attention",
         metadata={"help": f"How the recurrent cell reads the image. Choose one of: {', '.join(CONDITIONINGS)}."},
@@ -131,6 +148,21 @@ class ModelFlags:
     min_count: int = field(
         default=1, metadata={"help": "Minimum number of occurrences of a word in the vocabulary. Use 5 for COCO."}
     )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.freeze_encoder and not (self.model or self.pretrained or Path(self.backbone).is_dir()):
+            raise ValueError(
+                f"freeze_encoder would leave the random weights of backbone={self.backbone!r} untrained. Use it with "
+                "model, with the folder of a trained classifier as backbone, or with pretrained."
+            )
+        if self.model and self.pretrained:
+            raise ValueError(f"pretrained replaces the backbone of model={self.model!r}. Remove one of the two flags.")
+        if self.model and Path(self.model).resolve() == Path(self.output_dir).resolve():
+            raise ValueError(
+                f"model={self.model!r} is also output_dir, so the run would replace the model. Choose another "
+                "output_dir."
+            )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -214,13 +246,76 @@ def load_data(args: CaptionFlags, split: str, *, num_references: int | None = No
     return CaptionedImages(data, num_references=num_references or args.num_references)
 
 
-def make_processor(args: Any, train: CaptionedImages) -> ImageCaptionerProcessor:
+@dataclass
+class SavedCaptioner:
+    """A captioner to train further.
+
+    Attributes:
+        model: The model.
+        processor: Its processor.
+    """
+
+    model: ImageCaptionerForConditionalGeneration
+    processor: ImageCaptionerProcessor
+
+
+def load_saved(args: Any) -> SavedCaptioner | None:
+    """Load the captioner that `args.model` names.
+
+    Args:
+        args: Flags with the fields of `ModelFlags` and `CaptionFlags`. Flags of the network that the user did not
+            give are set to the values of the saved captioner.
+
+    Returns:
+        The captioner, or None without a name.
+
+    Raises:
+        ValueError: If it cannot be loaded, or a flag does not fit it.
+    """
+    if not args.model:
+        return None
+    model = load_model(ImageCaptionerForConditionalGeneration, args.model)
+    processor = load_model(AutoProcessor, args.model)
+    if not isinstance(processor, ImageCaptionerProcessor):
+        raise ValueError(
+            f"model={args.model!r} has a {type(processor).__name__}. Expected an ImageCaptionerProcessor, which "
+            "train_captioner.py saves with the model."
+        )
+    if len(processor.tokenizer) != model.config.vocab_size:
+        raise ValueError(
+            f"model={args.model!r} has {model.config.vocab_size} words, but its tokenizer has "
+            f"{len(processor.tokenizer)}. Expected the tokenizer that was saved with the model."
+        )
+    for name in CONFIG_FIELDS:
+        value = getattr(model.config, name)
+        if name not in (args.given or {}):
+            setattr(args, name, value)
+        elif getattr(args, name) != value and name not in CHANGEABLE:
+            raise ValueError(
+                f"{name}={getattr(args, name)!r} does not fit model={args.model!r}, which has {name}={value!r}. "
+                "Remove the flag."
+            )
+    return SavedCaptioner(model, processor)
+
+
+def make_processor(args: Any, train: CaptionedImages, saved: SavedCaptioner | None = None) -> ImageCaptionerProcessor:
     """Create the processor: images of the right size, and the words of the training captions.
 
     Args:
         args: Flags with the fields of `CaptionFlags` and `ModelFlags`.
         train: The training images. Generated scenes have new captions in each step, so more of them are written here.
+        saved: The captioner to train further. Its vocabulary is extended, and images are prepared in the same way.
+
+    Raises:
+        ValueError: If a flag has an invalid value.
     """
+    texts = [text for row in train.references for text in row]
+    if train.scenes:
+        rows = range(min(len(train), 500))
+        texts += [text for seed in range(4) for text in train.draw_captions(torch.tensor([*rows]), 2, seed=seed)]
+    if saved is not None:
+        tokenizer = extend_caption_tokenizer(saved.processor.tokenizer, texts, min_count=args.min_count)
+        return ImageCaptionerProcessor(saved.processor.image_processor, tokenizer)
     mean, std = [0.5] * 3, [0.5] * 3
     if args.backbone.startswith("timm/"):
         from timm.models import get_pretrained_cfg  # here, because other backbones do not need timm
@@ -228,6 +323,9 @@ def make_processor(args: Any, train: CaptionedImages) -> ImageCaptionerProcessor
         mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # of ImageNet
         published = get_pretrained_cfg(args.backbone.removeprefix("timm/")) if args.pretrained else None
         mean, std = (published.mean, published.std) if published else (mean, std)
+    elif Path(args.backbone).is_dir():
+        _, _, statistics = load_backbone(args.backbone)
+        mean, std = statistics["image_mean"], statistics["image_std"]
     # Photos are cropped to a centered square, as in training.
     images = CLIPImageProcessor(
         size={"shortest_edge": args.image_size},
@@ -236,41 +334,67 @@ def make_processor(args: Any, train: CaptionedImages) -> ImageCaptionerProcessor
         image_mean=[*mean],
         image_std=[*std],
     )
-    texts = [text for row in train.references for text in row]
-    if train.scenes:
-        rows = range(min(len(train), 500))
-        texts += [text for seed in range(4) for text in train.draw_captions(torch.tensor([*rows]), 2, seed=seed)]
     return ImageCaptionerProcessor(images, build_caption_tokenizer(texts, min_count=args.min_count))
 
 
-def make_model(args: Any, processor: ImageCaptionerProcessor) -> ImageCaptionerForConditionalGeneration:
+def make_model(
+    args: Any, processor: ImageCaptionerProcessor, saved: SavedCaptioner | None = None
+) -> ImageCaptionerForConditionalGeneration:
     """Create the model that the flags select.
 
     Args:
         args: Flags with the fields of `CaptionFlags` and `ModelFlags`.
         processor: The processor, for the size of the vocabulary.
+        saved: The captioner to train further. The words that it does not know get new weights.
 
     Raises:
         ValueError: If a flag has an invalid value.
     """
-    names = ("backbone", "freeze_encoder", "conditioning", "feature_size", "embedding_size", "cell",
-             "decoder_hidden_size", "attention_size", "dropout", "image_size")  # fmt: skip
     tokenizer = processor.tokenizer
+    fields = {name: getattr(args, name) for name in CONFIG_FIELDS} | {"vocab_size": len(tokenizer)}
+    if saved is not None:
+        config = copy.deepcopy(saved.model.config)
+        for name, value in fields.items():
+            setattr(config, name, value)
+        model = ImageCaptionerForConditionalGeneration(config)
+        model.generation_config = saved.model.generation_config
+        copy_weights(saved.model, model)
+        return model
+    classifier = None
+    if Path(args.backbone).is_dir():
+        classifier, backbone, _ = load_backbone(args.backbone)
+        fields |= backbone
+    if args.pretrained and not args.backbone.startswith("timm/"):
+        raise ValueError(f"pretrained=True needs a backbone of timm, such as timm/resnet18, not {args.backbone!r}.")
     config = checked_config(
         ImageCaptionerConfig,
-        **{name: getattr(args, name) for name in names},
-        vocab_size=len(tokenizer),
+        **fields,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         decoder_start_token_id=tokenizer.bos_token_id,
     )
-    if args.pretrained and not args.backbone.startswith("timm/"):
-        raise ValueError(f"pretrained=True needs a backbone of timm, such as timm/resnet18, not {args.backbone!r}.")
     model = ImageCaptionerForConditionalGeneration(config)
+    if classifier is not None:
+        load_classifier_weights(model.encoder.backbone, classifier)
     if args.pretrained:
         load_published_weights(model.encoder.backbone, args.backbone)
     return model
+
+
+@torch.no_grad()
+def copy_weights(
+    source: ImageCaptionerForConditionalGeneration, target: ImageCaptionerForConditionalGeneration
+) -> None:
+    """Copy all weights to a captioner that may have more words. The rows of the other words keep their values.
+
+    Args:
+        source: The captioner to copy from.
+        target: A captioner with the same configuration, except for a larger vocabulary.
+    """
+    values = target.state_dict()
+    for name, old in source.state_dict().items():
+        (values[name][: len(old)] if old.ndim else values[name]).copy_(old)
 
 
 def to_pixel_values(

@@ -17,13 +17,7 @@ import datasets
 import torch
 from PIL import Image
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModelForImageClassification,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_dl.data import detection
 from hf_dl.data.detection_augmentation import BoxAugmentation
@@ -32,7 +26,6 @@ from hf_dl.metrics.detection import coco_scores, voc_scores
 from hf_dl.metrics.detection_errors import ERRORS, detection_errors
 from hf_dl.models.dense_detector import DenseDetectorConfig, DenseDetectorForObjectDetection
 from hf_dl.models.detection_backbone import (
-    CLASSIFIERS,
     STRIDE,
     DetectionConfig,
     load_classifier_weights,
@@ -43,10 +36,10 @@ from hf_dl.models.image_input import to_rgb
 from hf_dl.models.rcnn import RcnnConfig, RcnnForObjectDetection
 from hf_dl.models.sliding_window import SlidingWindowConfig, SlidingWindowForObjectDetection
 from hf_dl.models.two_stage_detector import TwoStageDetectorConfig, TwoStageDetectorForObjectDetection
-from hf_dl.pipelines.model_loading import check_not_runs
 
 from .evaluation import checked_config, hide_progress_bars, report_data, split_size
 from .proposals import add_proposals, choose_anchor_sizes, time_proposals
+from .trained_backbone import load_backbone
 
 BATCH_IMAGES = 32  # images per batch during evaluation
 CACHED_PIXELS = 200_000_000  # of decoded images in memory per dataset; 4 bytes each
@@ -544,34 +537,6 @@ def make_model(args: Any, names: Sequence[str]) -> tuple[PreTrainedModel, Detect
     height, width = args.image_size[0], args.image_size[-1]
     processor = DetectionImageProcessor(size={"height": height, "width": width}, **processor_fields)
     return model.to(memory_format=torch.channels_last), processor
-
-
-def load_backbone(folder: str) -> tuple[nn.Module, dict[str, Any], dict[str, Any]]:
-    """Load a trained classifier of ours as a backbone.
-
-    Args:
-        folder: The folder of the classifier.
-
-    Returns:
-        The classifier, the fields `backbone` and `backbone_options` of a config, and the mean and standard deviation
-        of the pixels for the image processor.
-
-    Raises:
-        ValueError: If the folder has no classifier of ours.
-    """
-    check_not_runs(folder)
-    try:
-        config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"backbone={folder!r} is a folder without a model. Train a classifier first.") from error
-    if config.model_type not in CLASSIFIERS:
-        known = ", ".join(CLASSIFIERS)
-        raise ValueError(f"backbone={folder!r} has a model of type {config.model_type!r}. Expected one of: {known}.")
-    options = {name: getattr(config, name) for name in type(config).__annotations__ if name != "model_type"}
-    processor = AutoImageProcessor.from_pretrained(folder)
-    statistics = {"image_mean": list(processor.image_mean), "image_std": list(processor.image_std)}
-    classifier = AutoModelForImageClassification.from_pretrained(folder)
-    return classifier, {"backbone": config.model_type, "backbone_options": options}, statistics
 
 
 # ---------------------------------------------------------------------------------------------------------------------

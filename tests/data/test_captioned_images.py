@@ -21,6 +21,7 @@ pytestmark = pytest.mark.usefixtures("private_cache")
 
 ROOT = Path(__file__).resolve().parents[2]
 SPLITS = ("train", "validation", "test")
+COCO_MINI = ROOT.parent / "shared" / "data" / "coco_mini"
 
 
 def picture(number):
@@ -77,6 +78,23 @@ def test_a_coco_folder(tmp_path):
     assert parts["train"].features == captions.FEATURES
     assert parts["train"].info.description == "9 images with 18 captions."
     assert load("train", root, num_pairs=4)["image_id"][:] == parts["train"]["image_id"][:4]
+
+
+@pytest.mark.skipif(not COCO_MINI.is_dir(), reason="needs the photographs of coco_mini")
+def test_captions_of_photographs():
+    truth: dict[str, list[str]] = {}
+    content = json.loads((COCO_MINI / "annotations" / "captions_val2017.json").read_text())
+    for record in content["annotations"]:
+        truth.setdefault(str(record["image_id"]), []).append(" ".join(record["caption"].split()))
+    files = captioned_images.find_caption_files(COCO_MINI)
+    assert {part: len(captioned_images.read_caption_file(*found)) for part, found in files.items()} == {
+        "train": 80, "val": 79
+    }  # fmt: skip
+    rows = load("validation", COCO_MINI, size=16, num_pairs=8)
+    assert len(content["images"]) == len(truth) == 79 and len(rows) == 8
+    for row in rows:
+        assert row["captions"] == truth[row["image_id"]] and len(row["captions"]) == 5
+        assert row["image"].size == (16, 16) and row["image"].mode == "RGB"
 
 
 def test_splits_of_one_coco_file_never_share_an_image(tmp_path):

@@ -2,18 +2,21 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import tokenizers
 import torch
 from PIL import Image
-from transformers import AutoProcessor, pipeline
+from transformers import AutoProcessor, PreTrainedTokenizerFast, ViTImageProcessor, pipeline
 
-from hf_dl.data.caption_tokenizer import build_caption_tokenizer
+from hf_dl.data.caption_tokenizer import build_caption_tokenizer, extend_caption_tokenizer
 from hf_dl.data.scene_captions import caption_words
 from hf_dl.models import ImageCaptionerForConditionalGeneration
 from hf_dl.models.caption_decoder import CONDITIONINGS
+from hf_dl.models.norm_resnet import NormResNetConfig, NormResNetForImageClassification
 from hf_dl.recipes import captioner
 from hf_dl.reporting.card import read_card
 from hf_dl.reporting.experiment import read_experiment
@@ -68,6 +71,92 @@ def test_the_evaluation_script_finds_the_same(finished):
         evaluate_captioner.main([f"--model={folder}", "--num_beams", "0"])
     with pytest.raises(ValueError, match="num_pictures=-1 must be at least 0. 0 draws none"):
         evaluate_captioner.main(["--num_pictures=-1"])
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    """A folder in the format of COCO, with words that the captions of scenes do not have."""
+    root = tmp_path_factory.mktemp("photographs")
+    for part, count in (("train", 10), ("val", 2)):
+        (root / f"{part}2017").mkdir()
+        content = {"images": [], "annotations": []}
+        for i in range(count):
+            Image.new("RGB", (40, 34), (20 * i, 0, 90)).save(root / f"{part}2017" / f"{i}.jpg")
+            content["images"].append({"id": i, "file_name": f"{i}.jpg"})
+            content["annotations"] += [{"image_id": i, "caption": f"A furry {noun} ."} for noun in ("dog", "sofa")]
+        (root / "annotations").mkdir(exist_ok=True)
+        (root / "annotations" / f"captions_{part}2017.json").write_text(json.dumps(content))
+    return root
+
+
+def test_a_saved_captioner_is_trained_further_with_new_words(finished, photographs, tmp_path):
+    folder, _ = finished
+    flags = [f"--model={folder}", f"--source={photographs}", "--max_steps=1", "--batch_size=4", "--num_test=2"]
+    metrics = train_captioner.main([f"--output_dir={tmp_path / 'run'}", *flags, "--cpu_threads=1", "--save_every=0"])
+    reset()
+    assert "test_rouge_l" in metrics
+    old, new = (AutoProcessor.from_pretrained(path).tokenizer.get_vocab() for path in (folder, tmp_path / "run"))
+    assert {word: new[word] for word in old} == old and set(new) - set(old) == {"furry", "dog", "sofa"}
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["args"]["feature_size"] == 8 and results["args"]["image_size"] == 32  # of the saved captioner
+    model = ImageCaptionerForConditionalGeneration.from_pretrained(tmp_path / "run")
+    assert model.config.vocab_size == len(new) == metrics["vocab_size"]
+
+
+def test_old_words_keep_their_weights_and_the_image_processor_is_kept(finished, photographs):
+    folder, _ = finished
+    args = train_captioner.Args(model=str(folder), source=str(photographs), dropout=0.3, freeze_encoder=True)
+    args.given = {"dropout": 0.3, "freeze_encoder": True}
+    saved = captioner.load_saved(args)
+    saved.processor.image_processor.image_mean = [0.1, 0.2, 0.3]
+    processor = captioner.make_processor(args, captioner.load_data(args, "train"), saved)
+    assert processor.image_processor.image_mean == [0.1, 0.2, 0.3]
+    torch.manual_seed(5)
+    model, old = captioner.make_model(args, processor, saved), saved.model.state_dict()
+    for name, values in model.state_dict().items():
+        assert torch.equal(values[: len(old[name])] if values.ndim else values, old[name]), name
+    embedding = model.decoder.embedding.weight[len(saved.processor.tokenizer) :]
+    assert embedding.shape == (3, 8) and 0.02 < embedding.std() < 0.3 and embedding.unique().numel() == 24
+    assert model.decoder.dropout.p == 0.3 and not any(p.requires_grad for p in model.encoder.backbone.parameters())
+    args.given = {"conditioning": "first_step"}
+    args.conditioning = "first_step"
+    with pytest.raises(ValueError, match="conditioning='first_step' does not fit model=.*, which has conditioning="):
+        captioner.load_saved(args)
+
+
+def test_a_model_that_is_not_a_captioner_is_refused(finished, tmp_path):
+    folder, _ = finished
+    with pytest.raises(ValueError, match="'none' is not a folder, and cannot be loaded"):
+        captioner.load_saved(SimpleNamespace(model="none"))
+    (tmp_path / "config.json").write_text('{"model_type": "vit"}')
+    with pytest.raises(ValueError, match="cannot be loaded. Its model_type is vit; expected image_captioner"):
+        captioner.load_saved(SimpleNamespace(model=str(tmp_path)))
+    shutil.copytree(folder, tmp_path / "copy", ignore=shutil.ignore_patterns("tokenizer*"))
+    build_caption_tokenizer(["a dog"]).save_pretrained(tmp_path / "copy")
+    with pytest.raises(ValueError, match="has .* words, but its tokenizer has 6. Expected the tokenizer that was"):
+        captioner.load_saved(SimpleNamespace(model=str(tmp_path / "copy")))
+    words = tokenizers.models.WordLevel({"a": 0, "<unk>": 1}, unk_token="<unk>")
+    other = PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer(words))
+    with pytest.raises(
+        ValueError, match="WordLevel vocabulary that begins with a, <unk>. Expected .* with <start>, <pa"
+    ):
+        extend_caption_tokenizer(other, ["a dog"])
+
+
+def test_a_trained_classifier_becomes_the_encoder(tmp_path):
+    config = NormResNetConfig(n=1, widths=(4, 4, 8), num_labels=2)
+    classifier = NormResNetForImageClassification(config)
+    classifier.save_pretrained(tmp_path)
+    ViTImageProcessor(image_mean=[0.1, 0.2, 0.3]).save_pretrained(tmp_path)
+    args = train_captioner.Args(backbone=str(tmp_path), freeze_encoder=True, num_train=4, num_test=4, image_size=32)
+    processor = captioner.make_processor(args, captioner.load_data(args, "train", num_references=1))
+    assert [*processor.image_processor.image_mean] == [0.1, 0.2, 0.3]
+    model = captioner.make_model(args, processor)
+    assert model.config.backbone == "norm_resnet" and model.config.backbone_options["widths"] == [4, 4, 8]
+    trunk = model.encoder.backbone.trunk
+    assert torch.equal(trunk.network.stem[0].weight, classifier.norm_resnet.stem[0].weight)
+    assert not any(parameter.requires_grad for parameter in trunk.parameters())
+    assert all(parameter.requires_grad for parameter in model.encoder.backbone.lateral.parameters())
 
 
 def test_photographs_with_several_captions(tmp_path):
@@ -204,6 +293,12 @@ def test_eight_scenes_are_described_word_for_word():
     [
         ({"captions_per_image": 0}, "captions_per_image=0 must be at least 1"),
         ({"conditioning": "first_step", "coverage_weight": 1.0}, "coverage_weight=1.0 needs attention"),
+        (
+            {"freeze_encoder": True},
+            "would leave the random weights of backbone='small_captioner' untrained",
+        ),
+        ({"model": "me/captions", "pretrained": True}, "pretrained replaces the backbone of model='me/captions'"),
+        ({"model": "runs/a", "output_dir": "./runs/a"}, "model='runs/a' is also output_dir, so the run would replace"),
         ({"teacher_forcing_ratio": 2.0}, "teacher_forcing_ratio=2.0 and teacher_forcing_end=-1.0 must be from 0 to 1"),
     ],
 )
