@@ -16,6 +16,7 @@ notes = { batch = "torch's default" }        # optional: remarks on values of th
 reading = "Batch reaches {norm=batch, batch_size=8: test_accuracy %}."  # optional: text below the table of the card
 figures = ["speed.svg"]                      # optional: more figures in the folder of the card
 confusion = false                            # optional: false leaves out the confusion matrices, which are large
+optional = ["test_loss"]                     # optional: metrics of table.value that some runs do not have
 
 [[claims]]                                   # optional: an expectation that the card checks
 says = "group is at least level with batch at batch size 8"
@@ -52,7 +53,7 @@ from typing import Any
 RESULT_KEYS = ("script", "args", "metrics")
 RESERVED_FLAGS = ("seed", "output_dir")
 OPTIONAL_KEYS = (
-    "fixed", "grid", "curves", "labels", "notes", "reading", "figures", "confusion", "claims", "variants"
+    "fixed", "grid", "curves", "labels", "notes", "reading", "figures", "confusion", "optional", "claims", "variants"
 )  # fmt: skip
 VARIANT_KEYS = ("script", "flags", "metrics", "after", "without")
 
@@ -159,6 +160,7 @@ class Experiment:
     reading: str = ""
     figures: tuple[str, ...] = ()
     confusion: bool = True
+    optional: tuple[str, ...] = ()
     claims: tuple[Claim, ...] = ()
     variants: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
 
@@ -403,12 +405,20 @@ def read_experiment(path: str | Path) -> Experiment:
     curves = ("loss", "val_loss", *table.value)
     if "curves" in given:
         curves = _names(given["curves"], f"{where}: curves")
+    optional = _names(given["optional"], f"{where}: optional") if "optional" in given else ()
+    unknown = [name for name in optional if name not in table.value]
+    if unknown:
+        raise ValueError(
+            f"{where}: optional contains {unknown[0]!r}, which is not a metric of table.value. It has "
+            f"{list(table.value)}."
+        )
     return Experiment(
         name=path.stem, script=given["script"], question=given["question"], expect=given["expect"],
         seeds=tuple(seeds), table=table, fixed=fixed, grid=grid, curves=tuple(dict.fromkeys(curves)), labels=labels,
         notes=notes, reading=given.get("reading", "").strip(),
         figures=_names(given["figures"], f"{where}: figures") if "figures" in given else (),
         confusion=given.get("confusion", True),
+        optional=optional,
         claims=_read_claims(given.get("claims", []), grid, table.flags, where),
         variants=_read_variants(given.get("variants", {}), fixed, grid, where),
     )  # fmt: skip

@@ -256,11 +256,13 @@ def plot_table(report: Report, path: str | Path) -> Path | None:
             for index, group in enumerate(everything):
                 row, place = divmod(index, inner)
                 y = row + (place - (inner - 1) / 2) * 0.66 / inner
-                if group.finished:
-                    _draw_dots(axes, group.values(metric), y, COLORS[place % len(COLORS)])
+                values = group.values(metric)
+                if values:
+                    _draw_dots(axes, values, y, COLORS[place % len(COLORS)])
                 else:
+                    state = "–" if group.finished else "failed" if group.failed else "missing"
                     axes.annotate(
-                        "failed" if group.failed else "missing", (0.99, y), xycoords=("axes fraction", "data"),
+                        state, (0.99, y), xycoords=("axes fraction", "data"),
                         ha="right", va="center", fontsize=8, color="#8c8c8c", style="italic",
                     )  # fmt: skip
             if metric in baseline:

@@ -28,7 +28,8 @@ def fill_reading(report: Report) -> str:
         report: The report.
 
     Returns:
-        The text, or "" without one. A setting without a finished run gives "(missing)".
+        The text, or "" without one. A setting without a finished run gives "(missing)", and so does an optional
+        metric that its runs do not have.
 
     Raises:
         ValueError: If a placeholder does not name a setting and a metric of the report. Also if the text contains a
@@ -58,6 +59,8 @@ def _number(report: Report, placeholder: str) -> str:
     except ValueError:
         known = ", ".join(sorted(group.finished[0]["metrics"]))
         raise ValueError(f"{where}: the metric {metric!r} is unknown. The metrics are {known}.") from None
+    if not values:  # an optional metric
+        return "(missing)"
     decimals = column_decimals(report, report.groups()).get(metric, decimals_for([values]))
     mean = float(np.mean(values))
     if content["percent"]:

@@ -29,10 +29,12 @@ class Group:
     Args:
         key: The values of the flags that the table shows, rows before columns.
         cells: The cells of a `Report`.
+        optional: Metrics that a finished cell may lack.
     """
 
     key: tuple[Any, ...]
     cells: list[dict[str, Any]]
+    optional: tuple[str, ...] = ()
 
     @property
     def finished(self) -> list[dict[str, Any]]:
@@ -49,29 +51,34 @@ class Group:
         """Number of restarts after a collapse of the training, summed over the seeds."""
         return sum(cell.get("restarts") or 0 for cell in self.finished)
 
-    def values(self, metric: str) -> list[float]:
-        """Return a metric of each finished cell, in the order of the seeds.
+    def by_seed(self, metric: str) -> dict[int, float]:
+        """Return a metric of each finished cell by its seed.
 
         Args:
             metric: A metric of the cells, or one of `OWN_NUMBERS`.
 
         Returns:
-            One number per finished cell.
+            One number per finished cell, in the order of the seeds. Cells without an optional metric are left out.
 
         Raises:
-            ValueError: If a finished cell does not have the metric.
+            ValueError: If a finished cell does not have the metric, and the metric is not optional.
         """
-        found = []
+        found = {}
         for cell in self.finished:
             own = {name: cell[name] for name in OWN_NUMBERS if cell.get(name) is not None}
             values = own | cell["metrics"]
-            if metric not in values:
+            if metric in values:
+                found[cell["flags"]["seed"]] = float(values[metric])
+            elif metric not in self.optional:
                 raise ValueError(
                     f"value={metric!r} is not among the metrics of cell {cell['id']}; it has "
                     f"{', '.join(sorted(cell['metrics']))}. Correct table.value of the experiment."
                 )
-            found.append(float(values[metric]))
         return found
+
+    def values(self, metric: str) -> list[float]:
+        """Return the numbers of `by_seed` without the seeds."""
+        return [*self.by_seed(metric).values()]
 
 
 @dataclass
@@ -108,9 +115,9 @@ class Report:
 
     def groups(self) -> list[Group]:
         """Group the cells by the flags that the table shows, in the order of the grid, columns innermost."""
-        shown = self.shown_flags()
+        shown, optional = self.shown_flags(), self.experiment.optional
         return [
-            Group(key, [cell for cell in self.cells if tuple(cell["flags"][name] for name in shown) == key])
+            Group(key, [cell for cell in self.cells if tuple(cell["flags"][name] for name in shown) == key], optional)
             for key in itertools.product(*(self.experiment.grid[name] for name in shown))
         ]
 

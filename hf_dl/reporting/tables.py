@@ -102,8 +102,9 @@ def results_table(report: Report) -> str:
     one table per data split if all splits have the same metrics, otherwise in their order. A single setting with many
     metrics becomes one row per metric. If the experiment names `columns`, there is one table per metric.
 
-    A row "chance" shows the baselines. Columns count the finished runs (n) and, if there are any, the restarts and the
-    failed runs. A sentence below describes the numbers.
+    A row "chance" shows the baselines. A dash replaces an optional metric that no run of the setting has. Columns
+    count the finished runs (n) and, if there are any, the restarts and the failed runs. A sentence below describes
+    the numbers.
 
     Args:
         report: The report.
@@ -112,7 +113,7 @@ def results_table(report: Report) -> str:
         The tables and the sentence.
 
     Raises:
-        ValueError: If a finished cell does not have a metric of the table.
+        ValueError: If a finished cell does not have a metric of the table that is not optional.
     """
     groups = report.groups()
     decimals = column_decimals(report, groups)
@@ -143,8 +144,11 @@ def _counted(groups: Sequence[Group]) -> dict[str, Callable[[Group], int]]:
 def _entry(group: Group, metric: str, decimals: int, *, show_n: bool) -> str:
     if not group.finished:
         return "failed" if group.failed else "missing"
-    text = mean_and_deviation(group.values(metric), decimals)
-    return f"{text} (n = {len(group.finished)})" if show_n and len(group.finished) < len(group.cells) else text
+    values = group.values(metric)
+    if not values:  # an optional metric
+        return "–"
+    text, expected = mean_and_deviation(values, decimals), len(group.cells if show_n else group.finished)
+    return f"{text} (n = {len(values)})" if len(values) < expected else text
 
 
 def _chance(report: Report, metric: str, decimals: Mapping[str, int]) -> str:
@@ -258,9 +262,7 @@ def claims_table(report: Report) -> str:
     for claim in report.experiment.claims:
 
         def by_seed(setting: Mapping[str, object], metric: str = claim.metric) -> dict[int, float]:
-            group = by_setting[tuple(setting[name] for name in report.shown_flags())]
-            seeds = [cell["flags"]["seed"] for cell in group.finished]
-            return dict(zip(seeds, group.values(metric), strict=True))
+            return by_setting[tuple(setting[name] for name in report.shown_flags())].by_seed(metric)
 
         found, low, high = by_seed(claim.of), claim.at_least, claim.at_most
         compared = isinstance(claim.over, dict)

@@ -1,6 +1,7 @@
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from xml.etree import ElementTree
 
 import matplotlib
@@ -92,7 +93,11 @@ def test_groups_without_runs_are_written_into_the_table_figure(report, tmp_path)
     for cell in made.cells[:3]:
         cell["status"] = "missing"
     made.cells[3]["status"] = made.cells[4]["status"] = made.cells[5]["status"] = "failed"
+    for cell in made.cells[6:9]:  # without an optional metric
+        del cell["metrics"]["val_loss"]
+    made.experiment = replace(made.experiment, optional=("val_loss",))
     holes = plot_table(made, tmp_path / "b.svg").read_text()
+    assert holes.count("<!-- – -->") == 1
     assert "<!-- missing -->" in holes and "<!-- failed -->" in holes and "<!-- chance -->" in holes
     assert "<!-- missing -->" not in full and "<!-- chance -->" in full
 

@@ -42,6 +42,11 @@ def test_missing_runs_are_shown_as_missing(report):
     assert fill_reading(made) == "(missing)"
 
 
+def test_an_optional_metric_that_no_run_has_is_missing(report):
+    made = report("{width=4, norm=batch: extra}", 'optional = "extra"\n' + TOML.replace('"val_loss"', '"extra"'))
+    assert fill_reading(made) == "(missing)"
+
+
 def test_no_reading_is_no_section(report):
     assert fill_reading(report("")) == "" and "How to read this" not in experiment_card(report("")).text
 

@@ -115,6 +115,21 @@ def test_metric_that_no_run_has_is_named(report):
         results_table(made)
 
 
+def test_an_optional_metric_may_be_missing(report):
+    text = TOML.replace('"val_loss"', '"extra"') + CLAIMS.replace("val_loss", "extra")
+    made = report('optional = ["extra"]\n' + text)
+    for cell in made.cells[:2] + made.cells[9:]:  # two seeds of the first setting, and all of the last one
+        cell["metrics"]["extra"] = 0.25
+    body = rows(results_table(made))[2:6]
+    assert [row[3] for row in body] == ["0.2500 ± 0.0000 (n = 2)", "–", "–", "0.2500 ± 0.0000"]
+    assert rows(claims_table(made))[-1][3:] == ["-0.6500 ± 0.0000", "yes"]
+    assert [group.values("extra") for group in made.groups()] == [[0.25] * 2, [], [], [0.25] * 3]
+    with pytest.raises(ValueError, match="value='extra' is not among the metrics"):
+        results_table(report(text))
+    with pytest.raises(ValueError, match=r"optional contains 'extra', which is not a metric of table.value. It has"):
+        report('optional = "extra"\n' + TOML)
+
+
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
