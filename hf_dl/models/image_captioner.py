@@ -459,9 +459,14 @@ class ImageCaptionerForConditionalGeneration(PreTrainedModel, RecurrentGeneratio
 def word_maps(attention: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
     """Interpolate the attention of words bilinearly to the size of an image.
 
-    Each cell of the feature map is placed in the middle of its 8x8 pixels. The strided convolutions center cell i on
-    pixel 8 i, but such cells would not cover the image evenly. A trained model attends to the cell whose pixels have
-    the object.
+    Each cell of the feature map is placed in the middle of its 8x8 pixels, as a resize of the map does. This is the
+    center of its receptive field if the backbone pools or has patches. Convolutions with a stride center the receptive
+    field of cell i on pixel 8 i instead, and `attention_masks` in layers_attention.py uses this place for slots.
+
+    The difference is intended. With cells on pixel 8 i, the last cell of a row would stand for the last 12 pixels, and
+    the first cell for 4. But the receptive fields are much larger than a cell, and attention is learned: trained
+    captioners use the cells evenly over the image. So also with strided convolutions, the brightest pixel of a word is
+    more often on its object if each cell is in the middle of its pixels.
 
     Args:
         attention: (batch, words, cells); the cells are a square grid in row-major order.

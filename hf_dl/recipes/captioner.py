@@ -490,7 +490,7 @@ def evaluate(
     Returns:
         BLEU, ROUGE-L and CIDEr-D; `ended` and `distinct`, the fractions of captions that end and that differ from all
         earlier ones. For generated scenes also the scores of `caption_object_scores`, `forced_relation_accuracy`
-        and, with attention, `pointing` and `pointing_chance`. Scores without a case are left out.
+        and, with attention, the scores of `Pointing`. Scores without a case are left out.
     """
     texts: list[str] = []
     ended = 0
@@ -557,11 +557,13 @@ class Pointing:
     """The pointing game: is the brightest pixel of a word's attention map on the object that the word names?
 
     Zhang et al., "Top-down neural attention by excitation backprop", ECCV 2016. Only words of objects that are named
-    without a mistake count, because other words have no true object. Pixels within `TOLERANCE` of the object count.
+    without a mistake count, because other words have no true object. `pointing` also counts pixels within `TOLERANCE`
+    of the object, and `pointing_exact` only pixels of the object.
     """
 
     def __init__(self):
-        self.hits, self.areas = [], []
+        self.hits: dict[str, list[bool]] = {"pointing": [], "pointing_exact": []}
+        self.areas: dict[str, list[float]] = {"pointing": [], "pointing_exact": []}
 
     def add(self, text: str, maps: torch.Tensor, mask: torch.Tensor, objects: Sequence[Mapping[str, Any]]) -> None:
         """Add the words of one caption.
@@ -578,18 +580,18 @@ class Pointing:
             if all(objects[j][name] == value for name, value in parsed.objects[i].items()):
                 targets.setdefault(parsed.words[i], []).append(j + 1)
         for words, labels in targets.items():
-            near = torch.isin(mask.int(), torch.tensor(labels, dtype=torch.int32)).float()[None, None]
-            near = F.max_pool2d(near, 2 * TOLERANCE + 1, stride=1, padding=TOLERANCE)[0, 0] > 0
+            exact = torch.isin(mask.int(), torch.tensor(labels, dtype=torch.int32))
+            near = F.max_pool2d(exact.float()[None, None], 2 * TOLERANCE + 1, stride=1, padding=TOLERANCE)[0, 0] > 0
             for word in words[1:]:  # the first word is the article or the number
                 if word < len(maps):
-                    self.hits.append(bool(near.flatten()[maps[word].argmax()]))
-                    self.areas.append(near.float().mean().item())
+                    for name, target in (("pointing", near), ("pointing_exact", exact)):
+                        self.hits[name].append(bool(target.flatten()[maps[word].argmax()]))
+                        self.areas[name].append(target.float().mean().item())
 
     def scores(self) -> dict[str, float]:
-        """Return `pointing`, and `pointing_chance` for a random pixel; NaN without any word."""
-        if not self.hits:
-            return {"pointing": float("nan"), "pointing_chance": float("nan")}
-        return {"pointing": float(np.mean(self.hits)), "pointing_chance": float(np.mean(self.areas))}
+        """Return `pointing` and `pointing_exact`, each also as `..._chance` for a random pixel; NaN without words."""
+        found = self.hits | {f"{name}_chance": areas for name, areas in self.areas.items()}
+        return {name: float(np.mean(values)) if values else float("nan") for name, values in found.items()}
 
 
 @torch.no_grad()

@@ -326,3 +326,17 @@ def test_cells_are_in_the_middle_of_their_pixels():
         first, second, third = (expected.narrow(axis, k, 8) for k in range(3))
         expected = first / 32 + second * 15 / 16 + third / 32
     torch.testing.assert_close(middle, expected)
+
+
+@pytest.mark.parametrize(("backbone", "offset"), [("small_captioner", 0.0), ("conv_classifier", 3.5)])
+def test_receptive_fields_are_in_the_middle_of_the_pixels_only_with_pooling(backbone, offset):
+    """`word_maps` explains why it places all cells in the middle."""
+    torch.manual_seed(0)
+    network = make(backbone=backbone, image_size=64, feature_size=32).encoder.backbone
+    images = torch.randn(16, 3, 64, 64, requires_grad=True)
+    network(images)[:, :, 4, 4].sum().backward()
+    weights = images.grad.square().sum(dim=(0, 1))
+    pixels = torch.arange(64.0)
+    for axis in (0, 1):
+        center = (weights.sum(1 - axis) * pixels).sum() / weights.sum()
+        assert center - 8 * 4 == pytest.approx(offset, abs=1)

@@ -230,6 +230,12 @@ def test_pointing_game_needs_the_object_of_the_word():
     game = captioner.Pointing()
     game.add("a red cube and a blue cone", maps, mask, objects)
     assert game.scores()["pointing"] == 0.5 and game.scores()["pointing_chance"] < 0.2
+    assert game.scores()["pointing_exact"] == 0.5  # the pixel is on the cube itself
+    assert game.scores()["pointing_exact_chance"] == pytest.approx((8 * 8 + 20 * 20) / 2 / 64**2)
+    maps[:, 6, 6], maps[:, 6, 14] = 0, 1  # three pixels to the right of the cube
+    beside = captioner.Pointing()
+    beside.add("a red cube", maps, mask, objects)
+    assert beside.scores()["pointing"] == 1 and beside.scores()["pointing_exact"] == 0
     wrong = captioner.Pointing()
     wrong.add("a green cube", maps, mask, objects)  # no such object
     assert math.isnan(wrong.scores()["pointing"])
