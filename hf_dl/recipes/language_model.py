@@ -23,6 +23,7 @@ from hf_dl.models.layers_recurrent import CELLS
 from hf_dl.models.recurrent_lm import RecurrentLMConfig, RecurrentLMForCausalLM
 from hf_dl.progress import activity
 from hf_dl.reporting.card import run_card
+from hf_dl.reporting.experiment import SAMPLES, read_samples
 from hf_dl.reporting.plots import plot_run
 
 from .evaluation import checked_config, hide_progress_bars, split_size
@@ -35,7 +36,6 @@ SUMMARY = (
     "the next {unit}."
 )
 LIMITS = ("It knows the {unit}s of its training text. All other {unit}s become the same token, <unk>.",)
-SAMPLES = "samples.json"
 CURVES = {"loss": {"training": "loss", "validation": "val_loss"}, "perplexity": {"validation": "val_perplexity"}}
 
 
@@ -462,19 +462,6 @@ def write_sample(run: Any, tokenizer: PreTrainedTokenizerFast, tokens: int) -> N
     kept = [sample for sample in read_samples(run.folder) if sample["step"] < run.steps]
     content = json.dumps([*kept, {"step": run.steps, "text": text}], indent=1, ensure_ascii=False)
     (run.folder / SAMPLES).write_text(content + "\n", encoding="utf-8")
-
-
-def read_samples(folder: Path) -> list[dict[str, Any]]:
-    """Read the texts that the model of a run wrote during training.
-
-    Args:
-        folder: The folder of the run.
-
-    Returns:
-        Dicts with `step` and `text`, in the order of the steps.
-    """
-    path = folder / SAMPLES
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
 
 
 # ---------------------------------------------------------------------------------------------------------------------

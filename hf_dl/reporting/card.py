@@ -538,6 +538,7 @@ def experiment_card(report: Report, *, figures: Sequence[str | Path] = ()) -> Mo
         notes="\n".join(f"- **{report.value_label(key)}**: {text}" for key, text in experiment.notes.items()),
         expect=experiment.expect,
         claims=claims_table(report),
+        samples=_samples(report),
         **_pictures([Path(figure) for figure in figures]),
         training="\n".join(f"- {fact}" for fact in _experiment_facts(report, [*scripts])),
         settings=_details("All flags", _rows(["flag", "values"], flags)),
@@ -546,6 +547,24 @@ def experiment_card(report: Report, *, figures: Sequence[str | Path] = ()) -> Mo
         reproduce_note="Run this in a clone of hf_dl. It skips runs that have finished:",
         reproduce=f"scripts/run python scripts/run_experiment.py scripts/experiments/{name}.toml",
     )
+
+
+def _samples(report: Report) -> str:
+    """Write the texts of each setting, every one in a fence that it cannot close."""
+    parts = []
+    for group in report.groups():
+        for cell in group.finished:
+            if cell.get("samples"):
+                seed = cell["flags"]["seed"]
+                parts.append(f"**{report.setting_label(report.shown_flags(), group.key)}**, seed {seed}")
+                parts += [f"After step {each['step']:,}:\n\n{_fenced(each['text'])}" for each in cell["samples"]]
+    return "\n\n".join(parts)
+
+
+def _fenced(text: str) -> str:
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}text\n{text}\n{fence}"
 
 
 def _setting(flags: Mapping[str, Any]) -> str:

@@ -17,6 +17,7 @@ reading = "Batch reaches {norm=batch, batch_size=8: test_accuracy %}."  # option
 figures = ["speed.svg"]                      # optional: more figures in the folder of the card
 confusion = false                            # optional: false leaves out the confusion matrices, which are large
 optional = ["test_loss"]                     # optional: metrics of table.value that some runs do not have
+samples = true                               # optional: the card has texts that language models wrote during training
 
 [[claims]]                                   # optional: an expectation that the card checks
 says = "group is at least level with batch at batch size 8"
@@ -52,8 +53,10 @@ from typing import Any
 
 RESULT_KEYS = ("script", "args", "metrics")
 RESERVED_FLAGS = ("seed", "output_dir")
+SAMPLES = "samples.json"  # in the folder of a run: texts that a language model wrote during training
 OPTIONAL_KEYS = (
-    "fixed", "grid", "curves", "labels", "notes", "reading", "figures", "confusion", "optional", "claims", "variants"
+    "fixed", "grid", "curves", "labels", "notes", "reading", "figures", "confusion", "optional", "samples", "claims",
+    "variants",
 )  # fmt: skip
 VARIANT_KEYS = ("script", "flags", "metrics", "after", "without")
 
@@ -161,6 +164,7 @@ class Experiment:
     figures: tuple[str, ...] = ()
     confusion: bool = True
     optional: tuple[str, ...] = ()
+    samples: bool = False
     claims: tuple[Claim, ...] = ()
     variants: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
 
@@ -387,8 +391,9 @@ def read_experiment(path: str | Path) -> Experiment:
             raise ValueError(f"{where}: grid.{name}={values!r} has a value twice. Remove one.")
         if name in fixed:
             raise ValueError(f"{where}: {name!r} is both in fixed and in grid. Remove one.")
-    if not isinstance(given.get("confusion", True), bool):
-        raise ValueError(f"{where}: confusion={given['confusion']!r} must be true or false.")
+    for key in ("confusion", "samples"):
+        if not isinstance(given.get(key, True), bool):
+            raise ValueError(f"{where}: {key}={given[key]!r} must be true or false.")
     labels, notes = given.get("labels", {}), given.get("notes", {})
     for key, texts in (("labels", labels), ("notes", notes)):
         if not isinstance(texts, dict) or not all(isinstance(text, str) for text in texts.values()):
@@ -418,7 +423,7 @@ def read_experiment(path: str | Path) -> Experiment:
         notes=notes, reading=given.get("reading", "").strip(),
         figures=_names(given["figures"], f"{where}: figures") if "figures" in given else (),
         confusion=given.get("confusion", True),
-        optional=optional,
+        optional=optional, samples=given.get("samples", False),
         claims=_read_claims(given.get("claims", []), grid, table.flags, where),
         variants=_read_variants(given.get("variants", {}), fixed, grid, where),
     )  # fmt: skip
@@ -527,6 +532,33 @@ def find_run(root: str | Path, flag: str, seed: int, *, script: str | None = Non
     raise ValueError(
         f"model={str(root)!r} contains no finished run{of} with {words} --seed {seed}. Run its experiment first."
     )
+
+
+def read_samples(folder: str | Path) -> list[dict[str, Any]]:
+    """Read the texts that the language model of a run wrote during training, from its samples.json.
+
+    Args:
+        folder: The folder of the run.
+
+    Returns:
+        Dicts with `step` and `text`, in the order of the steps. Empty without the file.
+
+    Raises:
+        ValueError: If the file was not written by a run.
+    """
+    path = Path(folder) / SAMPLES
+    if not path.is_file():
+        return []
+    try:
+        samples = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is cut short or damaged ({error}). Run the script again.") from error
+    if not isinstance(samples, list) or not all(
+        isinstance(each, dict) and isinstance(each.get("step"), int) and isinstance(each.get("text"), str)
+        for each in samples
+    ):
+        raise ValueError(f"{path} is not a list of steps and texts. Run the script again.")
+    return samples
 
 
 def read_curves(

@@ -6,14 +6,17 @@ the runs.
 
 import itertools
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .experiment import Claim, Experiment, Table, portable, read_curves, read_results
+from .experiment import Claim, Experiment, Table, portable, read_curves, read_results, read_samples
 
 MATRICES = "confusion"  # the key of the confusion matrix in results.json
+NUM_SAMPLES = 4  # steps of training whose texts are kept per setting
+MAX_CHARACTERS, MAX_LINES = 300, 12  # of a kept text
 REPORTED_KEYS = (
     "script", "args", "local_paths", "metrics", "seed", "steps", "restarts", "seconds", "cpu_seconds",
     "num_parameters", "model_class", "device", "num_processes", "mixed_precision", "commit", "dirty", "versions",
@@ -89,7 +92,7 @@ class Report:
         experiment: The experiment.
         cells: One dict per cell: "id", "flags", "status" ("finished", "failed" or "missing"), and for finished cells
             the `REPORTED_KEYS` of results.json and the thinned "curves". The first seed also has the confusion matrix,
-            if the run wrote one.
+            if the run wrote one, and "samples" if the experiment asks for them.
 
     Example:
         >>> report = read_report("model_cards/slots_default.json")  # doctest: +SKIP
@@ -158,6 +161,8 @@ def collect(experiment: Experiment, root: str | Path = "runs", *, previous: Repo
     cells = []
     for cell in experiment.cells(root):
         entry: dict[str, Any] = {"id": cell.id, "flags": cell.flags}
+        first_seed = cell.flags["seed"] == experiment.seeds[0]
+        samples: list[dict[str, Any]] = []
         if cell.finished:
             results = read_results(cell.folder)
             entry |= {"status": "finished"} | {key: results[key] for key in REPORTED_KEYS if key in results}
@@ -171,18 +176,44 @@ def collect(experiment: Experiment, root: str | Path = "runs", *, previous: Repo
             own = {name: results["metrics"][metric] for name, metric in cell.metrics.items()}
             entry["metrics"] = {**results["metrics"], **own}
             entry["curves"] = read_curves(cell.folder, experiment.curves)
-            if MATRICES in results and cell.flags["seed"] == experiment.seeds[0]:
-                entry[MATRICES] = results[MATRICES]
+            if first_seed:
+                samples = _choose_samples(read_samples(cell.folder)) if experiment.samples else []
+                entry |= {MATRICES: results[MATRICES]} if MATRICES in results else {}
         elif cell.id in known:
             entry = dict(known[cell.id])
+            samples = entry.pop("samples", [])
         elif cell.failure_file.is_file():
             entry |= {"status": "failed", **json.loads(cell.failure_file.read_text(encoding="utf-8"))}
         else:
             entry["status"] = "missing"
         if not experiment.confusion:
             entry.pop(MATRICES, None)
-        cells.append(portable(entry))
+        entry = portable(entry)
+        if samples and experiment.samples:  # texts may begin with a slash, and are not paths
+            entry["samples"] = samples
+        cells.append(entry)
     return Report(experiment, json.loads(json.dumps(cells)))
+
+
+def _choose_samples(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return texts of at most `NUM_SAMPLES` steps, with the first and the last one, cut to the maximum length.
+
+    Between these two, late steps are preferred: the texts of the first few steps are all noise.
+    """
+    count = min(NUM_SAMPLES, len(samples))
+    chosen = [samples[math.ceil(i * (len(samples) - 1) / max(1, count - 1))] for i in range(count)]
+    return [{"step": each["step"], "text": _cut_text(each["text"])} for each in chosen]
+
+
+def _cut_text(text: str) -> str:
+    """Cut a long text, and write invisible characters as the escapes of Python."""
+    seen = "".join(
+        letter if letter.isprintable() or letter == "\n" else letter.encode("unicode_escape").decode()
+        for letter in text[:MAX_CHARACTERS]
+    )
+    lines = seen.split("\n")
+    cut = len(text) > MAX_CHARACTERS or len(lines) > MAX_LINES
+    return "\n".join(lines[:MAX_LINES]) + " …" * cut
 
 
 def write_report(report: Report, path: str | Path) -> None:

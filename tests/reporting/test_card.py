@@ -298,6 +298,20 @@ def test_claims_and_notes_stand_in_the_card(tmp_path):
     assert "More is better." in text and "| expected" not in text and "The measured value" not in text
 
 
+def test_samples_stand_in_fences_that_they_cannot_close(tmp_path):
+    (tmp_path / "fake.toml").write_text("samples = true\n" + TOML)
+    experiment = read_experiment(tmp_path / "fake.toml")
+    write_runs(experiment, tmp_path / "runs")
+    report = collect(experiment, tmp_path / "runs")
+    assert "Texts from several steps" not in experiment_card(report).text
+    hostile = "```\n# Title {{ x }}\n<script>"
+    report.cells[3]["samples"] = [{"step": 1, "text": ""}, {"step": 1200, "text": hostile}]
+    text = saved(experiment_card(report), tmp_path / "fake.md").text
+    assert "**W = 4, group**, seed 0\n\nAfter step 1:\n\n```text\n\n```\n" in text
+    assert f"After step 1,200:\n\n````text\n{hostile}\n````\n" in text
+    assert text.index("## Expected and measured") < text.index("## Texts from several") < text.index("## Training")
+
+
 def test_card_of_an_experiment_without_results(tmp_path):
     (tmp_path / "fake.toml").write_text(TOML)
     card = experiment_card(collect(read_experiment(tmp_path / "fake.toml"), tmp_path / "runs"))

@@ -2,6 +2,7 @@ import json
 
 import pytest
 
+from hf_dl.reporting.card import experiment_card
 from hf_dl.reporting.experiment import find_run, portable, read_curves, read_experiment, read_results
 from hf_dl.reporting.report import collect, read_report, write_report
 from tests.reporting.fake_runs import CLAIMS, CONFUSION, TOML, write_run, write_runs
@@ -271,6 +272,31 @@ def test_report_survives_the_loss_of_the_runs(toml, tmp_path):
     # Results of other flags must not stand in.
     changed = read_experiment(toml(TOML.replace("max_steps = 100", "max_steps = 101")))
     assert {c["status"] for c in collect(changed, tmp_path / "elsewhere", previous=report).cells} == {"missing"}
+
+
+def test_samples_of_the_first_seed_are_kept_and_cut(toml, tmp_path):
+    experiment = read_experiment(toml("samples = true\n" + TOML))
+    write_runs(experiment, tmp_path / "runs")
+    texts = ["/a b", "unused", "x" * 400, "\n".join("abcdefghijklmnop"), "a\u202e\x1b[1m\ud800 é"]
+    samples = [{"step": 10**number, "text": text} for number, text in enumerate(texts)]
+    for cell in experiment.cells(tmp_path / "runs"):
+        (cell.folder / "samples.json").write_text(json.dumps(samples))
+    report = collect(experiment, tmp_path / "runs")
+    first, other = report.cells[0]["samples"], report.cells[1]
+    assert "samples" not in other and [each["step"] for each in first] == [1, 100, 1000, 10_000]
+    assert first[0]["text"] == "/a b"  # not a path
+    assert first[1]["text"] == "x" * 300 + " …" and first[2]["text"] == "\n".join("abcdefghijkl") + " …"
+    assert first[3]["text"] == r"a\u202e\x1b[1m\ud800 é"
+    write_report(report, tmp_path / "fake.json")
+    kept = collect(experiment, tmp_path / "elsewhere", previous=read_report(tmp_path / "fake.json"))
+    assert kept == report and experiment_card(kept).text == experiment_card(report).text
+    without = collect(read_experiment(toml(TOML)), tmp_path / "elsewhere", previous=report)
+    assert not any("samples" in cell for cell in without.cells)
+    (experiment.cells(tmp_path / "runs")[0].folder / "samples.json").write_text('[{"step": 1}]')
+    with pytest.raises(ValueError, match="samples.json is not a list of steps and texts. Run the script again"):
+        collect(experiment, tmp_path / "runs")
+    with pytest.raises(ValueError, match="samples='yes' must be true or false"):
+        read_experiment(toml('samples = "yes"\n' + TOML))
 
 
 @pytest.mark.parametrize(
