@@ -180,6 +180,9 @@ class CaptionedImages(torch.utils.data.Dataset):
     Args:
         dataset: Rows of `hf_dl.data.scenes` or `hf_dl.data.captions`, with images of one size.
         num_references: Number of references per generated scene.
+
+    Raises:
+        ValueError: If an image has no caption.
     """
 
     def __init__(self, dataset: datasets.Dataset, *, num_references: int = 5):
@@ -189,6 +192,9 @@ class CaptionedImages(torch.utils.data.Dataset):
             self.references = [scene_captions(row, num_references) for row in self.scenes]
         else:
             self.references = dataset["captions"][:]
+        empty = [row for row, texts in enumerate(self.references) if not texts]
+        if empty:  # a batch would mix up the captions of its images
+            raise ValueError(f"The image in row {empty[0]} has no caption. Expected at least one caption per image.")
 
     def __len__(self) -> int:
         return len(self.references)

@@ -6,12 +6,14 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import pytest
 import tokenizers
 import torch
 from PIL import Image
 from transformers import AutoProcessor, PreTrainedTokenizerFast, ViTImageProcessor, pipeline
 
+from hf_dl.data import scenes
 from hf_dl.data.caption_tokenizer import build_caption_tokenizer, extend_caption_tokenizer
 from hf_dl.data.scene_captions import caption_words
 from hf_dl.models import ImageCaptionerForConditionalGeneration
@@ -162,7 +164,7 @@ def test_a_trained_classifier_becomes_the_encoder(tmp_path):
 def test_photographs_with_several_captions(tmp_path):
     """A folder in the format of Flickr8k."""
     (tmp_path / "Images").mkdir()
-    lines = ["image,caption", f"0.jpg,{'A dog runs . ' * 50_000}"]
+    lines = ["image,caption", f"0.jpg,{'A dog runs . ' * 80_000}"]  # a million characters
     for number in range(12):
         Image.new("RGB", (40, 50), (20 * number, 0, 90)).save(tmp_path / "Images" / f"{number}.jpg")
         lines += [f"{number}.jpg,A dog runs . {number}", f"{number}.jpg,Ein brauner Hund läuft 红 🙂 ."]
@@ -184,6 +186,31 @@ def test_captions_to_train_on_are_new_in_each_step():
     words = {word for text in first for word in caption_words(text)}
     tokenizer = captioner.make_processor(args, data).tokenizer
     assert not {tokenizer.unk_token_id} & set(tokenizer.convert_tokens_to_ids(sorted(words)))
+
+
+def test_images_without_objects_are_trained_on_and_images_without_captions_refused():
+    rows = scenes.load("train", size=32, num_scenes=4).to_list()
+    rows[1] |= {"objects": [], "caption": "An empty gray floor."}
+    features = scenes.load("train", size=32, num_scenes=1).features
+    data = captioner.CaptionedImages(datasets.Dataset.from_list(rows, features=features), num_references=2)
+    assert all(text.startswith("An empty") for text in data.references[1])
+    args = train_captioner.Args(image_size=32, feature_size=8, decoder_hidden_size=12)
+    processor = captioner.make_processor(args, data)
+    model = captioner.make_model(args, processor)
+    texts = [*data.draw_captions(torch.arange(3), 1, seed=0), ""]  # the last reference is empty
+    labels = processor.make_labels(texts)
+    assert (labels[3] != -100).sum() == 1  # the end token
+    images = captioner.to_pixel_values(data.images.__getitems__(range(4))["image"], processor)
+    loss = model(images, labels=labels).loss
+    loss.backward()
+    assert loss.isfinite() and all(p.grad.isfinite().all() for p in model.parameters())
+    scores = captioner.evaluate(model.eval(), processor, data)
+    assert all(math.isfinite(value) for value in scores.values())
+    photographs = datasets.Dataset.from_dict(
+        {"image": [row["image"] for row in rows], "captions": [["a"], [], [], []]}
+    )
+    with pytest.raises(ValueError, match="The image in row 1 has no caption. Expected at least one caption per image"):
+        captioner.CaptionedImages(photographs.cast_column("image", features["image"]))
 
 
 def test_unknown_and_hyphenated_words_keep_their_place():

@@ -211,16 +211,16 @@ def test_top_k_and_top_p_restrict_the_sampled_tokens(finished):
 
 def test_a_text_in_one_line_is_trained_through_and_a_short_one_refused(tmp_path):
     text, flags = tmp_path / "line.txt", ["--level=char", "--num_train=0", "--num_test=0", "--max_steps=3"]
-    text.write_text("abcdefg " * 20_000)
-    metrics = train(tmp_path / "run", *flags, f"--source={text}")
-    assert metrics["test_tokens"] == 16_001 and metrics["train_tokens"] == 500
+    text.write_text("abcdefg " * 125_000)  # a million characters
+    metrics = train(tmp_path / "run", *flags, f"--source={text}", "--eval_rows=500")
+    assert metrics["test_tokens"] == 100_001 and metrics["train_tokens"] == 500
     text.write_text("abcdefg " * 2)  # fewer tokens than tracks
     with pytest.raises(ValueError, match="13 tokens, fewer than rows=50. Use more text or fewer rows"):
         train(tmp_path / "short", *flags, f"--source={text}", "--batch_size=50")
     text.write_text("abc def\n" * 8)  # shorter than the window
     assert train(tmp_path / "window", *flags, f"--source={text}", "--window=500")["test_tokens"] == 7
-    text.write_text("abcdefg " * 20_000)
-    assert train(tmp_path / "words", *flags[1:], f"--source={text}")["test_tokens"] == 2001
+    text.write_text("abcdefg " * 125_000)
+    assert train(tmp_path / "words", *flags[1:], f"--source={text}", "--eval_rows=500")["test_tokens"] == 12_501
     text.write_text("")
     with pytest.raises(ValueError, match="has no text"):
         train(tmp_path / "empty", *flags, f"--source={text}")
