@@ -6,6 +6,7 @@ a saved model. All scores are free-running: the model reads its own words, never
 
 import copy
 import itertools
+import json
 import math
 import random
 from collections.abc import Mapping, Sequence
@@ -48,8 +49,8 @@ CHANGEABLE = ("freeze_encoder", "dropout")  # fields that may differ from the sa
 BATCH_SIZE = 100  # images per batch during evaluation
 TOLERANCE = 4  # pixels between the point of an attention map and the object; half a cell of the feature map
 SUMMARY = (
-    "An image captioner: a convolutional network makes a feature map, and an LSTM describes it word by word "
-    "(Vinyals et al. 2015; Xu et al. 2015)."
+    "An image captioner: a convolutional network makes a feature map, and a recurrent network describes it word by "
+    "word (Vinyals et al. 2015; Xu et al. 2015)."
 )
 LIMITS = (
     "It describes images like its training images, with the words of its training captions.",
@@ -720,7 +721,7 @@ def write_report(folder: Path) -> None:
         folder: The folder of the run.
     """
     plot_run(folder, folder / "curves.png", CURVES)
-    tags = ["image-captioning", "lstm"]
+    tags = ["image-captioning", json.loads((folder / "config.json").read_text(encoding="utf-8"))["cell"]]
     card = run_card(folder, summary=SUMMARY, usage=USAGE, limits=LIMITS, tags=tags, task="image-text-to-text")
     card.save(folder / "README.md")
     print(f"checkpoint  {folder}  (AutoModelForImageTextToText.from_pretrained)")
