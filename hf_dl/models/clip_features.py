@@ -52,18 +52,26 @@ def check_tokenizer(tokenizer: Any, text_config: Any, *, reads_end: bool) -> Non
         tokenizer: The tokenizer.
         text_config: Config of the text encoder.
         reads_end: Whether the encoder reads the features at the end token, as CLIP does. With another end token, CLIP
-            reads the first token without an error.
+            reads the first token without an error. With an `eos_token_id` of 2, as in old configs of CLIP, it reads
+            the highest id of each text, which must then be the end token.
 
     Raises:
-        ValueError: If the tokenizer has more tokens than the model, or another end token.
+        ValueError: If the tokenizer has more tokens than the model, or the model does not read its end token.
     """
     advice = "Use the tokenizer that was saved with the model."
     if len(tokenizer) > text_config.vocab_size:
         raise ValueError(
             f"The tokenizer has {len(tokenizer)} tokens, but the model only {text_config.vocab_size}. {advice}"
         )
-    # With an id of 2, as in old configs of CLIP, the encoder reads at the highest id instead.
-    if reads_end and text_config.eos_token_id not in (2, tokenizer.eos_token_id):
+    if not reads_end:
+        return
+    highest = max(tokenizer.get_vocab().values())
+    if text_config.eos_token_id == 2 and tokenizer.eos_token_id != highest:
+        raise ValueError(
+            f"The end token of the tokenizer is {tokenizer.eos_token_id}, but a model with eos_token_id=2 reads the "
+            f"highest id of a text. Expected the highest id of the tokenizer, {highest}, as end token. {advice}"
+        )
+    if text_config.eos_token_id not in (2, tokenizer.eos_token_id):
         raise ValueError(
             f"The end token of the tokenizer is {tokenizer.eos_token_id}, but the model reads "
             f"{text_config.eos_token_id}. {advice}"

@@ -1,9 +1,19 @@
 import pytest
 import torch
-from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, SiglipConfig, SiglipModel, SiglipTextConfig
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    PreTrainedTokenizerFast,
+    SiglipConfig,
+    SiglipModel,
+    SiglipTextConfig,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from hf_dl.models.clip_features import as_features, check_tokenizer, knows_a_word
+from hf_dl.models.clip_features import as_features, check_tokenizer, encode_texts, knows_a_word
 from hf_dl.recipes.clip import make_tokenizer
 
 SIZES = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -31,12 +41,28 @@ def test_tokenizers_of_other_models():
     tokenizer = make_tokenizer(["a red cube"])  # seven tokens; the end token is 3
     config = CLIPTextConfig(vocab_size=7, eos_token_id=3)
     check_tokenizer(tokenizer, config, reads_end=True)
-    check_tokenizer(tokenizer, CLIPTextConfig(vocab_size=9, eos_token_id=2), reads_end=True)
     check_tokenizer(tokenizer, SiglipTextConfig(vocab_size=9), reads_end=False)
+    check_tokenizer(tokenizer, CLIPTextConfig(vocab_size=9, eos_token_id=2), reads_end=False)
+    with pytest.raises(ValueError, match="eos_token_id=2 reads the highest id of a text. Expected .* tokenizer, 6"):
+        check_tokenizer(tokenizer, CLIPTextConfig(vocab_size=9, eos_token_id=2), reads_end=True)
     with pytest.raises(ValueError, match="The end token of the tokenizer is 3, but the model reads 5. Use the token"):
         check_tokenizer(tokenizer, CLIPTextConfig(vocab_size=7, eos_token_id=5), reads_end=True)
     with pytest.raises(ValueError, match="The tokenizer has 7 tokens, but the model only 6. Use the tokenizer"):
         check_tokenizer(tokenizer, CLIPTextConfig(vocab_size=6, eos_token_id=3), reads_end=True)
+
+
+def test_an_old_config_of_clip_reads_the_highest_id():
+    """The config of openai/clip-vit-base-patch32 has an `eos_token_id` of 2, and its end token is the highest id."""
+    torch.manual_seed(0)
+    model = CLIPModel(CLIPConfig(text_config=TEXT | {"eos_token_id": 2}, vision_config=IMAGE, projection_dim=6)).eval()
+    wrong = make_tokenizer(["zzz a red cube"])  # the last word has the highest id
+    same = encode_texts(model, ["zzz a red cube", "zzz"], wrong)
+    assert torch.allclose(same[0], same[1], atol=1e-6)
+    with pytest.raises(ValueError, match="The end token of the tokenizer is 3, but a model with eos_token_id=2"):
+        check_tokenizer(wrong, model.config.text_config, reads_end=True)
+    words = {"<start>": 0, "a": 1, "zzz": 2, "<unk>": 3, "<end>": 4}
+    right = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words, unk_token="<unk>")), eos_token="<end>")
+    check_tokenizer(right, model.config.text_config, reads_end=True)
 
 
 def test_texts_without_a_known_word():
