@@ -389,8 +389,10 @@ def _decide(found: ZeroShotMatch) -> str:
         return "".join(_list_unknown(found.unknown))
     if found.near_misses is None:
         return "no near misses"
-    text = "accepted" if found.near_misses.accepted else "<i>rejected</i>"
-    return f"{text}<br>margin {found.near_misses.margin:.1f}"
+    margin, threshold = found.near_misses.margin, found.near_misses.threshold
+    if found.near_misses.accepted:
+        return f"accepted<br>margin {margin:.2f}, at least {threshold:.2f}"
+    return f"<i>rejected</i><br>margin {margin:.2f}, below {threshold:.2f}"
 
 
 def _list_unknown(words: Sequence[str]) -> list[str]:

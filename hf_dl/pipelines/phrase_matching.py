@@ -59,6 +59,7 @@ class PhraseMatch:
         cosine: Cosine of the features of image and phrase, in [-1, 1].
         margin: Distance of the cosine from the mean of the near misses, in their standard deviations.
         probability: Probability of the phrase against its near misses. Of SigLIP, the probability of a match.
+        threshold: Smallest margin of an accepted phrase.
         accepted: Whether the margin reaches the threshold and the tokenizer knows all words of the phrase.
         negatives: The near misses.
         unknown: Words that the tokenizer does not know.
@@ -68,6 +69,7 @@ class PhraseMatch:
     cosine: float
     margin: float
     probability: float
+    threshold: float
     accepted: bool
     negatives: tuple[str, ...]
     unknown: tuple[str, ...] = ()
@@ -144,6 +146,7 @@ def match(
                 cosine=cosines[phrase],
                 margin=margin,
                 probability=_probability(model, cosines[phrase], rest),
+                threshold=threshold,
                 accepted=margin >= threshold and not unknown,
                 negatives=others[phrase],
                 unknown=unknown,

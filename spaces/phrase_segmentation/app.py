@@ -60,8 +60,9 @@ The **cosine** compares the features of the whole image with the features of the
 softmax of cosine / temperature over your phrases. It always adds up to 100%, so one phrase wins even if none is true.
 
 The **decision** compares each phrase with near misses of itself, such as “blue cube” for “red cube”. The margin is the
-distance of its cosine from their mean, in standard deviations. A phrase is accepted if its margin is at least 1.5. A
-small CLIP often rejects a phrase that is true of one of two objects. The scale of raw cosines differs between models.
+distance of its cosine from their mean, in standard deviations. A phrase is accepted if its margin reaches a threshold,
+which the table shows. Models of `train_clip.py` have a threshold from validation images. A small CLIP often rejects a
+phrase that is true of one of two objects. The scale of raw cosines differs between models.
 """
 ABOUT_GAP = """### How to read the plots
 Each line connects an image with its caption. Both are features of length 1 of a small CLIP. The axes are the first two
@@ -274,7 +275,8 @@ def add_endpoints(explorer: Explorer) -> None:
             phrases: Phrases such as "red cube", at most 20. The probabilities are a softmax over them.
 
         Returns:
-            The temperature, and one result per phrase. `accepted` is None without near misses to compare with.
+            The temperature, and one result per phrase. `accepted`, `margin` and its `threshold` are None without
+            near misses to compare with.
         """
         model = explorer.models.get()
         found = parts.compare(model, receive_image(image), check_phrases(phrases))
@@ -284,6 +286,7 @@ def add_endpoints(explorer: Explorer) -> None:
                 "score": each.probability,
                 "cosine": each.cosine,
                 "margin": each.near_misses and each.near_misses.margin,
+                "threshold": each.near_misses and each.near_misses.threshold,
                 "accepted": each.near_misses and each.near_misses.accepted,
                 "unknown_words": list(each.unknown),
             }

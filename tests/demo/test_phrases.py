@@ -151,3 +151,11 @@ def test_the_table_has_a_decision_per_phrase(model, image):
     assert phrases.summarize_matches([best], 0.05).startswith(
         "### Most likely phrase: red &#42;cube&#42;, 80%\nCosine"
     )
+
+
+def test_the_decision_names_the_threshold_of_the_model(model, image, monkeypatch):
+    for threshold, sentence in ((-9.5, "accepted<br>margin .*, at least -9.50<"), (9.5, "rejected.*, below 9.50<")):
+        monkeypatch.setattr(model.pipeline.model.clip.config, "match_threshold", threshold, raising=False)
+        found = phrases.compare(model, image, ("red cube",))
+        assert found[0].near_misses.threshold == threshold
+        assert re.search(sentence, phrases.show_matches(found))

@@ -8,6 +8,7 @@ from transformers import CLIPImageProcessor, SiglipConfig, SiglipModel
 from hf_dl.models.clip_features import encode_texts, unknown_words
 from hf_dl.pipelines.phrase_matching import (
     GROUPS,
+    THRESHOLD,
     calibrate,
     match,
     mismatch_auroc,
@@ -95,6 +96,7 @@ def test_the_threshold_of_a_trained_model_is_in_its_config():
     model.config = SimpleNamespace(**vars(WordModel.config), match_threshold=found.margin + 0.1)
     [above] = match(model, Processor(), RED_CUBE, ["a red cube"])
     assert found.accepted and not above.accepted and above.margin == found.margin
+    assert (found.threshold, above.threshold) == (THRESHOLD, model.config.match_threshold)
     assert match(model, Processor(), RED_CUBE, ["a red cube"], threshold=found.margin)[0].accepted
 
 

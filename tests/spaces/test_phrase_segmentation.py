@@ -11,6 +11,7 @@ from transformers import HfArgumentParser
 
 from hf_dl.demo.page import event
 from hf_dl.demo.phrases import draw_scenes
+from hf_dl.pipelines.phrase_matching import THRESHOLD
 from hf_dl.publishing.command import main as publish
 
 from ..demo.tiny import make_gap, save_phrase_model
@@ -182,6 +183,7 @@ class TestEndpoints:
         first, second = found["results"]
         assert first["score"] + second["score"] == pytest.approx(1) and -1 <= first["cosine"] <= 1
         assert isinstance(first["accepted"], bool) and second["accepted"] is second["margin"] is None
+        assert first["threshold"] == THRESHOLD and second["threshold"] is None
         json.dumps(found)
 
     @pytest.mark.parametrize(
