@@ -3,9 +3,9 @@
     scripts/run python scripts/evaluate_alignment.py --model runs/train_clip
     scripts/run python scripts/evaluate_alignment.py --model runs/train_clip --fit_on test
 
-Takes about 10 seconds on one core. The second command fits the alignment on test images, to show the effect of a leak.
-The accuracy then rises on the images of the fit, and not on new images. The scores are described in
-hf_dl/recipes/modality.py, and model_cards/clip_alignment.md compares all methods.
+Takes about 20 seconds on one core. The second command fits the alignment on test images, to show the effect of a leak.
+The accuracy then rises on the images of the fit, and not on new images. The scores are means over 50 random choices of
+the pairs to fit on. hf_dl/recipes/modality.py describes them, and model_cards/clip_alignment.md compares all methods.
 
 The script writes alignment.png, its points in points.json, and evaluation.json. With `--output_dir`, it also writes
 results.json, so that it can be the script of an experiment. `--run detail=rich --seed 0` selects a run in a folder of

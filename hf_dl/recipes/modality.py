@@ -6,11 +6,13 @@ An alignment is fitted on pairs of an image and a text, from one of three source
 * "classes": labeled training images, with the text of their class; of scenes, only classes that occur in training
 * "test": labeled test images with the text of their class. This leak is made on purpose, to show its effect.
 
-The scores on the images of the fit and on new test images stand side by side.
+The scores on the images of the fit and on new test images stand side by side. They are means over several random
+choices of the pairs, because the accuracy on 20 images differs a lot from one choice to the next.
 """
 
 import json
-from collections.abc import Sequence
+import statistics
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +32,7 @@ from .phrase_mismatch import UNRELATED, mismatch_scores
 
 SOURCES = ("captions", "classes", "test")
 NEW_SCENES = 1  # seed of captioned scenes that no model was trained on
+DRAWS = 50  # random choices of the pairs to fit on
 GAP_PAIRS = 1000  # captioned test images for the modality gap
 POINTS = 300  # pairs in the picture
 
@@ -94,6 +97,10 @@ class Embeddings:
         rows = torch.as_tensor(rows)
         ids = [self.ids[row] for row in rows.tolist()]
         return Embeddings(ids, self.images[rows], self.texts[rows], self.labels[rows], self.seen[rows])
+
+    def without(self, ids: Collection[str]) -> "Embeddings":
+        """Return the images whose id is not among the given ids."""
+        return self.pick([row for row, name in enumerate(self.ids) if name not in ids])
 
 
 def embed_labeled(
@@ -186,7 +193,7 @@ def score_alignment(
         pairs: The pairs to fit on.
         test: Labeled test images. Those of the fit are left out.
         classes: Features of the classes (classes, dim).
-        gap_pairs: Other pairs, for the modality gap after the alignment.
+        gap_pairs: Pairs for the modality gap after the alignment. Those of the fit are left out.
         labeled: Whether the texts of `pairs` are the texts of the classes. Then labels are permuted as a control.
 
     Returns:
@@ -197,8 +204,7 @@ def score_alignment(
         the scores of unseen classes are left out if all classes were in training.
     """
     alignment = fit(pairs.images, pairs.texts, ids=pairs.ids)
-    fitted = set(pairs.ids)
-    new = test.pick([row for row, name in enumerate(test.ids) if name not in fitted])
+    new, gap_pairs = (each.without(alignment.fit_ids) for each in (test, gap_pairs))
     before = accuracy(new.images, classes, new.labels)
     after = accuracy(*alignment.apply(new.images, classes, ids=new.ids), new.labels)
     own_before = accuracy(pairs.images, classes, pairs.labels)
@@ -224,6 +230,42 @@ def score_alignment(
     return scores, alignment
 
 
+def average_draws(
+    fit: Any,
+    pool: Embeddings,
+    draws: Sequence[Tensor],
+    test: Embeddings,
+    classes: Tensor,
+    gap_pairs: Embeddings,
+    *,
+    labeled: bool,
+) -> tuple[dict[str, float], Alignment]:
+    """Score an alignment for several choices of the pairs to fit on.
+
+    Args:
+        fit: A value of `hf_dl.metrics.alignment.METHODS`.
+        pool: The pairs to choose from.
+        draws: Rows of the pool, one tensor (pairs,) per choice. If the pairs are all of the pool, one choice is used.
+        test: See `score_alignment`, as the other arguments.
+        classes: Features of the classes (classes, dim).
+        gap_pairs: Pairs for the modality gap after the alignment.
+        labeled: Whether the texts of the pairs are the texts of the classes.
+
+    Returns:
+        The means of the scores of `score_alignment`, and the number of choices as `draws`. The p-values and the
+        alignment belong to the first choice.
+    """
+    draws = draws[:1] if len(draws[0]) == len(pool.ids) else draws
+    options = {"labeled": labeled}
+    found = [score_alignment(fit, pool.pick(rows), test, classes, gap_pairs, **options) for rows in draws]
+    first, alignment = found[0]
+    # A choice may leave no image of an unseen class.
+    names = dict.fromkeys(name for scores, _ in found for name in scores)
+    means = {name: statistics.fmean(scores[name] for scores, _ in found if name in scores) for name in names}
+    means |= {name: value for name, value in first.items() if name.endswith("p_value")}
+    return means | {"draws": float(len(draws))}, alignment
+
+
 def evaluate(
     model: Any, processor: Any, tokenizer: Any, args: Any
 ) -> tuple[dict[str, float], dict[str, tuple[Tensor, Tensor]]]:
@@ -236,9 +278,9 @@ def evaluate(
         args: Flags with the fields of `LabeledFlags` and `AlignmentFlags`, and `seed`.
 
     Returns:
-        The scores of `score_alignment`, with the number of pairs as suffix, such as `accuracy_20`. For the most pairs,
-        also the scores of `hf_dl.recipes.phrase_mismatch`. Then image and text embeddings of new pairs, without
-        alignment and with the alignment of the most pairs.
+        The scores of `average_draws` over `DRAWS` choices of the pairs, with the number of pairs as suffix, such as
+        `accuracy_20`. For the most pairs, also the scores of `hf_dl.recipes.phrase_mismatch` for the first choice.
+        Then image and text embeddings of new pairs, without alignment and with the alignment of the most pairs.
 
     Raises:
         ValueError: If a number of pairs is not positive, or exceeds the number of images.
@@ -259,18 +301,16 @@ def evaluate(
     if most > len(pool.ids) - (pool is test):
         raise ValueError(f"num_fit={most} needs more than the {len(pool.ids)} images of fit_on={args.fit_on}.")
 
-    order = torch.randperm(len(pool.ids), generator=torch.Generator().manual_seed(args.seed))
-    if synthetic:
-        gap_pairs = embed_captioned(*parts, "test", GAP_PAIRS)
-    else:
-        gap_pairs = test.pick(order[most:] if pool is test else range(len(test.ids)))
+    generator = torch.Generator().manual_seed(args.seed)
+    orders = [torch.randperm(len(pool.ids), generator=generator) for _ in range(DRAWS)]
+    gap_pairs = embed_captioned(*parts, "test", GAP_PAIRS) if synthetic else test
     metrics, labeled = {}, args.fit_on != "captions"
     for size in sizes:
-        pairs = pool.pick(order[:size])
-        scores, alignment = score_alignment(METHODS[args.method], pairs, test, classes, gap_pairs, labeled=labeled)
+        draws = [each[:size] for each in orders]
+        scores, alignment = average_draws(METHODS[args.method], pool, draws, test, classes, gap_pairs, labeled=labeled)
         metrics |= {f"{name}_{size}": value for name, value in scores.items()}
     # Phrases that do not match, with the alignment of the most pairs.
-    new = test.pick(order[most:]) if pool is test else test
+    new, gap_pairs = (each.without(alignment.fit_ids) for each in (test, gap_pairs))
     phrases = torch.cat([classes, embed_classes(model, tokenizer, args, UNRELATED)])
     images, phrases = alignment.apply(new.images, phrases, ids=new.ids)
     cosines, unrelated = (images @ phrases.T).split([len(classes), len(UNRELATED)], dim=1)

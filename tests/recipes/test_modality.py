@@ -7,7 +7,7 @@ from torch.nn.functional import normalize
 from hf_dl.metrics.alignment import METHODS, fit_nothing, fit_rotation
 from hf_dl.metrics.modality_gap import modality_gap_scores
 from hf_dl.metrics.paired import mcnemar
-from hf_dl.recipes.modality import Embeddings, draw_pairs, project, score_alignment, write_points
+from hf_dl.recipes.modality import Embeddings, average_draws, draw_pairs, project, score_alignment, write_points
 from hf_dl.recipes.phrase_mismatch import mismatch_scores, split_names
 
 COLORS, SHAPES = ("red", "green", "blue"), ("cube", "cone", "sphere")
@@ -41,6 +41,23 @@ def test_a_leak_is_seen_in_the_scores():
     assert scores["standard_error"] == pytest.approx((accuracy * (1 - accuracy) / 168) ** 0.5)
     assert scores["unseen_accuracy"] == after[new.labels >= 6].double().mean().item()
     assert scores["p_value"] == mcnemar(int((before & ~after).sum()), int((after & ~before).sum()))
+
+
+def test_the_scores_are_means_over_choices_of_the_pairs():
+    test, classes = make_embeddings()
+    draws, gap_pairs = [torch.arange(6), torch.arange(40, 46), torch.tensor([7, 3, 9, 1, 0, 8])], test.pick(range(50))
+    single = [
+        score_alignment(fit_rotation, test.pick(rows), test, classes, gap_pairs, labeled=False)[0] for rows in draws
+    ]
+    assert len({scores["gain"] for scores in single}) == 3
+    scores, alignment = average_draws(fit_rotation, test, draws, test, classes, gap_pairs, labeled=False)
+    assert scores.pop("draws") == 3 and scores.pop("p_value") == single[0]["p_value"]
+    for name, value in scores.items():
+        assert value == pytest.approx(sum(each[name] for each in single) / 3), name
+    assert alignment.fit_ids == {f"image {number}" for number in range(6)}
+    few = test.pick(range(6))  # all choices of six of six pairs are the same
+    scores, _ = average_draws(fit_rotation, few, draws[:1] * 3, test, classes, gap_pairs, labeled=False)
+    assert scores.pop("draws") == 1 and scores == single[0]
 
 
 def test_without_alignment_nothing_changes():

@@ -38,6 +38,7 @@ def runs(tmp_path_factory):
 def few_pairs(monkeypatch):
     threads = torch.get_num_threads()
     monkeypatch.setattr(modality, "GAP_PAIRS", 12)
+    monkeypatch.setattr(modality, "DRAWS", 2)
     yield
     torch.set_num_threads(threads)
 
@@ -51,6 +52,7 @@ def test_a_leak_beside_an_honest_fit(runs, tmp_path, capsys):
     assert honest.keys() == leaked.keys() and "permuted_gain_4" in leaked
     assert [honest[f"new_images_{size}"] for size in (4, 12)] == [32, 32]
     assert [leaked[f"new_images_{size}"] for size in (4, 12)] == [28, 20]
+    assert [leaked[f"draws_{size}"] for size in (4, 12)] == [2, 2]
     results = read_results(tmp_path / "leaked")
     assert results["metrics"] == leaked and results["args"]["detail"] == "poor"
     assert json.loads((tmp_path / "leaked" / "evaluation.json").read_text())["metrics"] == leaked
