@@ -225,25 +225,33 @@ def _encode_image(model: PreTrainedModel, processor: Any, image: Image.Image | s
     return torch.nn.functional.normalize(as_features(output).double().cpu())
 
 
-def calibrate(scores: Tensor, matches: Tensor, *, false_acceptance: float = 0.05) -> float:
+def calibrate(
+    scores: Tensor, matches: Tensor, *, kinds: Sequence[str] | None = None, false_acceptance: float = 0.05
+) -> float:
     """Choose the smallest threshold that accepts few phrases that do not match.
 
     Args:
         scores: A score per image and phrase, such as the margin, (examples,).
         matches: Whether each phrase is true of its image, bool (examples,).
+        kinds: The kind of each example, such as `mismatch_kind`. The fraction then holds for each kind of wrong
+            phrase, so the hardest kind sets the threshold. Defaults to one fraction of all wrong phrases. If most of
+            them are easy to reject, that threshold accepts many phrases of a hard kind.
         false_acceptance: Largest fraction of the wrong phrases that may be accepted.
 
     Returns:
         The threshold: a phrase is accepted if its score is at least this value.
 
     Raises:
-        ValueError: If the shapes differ, all phrases match, or `false_acceptance` is not in [0, 1).
+        ValueError: If the shapes or numbers differ, all phrases match, or `false_acceptance` is not in [0, 1).
 
     Example:
-        >>> scores = torch.tensor([0.9, 0.8, 0.3, 0.2, 0.1])
-        >>> threshold = calibrate(scores, torch.tensor([True, True, False, False, False]), false_acceptance=0.4)
+        >>> scores, matches = torch.tensor([0.9, 0.8, 0.3, 0.2, 0.1]), torch.tensor([True, True, False, False, False])
+        >>> threshold = calibrate(scores, matches, false_acceptance=0.4)
         >>> (scores >= threshold).tolist()
         [True, True, True, False, False]
+        >>> kinds = ["match", "match", "wrong_shape", "both", "both"]
+        >>> (scores >= calibrate(scores, matches, kinds=kinds, false_acceptance=0.4)).tolist()
+        [True, True, False, False, False]
     """
     if scores.shape != matches.shape or scores.ndim != 1:
         raise ValueError(
@@ -251,11 +259,18 @@ def calibrate(scores: Tensor, matches: Tensor, *, false_acceptance: float = 0.05
         )
     if not 0 <= false_acceptance < 1:
         raise ValueError(f"false_acceptance={false_acceptance} must be at least 0 and below 1, such as 0.05.")
-    wrong = scores[~matches.bool()].sort(descending=True).values
-    if not len(wrong):
+    names = ["wrong"] * len(scores) if kinds is None else list(kinds)
+    if len(names) != len(scores):
+        raise ValueError(f"kinds has {len(names)} entries. Expected {len(scores)}, one per score.")
+    groups: dict[str, list[int]] = {}
+    for place in (~matches.bool()).nonzero().flatten().tolist():
+        groups.setdefault(names[place], []).append(place)
+    if not groups:
         raise ValueError("matches has no wrong phrases. Add phrases that do not match, such as near misses.")
-    # All scores above this one are accepted, so it is the highest one that must be rejected.
-    rejected = wrong[int(false_acceptance * len(wrong))]
+    # All scores above this one are accepted, so it is the highest one of each kind that must be rejected.
+    rejected = max(
+        scores[places].sort(descending=True).values[int(false_acceptance * len(places))] for places in groups.values()
+    )
     above = scores[scores > rejected]
     return ((rejected + above.min()) / 2 if len(above) else torch.nextafter(rejected, rejected + 1)).item()
 

@@ -49,8 +49,8 @@ def mismatch_scores(
         labels: Class of each image (images,).
         names: Names of the classes, such as "red cube".
         unrelated: Cosines of phrases that no image matches (images, phrases). Defaults to no such phrases.
-        threshold: Smallest margin of an accepted phrase. None chooses the threshold on these images, so that about 5 %
-            of the wrong phrases are accepted.
+        threshold: Smallest margin of an accepted phrase. None chooses the threshold on these images, so that at most
+            5 % of the wrong phrases of each kind are accepted.
 
     Returns:
         `auroc_<kind>` of the cosine and `margin_auroc_<kind>` of the margin for each kind of mismatch, and the shares
@@ -73,7 +73,7 @@ def mismatch_scores(
         margins = standard_margin(cosines, cosines[:, torch.tensor(near)]).flatten()
         scores |= {f"margin_auroc_{kind}": area for kind, area in mismatch_auroc(margins, kinds).items()}
         if threshold is None:
-            threshold = calibrate(margins, torch.tensor([kind == "match" for kind in kinds]))
+            threshold = calibrate(margins, torch.tensor([kind == "match" for kind in kinds]), kinds=kinds)
             scores["match_threshold"] = threshold
         accepted = margins >= threshold
         for kind in dict.fromkeys(kinds):

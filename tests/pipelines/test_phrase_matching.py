@@ -170,6 +170,25 @@ def test_calibration_accepts_the_given_fraction_of_wrong_phrases():
     assert calibrate(ties, torch.tensor([True, False, False, False]), false_acceptance=0.4) > 0.5
 
 
+def test_the_hardest_kind_of_mismatch_sets_the_threshold():
+    generator = torch.Generator().manual_seed(0)
+    kinds = ["match", "wrong_shape", *["wrong_color"] * 3, *["both"] * 5] * 100
+    easy = torch.tensor([{"match": 4.0, "wrong_shape": 2.0}.get(kind, -4.0) for kind in kinds])
+    scores, matches = easy + torch.randn(1000, generator=generator), torch.tensor([kind == "match" for kind in kinds])
+    accepted = {}
+    for name, given in (("overall", None), ("each", kinds)):
+        reached = scores >= calibrate(scores, matches, kinds=given)
+        accepted[name] = {
+            kind: reached[torch.tensor([each == kind for each in kinds])].double().mean().item() for kind in set(kinds)
+        }
+    assert accepted["overall"]["wrong_shape"] > 0.4  # all of the 5 % are of this kind
+    assert accepted["each"]["wrong_shape"] == pytest.approx(0.05) and accepted["each"]["match"] > 0.5
+    assert accepted["each"]["wrong_color"] == accepted["each"]["both"] == 0
+    assert calibrate(scores, matches, kinds=["one kind"] * 1000) == calibrate(scores, matches)
+    with pytest.raises(ValueError, match="kinds has 2 entries. Expected 1000, one per score"):
+        calibrate(scores, matches, kinds=["both", "match"])
+
+
 def test_auroc_is_scikit_learns():
     from sklearn.metrics import roc_auc_score
 

@@ -108,3 +108,15 @@ def test_mismatches_of_images_that_show_the_color_only():
     scores = mismatch_scores(colors @ CLASSES.T, torch.arange(9), NAMES)
     assert scores["auroc_wrong_color"] == scores["auroc_both"] == 1 and scores["auroc_wrong_shape"] == 0.5
     assert scores["accepted_match"] == scores["accepted_wrong_shape"] and "auroc_unrelated" not in scores
+
+
+def test_the_threshold_accepts_few_phrases_of_each_kind():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(360) % 9
+    images = normalize(
+        CLASSES[labels] * torch.tensor([1, 1, 1, 0.3, 0.3, 0.3]) + torch.randn(360, 6, generator=generator) / 8
+    )
+    scores = mismatch_scores(images @ CLASSES.T, labels, NAMES, threshold=None)
+    kinds = ("wrong_color", "wrong_shape", "both")
+    assert scores["accepted_wrong_shape"] == pytest.approx(0.05, abs=0.01)  # the shapes are hard to tell apart
+    assert max(scores[f"accepted_{kind}"] for kind in kinds) <= 0.05 < scores["accepted_match"]
