@@ -9,7 +9,7 @@ the same images, with McNemar's exact test and a bootstrap interval. A sentence 
 `classes.csv` has the accuracy of each class. The first command takes about 15 seconds.
 """
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Literal
 
 from hf_dl.data import zero_shot
@@ -84,8 +84,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-    found = [asdict(each) | {"noise": each.is_noise, "sentence": each.sentence} for each in comparisons]
-    write_evaluation(folder, args, metrics, comparisons=found)
+    write_evaluation(folder, args, metrics, comparisons=[each.to_dict() for each in comparisons])
     for each in comparisons:
         print(each.sentence)
     print(f"classes.csv and evaluation.json are in {folder}.")

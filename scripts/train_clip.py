@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from hf_dl.data.collate import as_is
+from hf_dl.metrics.paired import Comparison
 from hf_dl.publishing.runs import push_run
 from hf_dl.recipes import clip, clip_data
 from hf_dl.recipes.classifier import to_pixel_values
@@ -63,12 +64,12 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     # Captions of similar length in a batch: an image with one object is compared with others of one object.
     run = TrainingRun(args, model, train, collate=as_is, processor=processor, lengths=train.num_words)
 
-    def evaluate(split: str, prefix: str) -> dict[str, float]:
+    def evaluate(split: str, prefix: str) -> tuple[dict[str, float], list[Comparison]]:
         with run.averaged():
             return clip.evaluate(run.unwrapped, processor, pairs[split], labeled[split], split=prefix)
 
     if run.steps == 0 and args.eval_every:
-        run.log(**evaluate("validation", "val"))  # the modality gap before training
+        run.log(**evaluate("validation", "val")[0])  # the modality gap before training
     for batch in run:
         # Random numbers of each example: seven for its image, two for its hue and its caption, the rest for its words.
         draws = clip_data.draw_for_batch(run, 9 + args.max_length)
@@ -95,14 +96,16 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         clip.clamp_temperature(model)
 
         if run.evaluation_due:
-            run.log(**evaluate("validation", "val"))
+            run.log(**evaluate("validation", "val")[0])
 
     if args.monitor:
         run.load_best()
-    validation = evaluate("validation", "val")
+    validation, _ = evaluate("validation", "val")
     if "val_match_threshold" in validation:  # for hf_dl.pipelines.phrase_matching; the test images do not influence it
         model.config.match_threshold = validation["val_match_threshold"]
-    metrics = run.finish({**validation, **evaluate("test", "test")})
+    test, comparisons = evaluate("test", "test")
+    test |= clip.style_scores(comparisons, split="test")  # whether a difference between prompt styles is noise
+    metrics = run.finish({**validation, **test}, comparisons=[each.to_dict() for each in comparisons])
     if run.is_main:
         clip.write_report(run.folder)
     push_run(run)

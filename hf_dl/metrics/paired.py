@@ -13,7 +13,8 @@ first one classifies correctly, and `only_second` images that only the second on
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -66,6 +67,10 @@ class Comparison:
             f"interval {100 * self.low:+.2f} to {100 * self.high:+.2f}, McNemar p = {self.adjusted:.2g}, "
             f"{self.images} images): {verdict}."
         )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all fields, `noise` and the `sentence`, for a JSON file."""
+        return asdict(self) | {"noise": self.is_noise, "sentence": self.sentence}
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
@@ -198,3 +203,30 @@ def compare(correct: Mapping[str, Tensor], *, confidence: float = 0.95, seed: in
         low, high = paired_bootstrap(b, c, n, confidence=confidence, seed=seed)
         found.append(Comparison(first, second, (b - c) / n, low, high, b, c, p_value, adjusted, n, confidence))
     return found
+
+
+def comparison_scores(comparisons: Sequence[Comparison], names: Sequence[str]) -> dict[str, float]:
+    """Write comparisons as numbers whose names do not depend on the more accurate classifier.
+
+    Args:
+        comparisons: The result of `compare`.
+        names: The classifiers in a fixed order. Each is compared with the classifiers before it.
+
+    Returns:
+        The difference of the accuracies of each pair, such as `photo_minus_plain`. `..._low` and `..._high` are the
+        ends of its bootstrap interval. `..._p_value` is the adjusted p-value of McNemar's test.
+
+    Example:
+        >>> right = {"plain": torch.tensor([True] * 8), "photo": torch.tensor([True] * 6 + [False] * 2)}
+        >>> scores = comparison_scores(compare(right), list(right))
+        >>> scores["photo_minus_plain"], scores["photo_minus_plain_p_value"]
+        (-0.25, 0.5)
+    """
+    scores: dict[str, float] = {}
+    for each in comparisons:
+        name, found = f"{each.first}_minus_{each.second}", (each.difference, each.low, each.high)
+        if names.index(each.first) < names.index(each.second):
+            name, found = f"{each.second}_minus_{each.first}", (0 - each.difference, 0 - each.high, 0 - each.low)
+        scores |= dict(zip((name, f"{name}_low", f"{name}_high"), found, strict=True))
+        scores[f"{name}_p_value"] = each.adjusted
+    return scores

@@ -26,9 +26,11 @@ from transformers import (
 )
 
 from hf_dl.metrics.modality_gap import modality_gap_scores
+from hf_dl.metrics.paired import Comparison, compare, comparison_scores
 from hf_dl.models.clip_features import encode_texts
 from hf_dl.progress import activity
 from hf_dl.reporting.card import run_card, usage_snippet
+from hf_dl.reporting.experiment import read_results
 from hf_dl.reporting.plots import plot_run
 
 from .clip_data import SPECIAL, ImageCaptions
@@ -348,7 +350,7 @@ def image_recall(image_features: torch.Tensor, text_features: torch.Tensor, text
 
 def evaluate(
     model: PreTrainedModel, processor: Any, pairs: ImageCaptions, labeled: datasets.Dataset | None, *, split: str
-) -> dict[str, float]:
+) -> tuple[dict[str, float], list[Comparison]]:
     """Compute the scores of a CLIP model on one split. Every process computes the same scores.
 
     Args:
@@ -360,18 +362,26 @@ def evaluate(
 
     Returns:
         Scores such as `val_loss`, `val_recall_at_1`, `val_centroid_distance` and `val_plain_accuracy`; see
-        `pair_scores`, `ZeroShotResult.scores` and `hf_dl.recipes.phrase_mismatch`.
+        `pair_scores`, `ZeroShotResult.scores` and `hf_dl.recipes.phrase_mismatch`. Then the comparisons of the prompt
+        styles with each other, none without labeled images.
     """
     texts = [each[0] for each in pairs.captions]
     images, captioned = encode_images(model, pairs.pixels, processor), encode_texts(model, texts, processor)
     scores = pair_scores(images, captioned, model.logit_scale.exp().item())
     scores["recall_at_1"] = image_recall(images, captioned, texts)
+    comparisons: list[Comparison] = []
     if labeled is not None:
         result = classify(model, processor, labeled, STYLES)
         threshold = getattr(model.config, "match_threshold", None)
         cosines = result.cosines[STYLES[0]]
         scores |= result.scores() | mismatch_scores(cosines, result.labels, result.names, threshold=threshold)
-    return {f"{split}_{name}": value for name, value in scores.items()}
+        comparisons = compare(result.correct)
+    return {f"{split}_{name}": value for name, value in scores.items()}, comparisons
+
+
+def style_scores(comparisons: Sequence[Comparison], *, split: str) -> dict[str, float]:
+    """Return the differences between prompt styles as scores such as `test_photo_minus_plain_p_value`."""
+    return {f"{split}_{name}": value for name, value in comparison_scores(comparisons, STYLES).items()}
 
 
 def usage(folder: Path) -> str:
@@ -389,7 +399,10 @@ def usage(folder: Path) -> str:
 def write_report(folder: Path) -> None:
     """Write the learning curves and the model card of a finished run, and print where they are."""
     plot_run(folder, folder / "curves.png", CURVES)
-    card = run_card(folder, summary=SUMMARY, usage=usage(folder), limits=LIMITS, tags=("clip", "zero-shot"))
+    lines = [f"- {each['sentence']}" for each in read_results(folder).get("comparisons", [])]
+    notes = "\n".join(["Prompt styles on the same test images:", "", *lines]) if lines else None
+    options = {"summary": SUMMARY, "usage": usage(folder), "limits": LIMITS, "tags": ("clip", "zero-shot")}
+    card = run_card(folder, notes=notes, **options)
     card.save(folder / "README.md")
     print(f"checkpoint  {folder}  (CLIPModel.from_pretrained, AutoProcessor.from_pretrained)")
     print(f"report      {folder / 'README.md'}")

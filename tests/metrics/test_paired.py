@@ -2,7 +2,7 @@ import pytest
 import torch
 from scipy.stats import binomtest, false_discovery_control
 
-from hf_dl.metrics.paired import compare, holm, mcnemar, paired_bootstrap
+from hf_dl.metrics.paired import compare, comparison_scores, holm, mcnemar, paired_bootstrap
 
 
 @pytest.mark.parametrize("counts", [(0, 1), (1, 3), (2, 9), (0, 12), (30, 45), (700, 801), (4000, 4001), (0, 3000)])
@@ -56,6 +56,20 @@ def test_each_pair_is_compared_and_the_sentence_says_noise():
     assert not clear.is_noise and clear.difference == pytest.approx(0.3)
     assert clear.sentence.endswith("the difference is not noise.")
     assert clear.adjusted == pytest.approx(2 * clear.p_value)  # the second of three tests
+
+
+def test_the_numbers_of_a_pair_do_not_depend_on_the_winner():
+    better, worse = torch.arange(100) < 70, torch.arange(100) % 10 < 4
+    found = {}
+    for style, values in (("plain", (worse, better)), ("photo", (better, worse)), ("none", (better, better))):
+        correct = dict(zip(("first", "second"), values, strict=True))
+        found[style] = comparison_scores(compare(correct), ["first", "second"])
+    names = [f"second_minus_first{end}" for end in ("", "_low", "_high", "_p_value")]
+    assert [list(scores) for scores in found.values()] == [names] * 3
+    difference, low, high, p_value = found["plain"].values()
+    assert difference == pytest.approx(0.3) and low < 0.3 < high and p_value < 0.05
+    assert list(found["photo"].values()) == [-difference, -high, -low, p_value]
+    assert str(list(found["none"].values())) == "[0.0, 0.0, 0.0, 1.0]"
 
 
 def test_equal_predictions_have_their_own_sentence():

@@ -90,6 +90,20 @@ def test_the_scores_of_both_splits(finished):
     assert max(wrong) <= 0.05 and "test_match_threshold" not in metrics and "test_accepted_match" in metrics
 
 
+def test_the_differences_between_prompt_styles_are_tested(finished):
+    folder, metrics = finished
+    comparisons = json.loads((folder / "results.json").read_text())["comparisons"]
+    card = read_card(folder / "README.md").text
+    assert len(comparisons) == 3 and all(f"- {each['sentence']}" in card for each in comparisons)
+    for later, earlier in (("photo", "plain"), ("descriptive", "plain"), ("descriptive", "photo")):
+        name = f"test_{later}_minus_{earlier}"
+        difference = metrics[f"test_{later}_accuracy"] - metrics[f"test_{earlier}_accuracy"]
+        assert metrics[name] == pytest.approx(difference)
+        assert metrics[f"{name}_low"] <= metrics[name] <= metrics[f"{name}_high"]
+        [p_value] = [each["adjusted"] for each in comparisons if {each["first"], each["second"]} == {later, earlier}]
+        assert metrics[f"{name}_p_value"] == p_value
+
+
 def test_the_folder_loads_with_the_classes_of_transformers(finished):
     folder, _ = finished
     model, processor = CLIPModel.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
