@@ -77,7 +77,7 @@ class GapResults:
 
     def __init__(self, path: Path):
         content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"cells": []}
-        self.commit = content.get("commit")
+        self.commit, self.fitted_on = content.get("commit"), content.get("fitted_on")
         self.cells = {(cell["detail"], cell["temperature"]): GapCell(**cell) for cell in content["cells"]}
 
     @property
@@ -112,7 +112,8 @@ class GapResults:
     def draw(self, detail: str | None, temperature: str | None, alignment: str) -> str:
         """Draw a setting before and after an alignment, and the scores of its models, as HTML."""
         cell = self.get(detail, temperature)
-        return show_gap(cell, alignment) + show_training(cell)
+        source = f"<p>The alignment was fitted on {html.escape(self.fitted_on)}.</p>" if self.fitted_on else ""
+        return show_gap(cell, alignment) + source + show_training(cell)
 
 
 def show_gap(cell: GapCell, alignment: str) -> str:
@@ -144,8 +145,11 @@ def show_training(cell: GapCell) -> str:
         if key in cell.scores:
             mean, deviation = (_number(key, value) for value in cell.scores[key])
             rows.append((name, f"{mean} ± {deviation}" if cell.seeds > 1 else mean))
-    heading = f"All {cell.seeds} models of these settings" if cell.seeds > 1 else "Test scores of this model"
-    return f"<div class='gap'><div><h4>{heading}</h4>{_table(rows)}</div></div>"
+    heading, note = "Test scores of this model", ""
+    if cell.seeds > 1:
+        heading = f"All {cell.seeds} models of these settings"
+        note = f"<p>Mean ± standard deviation over the seeds. The plots show the model with seed {cell.seed}.</p>"
+    return f"<div class='gap'><div><h4>{heading}</h4>{_table(rows)}{note}</div></div>"
 
 
 def draw_points(images: Sequence[float], texts: Sequence[float], most: float, title: str) -> str:

@@ -1,7 +1,9 @@
 """Points of the modality gap for the Space: images and captions in two dimensions, before and after alignment.
 
 Each setting of an experiment with train_clip.py, such as clip_gap.toml, becomes one cell: the scores of all seeds, and
-the points of one model. Alignments are fitted on captioned training scenes, and the points are test scenes.
+the points of one model. Alignments are fitted on captioned scenes that the model was not trained on, and the points
+are test scenes. `update_scores` takes the scores from the report of the experiment, so that the page and the card
+agree.
 """
 
 import json
@@ -13,6 +15,7 @@ from typing import Any
 
 from hf_dl.metrics.alignment import METHODS
 from hf_dl.reporting.experiment import read_results
+from hf_dl.reporting.report import Report
 
 from . import modality, zero_shot_classifier
 
@@ -20,6 +23,7 @@ ALIGNMENTS = ("none", "centering", "rotation", "centered_rotation")
 SCORES = ("centroid_distance", "rmg", "separability", "accuracy")  # of each alignment
 RUN_SCORES = ("centroid_distance", "rmg", "separability", "plain_accuracy", "plain_unseen_accuracy")  # of all seeds
 MAX_BYTES = 300_000
+FITTED_ON = "captioned scenes that CLIP was not trained on"
 
 
 @dataclass
@@ -45,13 +49,17 @@ def find_settings(root: str | Path) -> dict[tuple[str, str], list[Path]]:
         results = read_results(path.parent)
         args = results["args"]
         if results["script"] == "train_clip.py" and args.get("source") == "synthetic":
-            temperature = "learned" if args["temperature"] is None else str(args["temperature"])
-            found.setdefault((args["detail"], temperature), []).append((args["seed"], path.parent))
+            found.setdefault(_setting(args), []).append((args["seed"], path.parent))
     if not found:
         raise ValueError(
             f"runs={str(root)!r} has no finished run of train_clip.py on scenes. Run the experiment clip_gap first."
         )
     return {setting: [folder for _, folder in sorted(runs)] for setting, runs in found.items()}
+
+
+def _setting(args: Mapping[str, Any]) -> tuple[str, str]:
+    """Return the level of detail and the temperature of a run as texts."""
+    return args["detail"], "learned" if args["temperature"] is None else str(args["temperature"])
 
 
 def summarize_runs(folders: Sequence[Path]) -> dict[str, list[float]]:
@@ -63,7 +71,10 @@ def summarize_runs(folders: Sequence[Path]) -> dict[str, list[float]]:
     Returns:
         [mean, standard deviation] by name. The standard deviation of a single run is 0.
     """
-    metrics = [read_results(folder)["metrics"] for folder in folders]
+    return _summarize([read_results(folder)["metrics"] for folder in folders])
+
+
+def _summarize(metrics: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
     scores = {}
     for name in RUN_SCORES:
         values = [each[f"test_{name}"] for each in metrics if f"test_{name}" in each]
@@ -106,16 +117,47 @@ def align_run(
     return views
 
 
-def record_points(root: str | Path, **sizes: int) -> dict[str, Any]:
+def update_scores(content: Mapping[str, Any], report: Report) -> dict[str, Any]:
+    """Replace the scores of recorded cells by the scores of all seeds in the report of the experiment.
+
+    Args:
+        content: Recorded points, see `record_points`.
+        report: The report of the experiment, model_cards/clip_gap.json.
+
+    Returns:
+        The content with new `seeds` and `scores`. The points stay.
+
+    Raises:
+        ValueError: If the report has no run of a cell with the same seed and commit. Its points are then of another
+            model.
+    """
+    cells = []
+    for cell in content["cells"]:
+        setting = (cell["detail"], cell["temperature"])
+        runs = [run for run in report.finished if _setting(run["args"]) == setting]
+        commits = [run.get("commit") for run in runs if run["args"]["seed"] == cell["seed"]]
+        if commits != [content["commit"]]:
+            raise ValueError(
+                f"The points of captions={setting[0]!r} with temperature={setting[1]!r} have seed {cell['seed']} and "
+                f"commit {content['commit']}, but the runs with this seed in the report have the commits {commits}. "
+                "Record the points again."
+            )
+        cells.append({**cell, "seeds": len(runs), "scores": _summarize([run["metrics"] for run in runs])})
+    return {**content, "cells": cells}
+
+
+def record_points(root: str | Path, *, num_pairs: int = 1000, **sizes: int) -> dict[str, Any]:
     """Collect scores and points of all settings of an experiment.
 
     Args:
         root: Folder of the runs, such as runs/clip_gap.
+        num_pairs: Number of pairs to fit on.
         **sizes: See `align_run`.
 
     Returns:
-        `script`, `commit` and `cells`. A cell has `detail`, `temperature`, the number of `seeds`, the `seed` of the
-        points, `scores` with mean and standard deviation, and `views`, see `align_run`.
+        `script`, `commit`, `fitted_on` and `cells`. `fitted_on` describes the pairs of the alignments. A cell has
+        `detail`, `temperature`, the number of `seeds`, the `seed` of the points, `scores` with mean and standard
+        deviation, and `views`, see `align_run`.
     """
     cells, commits = [], set()
     for (detail, temperature), folders in find_settings(root).items():
@@ -128,10 +170,11 @@ def record_points(root: str | Path, **sizes: int) -> dict[str, Any]:
                 "seeds": len(folders),
                 "seed": first["args"]["seed"],
                 "scores": summarize_runs(folders),
-                "views": align_run(folders[0], **sizes),
+                "views": align_run(folders[0], num_pairs=num_pairs, **sizes),
             }
         )
-    return {"script": "train_clip.py", "commit": commits.pop() if len(commits) == 1 else None, "cells": cells}
+    commit = commits.pop() if len(commits) == 1 else None
+    return {"script": "train_clip.py", "commit": commit, "fitted_on": f"{num_pairs} {FITTED_ON}", "cells": cells}
 
 
 def write_points(content: Mapping[str, Any], path: str | Path) -> Path:

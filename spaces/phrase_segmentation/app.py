@@ -71,8 +71,10 @@ compares them with each other. This is the **modality gap** (Liang et al. 2022).
 
 - **Captions** that omit a part of the image keep the gap open (Schrodi et al. 2025).
 - A higher **temperature** of the contrastive loss closes it, but costs accuracy.
-- An **alignment** after training moves both groups together. It is fitted on 1000 captioned training scenes. The
-  scores below the plots are for new images of the model that is shown.
+- An **alignment** after training moves both groups together. The scores below the plots are for new images of the
+  model that is shown.
+
+The last table has the test scores of all models of the experiment `clip_gap` with the same captions and temperature.
 """
 
 
@@ -307,13 +309,14 @@ def add_endpoints(explorer: Explorer) -> None:
             alignment: Alignment after the training.
 
         Returns:
-            The scores of all models as mean and standard deviation. Then scores and points x, y, x, y, ... of images
-            and texts, before and after the alignment.
+            The scores of all models as mean and standard deviation, and the pairs that the alignment was fitted on.
+            Then scores and points x, y, x, y, ... of images and texts of one model, before and after the alignment.
         """
         cell = explorer.gap.get(captions, temperature)
         return {
             "models": cell.seeds,
             "scores": cell.scores,
+            "fitted_on": explorer.gap.fitted_on,
             "before": cell.views["none"],
             "after": cell.views[alignment],
         }

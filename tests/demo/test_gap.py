@@ -35,6 +35,7 @@ def test_two_panels_of_one_scale_with_scores(results):
     assert "Before alignment" in text and "After centering" in text
     assert "<td>distance of the centroids</td><td>0.800</td>" in text and "<td>0.100</td>" in text
     assert "All 3 models of these settings" in text and "<td>70.0% ± 2.0%</td>" in text
+    assert "The alignment was fitted on 5 &lt;scenes&gt;." in text and "The plots show the model with seed 0." in text
     # the images are at 100 + 95 before, and at an eighth of that after
     assert "cx='195.0'" in text and "cx='111.9'" in text and text != results.draw("poor", "learned", "rotation")
 

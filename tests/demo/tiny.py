@@ -149,7 +149,7 @@ def make_gap(details=("rich", "poor"), temperatures=("learned", "0.5")):
             cells.append(
                 {"detail": detail, "temperature": temperature, "seeds": 3, "seed": 0, "scores": scores, "views": views}
             )
-    return {"script": "train_clip.py", "commit": "0123456", "cells": cells}
+    return {"script": "train_clip.py", "commit": "0123456", "fitted_on": "5 <scenes>", "cells": cells}
 
 
 def save_captioner(folder, **options):

@@ -7,6 +7,7 @@ from transformers import CLIPImageProcessor
 
 from hf_dl.demo.gap import ALIGNMENTS, SCORES, GapResults
 from hf_dl.recipes import clip, gap_points
+from hf_dl.reporting.report import Report
 from scripts import make_gap_playground
 
 SIZES = {"num_pairs": 12, "num_test": 32}
@@ -43,6 +44,23 @@ def test_each_setting_has_its_runs_by_seed(runs):
     assert scores == {"centroid_distance": [0.6, 0.1414], "rmg": [0.1, 0.0]}
 
 
+def test_scores_of_the_report_replace_those_of_the_points(runs):
+    flags = [{"detail": "poor", "temperature": 0.5, "seed": seed} for seed in range(4)]
+    metrics = [{"test_rmg": seed / 10, "val_rmg": 9.0} for seed in range(4)]
+    rows = [
+        {"status": "finished", "args": a, "metrics": m, "commit": "new"} for a, m in zip(flags, metrics, strict=True)
+    ]
+    rows[3]["status"] = "failed"
+    rows.append(rows[0] | {"args": flags[0] | {"temperature": None}, "metrics": {"test_rmg": 5.0}})
+    cell = {"detail": "poor", "temperature": "0.5", "seeds": 1, "seed": 0, "scores": {}, "views": {"none": {}}}
+    content = {"script": "train_clip.py", "commit": "new", "cells": [cell]}
+    found = gap_points.update_scores(content, Report(None, rows))
+    assert found == {**content, "cells": [{**cell, "seeds": 3, "scores": {"rmg": [0.1, 0.1]}}]}
+    for wrong in ({**content, "commit": "old"}, {**content, "cells": [{**cell, "seed": 7}]}):
+        with pytest.raises(ValueError, match="points of captions='poor' with temperature='0.5' have seed .* again"):
+            gap_points.update_scores(wrong, Report(None, rows))
+
+
 def test_no_run(tmp_path):
     with pytest.raises(
         ValueError, match="has no finished run of train_clip.py on scenes. Run the experiment clip_gap"
@@ -51,8 +69,10 @@ def test_no_run(tmp_path):
 
 
 def test_the_page_reads_what_the_script_writes(runs, tmp_path, monkeypatch, capsys):
-    align_run = gap_points.align_run
-    monkeypatch.setattr(gap_points, "align_run", lambda *args, **sizes: align_run(*args, **sizes, **SIZES))
+    record_points = gap_points.record_points
+    monkeypatch.setattr(
+        make_gap_playground, "record_points", lambda *args, **sizes: record_points(*args, **sizes, **SIZES)
+    )
     path = tmp_path / "space" / "gap.json"
     make_gap_playground.main([f"--runs={runs}", "--num_points=5", f"--output={path}"])
     assert f"{path.stat().st_size:,} bytes" in capsys.readouterr().out
@@ -60,6 +80,7 @@ def test_the_page_reads_what_the_script_writes(runs, tmp_path, monkeypatch, caps
     assert results.details == ["rich", "poor"] and results.temperatures == ["learned", "0.5"]
     cell = results.get("poor", "0.5")
     assert (cell.seeds, cell.seed) == (2, 0) and results.commit == "0123456"
+    assert results.fitted_on == "12 captioned scenes that CLIP was not trained on"
     assert set(cell.views) == {"none", *ALIGNMENTS}
     for view in cell.views.values():
         assert len(view["images"]) == len(view["texts"]) == 10 and set(view["scores"]) == set(SCORES)

@@ -1,5 +1,7 @@
 import json
+import re
 import shutil
+import statistics
 import time
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from hf_dl.demo.page import event
 from hf_dl.demo.phrases import draw_scenes
 from hf_dl.pipelines.phrase_matching import THRESHOLD
 from hf_dl.publishing.command import main as publish
+from hf_dl.reporting.report import read_report
 
 from ..demo.tiny import make_gap, save_phrase_model
 from .pages import (
@@ -147,6 +150,20 @@ class TestPage:
             for alignment in app.gap.ALIGNMENTS:
                 assert results.draw(detail, temperature, alignment).count("<circle") >= 400
 
+    def test_the_page_shows_the_scores_of_the_card(self):
+        results = app.gap.GapResults(ROOT / "spaces" / "phrase_segmentation" / "gap.json")
+        groups = {group.key: group for group in read_report(ROOT / "model_cards" / "clip_gap.json").groups()}
+        assert set(results.cells) == set(groups)
+        for setting, group in groups.items():
+            cell, text = results.get(*setting), results.draw(*setting, "centering")
+            assert cell.seeds == len(group.finished) and f"All {cell.seeds} models" in text
+            for key, label in app.gap.RUN_SCORES.items():
+                mean, deviation = (f(group.values(f"test_{key}")) for f in (statistics.fmean, statistics.stdev))
+                percent, digits = (100, 0.06) if key in app.gap.SHARES else (1, 0.0006)
+                shown = re.search(rf"<td>{label}</td><td>([\d.]+)%? ± ([\d.]+)%?</td>", text)
+                assert float(shown[1]) == pytest.approx(percent * mean, abs=digits), (setting, key)
+                assert float(shown[2]) == pytest.approx(percent * deviation, abs=digits), (setting, key)
+
 
 class TestEndpoints:
     @pytest.fixture
@@ -210,6 +227,7 @@ class TestEndpoints:
         modality_gap = find_endpoint(page, "modality_gap", tools=TOOLS, required=0)
         found = modality_gap(captions="poor", temperature="0.5", alignment="rotation")
         assert found["models"] == 3 and found["scores"]["plain_accuracy"] == [0.7, 0.02]
+        assert found["fitted_on"] == "5 <scenes>"
         assert found["before"]["images"][0] == 0.8 and found["after"]["images"][0] == 0.2
         assert modality_gap() == modality_gap(captions="rich", temperature="learned", alignment="centering")
         with pytest.raises(gr.Error, match="captions='rich' with temperature='7' have no recorded results"):
