@@ -3,7 +3,7 @@ r"""Train a decoder that segments images from phrases, on top of a frozen CLIP.
     scripts/run accelerate launch scripts/train_clip.py
     scripts/run accelerate launch scripts/train_phrase_segmentation.py
     scripts/run accelerate launch scripts/train_phrase_segmentation.py --source VGPhraseCut_v0 --image_size 352 \
-        --clip openai/clip-vit-base-patch16 --decoder_type clipseg --refined --learning_rate 1e-3 \
+        --clip openai/clip-vit-base-patch16 --decoder_type clipseg --layers 3 7 9 --learning_rate 1e-3 \
         --intermediate_size 2048 --num_train 0 --max_steps 20000 --phrases_per_image 4 --num_workers 8 \
         --mixed_precision bf16
 
@@ -11,9 +11,12 @@ The first command trains a small CLIP on generated scenes, and the second one a 
 setting of Lüddecke & Ecker 2022, "Image Segmentation Using Text and Image Prompts" (CLIPSeg), for a GPU. Scores and
 times of all decoders: model_cards/phrase_segmentation.md.
 
+The published scores are from the simple head and the blocks 3, 7 and 9. The published checkpoint
+CIDAS/clipseg-rd64-refined has the refined head (--refined), the blocks 3, 6 and 9, and 50000 steps.
+
 Differences from the paper: images are resized to squares instead of cropped at random, phrases have no templates, and
 the false phrases are checked against the annotation. Support images are optional (--support 1), and their weight is
-drawn per phrase.
+drawn per phrase. The learning rate has a warmup and falls to 0 instead of 1e-4.
 """
 
 from dataclasses import dataclass

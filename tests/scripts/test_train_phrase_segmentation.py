@@ -1,4 +1,6 @@
 import json
+import shlex
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -16,11 +18,14 @@ from hf_dl.recipes import clip as clip_recipe
 from hf_dl.recipes import clip_data, phrase_images
 from hf_dl.recipes import phrase_segmentation as recipe
 from hf_dl.reporting.card import read_card
+from hf_dl.reporting.experiment import read_experiment
+from hf_dl.training.args import parse_args
 from scripts import evaluate_phrase_segmentation, train_phrase_segmentation
 from tests.models.test_clip_segmenter import TOWER
 from tests.scripts.runs import killed_after, reset
 from tests.snippets import run_snippet
 
+ROOT = Path(__file__).resolve().parents[2]
 IMAGES = "--num_train=32 --num_test=8 --image_size=32 --negatives=0.2".split()
 SMALL = "--reduce_dim=8 --num_attention_heads=2 --intermediate_size=8 --layers 0 1".split()
 STEPS = "--max_steps=6 --batch_size=8 --phrases_per_image=2 --warmup_steps=0 --eval_every=3 --save_every=3".split()
@@ -273,3 +278,17 @@ def test_invalid_flags_of_the_model(flags, sentence, clip_folder, tmp_path, monk
 def test_invalid_flags_of_the_training(flags, sentence):
     with pytest.raises(ValueError, match=sentence):
         train_phrase_segmentation.Args(**flags)
+
+
+def test_the_command_for_phrasecut_is_the_setting_of_the_published_scores():
+    """The simple head and the blocks 3, 7 and 9, with batches of 64 phrases."""
+    experiment = read_experiment(ROOT / "scripts" / "experiments" / "phrase_segmentation.toml")
+    commands = []
+    for text in (train_phrase_segmentation.__doc__, experiment.expect):
+        lines = text[: text.index("bf16") + 4].partition("VGPhraseCut_v0 --image_size")
+        words = shlex.split(f"--source {''.join(lines[1:])}".replace("\\\n", " "))
+        args = parse_args(train_phrase_segmentation.Args, words)
+        assert (args.decoder_type, args.refined, args.layers) == ("clipseg", False, [3, 7, 9])
+        assert (args.batch_size * args.phrases_per_image, args.max_steps, args.learning_rate) == (64, 20000, 1e-3)
+        commands.append(sorted(" ".join(words).split(" --")))
+    assert commands[0] == commands[1]
