@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AutoImageProcessor,
     CLIPConfig,
@@ -15,7 +16,7 @@ from transformers import (
 )
 
 from hf_dl.models import ClipSegmenterConfig, ClipSegmenterForImageSegmentation
-from hf_dl.models.clip_decoders import DECODERS, TransformerBlock, make_head
+from hf_dl.models.clip_decoders import DECODERS, TransformerBlock, make_head, to_grid
 from hf_dl.models.clip_segmenter import SMALL_CLIP, dice_loss
 from hf_dl.models.layers_conditioning import FiLM, MultiHeadAttention
 from tests.models.contract import SAME_CODE, ModelContract
@@ -179,6 +180,52 @@ def test_the_unet_draws_every_pixel(patch_size):
     decoder = DECODERS["unet"](1, 6, 5, patch_size, reduce_dim=8)
     shape = decoder(torch.randn(2, 1, 1 + 2 * 3, 6), torch.randn(2, 5), (2, 3)).shape
     assert shape == (2, 2 * patch_size, 3 * patch_size)
+
+
+@pytest.mark.parametrize("patch_size", [8, 14])
+def test_the_unet_equals_its_definition(patch_size):
+    """Nearest enlargement, concatenation and one convolution per stage, all of them once per phrase."""
+    torch.manual_seed(0)
+    decoder, index, grid = (
+        DECODERS["unet"](3, 6, 5, patch_size, reduce_dim=16).double(),
+        torch.tensor([1, 0, 1]),
+        (2, 3),
+    )
+    features, prompt = torch.randn(2, 3, 1 + 2 * 3, 6).double().requires_grad_(), torch.randn(3, 5).double()
+    tokens = [reduce(features[index, -1 - depth]) for depth, reduce in enumerate(decoder.reduces)]
+    x = decoder.bottleneck(to_grid(decoder.film(tokens[0], prompt), grid)).relu()
+    for stage, conv in enumerate(decoder.stages, start=1):
+        x, join = F.interpolate(x, size=[side * decoder.scales[stage] for side in grid]), stage - decoder.first_join
+        if join >= 0:
+            x = torch.cat([x, decoder.enlarge[join](to_grid(tokens[1 + join], grid))], dim=1)
+        x = conv(x).relu()
+    expected, found = decoder.output(x)[:, 0], decoder(features, prompt, grid, index)
+    torch.testing.assert_close(found, expected)
+    parts = [features, *decoder.parameters()]
+    for left, right in zip(*(torch.autograd.grad(y.square().sum(), parts) for y in (found, expected)), strict=True):
+        torch.testing.assert_close(left, right)
+
+
+def count_operations(function):
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+def test_parts_of_the_unet_without_the_phrase_run_once_per_image():
+    decoder = DECODERS["unet"](3, 64, 64, 8, reduce_dim=64)
+    features, prompt, grid = torch.randn(1, 3, 65, 64), torch.randn(10, 64), (8, 8)
+    one, ten, apart = (
+        count_operations(
+            lambda features=features, count=count, index=index: decoder(features, prompt[:count], grid, index)
+        )
+        for features, count, index in (
+            (features, 1, None),
+            (features, 10, torch.zeros(10).long()),
+            (features.expand(10, -1, -1, -1), 10, None),
+        )
+    )
+    assert apart == 10 * one and ten < 0.7 * apart
 
 
 # -------------------------------------------------------------------------------- the model of the paper, as published
