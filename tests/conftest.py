@@ -1,5 +1,7 @@
 """Separate the tests from the caches of the user, and limit each worker to its share of the cores."""
 
+import atexit
+import gc
 import os
 import sys
 import tempfile
@@ -21,6 +23,18 @@ if sys.dont_write_bytecode:
     sys.dont_write_bytecode = False
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     sys.pycache_prefix = os.environ["PYTHONPYCACHEPREFIX"] = os.path.join(os.path.dirname(__file__), "__pycache__")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """Spare the garbage collector the millions of objects of the imported libraries, which stay to the end."""
+    gc.disable()
+    result = yield
+    gc.freeze()
+    atexit.register(gc.unfreeze)  # bindings in C++ report objects that are left at the end
+    gc.set_threshold(20_000, 20, 20)
+    gc.enable()
+    return result
 
 
 @pytest.fixture(scope="session")

@@ -45,7 +45,6 @@ class TestAlexNet(ModelContract):
 
 class TestGoogLeNet(TestAlexNet):
     skipped = {**SAME_CODE, "compiles_to_the_same_numbers": "57 convolutions take long to compile"}
-    test_loads_in_a_fresh_process_without_the_package = None  # tested above with the same code
     architecture = "googlenet"
     overfit_steps = 80
 

@@ -82,7 +82,6 @@ class TestUNet(TestClipSeg):
         "adapters_train_with_gradient_checkpointing": "the decoder has no blocks",
         "adapters_and_quantization_reach_every_linear_layer": "another class tests the same code",
     }
-    test_loads_in_a_fresh_process_without_the_package = None  # tested above with the same code
 
     def config(self):
         return make_config(decoder_type="unet")

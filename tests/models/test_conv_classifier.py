@@ -28,6 +28,12 @@ def config_of(head, **fields):
     return ConvClassifierConfig(**{**TINY, **fields}, head=name, head_options=HEADS[head])
 
 
+OTHER_HEAD = dict.fromkeys(
+    ("compiles_to_the_same_numbers", "exports_with_any_batch_size", "trainer_trains_and_evaluates"),
+    "test_layers_heads.py compiles each head, and TestSoftmax tests the network",
+)
+
+
 class TestSoftmax(ModelContract):
     model_class = ConvClassifierForImageClassification
     processor_class = ViTImageProcessor
@@ -49,6 +55,7 @@ class TestSoftmax(ModelContract):
 
 class TestGumbel(TestSoftmax):
     skipped = {name: reason for name, reason in SAME_CODE.items() if name != "problem_type"}
+    slow = OTHER_HEAD
     problem_types = PROBLEM_TYPES[:1]
     head = "gumbel"
     overfit_ratio = 0.3  # the noise keeps the loss up
@@ -56,16 +63,19 @@ class TestGumbel(TestSoftmax):
 
 class TestHierarchical(TestSoftmax):
     test_loads_in_a_fresh_process_without_the_package = ModelContract.test_loads_in_a_fresh_process_without_the_package
+    slow = OTHER_HEAD
     problem_types = PROBLEM_TYPES[:1]
     head = "hierarchical"
 
 
 class TestTwoLevel(TestSoftmax):
+    slow = OTHER_HEAD
     problem_types = PROBLEM_TYPES[:1]
     head = "two_level"
 
 
 class TestAdaptiveWithBatchNorm(TestSoftmax):
+    slow = OTHER_HEAD
     problem_types = PROBLEM_TYPES[:1]
     head = "adaptive"
 

@@ -48,7 +48,6 @@ class TestAnchorFree(ModelContract):
 
 class TestYoloV1(TestAnchorFree):
     skipped = SAME_CODE
-    test_loads_in_a_fresh_process_without_the_package = None  # tested above with the same code
 
     def config(self):
         return DenseDetectorConfig(**TINY, **HEADS["yolo_v1_fully_connected"])

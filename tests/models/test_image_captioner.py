@@ -78,7 +78,6 @@ class TestCaptioner(ModelContract):
 
 
 class TestPreviousAttention(TestCaptioner):
-    test_loads_in_a_fresh_process_without_the_package = None  # no other code than above
     test_compiles_to_the_same_numbers = None
     skipped = OTHERS
 

@@ -35,7 +35,6 @@ class TestConv(ModelContract):
 
 class TestMlp(TestConv):
     skipped = SAME_CODE
-    test_loads_in_a_fresh_process_without_the_package = None  # no other code than above
 
     def config(self):
         return ImageVaeConfig(**SMALL, architecture="mlp")
@@ -43,7 +42,7 @@ class TestMlp(TestConv):
 
 class TestGaussianOfColors(TestConv):
     skipped = SAME_CODE
-    test_loads_in_a_fresh_process_without_the_package = None
+    slow = {"compiles_to_the_same_numbers": "the classes above compile both architectures"}
 
     def config(self):
         return ImageVaeConfig(**SMALL, num_channels=3, likelihood="gaussian", pixel_std=0.25, num_blocks=0)

@@ -37,7 +37,6 @@ class TestLocalizer(ModelContract):
 
 class TestBoxesPerClassAfterThePool(TestLocalizer):
     skipped = LESS
-    test_loads_in_a_fresh_process_without_the_package = None  # tested above with the same code
     output_key = "logits"
 
     def config(self):
@@ -52,7 +51,6 @@ class TestKeypoints(TestLocalizer):
     model_class = LocalizerForKeypointDetection
     auto_classes = ("AutoModelForKeypointDetection",)
     output_key = "keypoints"
-    test_loads_in_a_fresh_process_without_the_package = None
 
     def config(self):
         return LocalizerConfig(**TINY, num_objects=2)

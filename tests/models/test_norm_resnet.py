@@ -16,6 +16,9 @@ from tests.models.contract import PROBLEM_TYPES, SAME_CODE, ModelContract
 TINY = {"n": 1, "widths": (8, 8, 16), "image_size": 16, "num_labels": 3, "num_groups": 4}
 
 
+COMPILED = {"compiles_to_the_same_numbers": "test_layers_norm.py compiles each norm, and TestBatch the network"}
+
+
 class TestBatch(ModelContract):
     model_class = NormResNetForImageClassification
     processor_class = ViTImageProcessor
@@ -34,6 +37,7 @@ class TestBatch(ModelContract):
 
 class TestBatchInstanceWithProjections(TestBatch):
     skipped = SAME_CODE
+    slow = COMPILED
 
     def config(self):
         return NormResNetConfig(**TINY, norm="batch_instance", shortcut="projection")
@@ -41,7 +45,7 @@ class TestBatchInstanceWithProjections(TestBatch):
 
 class TestPlain(TestBatch):
     skipped = SAME_CODE
-    test_loads_in_a_fresh_process_without_the_package = None  # tested above with the same code
+    slow = COMPILED
 
     def config(self):
         return NormResNetConfig(**TINY, shortcut="none")
@@ -49,7 +53,7 @@ class TestPlain(TestBatch):
 
 class TestGroup(TestBatch):
     skipped = SAME_CODE
-    test_loads_in_a_fresh_process_without_the_package = None  # tested above with the same code
+    slow = COMPILED
 
     def config(self):
         return NormResNetConfig(**TINY, norm="group")
@@ -57,7 +61,7 @@ class TestGroup(TestBatch):
 
 class TestLayerWithPixelAffine(TestBatch):
     skipped = SAME_CODE
-    test_loads_in_a_fresh_process_without_the_package = None
+    slow = COMPILED
 
     def config(self):
         return NormResNetConfig(**TINY, norm="layer", layer_norm_affine="pixel")

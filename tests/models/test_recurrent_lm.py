@@ -35,6 +35,13 @@ def build(head="softmax", **fields):
     return RecurrentLMForCausalLM(config_of(head, **fields)).eval()
 
 
+OTHER_HEAD = dict.fromkeys(
+    ("compiles_to_the_same_numbers", "trainer_trains_and_evaluates"),
+    "test_layers_heads.py compiles each head, and TestSoftmaxLM tests the network",
+)
+OTHER_CELL = {"compiles_to_the_same_numbers": "TestSoftmaxLM compiles the other lines"}
+
+
 class TestSoftmaxLM(ModelContract):
     model_class = RecurrentLMForCausalLM
     auto_classes = ("AutoModelForCausalLM",)
@@ -62,12 +69,14 @@ class TestSoftmaxLM(ModelContract):
 
 class TestGumbelLM(TestSoftmaxLM):
     skipped = SAME_CODE
+    slow = OTHER_HEAD
     head = "gumbel"
     overfit_ratio = 0.4  # the noise keeps the loss up
 
 
 class TestHierarchicalLM(TestSoftmaxLM):
     test_loads_in_a_fresh_process_without_the_package = ModelContract.test_loads_in_a_fresh_process_without_the_package
+    slow = OTHER_HEAD
     head = "hierarchical"
 
     def exported_inputs(self, batch):
@@ -77,11 +86,13 @@ class TestHierarchicalLM(TestSoftmaxLM):
 
 
 class TestAdaptiveLM(TestSoftmaxLM):
+    slow = OTHER_HEAD
     head = "adaptive"
 
 
 class TestGruLM(TestSoftmaxLM):
     skipped = SAME_CODE
+    slow = OTHER_CELL
 
     def config(self):
         return config_of("softmax", dropout=0.0, cell="gru")
@@ -89,6 +100,7 @@ class TestGruLM(TestSoftmaxLM):
 
 class TestTiedLM(TestSoftmaxLM):
     skipped = SAME_CODE
+    slow = OTHER_CELL
 
     def config(self):
         return config_of("softmax", dropout=0.0, embedding_size=8, tie_word_embeddings=True)

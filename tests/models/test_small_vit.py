@@ -45,8 +45,8 @@ class TestForImageClassification(ModelContract):
 
 class TestWithGumbelSoftmax(TestForImageClassification):
     skipped = {name: reason for name, reason in SAME_CODE.items() if name != "problem_type"}
+    slow = {"compiles_to_the_same_numbers": "test_layers_heads.py compiles each head, and the class above the network"}
     problem_types = PROBLEM_TYPES[:1]
-    test_loads_in_a_fresh_process_without_the_package = None  # tested above with the same code
     overfit_learning_rate = 1e-2
     overfit_steps = 80
 

@@ -73,7 +73,6 @@ class TestFaster(ModelContract):
 
 class TestFast(TestFaster):
     skipped = SAME_CODE
-    test_loads_in_a_fresh_process_without_the_package = None  # tested above with the same code
     test_overfits_eight_examples = test_compiles_to_the_same_numbers = None
 
     def config(self):
