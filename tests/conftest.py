@@ -38,7 +38,21 @@ def pytest_collection():
 
 
 @pytest.fixture(scope="session")
-def run_fresh():
-    """`run_fresh(code, cwd=folder)` runs code in a process that has not imported hf_dl; returns its output."""
+def fresh_server():
     with Server() as server:
-        yield server.run
+        yield server
+
+
+@pytest.fixture(scope="session")
+def run_fresh(fresh_server):
+    """`run_fresh(code, cwd=folder)` runs code in a process that has not imported hf_dl; returns its output."""
+    return fresh_server.run
+
+
+@pytest.fixture(scope="session")
+def start_fresh(fresh_server):
+    """`start_fresh(code, *argv, cwd=folder, env=variables)` is `subprocess.run` of code that needs torch.
+
+    The process has imported torch, and no library that reads the variables of the Hub.
+    """
+    return fresh_server.start

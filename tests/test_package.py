@@ -66,7 +66,7 @@ print(json.dumps([seconds, sorted({name.split(".")[0] for name in sys.modules}),
 
 
 @pytest.mark.parametrize("order", ["hf_dl first", "transformers first"])
-def test_auto_classes_know_the_models(saved, order, tmp_path, run_fresh):
+def test_auto_classes_know_the_models(saved, order, tmp_path, run_fresh, start_fresh):
     folder, model = saved
     imports = ["import hf_dl", "import transformers"]
     if order == "hf_dl first":
@@ -74,8 +74,16 @@ def test_auto_classes_know_the_models(saved, order, tmp_path, run_fresh):
         imports.insert(1, 'import importlib.util; importlib.util.find_spec("transformers")')
     else:
         imports.reverse()
+
+    def run_only_torch(code, *, cwd):
+        done = start_fresh(code, cwd=cwd)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
     code = "\n".join([*imports, LOAD.replace("FOLDER", repr(str(folder)))])
-    run = run_python if order == "hf_dl first" else run_fresh  # which has imported transformers
+    if order == "hf_dl first":
+        code = f"import sys; assert 'transformers' not in sys.modules\n{code}"
+    run = run_only_torch if order == "hf_dl first" else run_fresh  # which has imported transformers
     classes, vector = call(run, code, cwd=tmp_path)
     assert all(name.startswith("hf_dl.models.") for name in classes)  # not transformers_modules: no remote code
     names = ["SlotAutoencoderConfig", "SlotAutoencoderModel", "SlotImageProcessor"]

@@ -76,9 +76,15 @@ def space(tmp_path):
     return folder
 
 
-def publish(*args, env):
-    command = [sys.executable, str(ROOT / "scripts" / "publish.py"), *map(str, args)]
-    return subprocess.run(command, env={**env, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+@pytest.fixture
+def publish(start_fresh, tmp_path):
+    """Run scripts/publish.py with its arguments."""
+
+    def run(*args, env):
+        code = f"import runpy; runpy.run_path({str(ROOT / 'scripts' / 'publish.py')!r}, run_name='__main__')"
+        return start_fresh(code, *map(str, args), cwd=tmp_path, env={**env, "PYTHONPATH": str(ROOT)})
+
+    return run
 
 
 LOAD = """
@@ -102,7 +108,7 @@ load("with.safetensors")
 """
 
 
-def test_published_slots_load_with_and_without_hf_dl(slots_run, tmp_path):
+def test_published_slots_load_with_and_without_hf_dl(slots_run, tmp_path, publish, start_fresh):
     with LoopbackHub() as hub:
         done = publish(slots_run, "me/slots", "--tag", "v1.0", env=hub.env(tmp_path / "push"))
         assert done.returncode == 0, done.stderr
@@ -123,10 +129,8 @@ def test_published_slots_load_with_and_without_hf_dl(slots_run, tmp_path):
             'AutoModel.from_pretrained("me/slots", trust_remote_code=True)' in card and "![slots](slots.png)" in card
         )
         assert str(slots_run.parent) not in card + files["results.json"].decode()
-        done = subprocess.run(
-            [sys.executable, "-c", LOAD],
-            env=hub.env(tmp_path / "load", token=None), capture_output=True, text=True, cwd=tmp_path,
-        )  # fmt: skip
+        env = hub.env(tmp_path / "load", token=None) | {"PYTHONPATH": str(ROOT)}
+        done = start_fresh(LOAD, cwd=tmp_path, env=env)
         assert done.returncode == 0, done.stderr[-3000:]
         assert done.stdout.splitlines() == [
             "transformers_modules SlotImageProcessor False",
@@ -541,7 +545,7 @@ def test_a_model_takes_no_options_of_a_space(vit_run, capsys):
     assert "--model, --package need --type space" in capsys.readouterr().err
 
 
-def test_old_files_of_the_package_are_deleted(space_with_package, tmp_path):
+def test_old_files_of_the_package_are_deleted(space_with_package, tmp_path, publish):
     words = [str(space_with_package), "me/space", "--type", "space"]
     with LoopbackHub() as hub:
         assert publish(*words, env=hub.env(tmp_path / "home")).returncode == 0
@@ -553,7 +557,7 @@ def test_old_files_of_the_package_are_deleted(space_with_package, tmp_path):
         assert not [name for name in hub.files("me/space", type="space") if name.startswith("hf_dl/")]
 
 
-def test_a_metric_is_pushed_as_a_space(tmp_path):
+def test_a_metric_is_pushed_as_a_space(tmp_path, publish, start_fresh):
     with LoopbackHub() as hub:
         done = publish("segmentation", "me/scores", "--type", "metric", env=hub.env(tmp_path / "push"))
         assert done.returncode == 0, done.stderr
@@ -566,7 +570,7 @@ metric = evaluate.load("me/scores")
 print(metric.compute(predictions=[[[5, 5, 0], [3, 3, 0]]], references=[[[0, 0, 1], [2, 2, 1]]])["decoder_ari"])
 """
         env = {**hub.env(tmp_path / "load", token=None), "HF_EVALUATE_OFFLINE": "0"}
-        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+        done = start_fresh(code, cwd=tmp_path, env=env)
         assert done.stdout.strip() == "1.0", done.stderr[-3000:]
 
 

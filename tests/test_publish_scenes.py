@@ -3,8 +3,6 @@
 import io
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import datasets
@@ -227,13 +225,10 @@ assert len(masked_images.load("test", "me/scenes", size=32, crop=None)) == 2
 """
 
 
-def run(code, *args, env):
-    return subprocess.run(
-        [sys.executable, "-c", code, *args], env={**env, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
-    )
+def test_an_interrupted_push_is_continued_and_the_rows_come_back(tmp_path, start_fresh):
+    def run(code, *args, env):
+        return start_fresh(code, *args, cwd=tmp_path, env={**env, "PYTHONPATH": str(ROOT)})
 
-
-def test_an_interrupted_push_is_continued_and_the_rows_come_back(tmp_path):
     train = [f"train-0000{i}" for i in range(3)]
     others = ["validation-00000", "test-00000"]
     calls = [

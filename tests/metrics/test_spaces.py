@@ -4,8 +4,6 @@ import importlib.metadata
 import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -82,24 +80,27 @@ def write(folder, files):
     return folder
 
 
-def load_alone(sources, folder, **env):
+@pytest.fixture
+def load_alone(start_fresh, tmp_path):
     """Compute each metric in a process that cannot import hf_dl; `sources` are arguments of `evaluate.load`."""
-    sources = {name: [source, spaces.METRICS[name].example] for name, source in sources.items()}
-    (folder / "sources.json").write_text(json.dumps(sources))
-    (folder / "load.py").write_text(LOAD)
-    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_HOME": str(folder / "home")} | env
-    command = [sys.executable, "load.py", "sources.json"]
-    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.split("RESULT")[1])
+
+    def load(sources, **env):
+        sources = {name: [source, spaces.METRICS[name].example] for name, source in sources.items()}
+        (tmp_path / "sources.json").write_text(json.dumps(sources))
+        env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_HOME": str(tmp_path / "home")} | env
+        done = start_fresh(LOAD, "sources.json", cwd=tmp_path, env=env)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return json.loads(done.stdout.split("RESULT")[1])
+
+    return load
 
 
-def test_every_metric_loads_offline_without_the_package(tmp_path):
+def test_every_metric_loads_offline_without_the_package(tmp_path, load_alone):
     sources = {
         name: str(write(tmp_path / "spaces" / name, spaces.metric_files(name, f"{tmp_path}/spaces/{name}")))
         for name in spaces.METRICS
     }
-    found = load_alone(sources, tmp_path, HF_HUB_OFFLINE="1", HF_EVALUATE_OFFLINE="1")
+    found = load_alone(sources, HF_HUB_OFFLINE="1", HF_EVALUATE_OFFLINE="1")
     arrays = [np.random.default_rng(seed).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8) for seed in range(4)]
     pixels = [torch.from_numpy(array).permute(0, 3, 1, 2) for array in arrays]
     before = torch.from_numpy(np.stack([np.asarray(Image.fromarray(array).convert("L")) for array in arrays[3]])) > 0
@@ -135,12 +136,12 @@ def test_every_metric_loads_offline_without_the_package(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("metric", ["classification", "programs"])
-def test_a_metric_loads_from_the_hub(metric, tmp_path):
+def test_a_metric_loads_from_the_hub(metric, tmp_path, load_alone):
     with LoopbackHub() as hub:
         files = spaces.metric_files(metric, "me/my-scores")
         hub.repos["space", "me/my-scores"] = repo = Repo("space", "me/my-scores", sdk="gradio")
         repo.commit({path: Blob(content, lfs=False) for path, content in files.items()}, "Add the metric")
-        found = load_alone({metric: "me/my-scores"}, tmp_path, **hub.env(tmp_path / "home"))
+        found = load_alone({metric: "me/my-scores"}, **hub.env(tmp_path / "home"))
     scores = {"classification": {"accuracy": 0.75}, "programs": {"exact_match": 0, "execution_accuracy": 0.5}}
     for name, value in scores[metric].items():
         assert found[metric]["scores"][name] == value

@@ -1,5 +1,4 @@
 import json
-import subprocess
 import sys
 
 import pytest
@@ -234,12 +233,11 @@ assert torch.equal(SlotLibrary.from_pretrained("me/library").vectors, library.ve
 """
 
 
-def test_push_to_the_hub_and_load_from_it(library, tmp_path):
+def test_push_to_the_hub_and_load_from_it(library, tmp_path, start_fresh):
     library.save_pretrained(tmp_path / "library")
     with LoopbackHub() as hub:
         environment = hub.env(tmp_path / "home") | {"PYTHONPATH": ":".join(sys.path)}
-        command = [sys.executable, "-c", PUSH_AND_LOAD]
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        done = start_fresh(PUSH_AND_LOAD, cwd=tmp_path, env=environment)
         assert done.returncode == 0, done.stderr
         files = hub.files("me/library")
     assert {"slot_library.safetensors", "config.json", "README.md"} <= files.keys()

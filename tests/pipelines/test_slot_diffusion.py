@@ -3,7 +3,6 @@
 import ast
 import json
 import re
-import subprocess
 import sys
 
 import numpy as np
@@ -716,17 +715,14 @@ draw(DiffusionPipeline.from_pretrained("me/variant", **code), "code")
 """
 
 
-def test_the_hub_with_and_without_hf_dl(pipe, tmp_path):
+def test_the_hub_with_and_without_hf_dl(pipe, tmp_path, start_fresh):
     from safetensors.torch import load_file, save_file
 
     pipe.save_pretrained(tmp_path / "saved")
     image = torch.tensor(np.asarray(make_image()).transpose(2, 0, 1).copy())
     save_file({"image": image}, tmp_path / "image.safetensors")
     with LoopbackHub() as hub:
-        done = subprocess.run(
-            [sys.executable, "-c", HUB, str(tmp_path / "saved")],
-            env=hub.env(tmp_path / "home"), capture_output=True, text=True, cwd=tmp_path,
-        )  # fmt: skip
+        done = start_fresh(HUB, str(tmp_path / "saved"), cwd=tmp_path, env=hub.env(tmp_path / "home"))
         assert done.returncode == 0, done.stderr[-3000:]
         pushed = hub.files("me/pushed")
     assert done.stdout.splitlines() == [

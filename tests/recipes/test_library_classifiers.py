@@ -1,5 +1,4 @@
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 import timm
@@ -9,6 +8,7 @@ from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 from hf_dl.explain.grad_cam import grad_cam
 from hf_dl.recipes.library_classifiers import make_library_model, pixel_statistics
 
+ROOT = Path(__file__).resolve().parents[2]
 NAMES = ["cat", "dog", "bird"]
 
 
@@ -89,9 +89,10 @@ def test_errors_name_the_solution(name, options, message, vit, monkeypatch):
         make(vit if name == "VIT" else name, **options)
 
 
-def test_timm_is_imported_on_first_use():
+def test_timm_is_imported_on_first_use(run_fresh, tmp_path):
     code = (
-        "import sys; from hf_dl.recipes import classifier, augmentation; from hf_dl.training import optimizers; "
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); assert 'timm' not in sys.modules\n"
+        "from hf_dl.recipes import classifier, augmentation; from hf_dl.training import optimizers\n"
         "assert 'timm' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    run_fresh(code, cwd=tmp_path)

@@ -2,6 +2,7 @@
 
 import ast
 import errno
+import functools
 import os
 import re
 import runpy
@@ -157,11 +158,17 @@ def test_a_benchmark_names_the_package_that_is_missing(name, monkeypatch):
     assert explanation(error.value) == str(error.value)
 
 
+@functools.cache
+def packages():
+    """Return the names of the required packages, and the packages of each module that can be imported."""
+    required = {re.match(r"[\w-]+", line)[0].lower() for line in metadata.requires("hf_dl") if "extra ==" not in line}
+    return required, metadata.packages_distributions()
+
+
 @pytest.mark.parametrize("path", sorted(SCRIPTS.rglob("*.py")), ids=lambda path: path.stem)
 def test_a_script_begins_with_imports_of_required_packages(path):
     """Before `explain_errors`, a missing package would end in a traceback."""
-    required = {re.match(r"[\w-]+", line)[0].lower() for line in metadata.requires("hf_dl") if "extra ==" not in line}
-    owners = metadata.packages_distributions()
+    required, owners = packages()
     for node in ast.parse(path.read_text()).body:
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         names += [node.module] if isinstance(node, ast.ImportFrom) else []
