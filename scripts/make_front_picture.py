@@ -1,10 +1,10 @@
 r"""Draw the picture of the README, model_cards/front_page.png, from four finished runs.
 
-    scripts/run python scripts/make_front_picture.py --slots runs/train_slots --classifier runs/train_classifier \
-        --vit runs/small_vit --solver runs/train_seq2seq
+    scripts/run python scripts/make_front_picture.py --slots runs/train_slots --diffusion runs/train_slot_diffusion \
+        --classifier runs/train_classifier --solver runs/train_seq2seq
 
 Every panel is the output of a model on test data. The default flags of train_slots.py, train_classifier.py and
-train_seq2seq.py make three of the runs. The second command of train_classifier.py makes the vision transformer.
+train_seq2seq.py make three of the runs. The run of slot diffusion is one of slot_diffusion_texture.toml.
 """
 
 import argparse
@@ -22,8 +22,9 @@ from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassif
 
 import hf_dl  # noqa: F401  registers the models with the Auto classes
 from hf_dl.data import object_images, scenes
-from hf_dl.explain import attention_maps, grad_cam, masked_logits, ranked_patches
+from hf_dl.explain import grad_cam
 from hf_dl.pipelines.math_program import MathProgramPipeline, format_number
+from hf_dl.pipelines.slot_diffusion import SlotDiffusionPipeline
 from hf_dl.reporting.grids import color_segments
 from hf_dl.training.errors import explain_errors
 
@@ -92,20 +93,21 @@ def draw_grad_cam(run: Path, index: int) -> list[Tile]:
     ]
 
 
-def draw_masked(run: Path, index: int, count: int = 16) -> list[Tile]:
-    """Hide the most and the least attended patches of a test image from a vision transformer."""
-    model, image, pixel_values = read_classifier(run, index)
-    maps, _ = attention_maps(model, pixel_values)
-    with torch.no_grad():
-        label = int(model(pixel_values).logits.argmax())
-    tiles = []
-    for largest, title in ((False, "least attended hidden"), (True, "most attended hidden")):
-        masks = ranked_patches(maps, count, largest=largest)
-        with torch.no_grad():
-            note = say(model, masked_logits(model, pixel_values, masks, by="attention"), label)
-        hidden = np.kron(masks[0].numpy(), np.ones((image.height // masks.shape[1], image.width // masks.shape[2])))
-        tiles.append(Tile(np.where(hidden[..., None] > 0, 235, np.asarray(image)).astype(np.uint8), title, note))
-    return tiles
+def draw_diffusion(run: Path, index: int) -> list[Tile]:
+    """Redraw a textured test scene with slot diffusion, and draw it without its first object."""
+    pipe = SlotDiffusionPipeline.from_pretrained(run)
+    pipe.set_progress_bar_config(disable=True)
+    scene = scenes.load("test", num_scenes=index + 1, style="textured")[index]
+    shown = scenes.load("test", num_scenes=index + 1, style="textured", size=SHOWN)[index]["image"]
+    x, y = (int(value) for value in scene["objects"][0]["pixel_position"])
+    slot = int(pipe.segment(scene["image"])[y, x])
+    generator = torch.Generator().manual_seed(0)
+    found = pipe.edit(scene["image"], remove=[slot], num_inference_steps=50, generator=generator)
+    return [
+        Tile(np.asarray(shown), "scene"),
+        Tile(np.asarray(found.originals[0]), "drawn", "from the slots"),
+        Tile(np.asarray(found.images[0]), "edit", "without one object"),
+    ]
 
 
 def solve(run: Path) -> str:
@@ -149,22 +151,24 @@ def main(argv: list[str] | None = None) -> None:
     """Draw the picture."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--slots", type=Path, default=Path("runs/train_slots"), help="run of train_slots.py")
+    parser.add_argument(
+        "--diffusion", type=Path, default=Path("runs/train_slot_diffusion"), help="run of slot diffusion on textures"
+    )
     parser.add_argument("--classifier", type=Path, default=Path("runs/train_classifier"), help="run with a ResNet")
-    parser.add_argument("--vit", type=Path, default=Path("runs/small_vit"), help="run with a small vision transformer")
     parser.add_argument("--solver", type=Path, default=Path("runs/train_seq2seq"), help="run of train_seq2seq.py")
     parser.add_argument("--scene", type=int, default=2, help="number of the test scene")
     parser.add_argument("--image", type=int, default=3, help="number of the test image for Grad-CAM")
-    parser.add_argument("--masked", type=int, default=3, help="number of the test image that loses patches")
+    parser.add_argument("--textured", type=int, default=1, help="number of the textured test scene")
     parser.add_argument("--output", type=Path, default=Path("model_cards/front_page.png"), help="file to write")
     args = parser.parse_args(argv)
-    for run in (args.slots, args.classifier, args.vit, args.solver):
-        if not (run / "config.json").is_file():
+    for run in (args.slots, args.diffusion, args.classifier, args.solver):
+        if not any((run / name).is_file() for name in ("config.json", "model_index.json")):
             parser.error(f"{run} holds no finished run. The module's docstring says how to train it.")
     datasets.disable_progress_bars()
     groups = {
         "Objects without labels": draw_slots(args.slots, args.scene),
+        "Drawn by slot diffusion": draw_diffusion(args.diffusion, args.textured),
         "What a classifier looks at": draw_grad_cam(args.classifier, args.image),
-        "What a vision transformer needs": draw_masked(args.vit, args.masked),
     }
     draw(groups, solve(args.solver), args.output)
     print(args.output)
