@@ -1,4 +1,5 @@
 import json
+import shlex
 import subprocess
 import sys
 from dataclasses import asdict
@@ -121,11 +122,18 @@ def test_what_the_script_would_refuse_is_refused_before_anything_runs(project, c
     assert not (project / "runs").exists()
 
 
-def test_dry_run_prints_commands_that_run(project, capsys):
+# The launcher imports torch, and so does the script behind it. tests/test_cli.py tests `hf_dl launch`.
+@pytest.mark.parametrize("launched", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_dry_run_prints_commands_that_run(launched, project, capsys, monkeypatch):
     assert main([EXPERIMENT, "--dry_run", "--max_cells", "3"]) == 0
     first, *commands = capsys.readouterr().out.splitlines()
     assert first == "fake: 4 cells; 3 to run now." and len(commands) == 3
     assert not (project / "runs").exists() and not (project / "model_cards").exists()
+    launch = f"{shlex.quote(sys.executable)} -m hf_dl launch "
+    assert commands[1].startswith(launch)
+    if not launched:
+        monkeypatch.setenv("PYTHONPATH", str(project / "stub"))
+        commands[1] = commands[1].replace(launch, launch.removesuffix("-m hf_dl launch "))
     subprocess.run(commands[1], shell=True, check=True, capture_output=True)
     assert (project / "calls.txt").read_text() == "4 group 1\n"
 

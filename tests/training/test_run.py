@@ -62,12 +62,9 @@ def spawn():
     former = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = str(ROOT)  # the server starts without pytest's sys.path
 
-    def start(folder, *flags, rank=None, port=None):
-        environment = {}
-        if rank is not None:
-            environment = {"ACCELERATE_USE_CPU": "true", "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-            environment |= {"LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        process = context.Process(target=toy_train.main_as_rank, args=(environment, argv(folder, *flags)))
+    def start(folder, *flags, rank=None, port=None, stderr=None):
+        environment = {} if rank is None else variables_of(rank, port)
+        process = context.Process(target=toy_train.main_as_rank, args=(environment, argv(folder, *flags), stderr))
         process.start()
         return process
 
@@ -77,16 +74,10 @@ def spawn():
         os.environ["PYTHONPATH"] = former
 
 
-def launch(folder, *flags):
-    """Run the toy script on two CPU processes with the configuration that we ship."""
-    command = [
-        *(sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"),
-        *("--config_file", str(ROOT / "scripts/accelerate/two_cpu_processes.yaml")),
-        *("-m", "tests.training.toy_train", f"--output_dir={folder}", "--expect_processes=2", *flags),
-    ]
-    env = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+def variables_of(rank, port):
+    """Return the environment variables of one of two CPU processes."""
+    variables = {"ACCELERATE_USE_CPU": "true", "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    return variables | {"LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
 
 def read_log(folder, key=None):
@@ -115,9 +106,41 @@ def newest(folder):
 
 
 @pytest.fixture(scope="module")
-def two_processes(tmp_path_factory):
+def spawn_two(spawn):
+    def run(folder, *flags):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        errors = Path(f"{folder}.txt")
+        errors.write_text("")
+        options = {"port": port, "stderr": str(errors)}
+        processes = [spawn(folder, "--expect_processes=2", *flags, rank=rank, **options) for rank in range(2)]
+        for process in processes:
+            process.join(300)
+        sys.stderr.write(errors.read_text())  # the server has the standard error of the test that started it
+        return [process.exitcode for process in processes]
+
+    return run
+
+
+def test_the_shipped_configuration_starts_two_such_processes(start_fresh, tmp_path):
+    (tmp_path / "show.py").write_text("import json, os\nos.write(1, json.dumps(dict(os.environ)).encode() + b'\\n')")
+    words = ["--main_process_port", "0", "--config_file", str(ROOT / "scripts/accelerate/two_cpu_processes.yaml")]
+    code = "import runpy; runpy.run_module('accelerate.commands.launch', run_name='__main__')"
+    env = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+    done = start_fresh(code, *words, "show.py", cwd=tmp_path, env=env)
+    assert done.returncode == 0, done.stderr
+    found = sorted(map(json.loads, done.stdout.splitlines()), key=lambda variables: variables["RANK"])
+    assert len(found) == 2
+    for rank, variables in enumerate(found):
+        expected = variables_of(rank, variables["MASTER_PORT"])
+        assert {name: variables.get(name) for name in expected} == expected
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory, spawn_two):
     folder = tmp_path_factory.mktemp("two") / "run"
-    launch(folder, *PARITY)
+    assert spawn_two(folder, *PARITY) == [0, 0]
     return folder
 
 
@@ -157,35 +180,20 @@ def test_the_cosine_is_at_half_at_half_time_under_two_processes(two_processes):
     assert rates[14] == pytest.approx(0.01)
 
 
-@pytest.fixture
-def spawn_two(spawn):
-    def run(folder, *flags):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        flags = (*EVERYTHING, "--expect_processes=2", *flags)
-        processes = [spawn(folder, *flags, rank=rank, port=port) for rank in range(2)]
-        for process in processes:
-            process.join(300)
-        return [process.exitcode for process in processes]
-
-    return run
-
-
 def test_two_processes_interrupted_stop_at_one_step_and_resume_to_the_bit(spawn_two, tmp_path, capfd):
-    assert spawn_two(tmp_path / "whole") == [0, 0]
+    assert spawn_two(tmp_path / "whole", *EVERYTHING) == [0, 0]
     # the signal comes after step 17, and the processes agree on it in step 18
-    assert spawn_two(tmp_path / "cut", "--interrupt_at=17") == [128 + signal.SIGTERM] * 2
+    assert spawn_two(tmp_path / "cut", *EVERYTHING, "--interrupt_at=17") == [128 + signal.SIGTERM] * 2
     assert "Interrupted at step 18. Continue" in capfd.readouterr().err
-    assert spawn_two(tmp_path / "cut", "--resume") == [0, 0]
+    assert spawn_two(tmp_path / "cut", *EVERYTHING, "--resume") == [0, 0]
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
     shutil.rmtree(newest(tmp_path / "cut"))  # as if killed before the last checkpoint
-    assert spawn_two(tmp_path / "cut", "--resume") == [0, 0]
+    assert spawn_two(tmp_path / "cut", *EVERYTHING, "--resume") == [0, 0]
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
 
 
 def test_two_processes_restart_and_share_a_stream(spawn_two, tmp_path):
-    assert spawn_two(tmp_path, "--restart_at=16", "--stream", "--dropout=0") == [0, 0]
+    assert spawn_two(tmp_path, *EVERYTHING, "--restart_at=16", "--stream", "--dropout=0") == [0, 0]
     train(tmp_path / "one", *EVERYTHING, "--restart_at=16", "--stream", "--dropout=0")
     losses = [read_log(folder, "loss") for folder in (tmp_path, tmp_path / "one")]
     torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), atol=1e-5, rtol=0)

@@ -138,9 +138,11 @@ def main(argv=None):
     return run.finish(evaluate(run, validation))
 
 
-def main_as_rank(environment, argv):
+def main_as_rank(environment, argv, stderr=None):
     """Run as one of several processes, as a launcher would start it."""
     os.environ.update(environment)
+    if stderr is not None:
+        os.dup2(os.open(stderr, os.O_WRONLY | os.O_APPEND), 2)
     main(argv)
 
 
