@@ -1,5 +1,6 @@
 """The tables of the case studies and the errata."""
 
+import functools
 import runpy
 from pathlib import Path
 
@@ -10,9 +11,9 @@ from hf_dl.recipes import case_studies
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def find(network, word):
-    (found,) = [each for each in case_studies.errata() if each.network == network and word in each.claim]
-    return f"{found.found} | {found.computation}"
+@pytest.fixture(scope="module")
+def errata():
+    return case_studies.errata()
 
 
 @pytest.mark.parametrize(
@@ -30,15 +31,19 @@ def find(network, word):
         ("ResNet-152", "11.3 billion", ["11.28 G in the paper's version, and 11.51 G"]),
     ],
 )
-def test_errata_are_computed(network, word, numbers):
-    text = find(network, word)
+def test_errata_are_computed(network, word, numbers, errata):
+    (found,) = [each for each in errata if each.network == network and word in each.claim]
+    text = f"{found.found} | {found.computation}"
     assert all(number in text for number in numbers), text
 
 
-def test_the_script_writes_all_tables(tmp_path, monkeypatch, capsys):
+def test_the_script_writes_all_tables(tmp_path, monkeypatch, capsys, errata):
+    monkeypatch.setattr(case_studies, "errata", lambda: errata)
     monkeypatch.setattr(case_studies, "NETWORKS", ("lenet5", "vgg16", "alexnet"))
     monkeypatch.setattr(case_studies, "LAYER_BY_LAYER", ("lenet5", "vgg16"))
     main = runpy.run_path(str(ROOT / "scripts" / "make_case_study_tables.py"))["main"]
+    # Both calls get the same text, which takes seconds.
+    monkeypatch.setitem(main.__globals__, "write_tables", functools.cache(case_studies.write_tables))
     main(["--output", str(tmp_path / "tables.md")])
     text = (tmp_path / "tables.md").read_text()
     titles = [line for line in text.splitlines() if line.startswith("## ")]
