@@ -10,6 +10,7 @@ import datasets
 import pytest
 import tokenizers
 import torch
+from huggingface_hub import constants
 from PIL import Image
 from transformers import AutoProcessor, PreTrainedTokenizerFast, ViTImageProcessor, pipeline
 
@@ -126,8 +127,9 @@ def test_old_words_keep_their_weights_and_the_image_processor_is_kept(finished, 
         captioner.load_saved(args)
 
 
-def test_a_model_that_is_not_a_captioner_is_refused(finished, tmp_path):
+def test_a_model_that_is_not_a_captioner_is_refused(finished, tmp_path, monkeypatch):
     folder, _ = finished
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match="'none' is not a folder, and cannot be loaded"):
         captioner.load_saved(SimpleNamespace(model="none"))
     (tmp_path / "config.json").write_text('{"model_type": "vit"}')
